@@ -1,0 +1,1 @@
+"""Triton kernels of swinaccel, installed as ``swinaccel.kernels``. They import Triton and nothing else."""

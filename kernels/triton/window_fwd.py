@@ -1,0 +1,315 @@
+"""Forward of shifted-window attention on the image layout.
+
+Both kernels compute, for every window and head,
+
+    softmax(q kᵀ · scale + B + mask) v            (Liu et al. 2021, arXiv:2103.14030, eq. 4)
+    softmax(cos(q, k) · τ + B + mask) v           (Liu et al. 2022, arXiv:2111.09883, eq. 2)
+
+and differ in what they keep: a small window's scores fit one tile, so a program handles one window position of
+several images with bias and mask loaded once; a large window is walked in tiles of keys with the usual online
+softmax (Dao et al. 2022, arXiv:2205.14135). Scores are in units of log2: every factor carries log2(e).
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2E, load_tokens, locate_tokens, normalize, scaled_query, shift_region
+
+# How a shift mask reaches the kernel.
+MASK_NONE = tl.constexpr(0)
+MASK_REGIONS = tl.constexpr(1)  # computed from coordinates
+MASK_TENSOR = tl.constexpr(2)  # read from (windows, N, N)
+
+# How the relative position bias does.
+BIAS_NONE = tl.constexpr(0)
+BIAS_TABLE = tl.constexpr(1)  # gathered from the live table (T, heads) through the index (N, N)
+BIAS_DENSE = tl.constexpr(2)  # (heads, BLOCK, BLOCK), expanded by `bias.expand`, -inf beyond N
+BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
+
+
+@triton.jit
+def _gather_bias(
+    table_ptr,
+    index_ptr,
+    head,
+    offs_m,
+    offs_n,
+    stride_table_row,
+    stride_table_head,
+    N: tl.constexpr,
+):
+    """Bias tile (M, N), fp32, natural units, zero outside the window."""
+    inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
+    row = tl.load(index_ptr + offs_m[:, None] * N + offs_n[None, :], mask=inside, other=0)
+    bias = tl.load(table_ptr + row * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def _window_attention_fwd_small_kernel(
+    out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    q_ptr,  # (batch, height, width, heads * HEAD_DIM), as k and v; all three with the same strides
+    k_ptr,
+    v_ptr,
+    pad_q_ptr,  # (heads * HEAD_DIM,) each: q, k and v of a padding token
+    pad_k_ptr,
+    pad_v_ptr,
+    table_ptr,  # (T, heads)
+    index_ptr,  # (N, N), int64
+    mask_ptr,  # (windows, N, N)
+    logit_scale_ptr,  # (heads,)
+    stride_qkv_batch,
+    stride_qkv_row,
+    stride_qkv_col,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_col,
+    stride_table_row,
+    stride_table_head,
+    batch,
+    num_heads,
+    height,
+    width,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    scale,
+    mask_value,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    """One program: one window position and head of up to IMAGES images."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    tl.static_assert(N <= BLOCK_N)
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    pid = tl.program_id(0)
+    head = pid % num_heads  # fastest: neighbouring heads share cache lines of the image
+    window = pid // num_heads
+    window_row = window // windows_w
+    window_col = window % windows_w
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    row, col, real = locate_tokens(
+        offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+    )  # fmt: skip
+    padding = (offs_n < N) & (real == 0)
+    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col + head * HEAD_DIM
+    offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col + head * HEAD_DIM
+
+    # The start value of the score product: bias, mask, and -inf for keys beyond the window.
+    start = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    if BIAS == BIAS_TABLE:
+        start = _gather_bias(
+            table_ptr, index_ptr, head, offs_n, offs_n, stride_table_row, stride_table_head, N
+        )
+    if MASK == MASK_REGIONS:
+        region = shift_region(
+            offs_n, window_row == windows_h - 1, window_col == windows_w - 1, shift_h, shift_w, WINDOW_H, WINDOW_W
+        )  # fmt: skip
+        start += tl.where(region[:, None] != region[None, :], mask_value, 0.0)
+    elif MASK == MASK_TENSOR:
+        inside = (offs_n < N)[:, None] & (offs_n < N)[None, :]
+        offs_mask = window.to(tl.int64) * (N * N) + offs_n[:, None] * N + offs_n[None, :]
+        start += tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
+    start = tl.where((offs_n < N)[None, :], start * LOG2E, float("-inf"))
+
+    offs_pad = head * HEAD_DIM
+    first = tl.program_id(1) * IMAGES
+    for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
+        offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
+        q = load_tokens(
+            q_ptr + offs_image, offs_token, real, padding, pad_q_ptr + offs_pad, offs_d, HEAD_DIM, HAS_PAD
+        )
+        k = load_tokens(
+            k_ptr + offs_image, offs_token, real, padding, pad_k_ptr + offs_pad, offs_d, HEAD_DIM, HAS_PAD
+        )
+        v = load_tokens(
+            v_ptr + offs_image, offs_token, real, padding, pad_v_ptr + offs_pad, offs_d, HEAD_DIM, HAS_PAD
+        )
+        q = scaled_query(q, scale, logit_scale_ptr, head, COSINE)
+        if COSINE:
+            k = normalize(k).to(v.dtype)
+        scores = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
+        p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+        total = tl.sum(p, axis=1)
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        tl.store(
+            out_ptr + tl.cast(image, tl.int64) * stride_out_batch + offs_out[:, None] + offs_d[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
+        )
+
+
+@triton.jit
+def _window_attention_fwd_kernel(
+    out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    q_ptr,  # (batch, height, width, heads * HEAD_DIM), as k and v; all three with the same strides
+    k_ptr,
+    v_ptr,
+    pad_q_ptr,  # (heads * HEAD_DIM,) each: q, k and v of a padding token
+    pad_k_ptr,
+    pad_v_ptr,
+    table_ptr,  # (T, heads)
+    index_ptr,  # (N, N), int64
+    mask_ptr,  # (windows, N, N)
+    masked_ptr,  # (windows,), whether a window's mask holds anything but zeros
+    logit_scale_ptr,  # (heads,)
+    dense_ptr,  # (heads, rows, cols), log2 units
+    q_factor_ptr,  # (heads, N, RANK), log2 units
+    k_factor_ptr,  # (heads, N, RANK)
+    stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
+    stride_qkv_batch,
+    stride_qkv_row,
+    stride_qkv_col,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_col,
+    stride_table_row,
+    stride_table_head,
+    stride_dense_head,
+    stride_dense_row,
+    num_heads,
+    height,
+    width,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    scale,
+    mask_value,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one window and head of one image."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    pid = tl.program_id(0).to(tl.int64)
+    tile = (pid % TILES).to(tl.int32)
+    head = ((pid // TILES) % num_heads).to(tl.int32)
+    num_windows = windows_h * windows_w
+    window = ((pid // TILES // num_heads) % num_windows).to(tl.int32)
+    image = pid // TILES // num_heads // num_windows
+    window_row = window // windows_w
+    window_col = window % windows_w
+    last_row = window_row == windows_h - 1
+    last_col = window_col == windows_w - 1
+    padded_height = windows_h * WINDOW_H
+    padded_width = windows_w * WINDOW_W
+
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    row, col, real = locate_tokens(
+        offs_m, window_row, window_col, height, width, padded_height, padded_width,
+        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+    )  # fmt: skip
+    padding = (offs_m < N) & (real == 0)
+    offs_head = head * HEAD_DIM
+    offs_image = image * stride_qkv_batch + offs_head
+    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+    q = load_tokens(
+        q_ptr + offs_image, offs_token, real, padding, pad_q_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+    )
+    q = scaled_query(q, scale, logit_scale_ptr, head, COSINE)
+    offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
+
+    if MASK == MASK_REGIONS:
+        is_masked = (last_row & (shift_h > 0)) | (last_col & (shift_w > 0))
+        region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+    elif MASK == MASK_TENSOR:
+        is_masked = tl.load(masked_ptr + window) != 0
+    if BIAS == BIAS_FACTORS:
+        offs_r = tl.arange(0, RANK)
+        offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
+        q_factor = tl.load(q_factor_ptr + offs_factor, mask=(offs_m < N)[:, None], other=0.0)
+        is_stale = tl.load(stale_ptr) != 0
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for first in tl.range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        row, col, real_n = locate_tokens(
+            offs_n, window_row, window_col, height, width, padded_height, padded_width,
+            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        padding = (offs_n < N) & (real_n == 0)
+        offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+        k = load_tokens(
+            k_ptr + offs_image, offs_token, real_n, padding, pad_k_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+        )
+        v = load_tokens(
+            v_ptr + offs_image, offs_token, real_n, padding, pad_v_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+        )
+        if COSINE:
+            k = normalize(k).to(v.dtype)
+
+        if BIAS == BIAS_DENSE:
+            offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n
+            start = tl.load(dense_ptr + offs_dense).to(tl.float32)
+        elif BIAS == BIAS_FACTORS:
+            if is_stale:
+                start = LOG2E * _gather_bias(
+                    table_ptr, index_ptr, head, offs_m, offs_n, stride_table_row, stride_table_head, N
+                )
+            else:
+                offs_factor = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
+                k_factor = tl.load(k_factor_ptr + offs_factor, mask=(offs_n < N)[:, None], other=0.0)
+                start = tl.dot(q_factor, tl.trans(k_factor), input_precision=PRECISION)
+        else:
+            start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        scores = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
+        if MASK == MASK_REGIONS:
+            if is_masked:
+                region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+                scores += tl.where(region_m[:, None] != region_n[None, :], mask_value * LOG2E, 0.0)
+        elif MASK == MASK_TENSOR:
+            if is_masked:
+                inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
+                offs_mask = window.to(tl.int64) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
+                scores += LOG2E * tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
+        if BIAS != BIAS_DENSE and N % BLOCK_N != 0:
+            scores = tl.where((offs_n < N)[None, :], scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        if MASK == MASK_TENSOR:  # a caller's mask may rule out a whole tile with -inf, but not make it NaN
+            new_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        p = tl.exp2(scores - new_maximum[:, None])
+        correction = tl.exp2(maximum - new_maximum)
+        total = total * correction + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+
+    tl.store(
+        out_ptr + image * stride_out_batch + offs_head + offs_out[:, None] + offs_d[None, :],
+        (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+        mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
+    )

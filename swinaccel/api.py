@@ -1,0 +1,166 @@
+"""The public functions: accelerate, restore, accelerated, disabled, plan, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import families, patching, probe
+from .config import AccelConfig, env_disabled, env_strict, setup_logging
+from .dispatch import FallbackError
+from .families import Family
+from .report import Entry, Report
+from .spec import WindowSpec
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model, **options: Any) -> Model:
+    """Make every Swin-style window attention of a model run fused kernels, in place.
+
+    Modules are found by structure, and each kind is proven against its own forward before it is touched; what
+    cannot be replaced keeps its original forward, and `report` says why. Calling it again is harmless and takes
+    new options over.
+
+    Args:
+        model: any module; a model, a part of one, or a container of several.
+        **options: the fields of `AccelConfig`: backend, bias, bias_energy, filter, strict, fuse.
+    Returns:
+        The same object.
+    Raises:
+        TypeError, ValueError: for an argument that is none of these.
+        FallbackError: with strict=True (or SWINACCEL_STRICT), where a module would keep its original or the model
+            holds nothing to accelerate; the model is then unchanged.
+    """
+    config = _prepare(model, options)
+    if env_disabled():
+        return model
+    found = list(_survey(model, config))
+    if config.strict or env_strict():
+        _insist(model, found)
+    for module, family, _, entry in found:
+        if entry.status == "accelerated":
+            patching.mark(module, patching.encode(family, config))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate` exactly: markers leave the model, and dispatchers the classes no marked instance is left of.
+
+    Returns:
+        The same object.
+    """
+    _check_model(model)
+    patching.unmark(module for module in model.modules() if patching.marker(module) is not None)
+    return model
+
+
+@contextmanager
+def accelerated(model: Model, **options: Any) -> Iterator[Model]:
+    """`accelerate` within a `with` block; after it the model is as it was at entry, also where the body raises.
+
+    Blocks nest, each with its own options.
+    """
+    _prepare(model, options)
+    before = {module: patching.marker(module) for module in model.modules()}
+    try:
+        yield accelerate(model, **options)
+    finally:
+        for module, text in before.items():
+            if text is not None and patching.marker(module) != text:
+                patching.mark(module, text)
+        patching.unmark(module for module, text in before.items() if text is None)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Originals run inside, in this thread and context; other threads are not concerned."""
+    token = patching.off.set(True)
+    try:
+        yield
+    finally:
+        patching.off.reset(token)
+
+
+def plan(model: nn.Module, **options: Any) -> Report:
+    """What `accelerate` with these options would do, without doing it."""
+    config = _prepare(model, options)
+    return Report([entry for *_, entry in _survey(model, config)])
+
+
+def report(model: nn.Module) -> Report:
+    """What is accelerated now, with the calls so far and why any of them ran an original."""
+    _check_model(model)
+    entries = []
+    for name, module in model.named_modules():
+        found = families.match(module)
+        if found is None:
+            continue
+        family, spec = found
+        if patching.marked(module) is None:
+            reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
+            entries.append(_entry(name, spec, "original", reason))
+            continue
+        stats = patching.stats(module)
+        entries.append(
+            _entry(
+                name,
+                spec,
+                "accelerated",
+                stats.reason,
+                bias=stats.bias,
+                calls=stats.calls,
+                fallbacks=stats.fallbacks,
+            )
+        )
+    return Report(entries)
+
+
+def _prepare(model: nn.Module, options: dict[str, Any]) -> AccelConfig:
+    _check_model(model)
+    setup_logging()
+    return AccelConfig.from_options(options)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+
+
+def _survey(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, Family, WindowSpec, Entry]]:
+    """Every module that a family recognises, and what becomes of it."""
+    for name, module in model.named_modules():
+        found = families.match(module)
+        if found is None:
+            continue
+        family, spec = found
+        if config.filter is not None and not config.filter(name, module):
+            reason: str | None = "the filter left it out"
+        else:
+            reason = _refusal(module, family, spec)
+        status = "accelerated" if reason is None else "original"
+        yield module, family, spec, _entry(name, spec, status, reason)
+
+
+def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
+    reason = patching.foreign_reason(module, family.method)
+    if reason is not None:
+        return reason
+    return probe.doubt(module, family, spec, patching.original(type(module), family.method))
+
+
+def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:
+    return Entry(
+        name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts
+    )
+
+
+def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:
+    if not found:
+        raise FallbackError(f"strict: {type(model).__name__} holds no Swin-style window attention")
+    for *_, entry in found:
+        if entry.status == "original" and entry.reason != "the filter left it out":
+            raise FallbackError(f"strict: {entry.name or type(model).__name__} stays original: {entry.reason}")

@@ -1,0 +1,149 @@
+"""The section in plain PyTorch, made for CPUs.
+
+What makes it faster than the originals there: the image is gathered into windows before the projection (C channels
+move, not 3C, and shift, pad and partition are one copy), the windows are sorted by their shift mask, of which there
+are only four, so that each kind runs through one `scaled_dot_product_attention` whose bias and mask are one small
+broadcast tensor, and the position bias is transformed as a table, before it is expanded.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..spec import Geometry, Section
+
+
+class _Order(NamedTuple):
+    """An order of all windows of a batch in which windows with one mask are neighbours.
+
+    Attributes:
+        gather: (windows * N,), row of the flattened image (B * H * W) for every window token; B * H * W itself,
+            one beyond the last, for padding.
+        scatter: (B * H * W,), row of the window tokens for every image token.
+        groups: (windows, row of the shift mask or None) for each run of windows with one mask.
+    """
+
+    gather: Tensor
+    scatter: Tensor
+    groups: tuple[tuple[int, int | None], ...]
+
+
+@lru_cache(maxsize=256)
+def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
+    height, width = geometry.size
+    count = batch * height * width
+    rows = torch.arange(count, device=device).view(batch, height, width, 1)
+    # Numbered from one, zero is what padding leaves behind.
+    windows = reference.cut(rows + 1, geometry).view(batch, *geometry.grid, geometry.tokens)
+    if masked:
+        last_row, last_col = geometry.grid[0] - 1, geometry.grid[1] - 1
+        kinds = [
+            (windows[:, :last_row, :last_col], None),
+            (windows[:, :last_row, last_col:], last_col),
+            (windows[:, last_row:, :last_col], last_row * geometry.grid[1]),
+            (windows[:, last_row:, last_col:], geometry.num_windows - 1),
+        ]
+    else:
+        kinds = [(windows, None)]
+    kinds = [(part, row) for part, row in kinds if part.numel()]
+    tokens = torch.cat([part.reshape(-1) for part, _ in kinds])
+    scatter = torch.empty(count + 1, dtype=torch.long, device=device)
+    scatter[tokens] = torch.arange(tokens.numel(), device=device)
+    gather = torch.where(tokens == 0, count, tokens - 1)
+    groups = tuple((part.numel() // geometry.tokens, row) for part, row in kinds)
+    return _Order(gather, scatter[1:].clone(), groups)
+
+
+@lru_cache(maxsize=64)
+def _shift_mask(geometry: Geometry, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return reference.shift_mask(geometry, value, device=device).to(dtype)
+
+
+def mask_is_implied(section: Section) -> bool:
+    """Whether the mask tensor of a call is, now, exactly the one that its shift implies (or zeros without one)."""
+    mask, geometry = section.mask, section.geometry
+    if mask is None:
+        return True
+    implied = _shift_mask(geometry, section.mask_value if geometry.is_shifted else 0.0, mask.dtype, mask.device)
+    return torch.equal(mask, implied)
+
+
+def _bias(section: Section) -> Tensor:
+    """(heads, N, N) from the live table; gathered head by head, which writes in order."""
+    table = section.table().t().contiguous()
+    tokens = section.geometry.tokens
+    return table.index_select(1, section.index.reshape(-1)).view(-1, tokens, tokens)
+
+
+def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k normalised, q times the clamped scale; (windows, heads, N, D)."""
+
+    def inverse_norm(x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_accurate(x.dtype))
+        return norm.clamp_min(1e-12).reciprocal()
+
+    scale = logit_scale.to(_accurate(q.dtype)).view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+    return (q * (inverse_norm(q) * scale)).to(q.dtype), (k * inverse_norm(k)).to(k.dtype)
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = None) -> Tensor:
+    """The whole section, projections included.
+
+    Args:
+        section: the live facts; its mask, if any, is the implied one.
+        x: (B, H, W, C), what `section.project` takes.
+        fill: (C,), what a padding token holds in `x`; zeros without.
+    Returns:
+        (B, H, W, C'), what `section.output` gives.
+    """
+    geometry = section.geometry
+    batch = x.shape[0]
+    masked = geometry.is_shifted and bool(section.mask_value)
+    order = _order(geometry, batch, masked, x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    if geometry.is_padded:
+        pad = x.new_zeros(1, x.shape[-1]) if fill is None else fill.to(x.dtype).view(1, -1)
+        rows = torch.cat((rows, pad))
+    windows = rows.index_select(0, order.gather).view(-1, geometry.tokens, x.shape[-1])
+
+    qkv = section.project(windows)
+    if isinstance(qkv, Tensor):
+        q, k, v = qkv.unflatten(-1, (3, section.num_heads, section.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v = (reference.split_heads(part, section.num_heads) for part in qkv)
+    scale = section.scale
+    if section.logit_scale is not None:
+        q, k = _cosine_operands(q, k, section.logit_scale)
+        scale = 1.0
+
+    bias = _bias(section).to(_accurate(q.dtype))
+    if len(order.groups) == 1 and order.groups[0][1] is None:
+        out = _attend(q, k, v, bias, scale)
+    else:
+        mask = _shift_mask(geometry, section.mask_value, bias.dtype, bias.device)
+        parts, first = [], 0
+        for count, row in order.groups:
+            window = slice(first, first + count)
+            start = bias if row is None else bias + mask[row]
+            parts.append(_attend(q[window], k[window], v[window], start, scale))
+            first += count
+        out = torch.cat(parts)
+    out = section.output(out)
+    return out.reshape(-1, out.shape[-1]).index_select(0, order.scatter).view(*x.shape[:-1], out.shape[-1])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, scale: float) -> Tensor:
+    """(windows, heads, N, D) to (windows, N, heads * D), scores starting from (heads, N, N)."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=start.unsqueeze(0), scale=scale)
+    return out.transpose(1, 2).flatten(2)

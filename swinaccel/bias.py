@@ -1,0 +1,203 @@
+"""SVD factors of the relative position bias (FlashBias, Wu et al. 2025, arXiv:2505.12044), cached and never stale.
+
+A bias (heads, N, N) of low rank is q_factor · k_factorᵀ with factors (heads, N, R), which a kernel appends to q and
+k: the bias then costs a slightly longer dot product and no element-wise work. The factors carry the table and index
+they were made from; the kernel compares those with the live ones at every call and uses the live table where
+anything differs, so an edit by whatever means costs speed, never correctness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import reference
+from .config import AccelConfig, cache_dir
+from .spec import Section
+
+logger = logging.getLogger("swinaccel")
+
+RANKS = (16, 32, 64, 128)  # what the kernel's dot product takes
+AUTOMATIC_RANK = 16  # beyond it the dense bias is as fast
+MIN_TOKENS = 65  # smaller windows keep the whole bias in registers
+_LOG2E = 1.4426950408889634
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of one module's bias.
+
+    Attributes:
+        q, k: (heads, N, R); q in log2 units.
+        table, index: what they were made from, copies.
+        rank: R before its padding to what the kernel takes.
+        error: largest absolute error of the reconstructed bias, natural units.
+    """
+
+    q: Tensor
+    k: Tensor
+    table: Tensor
+    index: Tensor
+    rank: int
+    error: float
+
+    def describe(self) -> str:
+        return f"factors, rank {self.rank}, error {self.error:.1e}"
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factors | None:
+    """The factors that a call may use, made at the first request, or None where the live table serves.
+
+    Args:
+        section: of a call in inference.
+        config: its `bias` and `bias_energy` choose the rule.
+        dtype: the compute dtype.
+    """
+    if config.bias == "table" or section.geometry.tokens < MIN_TOKENS:
+        return None
+    if config.bias == "auto" and config.bias_energy is None and dtype == torch.float32:
+        return None
+    key = (*(_version(tensor) for tensor in (*section.sources, section.index)), dtype, config.bias, config.bias_energy)
+    per_source = _known.get(section.sources[0])
+    if per_source is None or per_source[0] != key:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # computing factors waits for the device, which a capture forbids
+        with torch.no_grad():
+            made = _load_or_make(section.table().detach(), section.index, dtype, config)
+        _known[section.sources[0]] = per_source = (key, made)
+    return per_source[1]
+
+
+def forget() -> None:
+    """Drop all factors held in memory."""
+    _known.clear()
+
+
+def _version(tensor: Tensor) -> tuple:
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (heads, N, rank) with bias ≈ q_factor · k_factorᵀ, of least squared error, computed in fp32.
+
+    Args:
+        bias: (heads, N, N).
+        rank: at most N.
+    """
+    bias = bias.float()
+    if rank * 4 >= bias.shape[-1]:
+        left, values, right = torch.linalg.svd(bias, full_matrices=False)
+        right = right.mT
+    else:  # subspace iteration: the same leading factors at a fraction of the cost
+        state = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            start = torch.randn(bias.shape[-1], rank + 16).to(bias)
+        finally:
+            torch.random.set_rng_state(state)
+        basis = torch.linalg.qr(bias @ start).Q
+        for _ in range(6):
+            basis = torch.linalg.qr(bias @ torch.linalg.qr(bias.mT @ basis).Q).Q
+        left, values, right = torch.linalg.svd(basis.mT @ bias, full_matrices=False)
+        left, right = basis @ left, right.mT
+    root = values[..., :rank].sqrt().unsqueeze(-2)
+    return left[..., :rank] * root, right[..., :rank] * root
+
+
+def _load_or_make(table: Tensor, index: Tensor, dtype: torch.dtype, config: AccelConfig) -> Factors | None:
+    bias = reference.bias_from_table(table, index).float()
+    if not bool(torch.isfinite(bias).all()):
+        return None
+    record = _record_path(table, index, dtype, config)
+    found = _read(record, bias)
+    if found is None:
+        found = _make(bias, dtype, config)
+        _write(record, found)
+    q, k, rank = found
+    if rank == 0:
+        return None
+    error = (bias - (q.float() / _LOG2E) @ k.float().mT).abs().max().item()
+    return Factors(q, k, table.clone().contiguous(), index.clone().contiguous(), rank, error)
+
+
+def _make(bias: Tensor, dtype: torch.dtype, config: AccelConfig) -> tuple[Tensor, Tensor, int]:
+    """(q, k, rank) by the config's rule; rank 0 where none is good enough."""
+    stored = torch.float32 if dtype == torch.float32 else torch.float16
+    bound = bias.abs().max() * torch.finfo(dtype).eps / 2
+    ranks = RANKS if config.bias == "factors" or config.bias_energy is not None else (AUTOMATIC_RANK,)
+    for rank in (rank for rank in ranks if rank <= bias.shape[-1]):
+        q, k = factorize(bias, rank)
+        q, k = (q * _LOG2E).to(stored).contiguous(), k.to(stored).contiguous()
+        missed = bias - (q.float() / _LOG2E) @ k.float().mT
+        if config.bias_energy is not None:
+            total = bias.square().sum((-2, -1))
+            enough = missed.square().sum((-2, -1)) <= (1 - config.bias_energy) * total
+        else:
+            enough = missed.abs().max() <= bound
+        if bool(enough.all()):
+            return q, k, rank
+    empty = bias.new_empty((bias.shape[0], bias.shape[1], 0), dtype=stored)
+    return empty, empty, 0
+
+
+def _record_path(table: Tensor, index: Tensor, dtype: torch.dtype, config: AccelConfig) -> Path:
+    digest = hashlib.sha256()
+    for tensor in (table.float(), index):
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    digest.update(json.dumps([_FORMAT, str(dtype), config.bias, config.bias_energy]).encode())
+    return cache_dir() / "factors" / f"{digest.hexdigest()}.safetensors"
+
+
+def _read(path: Path, bias: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """A record, or None where there is none to trust: absent, torn, another's, or of another shape."""
+    try:
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode) or (hasattr(os, "getuid") and info.st_uid != os.getuid()):
+            return None
+        with safe_open(path, framework="pt") as file:
+            q, k, rank = file.get_tensor("q"), file.get_tensor("k"), int(file.metadata()["rank"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None
+    shape = (bias.shape[0], bias.shape[1], rank)
+    if tuple(q.shape) != shape or tuple(k.shape) != shape or rank not in (0, *RANKS):
+        return None
+    if not (torch.isfinite(q).all() and torch.isfinite(k).all()):
+        return None
+    return q.to(bias.device), k.to(bias.device), rank
+
+
+def _write(path: Path, record: tuple[Tensor, Tensor, int]) -> None:
+    """Write a record in one step; a folder that cannot be written means running without."""
+    q, k, rank = record
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.parent.is_symlink():
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file({"q": q.cpu(), "k": k.cpu()}, temporary, metadata={"rank": str(rank)})
+            os.chmod(temporary, 0o600)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        logger.debug("bias factors are not kept on disk: %s", error)

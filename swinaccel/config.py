@@ -1,0 +1,138 @@
+"""Options and environment. The only module that reads environment variables.
+
+=====================  ==========================================================================================
+SWINACCEL_DISABLE      1 | true | yes | on: `accelerate` does nothing and accelerated models run their originals.
+SWINACCEL_STRICT       likewise: raise where an original would run in place of a kernel.
+SWINACCEL_CACHE_DIR    folder of cached bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
+SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
+TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kernels on CPU tensors.
+=====================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
+_CHOICES = {
+    "backend": ("auto", "triton", "torch"),
+    "bias": ("auto", "table", "factors"),
+    "fuse": ("auto", "attention"),
+}
+
+
+@dataclass(frozen=True)
+class AccelConfig:
+    """Options of `accelerate` and `accelerated`.
+
+    Attributes:
+        backend: "triton", "torch", or "auto": Triton on CUDA devices (and on the CPU under TRITON_INTERPRET=1),
+            plain PyTorch elsewhere.
+        bias: form of the relative position bias. "table" is exact and always live. "factors" uses SVD factors
+            (FlashBias, arXiv:2505.12044) in inference. "auto" uses them only where they win and where they err
+            no more than rounding the bias to the compute dtype does.
+        bias_energy: fraction in (0, 1] of the bias's energy (its squared singular values) that the factors must
+            hold, such as FlashBias's 0.995, in place of the exact rule.
+        filter: callable(name, module) -> bool; modules for which it returns False stay original.
+        strict: raise instead of running an original, and where a model holds nothing to accelerate.
+        fuse: "attention" replaces the attention section only; "auto" may fuse plain layers around it too.
+    Raises:
+        ValueError, TypeError: for an option that is none of these; the message names it.
+    """
+
+    backend: str = "auto"
+    bias: str = "auto"
+    bias_energy: float | None = None
+    filter: Callable[[str, nn.Module], bool] | None = None
+    strict: bool = False
+    fuse: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        energy = self.bias_energy
+        if energy is not None:
+            if isinstance(energy, bool) or not isinstance(energy, (int, float)):
+                raise TypeError(f"bias_energy must be None or a number in (0, 1]; got {energy!r}")
+            if not 0 < energy <= 1:
+                raise ValueError(f"bias_energy must lie in (0, 1], a fraction such as 0.995; got {energy!r}")
+        if self.filter is not None and not callable(self.filter):
+            raise TypeError(f"filter must be None or a callable(name, module) -> bool; got {self.filter!r}")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False; got {self.strict!r}")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> AccelConfig:
+        """The config of keyword options; an unknown one is a TypeError that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"unknown option {name!r}; accelerate takes {', '.join(known)}")
+        return cls(**options)
+
+    def to_json(self) -> str:
+        """The options that a call needs, as text: what an instance's marker carries through copies and pickles."""
+        options = asdict(self)
+        del options["filter"]
+        return json.dumps(options, sort_keys=True)
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name)
+    if text is None:
+        return False
+    value = text.strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"{name}={text!r} is not usable: set it to 1, true, yes or on, or to 0, false, no or off")
+
+
+def env_disabled() -> bool:
+    """Whether SWINACCEL_DISABLE is on, read now."""
+    return _flag("SWINACCEL_DISABLE")
+
+
+def env_strict() -> bool:
+    """Whether SWINACCEL_STRICT is on, read now."""
+    return _flag("SWINACCEL_STRICT")
+
+
+def env_interpret() -> bool:
+    """Whether Triton kernels are interpreted on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in _TRUE
+
+
+def cache_dir() -> Path:
+    """The folder of cached bias factors; it need not exist."""
+    if text := os.environ.get("SWINACCEL_CACHE_DIR"):
+        path = Path(text).expanduser()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"SWINACCEL_CACHE_DIR={text!r} is not usable: it exists and is no folder")
+        return path
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "swinaccel"
+
+
+def setup_logging() -> None:
+    """Apply SWINACCEL_LOG to the logger "swinaccel"; without it the logger is left to the application."""
+    text = os.environ.get("SWINACCEL_LOG")
+    if not text:
+        return
+    level = logging.getLevelNamesMapping().get(text.strip().upper()) if hasattr(
+        logging, "getLevelNamesMapping"
+    ) else getattr(logging, text.strip().upper(), None)
+    if not isinstance(level, int):
+        raise ValueError(f"SWINACCEL_LOG={text!r} is not usable: set it to debug, info, warning or error")
+    logging.getLogger("swinaccel").setLevel(level)

@@ -1,0 +1,249 @@
+"""One call: a plan, or the sentence why not, and then the section or the original.
+
+Everything here is decided from the live facts of the call; nothing is remembered from the last one, but for
+kernels that failed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import bias, ops
+from .backends import torch as torch_backend
+from .config import AccelConfig, env_interpret, env_strict
+from .spec import Section
+
+Attend = Callable[[Tensor], Tensor]
+
+
+class FallbackError(RuntimeError):
+    """Strict mode: an original would have run in place of a kernel."""
+
+
+class Stats:
+    """What happened to one module: calls, those of them that ran the original, and why the last of those did."""
+
+    __slots__ = ("bias", "calls", "fallbacks", "reason")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.fallbacks = 0
+        self.reason: str | None = None
+        self.bias: str | None = None
+
+
+# Types of modules that were seen inside a probed attention: what their family calls is known to fit.
+trusted_types: set[type] = set()
+
+_warned: set[str] = set()
+
+
+def run(
+    family: Any,
+    module: nn.Module,
+    original: Callable[..., Any],
+    config: AccelConfig,
+    stats: Stats | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """One call of an accelerated module.
+
+    Args:
+        family: the module's `families.Family`.
+        original: its own method, unbound.
+        stats: counted up where given; nothing is counted while a compiler traces.
+    """
+    if stats is not None:
+        stats.calls += 1
+    plan = _plan(family, module, config, stats, args, kwargs)
+    if isinstance(plan, str):
+        return _fall_back(plan, module, original, config, stats, args, kwargs)
+    section, attend = plan
+    result = family.forward(module, attend, *args, **kwargs)
+    if ops.has_failures() and stats is not None:
+        failed = _kernel_failure(section, _first_tensor(args, kwargs))
+        if failed is not None:
+            return _fall_back(failed, module, original, config, stats, args, kwargs)
+    return result
+
+
+def _fall_back(
+    reason: str,
+    module: nn.Module,
+    original: Callable[..., Any],
+    config: AccelConfig,
+    stats: Stats | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if config.strict or env_strict():
+        raise FallbackError(f"{type(module).__name__} would run its original: {reason}")
+    if stats is not None:
+        stats.fallbacks += 1
+        stats.reason = reason
+        if reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(f"swinaccel: the original runs, because {reason}", stacklevel=4)
+    return original(module, *args, **kwargs)
+
+
+def _plan(
+    family: Any,
+    module: nn.Module,
+    config: AccelConfig,
+    stats: Stats | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Section, Attend] | str:
+    x = _first_tensor(args, kwargs)
+    reason = _context_reason(x) or _hook_reason(family.attention(module))
+    if reason is not None:
+        return reason
+    try:
+        section = family.section(module, *args, **kwargs)
+    except TypeError as error:
+        return f"the call is not one that the {family.name} family knows ({error})"
+    if isinstance(section, str):
+        return section
+    assert x is not None
+    reason = _section_reason(section, x)
+    if reason is not None:
+        return reason
+    if _backend(config, x.device) == "torch":
+        if not torch_backend.mask_is_implied(section):
+            return "the mask buffer is not the mask that window and shift imply"
+        return section, lambda image: torch_backend.shifted_window_attention(section, image)
+    reason = _triton_reason(family, module, section, x)
+    if reason is not None:
+        return reason
+    return section, lambda image: _attend_triton(section, config, stats, image)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _context_reason(x: Any) -> str | None:
+    """Why nothing can be replaced for this input, or where this call runs."""
+    if not isinstance(x, Tensor):
+        return "the input is no tensor"
+    if torch.compiler.is_compiling():
+        return None  # what follows is no concern of a compiler's own tracing, and cannot be traced
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "the model is being traced or exported"
+    if type(x) not in _PLAIN_TENSORS:
+        return f"the input is a {type(x).__name__}"
+    if x.device.type == "meta":
+        return "the input is on the meta device"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the call is inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, torch._subclasses.FakeTensor)
+
+
+def _hook_reason(attention: nn.Module) -> str | None:
+    """Why modules that the section stands in for must be called: someone watches them, or replaced their forward."""
+    for child in attention.modules() if not torch.compiler.is_compiling() else _tree(attention):
+        if (
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+        ):
+            return f"{type(child).__name__} inside the attention has hooks, which expect its own tensors"
+        if child is not attention and "forward" in child.__dict__:
+            return f"{type(child).__name__} inside the attention has a forward of its own"
+        if type(child) not in trusted_types:
+            return f"a {type(child).__name__} came into the attention after accelerate(); call it again"
+    return None
+
+
+def _tree(module: nn.Module) -> list[nn.Module]:
+    found = [module]
+    for child in module._modules.values():
+        if child is not None:
+            found.extend(_tree(child))
+    return found
+
+
+def _section_reason(section: Section, x: Tensor) -> str | None:
+    """What no backend can do."""
+    geometry = section.geometry
+    if geometry.tokens < 2 or min(geometry.window) < 1:
+        return "the window is a single token"
+    if not all(0 <= shift < window for shift, window in zip(geometry.shift, geometry.window, strict=True)):
+        return f"the shift {geometry.shift} does not lie inside the window {geometry.window}"
+    if section.dropout > 0:
+        return "attention dropout is active"
+    index, tokens = section.index, geometry.tokens
+    if tuple(index.shape) != (tokens, tokens):
+        return f"the bias index {tuple(index.shape)} does not belong to a window of {tokens} tokens"
+    mask = section.mask
+    if mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens):
+        return f"the mask {tuple(mask.shape)} belongs to another image size than {geometry.size}"
+    return None
+
+
+def _backend(config: AccelConfig, device: torch.device) -> str:
+    if config.backend != "auto":
+        return config.backend
+    return "triton" if device.type == "cuda" or (device.type == "cpu" and env_interpret()) else "torch"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that projections of x come out in."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _triton_reason(family: Any, module: nn.Module, section: Section, x: Tensor) -> str | None:
+    dtype = compute_dtype(x)
+    reason = ops.unsupported_reason(x.device, dtype, section.geometry, section.head_dim)
+    if reason is None and section.geometry.is_padded and section.padding is None:
+        reason = "the image is padded and the projection is not a plain nn.Linear"
+    if reason is None and torch.is_grad_enabled():
+        parameters = family.attention(module).parameters()
+        if x.requires_grad or any(parameter.requires_grad for parameter in parameters):
+            reason = "gradients are recorded, and the Triton kernels have no backward yet"
+    return reason or _kernel_failure(section, x)
+
+
+def _kernel_failure(section: Section, x: Tensor) -> str | None:
+    return ops.failure(
+        x.device, compute_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None
+    )
+
+
+def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, image: Tensor) -> Tensor:
+    qkv = section.project(image)
+    dtype = qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype
+    factors = None
+    if not torch.compiler.is_compiling():
+        factors = bias.factors(section, config, dtype)
+        if stats is not None:
+            stats.bias = "table" if factors is None else factors.describe()
+    out = ops.shifted_window_attention(
+        qkv,
+        section.geometry,
+        num_heads=section.num_heads,
+        table=section.table(),
+        index=section.index,
+        padding=section.padding() if section.padding is not None and section.geometry.is_padded else None,
+        mask=section.mask,
+        mask_value=section.mask_value,
+        scale=section.scale,
+        logit_scale=None if section.logit_scale is None else section.logit_scale.reshape(-1),
+        factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
+    )
+    return section.output(out)

@@ -1,0 +1,69 @@
+"""The libraries that swinaccel knows: one file for each, found by structure and never by name.
+
+A family recognises a module by its attributes and shapes, reads the live facts of a call off it, and repeats what
+the original does around the section. To add one, write a class with the members of `Family` and append it to
+FAMILIES (see examples/new_variant.py); before a class of modules is trusted it is probed against its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..spec import Section, WindowSpec
+from .huggingface import HuggingFaceSwin
+from .huggingface_legacy import HuggingFaceSwinLegacy
+from .microsoft import Microsoft
+from .timm import Timm
+from .torchvision import Torchvision
+
+Attend = Callable[[Tensor], Tensor]
+
+
+class Family(Protocol):
+    """How one library's window attention is recognised, read and repeated.
+
+    Attributes:
+        name: short, shown in reports and carried in markers.
+        method: the method that is replaced.
+    """
+
+    name: str
+    method: str
+
+    def match(self, module: nn.Module) -> WindowSpec | None:
+        """The static facts of a module that looks like this family's, by structure; None for any other."""
+
+    def attention(self, module: nn.Module) -> nn.Module:
+        """The submodule that the section stands in for; hooks anywhere in it make a call run the original."""
+
+    def section(self, module: nn.Module, *args: Any, **kwargs: Any) -> Section | str:
+        """The live facts of a call with these arguments, or one sentence why the original must run."""
+
+    def forward(self, module: nn.Module, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        """What the original computes and returns, with `attend` ((B, H, W, C) to the same) for the section."""
+
+    def example(self, module: nn.Module) -> tuple[Any, ...]:
+        """Positional arguments of a small call, for the probe; each torch.Size becomes a random tensor."""
+
+
+FAMILIES: list[Family] = [Timm(), Torchvision(), HuggingFaceSwin(), HuggingFaceSwinLegacy(), Microsoft()]
+
+
+def match(module: nn.Module) -> tuple[Family, WindowSpec] | None:
+    """The first family that recognises the module, and what it is."""
+    for family in FAMILIES:
+        try:
+            spec = family.match(module)
+        except Exception:  # a foreign module may answer attribute reads with anything
+            spec = None
+        if spec is not None:
+            return family, spec
+    return None
+
+
+def by_name(name: str) -> Family | None:
+    """The family of that name, or None (a marker may come from another version)."""
+    return next((family for family in FAMILIES if family.name == name), None)

@@ -1,0 +1,80 @@
+"""What several families read the same way."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import Pair
+
+
+def pair(value: object) -> Pair | None:
+    """(int, int) of an int or of two of them; None of anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    return None
+
+
+def is_table(table: object, index: object, window: Pair, num_heads: int) -> bool:
+    """Whether these are the relative position bias table and index of a window, with no room for extra tokens."""
+    tokens = window[0] * window[1]
+    return (
+        isinstance(table, Tensor)
+        and tuple(table.shape) == ((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
+        and is_index(index, tokens)
+    )
+
+
+def is_index(index: object, tokens: int) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.int64 and index.numel() == tokens * tokens
+
+
+def is_position_mlp(mlp: object, num_heads: int) -> bool:
+    """Whether this is SwinV2's MLP from log-spaced coordinates to one bias a head."""
+    return (
+        isinstance(mlp, nn.Sequential)
+        and len(mlp) == 3
+        and getattr(mlp[0], "in_features", None) == 2
+        and getattr(mlp[2], "out_features", None) == num_heads
+    )
+
+
+def position_table(mlp: nn.Module, coords: Tensor, num_heads: int) -> Tensor:
+    """SwinV2's bias table (T, heads): 16 · sigmoid of the MLP, which commutes with the gathering (eq. 3)."""
+    return 16 * torch.sigmoid(mlp(coords).view(-1, num_heads))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
+    return type(module) is nn.Linear
+
+
+def zero_token(*projections: nn.Module) -> Tensor | None:
+    """What plain projections make of a zero token: their biases one after the other; None where none has one."""
+    biases = [projection.bias for projection in projections]
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        bias if bias is not None else projection.weight.new_zeros(projection.weight.shape[0])
+        for bias, projection in zip(biases, projections, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def separate_bias(attn: nn.Module) -> Tensor | None:
+    """SwinV2's bias of the packed projection, (3 * heads * D,): q's, zeros (or the buffer k_bias), v's; or None."""
+    if attn.q_bias is None:
+        return None
+    k_bias = getattr(attn, "k_bias", None)
+    return torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias) if k_bias is None else k_bias, attn.v_bias))
+
+
+def positional_names(method: object) -> tuple[str, ...]:
+    """Names of a method's positional parameters after self."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]  # type: ignore[arg-type]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)

@@ -1,0 +1,112 @@
+"""Hugging Face Swin of transformers 5: `SwinLayer`, (B, H * W, C) in, (the same, None) out.
+
+H and W come as an argument. The layer shrinks its own window and shift for good when an image is small, unless
+`always_partition`, and its attention goes through an interface of which only "sdpa" returns no weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import Geometry, Section, WindowSpec
+from ._common import (
+    is_plain_linear,
+    is_table,
+    pair,
+    zero_token,
+)
+
+
+def separate_projections(*projections: nn.Module) -> Any:
+    return lambda x: tuple(projection(x) for projection in projections)
+
+
+def separate_padding(*projections: nn.Module) -> Any:
+    return (lambda: zero_token(*projections)) if all(map(is_plain_linear, projections)) else None
+
+
+def square_geometry(module: nn.Module, dimensions: Any) -> Geometry | str:
+    window, shift = module.window_size, module.shift_size
+    if not (isinstance(window, int) and isinstance(shift, int) and pair(dimensions)):
+        return "window, shift or input_dimensions are tensors, as they are while a model is traced"
+    return Geometry((dimensions[0], dimensions[1]), (window, window), (shift, shift))
+
+
+class HuggingFaceSwin:
+    """SwinLayer of transformers 5."""
+
+    name = "hf_swin"
+    method = "forward"
+
+    def match(self, module: nn.Module) -> WindowSpec | None:
+        attn, size = getattr(module, "attention", None), getattr(module, "window_size", None)
+        bias = getattr(attn, "relative_position_bias", None)
+        if attn is None or not isinstance(size, int) or bias is None:
+            return None
+        window, heads = pair(bias.window_size), attn.num_attention_heads
+        if window is None or not is_table(
+            bias.relative_position_bias_table, bias.relative_position_index, window, heads
+        ):
+            return None
+        if not hasattr(module, "set_shift_and_window_size") or not hasattr(attn, "o_proj"):
+            return None
+        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.head_dim, False)
+
+    def attention(self, module: nn.Module) -> nn.Module:
+        return module.attention
+
+    def section(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        input_dimensions: Any,
+        always_partition: bool = False,
+        **kwargs: Any,
+    ) -> Section | str:
+        attn = module.attention
+        if attn.config._attn_implementation != "sdpa":
+            return f"attn_implementation={attn.config._attn_implementation!r} returns attention weights"
+        if kwargs.get("output_attentions"):
+            return "attention weights are requested"
+        if not always_partition:
+            module.set_shift_and_window_size(input_dimensions)
+        geometry = square_geometry(module, input_dimensions)
+        if isinstance(geometry, str):
+            return geometry
+        bias = attn.relative_position_bias
+        if bias.window_size != geometry.window:
+            return f"the bias table belongs to a window of {bias.window_size[0]}, not {geometry.window[0]}"
+        return Section(
+            geometry=geometry,
+            num_heads=attn.num_attention_heads,
+            head_dim=attn.head_dim,
+            project=separate_projections(attn.q_proj, attn.k_proj, attn.v_proj),
+            output=lambda y: module.dropout(attn.o_proj(y)),
+            padding=separate_padding(attn.q_proj, attn.k_proj, attn.v_proj),
+            table=lambda: bias.relative_position_bias_table,
+            sources=(bias.relative_position_bias_table,),
+            index=bias.relative_position_index.view(geometry.tokens, -1),
+            scale=attn.scaling,
+            dropout=attn.attention_dropout if attn.training else 0.0,
+        )
+
+    def forward(
+        self, module: nn.Module, attend: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        batch, _, channels = hidden_states.shape
+        image = module.layernorm_before(hidden_states).view(batch, *input_dimensions, channels)
+        hidden_states = hidden_states + module.drop_path(attend(image).view(hidden_states.shape))
+        residual = hidden_states
+        hidden_states = module.mlp(module.layernorm_after(hidden_states))
+        return module.dropout(hidden_states) + residual, None
+
+    def example(self, module: nn.Module) -> tuple[Any, ...]:
+        return layer_example(module, module.attention.o_proj.out_features)
+
+
+def layer_example(module: nn.Module, channels: int) -> tuple[Any, ...]:
+    height, width = 2 * module.window_size, 2 * module.window_size + 1  # padded on one axis
+    return torch.Size((2, height * width, channels)), (height, width)

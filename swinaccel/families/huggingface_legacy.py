@@ -1,0 +1,115 @@
+"""Hugging Face layers with `attention.self` and `attention.output`: Swin of transformers 4 and its siblings, Swinv2.
+
+(B, H * W, C) in, a tuple out; H and W come as an argument. Swin shrinks its own window and shift for good when an
+image is small; Swinv2 never looks, normalises after what it normalises, and adds its shift mask twice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
+from ._common import is_index, is_position_mlp, pair, position_table, positional_names
+from .huggingface import layer_example, separate_padding, separate_projections, square_geometry
+
+
+class HuggingFaceSwinLegacy:
+    """SwinLayer of transformers 4 and its siblings of that layout, and Swinv2Layer of both."""
+
+    name = "hf_swin_legacy"
+    method = "forward"
+
+    def match(self, module: nn.Module) -> WindowSpec | None:
+        outer, size = getattr(module, "attention", None), getattr(module, "window_size", None)
+        attn = getattr(outer, "self", None)
+        if attn is None or not isinstance(size, int) or not isinstance(module.shift_size, int):
+            return None
+        if not all(hasattr(module, name) for name in ("layernorm_before", "layernorm_after", "intermediate")):
+            return None
+        window, heads, cosine = pair(tuple(attn.window_size)), attn.num_attention_heads, hasattr(attn, "logit_scale")
+        if window is None or not is_index(attn.relative_position_index, window[0] * window[1]):
+            return None
+        if cosine:
+            mlp = attn.continuous_position_bias_mlp
+            if not is_position_mlp(mlp, heads) or attn.logit_scale.numel() != heads:
+                return None
+        elif not isinstance(attn.relative_position_bias_table, Tensor):
+            return None
+        elif attn.relative_position_bias_table.shape[0] != (2 * window[0] - 1) * (2 * window[1] - 1):
+            return None
+        _NAMES[type(module)] = positional_names(type(module).forward)
+        return WindowSpec(
+            self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine
+        )
+
+    def attention(self, module: nn.Module) -> nn.Module:
+        return module.attention
+
+    def section(self, module: nn.Module, *args: Any, **kwargs: Any) -> Section | str:
+        arguments = _named(module, args, kwargs)
+        if arguments.get("output_attentions"):
+            return "attention weights are requested"
+        if arguments.get("head_mask") is not None:
+            return "a head_mask is given"
+        outer = module.attention
+        attn, heads = outer.self, outer.self.num_attention_heads
+        if getattr(outer, "pruned_heads", None):
+            return "attention heads were pruned"
+        dimensions = arguments["input_dimensions"]
+        if hasattr(module, "set_shift_and_window_size") and not arguments.get("always_partition"):
+            module.set_shift_and_window_size(dimensions)
+        geometry = square_geometry(module, dimensions)
+        if isinstance(geometry, str):
+            return geometry
+        if tuple(attn.window_size) != geometry.window:
+            return f"the bias table belongs to a window of {attn.window_size[0]}, not {geometry.window[0]}"
+        if hasattr(attn, "logit_scale"):
+            mlp, coords = attn.continuous_position_bias_mlp, attn.relative_coords_table
+            bias = {
+                "table": lambda: position_table(mlp, coords, heads),
+                "sources": (*mlp.parameters(), coords),
+                "logit_scale": attn.logit_scale,
+                "mask_value": 2 * SHIFT_MASK_VALUE,  # added once before and once after a reshape
+            }
+        else:
+            bias = {
+                "table": lambda: attn.relative_position_bias_table,
+                "sources": (attn.relative_position_bias_table,),
+                "scale": 1 / math.sqrt(attn.attention_head_size),
+            }
+        return Section(
+            geometry=geometry,
+            num_heads=heads,
+            head_dim=attn.attention_head_size,
+            project=separate_projections(attn.query, attn.key, attn.value),
+            output=lambda y: outer.output(y, y),
+            padding=separate_padding(attn.query, attn.key, attn.value),
+            index=attn.relative_position_index,
+            dropout=attn.dropout.p if attn.training else 0.0,
+            **bias,
+        )
+
+    def forward(self, module: nn.Module, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        arguments = _named(module, args, kwargs)
+        x = arguments["hidden_states"]
+        image = (x.shape[0], *arguments["input_dimensions"], x.shape[2])
+        if hasattr(module.attention.self, "logit_scale"):  # both norms come after what they normalise
+            x = x + module.drop_path(module.layernorm_before(attend(x.view(image)).view(x.shape)))
+            mlp = module.output(module.intermediate(x))
+            return (x + module.drop_path(module.layernorm_after(mlp)),)
+        x = x + module.drop_path(attend(module.layernorm_before(x).view(image)).view(x.shape))
+        return (x + module.output(module.intermediate(module.layernorm_after(x))),)
+
+    def example(self, module: nn.Module) -> tuple[Any, ...]:
+        return layer_example(module, module.attention.self.query.in_features)
+
+
+# Positional parameters of the layers' forwards: they differ between models and versions of transformers.
+_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_NAMES[type(module)], args, strict=False)), **kwargs}

@@ -1,0 +1,169 @@
+"""Puts a dispatcher on a class and a marker on an instance, and takes both away again.
+
+The dispatcher is a plain function installed with `wrapt.wrap_object`: a `wrapt.FunctionWrapper` must not stand
+where dynamo may trace it, since dynamo silently compiles what it wraps. The marker is a string in the instance's
+`__dict__`, read as an attribute over the class default None, so that deep copies, EMA copies, pickles and replicas
+carry it and can be loaded where swinaccel is not installed, where it means nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import wrapt
+from torch import nn
+
+from . import dispatch
+from .config import AccelConfig, env_disabled
+from .families import Family, by_name
+
+MARKER = "_swinaccel"
+
+off: ContextVar[bool] = ContextVar("swinaccel_off", default=False)
+
+_lock = threading.RLock()
+_installed: dict[tuple[type, str], Any] = {}  # (class, method): wrapt's handle
+_stats: weakref.WeakKeyDictionary[nn.Module, dispatch.Stats] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Marked:
+    family: Family
+    config: AccelConfig
+
+
+_parsed: dict[str, _Marked | None] = {}
+
+
+def encode(family: Family, config: AccelConfig) -> str:
+    """The marker of an instance."""
+    text = json.dumps({"family": family.name, "options": json.loads(config.to_json())}, sort_keys=True)
+    _decode(text)
+    return text
+
+
+def _decode(marker: str) -> _Marked | None:
+    if marker not in _parsed:
+        try:
+            content = json.loads(marker)
+            family = by_name(content["family"])
+            _parsed[marker] = None if family is None else _Marked(family, AccelConfig(**content["options"]))
+        except (ValueError, TypeError, KeyError):  # written by another version
+            _parsed[marker] = None
+    return _parsed[marker]
+
+
+def owner(cls: type, method: str) -> type:
+    """The class that defines the method which instances of `cls` run."""
+    return next(base for base in cls.__mro__ if method in vars(base))
+
+
+def original(cls: type, method: str) -> Callable[..., Any]:
+    """The class's own method, unbound, without our dispatcher."""
+    base = owner(cls, method)
+    function = vars(base)[method]
+    handle = _installed.get((base, method))
+    return function.__wrapped__ if handle is not None and function is handle else function
+
+
+def foreign_reason(module: nn.Module, method: str) -> str | None:
+    """Why a module's method is not its class's to replace, or None."""
+    if method in module.__dict__:
+        return f"{method} was replaced on this instance"
+    function = vars(owner(type(module), method))[method]
+    if not isinstance(function, type(owner)) or isinstance(function, wrapt.BaseObjectProxy):
+        return f"{type(module).__name__}.{method} was wrapped by someone else"
+    return None
+
+
+def marker(module: nn.Module) -> str | None:
+    return module.__dict__.get(MARKER)
+
+
+def marked(module: nn.Module) -> tuple[Family, AccelConfig] | None:
+    """Family and options of an accelerated instance, whose class has its dispatcher; None for any other."""
+    text = marker(module)
+    if text is None:
+        return None
+    found = _decode(text)
+    if found is None or (owner(type(module), found.family.method), found.family.method) not in _installed:
+        return None
+    return found.family, found.config
+
+
+def stats(module: nn.Module) -> dispatch.Stats:
+    found = _stats.get(module)
+    if found is None:
+        found = _stats[module] = dispatch.Stats()
+    return found
+
+
+def mark(module: nn.Module, text: str) -> None:
+    """Accelerate one instance: its class gets the dispatcher, it gets the marker."""
+    found = _decode(text)
+    if found is None:
+        return
+    with _lock:
+        _install(owner(type(module), found.family.method), found.family.method)
+        module.__dict__[MARKER] = text
+
+
+def unmark(modules: Iterable[nn.Module]) -> None:
+    """Undo `mark`, and take the dispatcher from every class that no accelerated instance is left of."""
+    with _lock:
+        for module in modules:
+            module.__dict__.pop(MARKER, None)
+            _stats.pop(module, None)
+        if not _installed:
+            return
+        alive: set[tuple[type, str]] = set()
+        for instance in gc.get_objects():
+            # Copies are made without our knowledge, so the living are counted, not a register of them.
+            if issubclass(type(instance), nn.Module) and MARKER in instance.__dict__:
+                found = _decode(instance.__dict__[MARKER])
+                if found is not None:
+                    alive.add((owner(type(instance), found.family.method), found.family.method))
+        for key in _installed.keys() - alive:
+            _remove(key)
+
+
+def _install(cls: type, method: str) -> None:
+    if (cls, method) in _installed:
+        return
+    _installed[cls, method] = wrapt.wrap_object(cls, method, _dispatcher)
+    setattr(cls, MARKER, None)
+
+
+def _remove(key: tuple[type, str]) -> None:
+    cls, method = key
+    wrapt.unwrap_object(cls, method, _installed.pop(key))
+    if MARKER in vars(cls) and not any(other == cls for other, _ in _installed):
+        delattr(cls, MARKER)
+
+
+def _dispatcher(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that takes the method's place: unmarked instances run `method`, marked ones `dispatch.run`."""
+
+    @functools.wraps(method)
+    def dispatcher(self: Any, *args: Any, **kwargs: Any) -> Any:
+        text = self._swinaccel
+        if text is None or off.get() or env_disabled():
+            return method(self, *args, **kwargs)
+        found = _parsed.get(text)
+        if found is None:
+            return method(self, *args, **kwargs)
+        counted = None if torch.compiler.is_compiling() else stats(self)
+        return dispatch.run(found.family, self, method, found.config, counted, args, kwargs)
+
+    # functools.wraps copies it, and dynamo would then take the dispatcher for the original.
+    dispatcher.__dict__.pop("_torchdynamo_orig_callable", None)
+    return dispatcher

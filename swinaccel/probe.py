@@ -1,0 +1,124 @@
+"""The proof behind a signature: a class's own forward against its family's reading of it, once, in fp64 on the CPU.
+
+Attributes can look right and mean something else: a subclass with a changed forward, a copy that skips the
+projection, another version of a library. So before a kind of module is trusted, a small copy of one, with every
+parameter drawn at random (fresh tables are almost zero and fresh norms can be exactly zero, and would hide a
+difference), runs both ways.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, reference
+from .families import Family
+from .spec import Section, WindowSpec
+
+# Homes of the surveyed implementations, whose instances differ in nothing but what their family reads.
+_SURVEYED = ("timm.models.swin_transformer", "torchvision.models.swin_transformer", "transformers.models.")
+_TOLERANCE = 1e-6
+
+_verdicts: dict[tuple, str | None] = {}
+
+
+def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Callable[..., Any]) -> str | None:
+    """Why this kind of module is not what its family takes it for, or None where it is; probed once for each kind.
+
+    Args:
+        module: any instance; it is not changed and not called.
+        original: the class's own method, unbound, without a dispatcher of ours.
+    """
+    key = _kind(module, family, spec, original)
+    if key not in _verdicts:
+        _verdicts[key] = _probe(module, family, original)
+    return _verdicts[key]
+
+
+def _kind(module: nn.Module, family: Family, spec: WindowSpec, original: Callable[..., Any]) -> tuple:
+    parts = tuple((name, type(part)) for name, part in module.named_modules())
+    tensors = tuple(name for name, _ in module.named_parameters()) + tuple(
+        name for name, _ in module.named_buffers()
+    )
+    settings: tuple = ()
+    if not type(module).__module__.startswith(_SURVEYED):
+        settings = tuple(
+            (name, repr(value))
+            for part in (module, *family.attention(module).modules())
+            for name, value in sorted(vars(part).items())
+            if isinstance(value, (bool, int, float, str, tuple, list)) and name != "training"
+        )
+    return family.name, original, parts, tensors, any(spec.shift), settings
+
+
+def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> str | None:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            twin = _random_twin(module)
+            args = tuple(
+                torch.randn(arg, dtype=torch.float64) if isinstance(arg, torch.Size) else arg
+                for arg in family.example(twin)
+            )
+            section = family.section(twin, *args)
+            if isinstance(section, str):
+                return section
+            expected = _first(original(twin, *args))
+            found = _first(family.forward(twin, lambda x: _attend(section, x), *args))
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        return f"the probe of its forward failed ({type(error).__name__}: {text[0] if text else ''})"
+    if expected.shape != found.shape:
+        return f"its forward gives {tuple(expected.shape)} where {family.name} gives {tuple(found.shape)}"
+    difference = (expected - found).abs().max() / expected.abs().max()
+    if not difference <= _TOLERANCE:
+        return f"its forward is not that of {family.name}: outputs differ by {difference:.1e} of their size"
+    dispatch.trusted_types.update(type(part) for part in family.attention(module).modules())
+    return None
+
+
+def _random_twin(module: nn.Module) -> nn.Module:
+    """A CPU copy in fp64 and eval mode, without hooks, every parameter random and none of them copied."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+        memo[id(parameter)] = nn.Parameter(
+            torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5), False
+        )
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()
+    return twin.to("cpu", torch.float64).eval()
+
+
+def _attend(section: Section, x: Tensor) -> Tensor:
+    qkv = section.project(x)
+    q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
+    if section.padding is None and section.geometry.is_padded:
+        raise ValueError("the padding tokens of a wrapped projection are unknown")
+    out = reference.shifted_window_attention(
+        q,
+        k,
+        v,
+        section.geometry,
+        num_heads=section.num_heads,
+        table=section.table(),
+        index=section.index,
+        padding=section.padding() if section.padding is not None else None,
+        mask=section.mask,
+        mask_value=section.mask_value,
+        scale=section.scale,
+        logit_scale=section.logit_scale,
+    )
+    return section.output(out)
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result

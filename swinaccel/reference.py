@@ -1,0 +1,171 @@
+"""The oracle: shifted-window attention written out step by step in plain PyTorch, in any dtype, fp64 included.
+
+It materialises everything that the kernels avoid and is meant to be read. Every backend is tested against it, and
+every class that `accelerate` meets is probed with it before it is trusted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import Geometry
+
+
+def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str = "cpu") -> Tensor:
+    """The mask of shifted windows: `value` between tokens of different regions, else 0.
+
+    Returns:
+        (M, N, N), fp32.
+    Source: Liu et al. 2021, arXiv:2103.14030, section 3.2; slices as in the official code, on the padded grid.
+    """
+    regions = torch.zeros(geometry.padded, device=device)
+    count = 0
+    for rows in _slices(geometry.window[0], geometry.shift[0]):
+        for cols in _slices(geometry.window[1], geometry.shift[1]):
+            regions[rows, cols] = count
+            count += 1
+    windows = partition(regions[None, :, :, None], geometry).squeeze(-1)  # (M, N)
+    return (windows[:, :, None] != windows[:, None, :]).float() * value
+
+
+def _slices(window: int, shift: int) -> tuple[slice, slice, slice]:
+    return slice(0, -window), slice(-window, -shift), slice(-shift, None)
+
+
+def partition(image: Tensor, geometry: Geometry) -> Tensor:
+    """(B, H, W, C) of padded size to (B * M, N, C), windows row-major within an image."""
+    batch, _, _, channels = image.shape
+    (rows, cols), (window_h, window_w) = geometry.grid, geometry.window
+    tiles = image.reshape(batch, rows, window_h, cols, window_w, channels)
+    return tiles.transpose(2, 3).reshape(-1, geometry.tokens, channels)
+
+
+def reverse(windows: Tensor, geometry: Geometry) -> Tensor:
+    """(B * M, N, C) to (B, H, W, C) of padded size; undoes `partition`."""
+    (rows, cols), (window_h, window_w) = geometry.grid, geometry.window
+    tiles = windows.reshape(-1, rows, cols, window_h, window_w, windows.shape[-1])
+    return tiles.transpose(2, 3).reshape(-1, *geometry.padded, windows.shape[-1])
+
+
+def cut(image: Tensor, geometry: Geometry, padding: Tensor | None = None) -> Tensor:
+    """Roll, pad and partition an image (B, H, W, C), in the geometry's order, to (B * M, N, C).
+
+    Padding tokens hold `padding` (C,), or zeros.
+    """
+
+    def pad(image: Tensor) -> Tensor:
+        (height, width), (padded_h, padded_w) = geometry.size, geometry.padded
+        real = F.pad(image.new_ones(1, height, width, 1), (0, 0, 0, padded_w - width, 0, padded_h - height))
+        image = F.pad(image, (0, 0, 0, padded_w - width, 0, padded_h - height))
+        return image if padding is None else torch.where(real.bool(), image, padding.to(image.dtype))
+
+    shifts = (-geometry.shift[0], -geometry.shift[1])
+    if geometry.roll_first:
+        image = pad(torch.roll(image, shifts, dims=(1, 2)))
+    else:
+        image = torch.roll(pad(image), shifts, dims=(1, 2))
+    return partition(image, geometry)
+
+
+def join(windows: Tensor, geometry: Geometry) -> Tensor:
+    """Undo `cut`: (B * M, N, C) to (B, H, W, C), padding dropped."""
+    image = reverse(windows, geometry)
+    height, width = geometry.size
+    if geometry.roll_first:
+        return torch.roll(image[:, :height, :width], geometry.shift, dims=(1, 2))
+    return torch.roll(image, geometry.shift, dims=(1, 2))[:, :height, :width]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    logit_scale: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Window attention with additive bias and mask.
+
+    Args:
+        q, k, v: (windows, heads, N, D).
+        bias: (heads, N, N), natural units.
+        mask: (M, N, N); window i uses row i mod M.
+        scale: multiplies q kᵀ; unused with `logit_scale`.
+        logit_scale: (heads,) before clamp and exp: scores are cos(q, k) · exp(min(logit_scale, ln 100)).
+        dropout: probability at which an attention weight is dropped.
+    Returns:
+        (windows, heads, N, D).
+    Source: arXiv:2103.14030, eq. 4; arXiv:2111.09883, eq. 2.
+    """
+    if logit_scale is None:
+        scores = (q * scale) @ k.transpose(-2, -1)
+    else:
+        cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        scores = cosine * logit_scale.view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        windows, heads, tokens, _ = scores.shape
+        scores = scores.view(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None].to(scores.dtype)
+        scores = scores.view(windows, heads, tokens, tokens)
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+def split_heads(windows: Tensor, num_heads: int) -> Tensor:
+    """(windows, N, heads * D) to (windows, heads, N, D)."""
+    return windows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
+    """Relative position bias (heads, N, N) from its table (T, heads) and index (N, N)."""
+    return table[index.reshape(-1)].view(*index.shape, -1).permute(2, 0, 1)
+
+
+def shifted_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    *,
+    num_heads: int,
+    table: Tensor | None = None,
+    index: Tensor | None = None,
+    padding: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_value: float = -100.0,
+    scale: float = 1.0,
+    logit_scale: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Shifted-window attention from image to image.
+
+    Args:
+        q, k, v: (B, H, W, heads * D).
+        geometry: window, shift and their order.
+        num_heads: heads.
+        table, index: (T, heads) and (N, N), the relative position bias; both or neither.
+        padding: (3 * heads * D,), q, k and v of a padding token; zeros without.
+        mask: (M, N, N), in place of the mask that the shift implies.
+        mask_value: what the implied mask adds between regions.
+        scale, logit_scale, dropout: as in `attention`.
+    Returns:
+        (B, H, W, heads * D).
+    """
+    pads = padding.chunk(3) if padding is not None else (None, None, None)
+    q, k, v = (
+        split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True)
+    )
+    if mask is None and geometry.is_shifted and mask_value:
+        mask = shift_mask(geometry, mask_value, device=q.device)
+    bias = None if table is None or index is None else bias_from_table(table, index)
+    out = attention(
+        q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout
+    )
+    return join(out.transpose(1, 2).flatten(2), geometry)

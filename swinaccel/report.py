@@ -1,0 +1,108 @@
+"""What is accelerated, what is not, and why: one entry for each module with window attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+from .spec import Pair
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module.
+
+    Attributes:
+        name: its path in the model, "" for the model itself.
+        family: who recognised it.
+        status: "accelerated" or "original".
+        reason: why it, or its last call that did so, runs the original; None otherwise.
+        window, shift: (rows, columns), now.
+        num_heads, head_dim: of its attention.
+        bias: the form in use, such as "table" or "factors, rank 16, error 1.2e-03"; None before the first call.
+        calls, fallbacks: calls so far, and how many of them ran the original. Compiled calls are not counted.
+    """
+
+    name: str
+    family: str
+    status: str
+    reason: str | None
+    window: Pair
+    shift: Pair
+    num_heads: int
+    head_dim: int
+    bias: str | None = None
+    calls: int = 0
+    fallbacks: int = 0
+
+
+class Report:
+    """Entries in the order of the model; iterates, counts and prints as a table."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = tuple(entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def accelerated(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.status == "accelerated"]
+
+    @property
+    def original(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.status == "original"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: {"accelerated": count, "original": count, "entries": [...]}."""
+        return {
+            "accelerated": len(self.accelerated),
+            "original": len(self.original),
+            "entries": [asdict(entry) for entry in self.entries],
+        }
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.entries:
+            return "swinaccel: no window attention found"
+        return f"swinaccel: {len(self.accelerated)} of {len(self.entries)} window attentions accelerated"
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return self.summary()
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=140, highlight=False).print(self.__rich__())
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> Any:
+        """The table, for rich."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left")
+        for column in ("module", "family", "status", "window", "shift", "heads", "bias", "calls", "reason"):
+            table.add_column(column, overflow="fold")
+        for entry in self.entries:
+            calls = f"{entry.calls}" + (f" ({entry.fallbacks} original)" if entry.fallbacks else "")
+            table.add_row(
+                entry.name or "(model)",
+                entry.family,
+                entry.status,
+                "x".join(map(str, entry.window)),
+                "x".join(map(str, entry.shift)),
+                f"{entry.num_heads}x{entry.head_dim}",
+                entry.bias or "",
+                calls,
+                entry.reason or "",
+            )
+        return table

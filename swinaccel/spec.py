@@ -1,0 +1,123 @@
+"""The facts of window attention: what a module is (WindowSpec), where its windows lie (Geometry), what one call
+of it does (Section).
+
+Axis letters, used everywhere: B images, H and W image rows and columns, C channels, N tokens per window, D head
+dim, T rows of the relative position bias table, R rank of bias factors, M windows per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Pair = tuple[int, int]
+SHIFT_MASK_VALUE = -100.0  # every Swin adds -100, and never -inf, between regions of a shifted window
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """What is static about a module with window attention, as the report shows it.
+
+    Attributes:
+        family: the family that recognised the module.
+        window, shift: (rows, columns) at the time of the look; both are read again at every call.
+        num_heads, head_dim: of the attention.
+        cosine: scaled cosine attention (SwinV2) rather than scaled dot product.
+    """
+
+    family: str
+    window: Pair
+    shift: Pair
+    num_heads: int
+    head_dim: int
+    cosine: bool
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the windows of one call lie.
+
+    Attributes:
+        size: (H, W) of the image.
+        window: (rows, columns) of a window.
+        shift: how far the image is rolled up and left, after every clamping of the original.
+        roll_first: timm rolls and then pads; everyone else pads and then rolls.
+    """
+
+    size: Pair
+    window: Pair
+    shift: Pair = (0, 0)
+    roll_first: bool = False
+
+    @property
+    def grid(self) -> Pair:
+        """Windows per axis, the last ones padded at the bottom and the right."""
+        return -(-self.size[0] // self.window[0]), -(-self.size[1] // self.window[1])
+
+    @property
+    def padded(self) -> Pair:
+        grid = self.grid
+        return grid[0] * self.window[0], grid[1] * self.window[1]
+
+    @property
+    def num_windows(self) -> int:
+        grid = self.grid
+        return grid[0] * grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens per window."""
+        return self.window[0] * self.window[1]
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padded != self.size
+
+    @property
+    def is_shifted(self) -> bool:
+        return self.shift != (0, 0)
+
+    @property
+    def roll(self) -> Pair:
+        """The shift as a roll of the axis that is rolled, in [0, length)."""
+        length = self.size if self.roll_first else self.padded
+        return self.shift[0] % length[0], self.shift[1] % length[1]
+
+
+@dataclass
+class Section:
+    """The live facts of one call: everything between the qkv projection's input and the output projection's output.
+
+    Attributes:
+        geometry: where the windows lie.
+        num_heads, head_dim: of the attention.
+        project: (..., C) to (..., 3 * heads * D) packed as q, k, v, or to the three apart.
+        output: (..., heads * D) to (..., C), projection and its dropout.
+        padding: gives what `project` makes of a zero token, as a vector (3 * heads * D,) or None for zeros;
+            None itself where that cannot be read off the projection.
+        table: gives the relative position bias table (T, heads), with every transform applied.
+        index: (N, N), int64; row of the table for (query, key).
+        sources: the tensors that `table` is computed from.
+        scale: factor of the scores, natural units; unused where `logit_scale` is given.
+        logit_scale: one value a head, before its clamp and exp (cosine attention), or None.
+        mask_value: added between regions of a shifted window; 0 where nothing is.
+        mask: (M, N, N) to add in place of the regions, or None.
+        dropout: probability at which attention weights are dropped in this call.
+    """
+
+    geometry: Geometry
+    num_heads: int
+    head_dim: int
+    project: Callable[[Tensor], Tensor | tuple[Tensor, Tensor, Tensor]]
+    output: Callable[[Tensor], Tensor]
+    padding: Callable[[], Tensor | None] | None
+    table: Callable[[], Tensor]
+    index: Tensor
+    sources: tuple[Tensor, ...]
+    scale: float = 1.0
+    logit_scale: Tensor | None = None
+    mask_value: float = SHIFT_MASK_VALUE
+    mask: Tensor | None = None
+    dropout: float = 0.0

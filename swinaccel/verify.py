@@ -1,0 +1,139 @@
+"""Is the accelerated model as right as the original, on this machine, for these inputs?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import api
+from .report import Report
+
+MAX_RATIO, MEAN_RATIO = 2.0, 1.1
+_FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the output's size: about one rounding of it
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Errors against a reference of higher precision, over all output tensors.
+
+    Attributes:
+        passed: the accelerated model errs at most twice (max) and 1.1 times (mean) as much as the original does, or
+            less than one rounding of the output; it is finite where the original is; something was accelerated.
+        max_error, mean_error: of the accelerated model, relative to the reference's largest absolute value.
+        original_max_error, original_mean_error: likewise of the original.
+        reference: dtype of the reference, "float64" or "float32".
+        report: what was accelerated, and whether it ran.
+    """
+
+    passed: bool
+    max_error: float
+    mean_error: float
+    original_max_error: float
+    original_mean_error: float
+    reference: str
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = asdict(self)
+        values["report"] = self.report.to_dict()
+        return values
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        return (
+            f"{verdict}: against {self.reference}, max error {self.max_error:.2e} (original"
+            f" {self.original_max_error:.2e}), mean {self.mean_error:.2e} (original"
+            f" {self.original_mean_error:.2e}); {self.report.summary()}"
+        )
+
+
+def verify(model: nn.Module, *example_inputs: Any, **options: Any) -> VerifyResult:
+    """Run a model accelerated, as it was, and in fp64, on the same inputs, and compare.
+
+    Args:
+        model: accelerated or not; one that is not is accelerated, with `options`, for the time of the call. It is
+            run in eval mode and handed back in the mode it came in.
+        *example_inputs: what the model is called with.
+        **options: the fields of `AccelConfig`.
+    Returns:
+        A `VerifyResult`; its truth is `passed`.
+    Raises:
+        ValueError: where no example input is given, or an output holds no floating-point tensor.
+    """
+    if not example_inputs:
+        raise ValueError("verify needs the inputs to call the model with: verify(model, images)")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), api.accelerated(model, **options):
+            with api.disabled():
+                original = _flat(model(*example_inputs))
+            found = _flat(model(*example_inputs))
+            with api.disabled():
+                reference, dtype = _reference(model, example_inputs)
+            report = api.report(model)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not found:
+        raise ValueError("the model's output holds no floating-point tensor to compare")
+    max_error, mean_error, finite = _errors(found, reference)
+    original_max, original_mean, original_finite = _errors(original, reference)
+    floor = max(_FLOOR.get(tensor.dtype, 1e-5) for tensor in found)
+    passed = (
+        (finite or not original_finite)
+        and (not original_finite or max_error <= max(MAX_RATIO * original_max, floor))
+        and (not original_finite or mean_error <= max(MEAN_RATIO * original_mean, floor / 4))
+        and bool(report.accelerated)
+        and all(entry.fallbacks == 0 for entry in report)
+    )
+    return VerifyResult(
+        passed, max_error, mean_error, original_max, original_mean, str(dtype).split(".")[-1], report
+    )
+
+
+def _reference(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor], torch.dtype]:
+    dtype = torch.float32 if any(p.device.type == "mps" for p in model.parameters()) else torch.float64
+    twin = copy.deepcopy(model).to(dtype)
+    return _flat(twin(*(_cast(value, dtype) for value in inputs))), dtype
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _flat(output: Any) -> list[Tensor]:
+    return list(_tensors(output))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _errors(outputs: list[Tensor], references: list[Tensor]) -> tuple[float, float, bool]:
+    """Largest and mean error relative to the reference's size, over all tensors, and whether all are finite."""
+    largest = mean = 0.0
+    finite = True
+    for output, reference in zip(outputs, references, strict=True):
+        if output.numel() == 0:
+            continue
+        error = (output.to(reference.dtype) - reference).abs()
+        size = reference.abs().max().clamp_min(1e-30)
+        largest = max(largest, (error.max() / size).item())
+        mean = max(mean, (error.mean() / size).item())
+        finite = finite and bool(torch.isfinite(output).all())
+    return largest, mean, finite
