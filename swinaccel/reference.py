@@ -113,9 +113,9 @@ def attention(
         scores = scores + bias
     if mask is not None:
         windows, heads, tokens, _ = scores.shape
-        scores = scores.view(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None].to(scores.dtype)
+        scores = scores.view(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None]
         scores = scores.view(windows, heads, tokens, tokens)
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
 
 
 def split_heads(windows: Tensor, num_heads: int) -> Tensor:

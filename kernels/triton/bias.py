@@ -16,22 +16,28 @@ def _expand_bias_kernel(
     stride_table_row,
     stride_table_head,
     num_tokens,
+    num_rows,
     num_cols,
     LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """One program: BLOCK entries of one row of one head; table[index] · log2(e), -inf beyond the window."""
+    """One program: a tile of one head; table[index] · log2(e), -inf in columns beyond the window."""
     head = tl.program_id(0)
-    row = tl.program_id(1)
-    offs_n = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = (offs_n < num_tokens) & (row < num_tokens)
-    index = tl.load(index_ptr + row * num_tokens + offs_n, mask=inside, other=0)
+    offs_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    offs_n = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
+    index = tl.load(index_ptr + offs_m[:, None] * num_tokens + offs_n[None, :], mask=inside, other=0)
     bias = tl.load(table_ptr + index * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
     # The dense form may be narrower than the table: keep its range, an fp16 infinity would make NaN of it.
     bias = tl.minimum(tl.maximum(bias.to(tl.float32) * LOG2E, -LIMIT), LIMIT)
-    bias = tl.where(offs_n < num_tokens, bias, float("-inf"))
-    offs_dense = head.to(tl.int64) * stride_dense_head + row * stride_dense_row + offs_n
-    tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=offs_n < num_cols)
+    bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
+    offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
+    tl.store(
+        dense_ptr + offs_dense,
+        bias.to(dense_ptr.dtype.element_ty),
+        mask=(offs_m < num_rows)[:, None] & (offs_n < num_cols)[None, :],
+    )
 
 
 @triton.jit

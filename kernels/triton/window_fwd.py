@@ -257,17 +257,17 @@ def _window_attention_fwd_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        row, col, real_n = locate_tokens(
+        row_n, col_n, real_n = locate_tokens(
             offs_n, window_row, window_col, height, width, padded_height, padded_width,
             roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
         )  # fmt: skip
-        padding = (offs_n < N) & (real_n == 0)
-        offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+        padding_n = (offs_n < N) & (real_n == 0)
+        offs_token_n = row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col
         k = load_tokens(
-            k_ptr + offs_image, offs_token, real_n, padding, pad_k_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+            k_ptr + offs_image, offs_token_n, real_n, padding_n, pad_k_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
         )
         v = load_tokens(
-            v_ptr + offs_image, offs_token, real_n, padding, pad_v_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+            v_ptr + offs_image, offs_token_n, real_n, padding_n, pad_v_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
         )
         if COSINE:
             k = normalize(k).to(v.dtype)
@@ -281,8 +281,8 @@ def _window_attention_fwd_kernel(
                     table_ptr, index_ptr, head, offs_m, offs_n, stride_table_row, stride_table_head, N
                 )
             else:
-                offs_factor = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
-                k_factor = tl.load(k_factor_ptr + offs_factor, mask=(offs_n < N)[:, None], other=0.0)
+                offs_factor_n = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
+                k_factor = tl.load(k_factor_ptr + offs_factor_n, mask=(offs_n < N)[:, None], other=0.0)
                 start = tl.dot(q_factor, tl.trans(k_factor), input_precision=PRECISION)
         else:
             start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

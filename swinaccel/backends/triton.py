@@ -233,16 +233,18 @@ def _expand_bias(table: Tensor, index: Tensor | None, dtype: torch.dtype, block_
     rows, cols = -(-tokens // block_m) * block_m, -(-tokens // block_n) * block_n
     dense_dtype = torch.float32 if dtype == torch.float32 else torch.float16
     dense = torch.empty((heads, rows, cols), dtype=dense_dtype, device=table.device)
-    block = 256
-    bias_kernels._expand_bias_kernel[(heads, rows, -(-cols // block))](
+    tile_rows, tile_cols = 16, 128
+    bias_kernels._expand_bias_kernel[(heads, -(-rows // tile_rows), -(-cols // tile_cols))](
         dense,
         table,
         index,
         *dense.stride()[:2],
         *table.stride(),
         tokens,
+        rows,
         cols,
         LIMIT=3e38 if dense_dtype == torch.float32 else 6e4,
-        BLOCK=block,
+        ROWS=tile_rows,
+        COLS=tile_cols,
     )
     return dense
