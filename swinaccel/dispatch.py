@@ -151,29 +151,25 @@ def _context_reason(x: Any) -> str | None:
 _PLAIN_TENSORS = (Tensor, nn.Parameter, torch._subclasses.FakeTensor)
 
 
-def _hook_reason(attention: nn.Module) -> str | None:
-    """Why modules that the section stands in for must be called: someone watches them, or replaced their forward."""
-    for child in attention.modules() if not torch.compiler.is_compiling() else _tree(attention):
-        if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-        ):
-            return f"{type(child).__name__} inside the attention has hooks, which expect its own tensors"
-        if child is not attention and "forward" in child.__dict__:
-            return f"{type(child).__name__} inside the attention has a forward of its own"
-        if type(child) not in trusted_types:
-            return f"a {type(child).__name__} came into the attention after accelerate(); call it again"
-    return None
-
-
-def _tree(module: nn.Module) -> list[nn.Module]:
-    found = [module]
+def _hook_reason(module: nn.Module, is_inner: bool = False) -> str | None:
+    """Why modules that the section stands in for must be called: someone watches them, or changed them since."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
+    if is_inner and "forward" in module.__dict__:
+        return f"{type(module).__name__} inside the attention has a forward of its own"
+    if type(module) not in trusted_types:
+        return f"a {type(module).__name__} came into the attention after accelerate(); call it again"
     for child in module._modules.values():
         if child is not None:
-            found.extend(_tree(child))
-    return found
+            reason = _hook_reason(child, True)
+            if reason is not None:
+                return reason
+    return None
 
 
 def _section_reason(section: Section, x: Tensor) -> str | None:
@@ -209,7 +205,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _triton_reason(family: Any, module: nn.Module, section: Section, x: Tensor) -> str | None:
     dtype = compute_dtype(x)
-    reason = ops.unsupported_reason(x.device, dtype, section.geometry, section.head_dim)
+    reason = ops.unsupported_reason(x.device, dtype, section.geometry, section.head_dim, env_interpret())
     if reason is None and section.geometry.is_padded and section.padding is None:
         reason = "the image is padded and the projection is not a plain nn.Linear"
     if reason is None and torch.is_grad_enabled():
@@ -233,11 +229,14 @@ def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, i
         factors = bias.factors(section, config, dtype)
         if stats is not None:
             stats.bias = "table" if factors is None else factors.describe()
+    table = None
+    if section.position is not None and not torch.is_grad_enabled():
+        table = ops.position_table(*section.position)
     out = ops.shifted_window_attention(
         qkv,
         section.geometry,
         num_heads=section.num_heads,
-        table=section.table(),
+        table=section.table() if table is None else table,
         index=section.index,
         padding=section.padding() if section.padding is not None and section.geometry.is_padded else None,
         mask=section.mask,

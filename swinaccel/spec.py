@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -51,42 +52,42 @@ class Geometry:
     shift: Pair = (0, 0)
     roll_first: bool = False
 
-    @property
+    @cached_property
     def grid(self) -> Pair:
         """Windows per axis, the last ones padded at the bottom and the right."""
         return -(-self.size[0] // self.window[0]), -(-self.size[1] // self.window[1])
 
-    @property
+    @cached_property
     def padded(self) -> Pair:
         grid = self.grid
         return grid[0] * self.window[0], grid[1] * self.window[1]
 
-    @property
+    @cached_property
     def num_windows(self) -> int:
         grid = self.grid
         return grid[0] * grid[1]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """N, tokens per window."""
         return self.window[0] * self.window[1]
 
-    @property
+    @cached_property
     def is_padded(self) -> bool:
         return self.padded != self.size
 
-    @property
+    @cached_property
     def is_shifted(self) -> bool:
         return self.shift != (0, 0)
 
-    @property
+    @cached_property
     def roll(self) -> Pair:
         """The shift as a roll of the axis that is rolled, in [0, length)."""
         length = self.size if self.roll_first else self.padded
         return self.shift[0] % length[0], self.shift[1] % length[1]
 
 
-@dataclass
+@dataclass(slots=True)
 class Section:
     """The live facts of one call: everything between the qkv projection's input and the output projection's output.
 
@@ -100,6 +101,8 @@ class Section:
         table: gives the relative position bias table (T, heads), with every transform applied.
         index: (N, N), int64; row of the table for (query, key).
         sources: the tensors that `table` is computed from.
+        position: coordinates, hidden weight and bias, and weight, where `table` is SwinV2's 16 · sigmoid of a plain
+            two-layer MLP, so that one kernel may compute it.
         scale: factor of the scores, natural units; unused where `logit_scale` is given.
         logit_scale: one value a head, before its clamp and exp (cosine attention), or None.
         mask_value: added between regions of a shifted window; 0 where nothing is.
@@ -116,6 +119,7 @@ class Section:
     table: Callable[[], Tensor]
     index: Tensor
     sources: tuple[Tensor, ...]
+    position: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     scale: float = 1.0
     logit_scale: Tensor | None = None
     mask_value: float = SHIFT_MASK_VALUE

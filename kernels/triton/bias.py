@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E
+from .tiles import LOG2E, shift_region
 
 
 @triton.jit
@@ -41,20 +41,76 @@ def _expand_bias_kernel(
 
 
 @triton.jit
-def _flag_masked_windows_kernel(
-    masked_ptr,  # (windows,), int32
+def _check_mask_kernel(
+    unusual_ptr,  # (windows, CHECKS), int32
     mask_ptr,  # (windows, N, N)
-    num_entries,  # N * N
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    mask_value,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    CHECKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: whether one window's mask holds anything but zeros."""
-    window = tl.program_id(0).to(tl.int64)
-    found = tl.zeros((BLOCK,), tl.int32)
-    for first in tl.range(0, num_entries, BLOCK):
+    """One program: whether its share of one window's mask is anything but what the shift implies."""
+    ENTRIES: tl.constexpr = WINDOW_H * WINDOW_W * WINDOW_H * WINDOW_W
+    window = tl.program_id(0)
+    last_row = window // windows_w == windows_h - 1
+    last_col = window % windows_w == windows_w - 1
+    unusual = tl.zeros((BLOCK,), tl.int32)
+    for first in tl.range(tl.program_id(1) * BLOCK, ENTRIES, CHECKS * BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        value = tl.load(mask_ptr + window * num_entries + offs, mask=offs < num_entries, other=0.0)
-        found |= (value != 0).to(tl.int32)
-    tl.store(masked_ptr + window, tl.max(found, axis=0))
+        query, key = offs // (WINDOW_H * WINDOW_W), offs % (WINDOW_H * WINDOW_W)
+        region_q = shift_region(query, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        region_k = shift_region(key, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        implied = tl.where(region_q != region_k, mask_value, 0.0)
+        value = tl.load(mask_ptr + window.to(tl.int64) * ENTRIES + offs, mask=offs < ENTRIES, other=0.0)
+        unusual |= ((value.to(tl.float32) != implied) & (offs < ENTRIES)).to(tl.int32)
+    tl.store(unusual_ptr + window * CHECKS + tl.program_id(1), tl.max(unusual, axis=0))
+
+
+@triton.jit
+def _position_table_kernel(
+    table_ptr,  # (T, heads), fp32
+    coords_ptr,  # (T, 2)
+    hidden_weight_ptr,  # (HIDDEN, 2)
+    hidden_bias_ptr,  # (HIDDEN,)
+    weight_ptr,  # (heads, HIDDEN)
+    num_rows,
+    num_heads,
+    HIDDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3 and section 3.3)."""
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_head = tl.arange(0, BLOCK_HEADS)
+    mask_t, mask_head = offs_t < num_rows, offs_head < num_heads
+    row = tl.load(coords_ptr + 2 * offs_t, mask=mask_t, other=0.0).to(tl.float32)
+    col = tl.load(coords_ptr + 2 * offs_t + 1, mask=mask_t, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_HEADS), tl.float32)
+    for first in tl.range(0, HIDDEN, BLOCK_HIDDEN):
+        offs = first + tl.arange(0, BLOCK_HIDDEN)
+        inside = offs < HIDDEN
+        row_weight = tl.load(hidden_weight_ptr + 2 * offs, mask=inside, other=0.0).to(tl.float32)
+        col_weight = tl.load(hidden_weight_ptr + 2 * offs + 1, mask=inside, other=0.0).to(tl.float32)
+        hidden_bias = tl.load(hidden_bias_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        hidden = row[:, None] * row_weight[None, :] + col[:, None] * col_weight[None, :] + hidden_bias[None, :]
+        weight = tl.load(
+            weight_ptr + offs_head[None, :] * HIDDEN + offs[:, None],
+            mask=inside[:, None] & mask_head[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(tl.maximum(hidden, 0.0), weight.to(tl.float32), acc, input_precision="ieee")
+    table = 16.0 / (1.0 + tl.exp(-acc))
+    tl.store(
+        table_ptr + offs_t[:, None] * num_heads + offs_head[None, :],
+        table,
+        mask=mask_t[:, None] & mask_head[None, :],
+    )
 
 
 @triton.jit

@@ -34,7 +34,8 @@ class LargeLaunch:
     num_stages: int
 
 
-def _power_of_two(value: int, least: int = 16) -> int:
+def power_of_two(value: int, least: int = 16) -> int:
+    """The smallest power of two that is at least `value` and `least`."""
     return max(least, 1 << (value - 1).bit_length())
 
 
@@ -42,8 +43,8 @@ def small(
     *, tokens: int, head_dim: int, batch: int, positions: int, element_size: int, shared_memory: int
 ) -> SmallLaunch:
     """Launch for windows of at most SMALL_WINDOW tokens; `positions` is windows per image times heads."""
-    block_n = _power_of_two(tokens)
-    block_d = _power_of_two(head_dim)
+    block_n = power_of_two(tokens)
+    block_d = power_of_two(head_dim)
     images = max(1, min(16, batch, positions * batch // _PROGRAMS_WANTED))
     stage = 3 * block_n * block_d * element_size
     scratch = block_n * max(block_n, block_d) * 4
@@ -54,7 +55,7 @@ def small(
 
 def large(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeLaunch:
     """Launch for windows of more than SMALL_WINDOW tokens."""
-    block_d = _power_of_two(head_dim)
+    block_d = power_of_two(head_dim)
     block_m, block_n = (64, 32) if tokens <= 144 else (128, 64) if tokens <= 256 else (64, 64)
     if element_size > 2:
         block_m, block_n = 64, 32

@@ -18,7 +18,7 @@ from .tiles import LOG2E, load_tokens, locate_tokens, normalize, scaled_query, s
 # How a shift mask reaches the kernel.
 MASK_NONE = tl.constexpr(0)
 MASK_REGIONS = tl.constexpr(1)  # computed from coordinates
-MASK_TENSOR = tl.constexpr(2)  # read from (windows, N, N)
+MASK_TENSOR = tl.constexpr(2)  # read from (windows, N, N), by large windows only where it is not the implied one
 
 # How the relative position bias does.
 BIAS_NONE = tl.constexpr(0)
@@ -48,12 +48,10 @@ def _gather_bias(
 @triton.jit
 def _window_attention_fwd_small_kernel(
     out_ptr,  # (batch, height, width, heads * HEAD_DIM)
-    q_ptr,  # (batch, height, width, heads * HEAD_DIM), as k and v; all three with the same strides
+    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
-    pad_q_ptr,  # (heads * HEAD_DIM,) each: q, k and v of a padding token
-    pad_k_ptr,
-    pad_v_ptr,
+    padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
     table_ptr,  # (T, heads)
     index_ptr,  # (N, N), int64
     mask_ptr,  # (windows, N, N)
@@ -81,6 +79,7 @@ def _window_attention_fwd_small_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
     COSINE: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
@@ -128,18 +127,25 @@ def _window_attention_fwd_small_kernel(
         start += tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
     start = tl.where((offs_n < N)[None, :], start * LOG2E, float("-inf"))
 
-    offs_pad = head * HEAD_DIM
+    if PACKED:
+        k_ptr = qkv_ptr + num_heads * HEAD_DIM
+        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    if not HAS_PAD:
+        padding_ptr = qkv_ptr  # never read
+    pad_q_ptr = padding_ptr + head * HEAD_DIM
+    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
+    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
     first = tl.program_id(1) * IMAGES
     for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
         offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
         q = load_tokens(
-            q_ptr + offs_image, offs_token, real, padding, pad_q_ptr + offs_pad, offs_d, HEAD_DIM, HAS_PAD
+            qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
         k = load_tokens(
-            k_ptr + offs_image, offs_token, real, padding, pad_k_ptr + offs_pad, offs_d, HEAD_DIM, HAS_PAD
+            k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
         v = load_tokens(
-            v_ptr + offs_image, offs_token, real, padding, pad_v_ptr + offs_pad, offs_d, HEAD_DIM, HAS_PAD
+            v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
         q = scaled_query(q, scale, logit_scale_ptr, head, COSINE)
         if COSINE:
@@ -158,16 +164,14 @@ def _window_attention_fwd_small_kernel(
 @triton.jit
 def _window_attention_fwd_kernel(
     out_ptr,  # (batch, height, width, heads * HEAD_DIM)
-    q_ptr,  # (batch, height, width, heads * HEAD_DIM), as k and v; all three with the same strides
+    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
-    pad_q_ptr,  # (heads * HEAD_DIM,) each: q, k and v of a padding token
-    pad_k_ptr,
-    pad_v_ptr,
+    padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
     table_ptr,  # (T, heads)
     index_ptr,  # (N, N), int64
     mask_ptr,  # (windows, N, N)
-    masked_ptr,  # (windows,), whether a window's mask holds anything but zeros
+    unusual_ptr,  # (windows, CHECKS), nonzero where a window's mask is not the one that its shift implies
     logit_scale_ptr,  # (heads,)
     dense_ptr,  # (heads, rows, cols), log2 units
     q_factor_ptr,  # (heads, N, RANK), log2 units
@@ -197,6 +201,7 @@ def _window_attention_fwd_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
     COSINE: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
@@ -204,6 +209,7 @@ def _window_attention_fwd_kernel(
     ROLL_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
+    CHECKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -233,19 +239,28 @@ def _window_attention_fwd_kernel(
     )  # fmt: skip
     padding = (offs_m < N) & (real == 0)
     offs_head = head * HEAD_DIM
+    if PACKED:
+        k_ptr = qkv_ptr + num_heads * HEAD_DIM
+        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    if not HAS_PAD:
+        padding_ptr = qkv_ptr  # never read
+    pad_q_ptr = padding_ptr + offs_head
+    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
+    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
     offs_image = image * stride_qkv_batch + offs_head
     offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
     q = load_tokens(
-        q_ptr + offs_image, offs_token, real, padding, pad_q_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+        qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
     )
     q = scaled_query(q, scale, logit_scale_ptr, head, COSINE)
     offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
 
-    if MASK == MASK_REGIONS:
+    if MASK != MASK_NONE:
         is_masked = (last_row & (shift_h > 0)) | (last_col & (shift_w > 0))
         region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
-    elif MASK == MASK_TENSOR:
-        is_masked = tl.load(masked_ptr + window) != 0
+    if MASK == MASK_TENSOR:
+        is_unusual = tl.max(tl.load(unusual_ptr + window * CHECKS + tl.arange(0, CHECKS)), axis=0) != 0
+        is_masked = is_masked & (is_unusual == 0)
     if BIAS == BIAS_FACTORS:
         offs_r = tl.arange(0, RANK)
         offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
@@ -264,10 +279,10 @@ def _window_attention_fwd_kernel(
         padding_n = (offs_n < N) & (real_n == 0)
         offs_token_n = row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col
         k = load_tokens(
-            k_ptr + offs_image, offs_token_n, real_n, padding_n, pad_k_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+            k_ptr + offs_image, offs_token_n, real_n, padding_n, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
         v = load_tokens(
-            v_ptr + offs_image, offs_token_n, real_n, padding_n, pad_v_ptr + offs_head, offs_d, HEAD_DIM, HAS_PAD
+            v_ptr + offs_image, offs_token_n, real_n, padding_n, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
         if COSINE:
             k = normalize(k).to(v.dtype)
@@ -287,12 +302,12 @@ def _window_attention_fwd_kernel(
         else:
             start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scores = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
-        if MASK == MASK_REGIONS:
+        if MASK != MASK_NONE:
             if is_masked:
                 region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
                 scores += tl.where(region_m[:, None] != region_n[None, :], mask_value * LOG2E, 0.0)
-        elif MASK == MASK_TENSOR:
-            if is_masked:
+        if MASK == MASK_TENSOR:
+            if is_unusual:
                 inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
                 offs_mask = window.to(tl.int64) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
                 scores += LOG2E * tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)

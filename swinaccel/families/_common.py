@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,18 @@ def is_position_mlp(mlp: object, num_heads: int) -> bool:
     )
 
 
-def position_table(mlp: nn.Module, coords: Tensor, num_heads: int) -> Tensor:
-    """SwinV2's bias table (T, heads): 16 · sigmoid of the MLP, which commutes with the gathering (eq. 3)."""
-    return 16 * torch.sigmoid(mlp(coords).view(-1, num_heads))
+def position_bias(mlp: nn.Module, coords: Tensor, num_heads: int) -> dict[str, Any]:
+    """SwinV2's bias as fields of a `Section`: 16 · sigmoid of the MLP, which commutes with the gathering (eq. 3)."""
+    hidden, activation, last = mlp[0], mlp[1], mlp[2]  # type: ignore[index]
+    plain = type(hidden) is nn.Linear and type(activation) is nn.ReLU and type(last) is nn.Linear
+    position = None
+    if plain and hidden.bias is not None and last.bias is None:
+        position = (coords, hidden.weight, hidden.bias, last.weight)
+    return {
+        "table": lambda: 16 * torch.sigmoid(mlp(coords).view(-1, num_heads)),
+        "sources": position or (*mlp.parameters(), coords),
+        "position": position,
+    }
 
 
 def is_plain_linear(module: nn.Module) -> bool:

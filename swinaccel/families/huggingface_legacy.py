@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
-from ._common import is_index, is_position_mlp, pair, position_table, positional_names
+from ._common import is_index, is_position_mlp, pair, position_bias, positional_names
 from .huggingface import layer_example, separate_padding, separate_projections, square_geometry
 
 
@@ -67,10 +67,8 @@ class HuggingFaceSwinLegacy:
         if tuple(attn.window_size) != geometry.window:
             return f"the bias table belongs to a window of {attn.window_size[0]}, not {geometry.window[0]}"
         if hasattr(attn, "logit_scale"):
-            mlp, coords = attn.continuous_position_bias_mlp, attn.relative_coords_table
             bias = {
-                "table": lambda: position_table(mlp, coords, heads),
-                "sources": (*mlp.parameters(), coords),
+                **position_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, heads),
                 "logit_scale": attn.logit_scale,
                 "mask_value": 2 * SHIFT_MASK_VALUE,  # added once before and once after a reshape
             }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._common import is_plain_linear, is_position_mlp, is_table, pair, position_table, separate_bias, zero_token
+from ._common import is_plain_linear, is_position_mlp, is_table, pair, position_bias, separate_bias, zero_token
 
 
 class Microsoft:
@@ -69,8 +69,7 @@ class Microsoft:
             return Section(
                 project=lambda y: F.linear(y, attn.qkv.weight, separate_bias(attn)),
                 padding=lambda: separate_bias(attn),
-                table=lambda: position_table(attn.cpb_mlp, attn.relative_coords_table, heads),
-                sources=(*attn.cpb_mlp.parameters(), attn.relative_coords_table),
+                **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),
                 logit_scale=attn.logit_scale,
                 **common,
             )

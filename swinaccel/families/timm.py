@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._common import is_plain_linear, is_position_mlp, is_table, pair, position_table, separate_bias, zero_token
+from ._common import is_plain_linear, is_position_mlp, is_table, pair, position_bias, separate_bias, zero_token
 
 
 class Timm:
@@ -57,8 +57,7 @@ class Timm:
             return Section(
                 project=lambda y: _project_v2(attn, y),
                 padding=_padding_v2(attn),
-                table=lambda: position_table(attn.cpb_mlp, attn.relative_coords_table, heads),
-                sources=(*attn.cpb_mlp.parameters(), attn.relative_coords_table),
+                **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),
                 logit_scale=attn.logit_scale,
                 **common,
             )

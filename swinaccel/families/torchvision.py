@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import Geometry, Section, WindowSpec
-from ._common import is_position_mlp, is_table, pair, position_table
+from ._common import is_position_mlp, is_table, pair, position_bias
 
 
 class Torchvision:
@@ -50,8 +50,7 @@ class Torchvision:
         cosine = hasattr(module, "logit_scale")
         if cosine:
             bias = {
-                "table": lambda: position_table(module.cpb_mlp, module.relative_coords_table, heads),
-                "sources": (*module.cpb_mlp.parameters(), module.relative_coords_table),
+                **position_bias(module.cpb_mlp, module.relative_coords_table, heads),
                 "logit_scale": module.logit_scale,
             }
         else:
