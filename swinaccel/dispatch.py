@@ -135,8 +135,8 @@ def _context_reason(x: Any) -> str | None:
         return "the input is no tensor"
     if torch.compiler.is_compiling():
         return None  # what follows is no concern of a compiler's own tracing, and cannot be traced
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return "the model is being traced or exported"
+    if torch._C._get_tracing_state() is not None:
+        return "the model is being traced"
     if type(x) not in _PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
     if x.device.type == "meta":
@@ -204,15 +204,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _triton_reason(family: Any, module: nn.Module, section: Section, x: Tensor) -> str | None:
-    dtype = compute_dtype(x)
-    reason = ops.unsupported_reason(x.device, dtype, section.geometry, section.head_dim, env_interpret())
+    interpret = x.device.type == "cpu" and env_interpret()
+    reason = ops.unsupported_reason(
+        x.device, compute_dtype(x), section.geometry, section.head_dim, interpret
+    )
     if reason is None and section.geometry.is_padded and section.padding is None:
         reason = "the image is padded and the projection is not a plain nn.Linear"
     if reason is None and torch.is_grad_enabled():
         parameters = family.attention(module).parameters()
         if x.requires_grad or any(parameter.requires_grad for parameter in parameters):
             reason = "gradients are recorded, and the Triton kernels have no backward yet"
-    return reason or _kernel_failure(section, x)
+    if reason is None and ops.has_failures():
+        reason = _kernel_failure(section, x)
+    return reason
 
 
 def _kernel_failure(section: Section, x: Tensor) -> str | None:

@@ -8,8 +8,7 @@ dim, T rows of the relative position bias table, R rank of bias factors, M windo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -45,6 +44,11 @@ class Geometry:
         window: (rows, columns) of a window.
         shift: how far the image is rolled up and left, after every clamping of the original.
         roll_first: timm rolls and then pads; everyone else pads and then rolls.
+        grid: windows per axis, the last ones padded at the bottom and the right.
+        padded: (rows, columns) that the windows cover.
+        roll: the shift as a roll of the axis that is rolled, in [0, length).
+        tokens: N, tokens per window.
+        num_windows: M, windows per image.
     """
 
     size: Pair
@@ -52,39 +56,28 @@ class Geometry:
     shift: Pair = (0, 0)
     roll_first: bool = False
 
-    @cached_property
-    def grid(self) -> Pair:
-        """Windows per axis, the last ones padded at the bottom and the right."""
-        return -(-self.size[0] // self.window[0]), -(-self.size[1] // self.window[1])
+    # What follows from them, worked out once: these are read many times a call.
+    grid: Pair = field(init=False, compare=False, repr=False)
+    padded: Pair = field(init=False, compare=False, repr=False)
+    roll: Pair = field(init=False, compare=False, repr=False)
+    tokens: int = field(init=False, compare=False, repr=False)
+    num_windows: int = field(init=False, compare=False, repr=False)
+    is_padded: bool = field(init=False, compare=False, repr=False)
+    is_shifted: bool = field(init=False, compare=False, repr=False)
 
-    @cached_property
-    def padded(self) -> Pair:
-        grid = self.grid
-        return grid[0] * self.window[0], grid[1] * self.window[1]
-
-    @cached_property
-    def num_windows(self) -> int:
-        grid = self.grid
-        return grid[0] * grid[1]
-
-    @cached_property
-    def tokens(self) -> int:
-        """N, tokens per window."""
-        return self.window[0] * self.window[1]
-
-    @cached_property
-    def is_padded(self) -> bool:
-        return self.padded != self.size
-
-    @cached_property
-    def is_shifted(self) -> bool:
-        return self.shift != (0, 0)
-
-    @cached_property
-    def roll(self) -> Pair:
-        """The shift as a roll of the axis that is rolled, in [0, length)."""
-        length = self.size if self.roll_first else self.padded
-        return self.shift[0] % length[0], self.shift[1] % length[1]
+    def __post_init__(self) -> None:
+        (height, width), (window_h, window_w) = self.size, self.window
+        rows, cols = -(-height // window_h), -(-width // window_w)
+        padded = rows * window_h, cols * window_w
+        length = self.size if self.roll_first else padded
+        assign = object.__setattr__
+        assign(self, "grid", (rows, cols))
+        assign(self, "padded", padded)
+        assign(self, "roll", (self.shift[0] % max(1, length[0]), self.shift[1] % max(1, length[1])))
+        assign(self, "tokens", window_h * window_w)
+        assign(self, "num_windows", rows * cols)
+        assign(self, "is_padded", padded != self.size)
+        assign(self, "is_shifted", self.shift != (0, 0))
 
 
 @dataclass(slots=True)

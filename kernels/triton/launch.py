@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 SMALL_WINDOW = 64  # the most tokens whose scores fit one tile
 
-# A launch wants several programs a multiprocessor before images are chained in one program.
-_PROGRAMS_WANTED = 4096
+# Images are chained in one program, which loads bias and mask once and pipelines the rest, down to about this many
+# programs: four for each multiprocessor of a large GPU.
+_PROGRAMS_WANTED = 512
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def small(
     """Launch for windows of at most SMALL_WINDOW tokens; `positions` is windows per image times heads."""
     block_n = power_of_two(tokens)
     block_d = power_of_two(head_dim)
-    images = max(1, min(16, batch, positions * batch // _PROGRAMS_WANTED))
+    images = max(1, min(32, batch, positions * batch // _PROGRAMS_WANTED))
     stage = 3 * block_n * block_d * element_size
     scratch = block_n * max(block_n, block_d) * 4
     num_stages = max(1, min(3 if images > 1 else 1, (shared_memory - scratch) // stage))
@@ -56,7 +57,7 @@ def small(
 def large(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeLaunch:
     """Launch for windows of more than SMALL_WINDOW tokens."""
     block_d = power_of_two(head_dim)
-    block_m, block_n = (64, 32) if tokens <= 144 else (128, 64) if tokens <= 256 else (64, 64)
+    block_m, block_n = (64, 32) if tokens <= 144 else (64, 64)
     if element_size > 2:
         block_m, block_n = 64, 32
     if block_d > 64:

@@ -22,22 +22,17 @@ _CHECKS = 32  # programs that look over one window's mask
 _BLOCK = 4096
 
 
-@lru_cache(maxsize=1)
-def _installed() -> bool:
-    return find_spec("triton") is not None
+_INSTALLED = find_spec("triton") is not None
 
 
-@lru_cache(maxsize=1024)
 def unsupported_reason(
     device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, interpret: bool
 ) -> str | None:
     """Why the kernels cannot serve a problem, as one sentence, or None."""
-    if not _installed():
+    if not _INSTALLED:
         return "Triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpret):
         return f"the Triton kernels run on CUDA devices, not on {device.type}"
-    if device.type == "cuda" and interpret:
-        return "TRITON_INTERPRET=1 interprets the kernels on CPU tensors only"
     if dtype not in DTYPES:
         return f"the Triton kernels take fp16, bf16 and fp32, not {dtype}"
     if geometry.tokens > MAX_TOKENS:

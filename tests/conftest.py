@@ -1,0 +1,76 @@
+"""Where the kernels run, and a clean slate for every test."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+
+import pytest
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter. It is chosen before Triton is first imported, so by this file.
+# Tests of plain PyTorch name their backend, since "auto" means the kernels then.
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; models are built from configurations
+
+import helpers
+
+from swinaccel import bias, dispatch, ops, patching
+
+if helpers.TRITON_DEVICE == "cpu":
+    helpers.mend_interpreter()
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = None
+    if not HAS_CUDA:
+        reason = "needs a CUDA device"
+    elif helpers.TRITON_DEVICE != "cuda":
+        reason = "TRITON_INTERPRET=1 interprets the kernels on the CPU"
+    for item in items:
+        if reason is not None and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    # What the imported libraries hold never becomes garbage: collecting and counting instances gets quick.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate(monkeypatch, tmp_path_factory):
+    """No option comes in from outside, and nothing of ours is left behind: environment, dispatchers, memories."""
+    for name in list(os.environ):
+        if name.startswith("SWINACCEL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr(dispatch, "_warned", set())
+    bias.forget()
+    ops.forget_failures()
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        # Fallbacks are expected in many tests; those about warnings record them by themselves.
+        warnings.filterwarnings("ignore", message="swinaccel: the original runs", category=UserWarning)
+        yield
+    assert patching.off.get() is False, "a disabled() block was left open"
+    if patching._installed:
+        gc.collect()  # accelerated models of this test are gone, and with them the last reason for a dispatcher
+        patching.unmark(())
+    leftover = dict(patching._installed)
+    for key in leftover:
+        patching._remove(key)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that a kernel leaves unwritten reads as NaN."""
+    with helpers.poisoned_empty(monkeypatch):
+        yield
