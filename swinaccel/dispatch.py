@@ -59,15 +59,18 @@ def run(
         original: its own method, unbound.
         stats: counted up where given; nothing is counted while a compiler traces.
     """
+    x = _first_tensor(args, kwargs)
+    if torch.compiler.is_compiling() and isinstance(x, Tensor) and _backend(config, x.device) == "torch":
+        return original(module, *args, **kwargs)  # already plain PyTorch: the compiler fuses it in its own way
     if stats is not None:
         stats.calls += 1
-    plan = _plan(family, module, config, stats, args, kwargs)
+    plan = _plan(family, module, config, stats, x, args, kwargs)
     if isinstance(plan, str):
         return _fall_back(plan, module, original, config, stats, args, kwargs)
     section, attend = plan
     result = family.forward(module, attend, *args, **kwargs)
     if ops.has_failures() and stats is not None:
-        failed = _kernel_failure(section, _first_tensor(args, kwargs))
+        failed = _kernel_failure(section, x)
         if failed is not None:
             return _fall_back(failed, module, original, config, stats, args, kwargs)
     return result
@@ -98,10 +101,10 @@ def _plan(
     module: nn.Module,
     config: AccelConfig,
     stats: Stats | None,
+    x: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Section, Attend] | str:
-    x = _first_tensor(args, kwargs)
     reason = _context_reason(x) or _hook_reason(family.attention(module))
     if reason is not None:
         return reason
@@ -111,7 +114,6 @@ def _plan(
         return f"the call is not one that the {family.name} family knows ({error})"
     if isinstance(section, str):
         return section
-    assert x is not None
     reason = _section_reason(section, x)
     if reason is not None:
         return reason

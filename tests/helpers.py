@@ -125,23 +125,50 @@ def assert_accelerated(model: nn.Module, count: int | None = None) -> None:
         assert len(report) == count, str(report)
 
 
+def both(
+    model: nn.Module, *inputs: Any, backend: str = "torch", arguments: dict[str, Any] | None = None, **options: Any
+) -> tuple[nn.Module, Any, Any]:
+    """An accelerated copy of a model, and what the copy and the model give without gradients."""
+    device = DEVICES[backend]
+    model = copy.deepcopy(model).to(device)
+    inputs = tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend, **options)
+    with torch.no_grad():
+        expected = model(*inputs, **(arguments or {}))
+        found = twin(*inputs, **(arguments or {}))
+    return twin, found, expected
+
+
 def check(
     model: nn.Module,
     *inputs: Any,
     backend: str = "torch",
     tolerance: float = FP32,
     count: int | None = None,
+    arguments: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Accelerate a copy, run copy and model without gradients, compare, and return what the copy gave."""
-    device = DEVICES[backend]
-    model = copy.deepcopy(model).to(device)
-    inputs = tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs)
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend, **options)
-    with torch.no_grad():
-        expected, found = model(*inputs), twin(*inputs)
+    """Model and accelerated copy give the same, and the copy ran no original; returns what it gave."""
+    twin, found, expected = both(model, *inputs, backend=backend, arguments=arguments, **options)
     assert_accelerated(twin, count)
     assert_close(found, expected, tolerance)
+    return found
+
+
+def check_fallback(
+    model: nn.Module,
+    *inputs: Any,
+    reason: str,
+    backend: str = "torch",
+    arguments: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """The copy ran its original, with the original's very output, and says why; returns the output."""
+    twin, found, expected = both(model, *inputs, backend=backend, arguments=arguments, **options)
+    entries = swinaccel.report(twin)
+    assert any(reason in (entry.reason or "") for entry in entries), str(entries)
+    for one, other in zip(tensors(found), tensors(expected), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -293,16 +294,15 @@ def test_mask_value_leaks_where_logits_are_large(window, cosine):
         # Queries and keys point the same way, but for the wrapped part of the image, which points the other way.
         sign = torch.ones(size, device=TRITON_DEVICE)
         sign[: window[0] // 2] = -1
-        direction = torch.randn(16, generator=torch.Generator().manual_seed(1)).to(TRITON_DEVICE)
-        qkv[..., :16] = -direction * sign[None, :, :, None] * 3
-        qkv[..., 16:32] = direction * sign[None, :, :, None] * 3
-        options["scale"] = 1.0
-        options["table"] = options["table"] * 0.1
+        direction = torch.full((16,), 0.25, device=TRITON_DEVICE)
+        qkv[..., :16] = -direction * sign[None, :, :, None]
+        qkv[..., 16:32] = direction * sign[None, :, :, None]
+        options["scale"] = 50.0  # so that scores across regions are 100 higher than those within
         if cosine:
-            options["logit_scale"] = torch.full((1,), 10.0, device=TRITON_DEVICE)
+            options["logit_scale"] = torch.full((1,), math.log(50.0), device=TRITON_DEVICE)
         outs.append(compare(qkv, case.geometry, **options))
-    assert helpers.difference(outs[0], outs[1]) > 1e-3
-    assert helpers.difference(outs[0], outs[2]) > 1e-3
+    assert helpers.difference(outs[1], outs[0]) > 1e-2
+    assert helpers.difference(outs[2], outs[0]) > 1e-2
 
 
 # Numbers.
