@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 
 import helpers
 
-from swinaccel import bias, dispatch, ops, patching
+from swinaccel import bias, dispatch, ops, patching, probe
 
 if helpers.TRITON_DEVICE == "cpu":
     helpers.mend_interpreter()
@@ -52,6 +52,7 @@ def _clean_slate(monkeypatch, tmp_path_factory):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(probe, "_verdicts", {})
     bias.forget()
     ops.forget_failures()
     torch.manual_seed(0)

@@ -319,6 +319,24 @@ def test_verdict_on_one_class_does_not_cover_another():
     assert statuses == ["accelerated", "original", "accelerated"]
 
 
+def test_verdict_on_a_broken_instance_does_not_cover_others():
+    """A layer that its own forward left broken (transformers' does, on a small image) is refused alone."""
+    broken, healthy = helpers.huggingface_layer("Swin", shift=2), helpers.huggingface_layer("Swin", shift=2)
+    with pytest.raises(RuntimeError):
+        broken(torch.randn(1, 9, 16), (3, 3))
+    swinaccel.plan(broken)
+    (entry,) = swinaccel.plan(healthy)
+    assert (entry.status, entry.reason) == ("accelerated", None)
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_verdict_on_windows_of_one_token_does_not_cover_others(v2):
+    """Windows of one token give NaN in torchvision's V2, in any reading of it."""
+    swinaccel.plan(helpers.torchvision_attention(window=(1, 1), v2=v2))
+    (entry,) = swinaccel.plan(helpers.torchvision_attention(v2=v2))
+    assert (entry.status, entry.reason) == ("accelerated", None)
+
+
 @pytest.mark.parametrize(
     ("make", "method"),
     [

@@ -96,14 +96,18 @@ def normalize(x):
     """Rows of ``x`` over max(their Euclidean norm, 1e-12), as ``torch.nn.functional.normalize`` has it; fp32."""
     x = x.to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
-    return x / tl.maximum(norm, 1e-12)[:, None]
+    return x * (1.0 / tl.maximum(norm, 1e-12))[:, None]
 
 
 @triton.jit
-def scaled_query(q, scale, logit_scale_ptr, head, COSINE: tl.constexpr):
-    """q with everything that multiplies the scores folded in, log2(e) too, in q's own dtype."""
+def cosine_scale(logit_scale_ptr, head):
+    """What multiplies a head's cosines, natural units: exp of the clamped logit_scale."""
+    return tl.exp(tl.minimum(tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100))
+
+
+@triton.jit
+def scaled_query(q, scale, COSINE: tl.constexpr):
+    """q (normalised for cosine attention) times scale and log2(e), in q's own dtype."""
     if COSINE:
-        logit_scale = tl.load(logit_scale_ptr + head).to(tl.float32)
-        factor = tl.exp(tl.minimum(logit_scale, LOG_100)) * LOG2E
-        return (normalize(q) * factor).to(q.dtype)
+        return (normalize(q) * (scale * LOG2E)).to(q.dtype)
     return (q.to(tl.float32) * (scale * LOG2E)).to(q.dtype)

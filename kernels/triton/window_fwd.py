@@ -13,7 +13,7 @@ softmax (Dao et al. 2022, arXiv:2205.14135). Scores are in units of log2: every 
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, load_tokens, locate_tokens, normalize, scaled_query, shift_region
+from .tiles import LOG2E, cosine_scale, load_tokens, locate_tokens, normalize, scaled_query, shift_region
 
 # How a shift mask reaches the kernel.
 MASK_NONE = tl.constexpr(0)
@@ -130,6 +130,8 @@ def _window_attention_fwd_small_kernel(
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    if COSINE:
+        scale = cosine_scale(logit_scale_ptr, head)
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
     pad_q_ptr = padding_ptr + head * HEAD_DIM
@@ -147,13 +149,13 @@ def _window_attention_fwd_small_kernel(
         v = load_tokens(
             v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
-        q = scaled_query(q, scale, logit_scale_ptr, head, COSINE)
+        q = scaled_query(q, scale, COSINE)
         if COSINE:
             k = normalize(k).to(v.dtype)
         scores = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
         p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         total = tl.sum(p, axis=1)
-        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         tl.store(
             out_ptr + tl.cast(image, tl.int64) * stride_out_batch + offs_out[:, None] + offs_d[None, :],
             out.to(out_ptr.dtype.element_ty),
@@ -252,7 +254,9 @@ def _window_attention_fwd_kernel(
     q = load_tokens(
         qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
     )
-    q = scaled_query(q, scale, logit_scale_ptr, head, COSINE)
+    if COSINE:
+        scale = cosine_scale(logit_scale_ptr, head)
+    q = scaled_query(q, scale, COSINE)
     offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
 
     if MASK != MASK_NONE:
@@ -325,6 +329,6 @@ def _window_attention_fwd_kernel(
 
     tl.store(
         out_ptr + image * stride_out_batch + offs_head + offs_out[:, None] + offs_d[None, :],
-        (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+        (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
         mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
     )
