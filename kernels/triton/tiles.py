@@ -92,11 +92,10 @@ def load_tokens(
 
 
 @triton.jit
-def normalize(x):
-    """Rows of ``x`` over max(their Euclidean norm, 1e-12), as ``torch.nn.functional.normalize`` has it; fp32."""
+def inverse_norm(x):
+    """1 / max(Euclidean norm, 1e-12) of each row, the factor of `torch.nn.functional.normalize`; fp32."""
     x = x.to(tl.float32)
-    norm = tl.sqrt(tl.sum(x * x, axis=1))
-    return x * (1.0 / tl.maximum(norm, 1e-12))[:, None]
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
 
 
 @triton.jit
@@ -109,5 +108,5 @@ def cosine_scale(logit_scale_ptr, head):
 def scaled_query(q, scale, COSINE: tl.constexpr):
     """q (normalised for cosine attention) times scale and log2(e), in q's own dtype."""
     if COSINE:
-        return (normalize(q) * (scale * LOG2E)).to(q.dtype)
+        return (q.to(tl.float32) * (inverse_norm(q) * (scale * LOG2E))[:, None]).to(q.dtype)
     return (q.to(tl.float32) * (scale * LOG2E)).to(q.dtype)

@@ -13,7 +13,7 @@ softmax (Dao et al. 2022, arXiv:2205.14135). Scores are in units of log2: every 
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, cosine_scale, load_tokens, locate_tokens, normalize, scaled_query, shift_region
+from .tiles import LOG2E, cosine_scale, inverse_norm, load_tokens, locate_tokens, scaled_query, shift_region
 
 # How a shift mask reaches the kernel.
 MASK_NONE = tl.constexpr(0)
@@ -43,6 +43,14 @@ def _gather_bias(
     row = tl.load(index_ptr + offs_m[:, None] * N + offs_n[None, :], mask=inside, other=0)
     bias = tl.load(table_ptr + row * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
     return bias.to(tl.float32)
+
+
+@triton.jit
+def _scores(q, k, start, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """q kᵀ on top of `start`; cosine scores are divided by the norms of k here, so that k stays in shared memory."""
+    if COSINE:
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_norm(k)[None, :] + start
+    return tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
 
 
 @triton.jit
@@ -149,10 +157,7 @@ def _window_attention_fwd_small_kernel(
         v = load_tokens(
             v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD
         )
-        q = scaled_query(q, scale, COSINE)
-        if COSINE:
-            k = normalize(k).to(v.dtype)
-        scores = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
+        scores = _scores(scaled_query(q, scale, COSINE), k, start, COSINE, PRECISION)
         p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         total = tl.sum(p, axis=1)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
@@ -161,6 +166,112 @@ def _window_attention_fwd_small_kernel(
             out.to(out_ptr.dtype.element_ty),
             mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
         )
+
+
+@triton.jit
+def _walk_keys(
+    q,  # (BLOCK_M, BLOCK_D), scaled
+    k_ptr,  # of this image and head
+    v_ptr,
+    pad_k_ptr,
+    pad_v_ptr,
+    table_ptr,
+    index_ptr,
+    mask_ptr,
+    dense_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    stride_row,
+    stride_col,
+    stride_table_row,
+    stride_table_head,
+    stride_dense_head,
+    stride_dense_row,
+    offs_m,
+    head,
+    window,
+    windows_h,
+    windows_w,
+    height,
+    width,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    mask_value,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attention of a tile of queries to all keys of their window; (BLOCK_M, BLOCK_D), fp32."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    offs_d = tl.arange(0, BLOCK_D)
+    window_row, window_col = window // windows_w, window % windows_w
+    last_row, last_col = window_row == windows_h - 1, window_col == windows_w - 1
+    if MASK == MASK_REGIONS:
+        region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+    if BIAS == BIAS_FACTORS:
+        offs_r = tl.arange(0, RANK)
+        offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
+        q_factor = tl.load(q_factor_ptr + offs_factor, mask=(offs_m < N)[:, None], other=0.0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for first in tl.range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        row, col, real = locate_tokens(
+            offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        padding = (offs_n < N) & (real == 0)
+        offs_token = row.to(tl.int64) * stride_row + col.to(tl.int64) * stride_col
+        k = load_tokens(k_ptr, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        v = load_tokens(v_ptr, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+
+        if BIAS == BIAS_DENSE:
+            offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n
+            start = tl.load(dense_ptr + offs_dense).to(tl.float32)
+        elif BIAS == BIAS_FACTORS:
+            offs_factor = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
+            k_factor = tl.load(k_factor_ptr + offs_factor, mask=(offs_n < N)[:, None], other=0.0)
+            start = tl.dot(q_factor, tl.trans(k_factor), input_precision=PRECISION)
+        elif BIAS == BIAS_TABLE:
+            start = LOG2E * _gather_bias(
+                table_ptr, index_ptr, head, offs_m, offs_n, stride_table_row, stride_table_head, N
+            )
+        else:
+            start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        scores = _scores(q, k, start, COSINE, PRECISION)
+        if MASK == MASK_REGIONS:
+            region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+            scores += tl.where(region_m[:, None] != region_n[None, :], mask_value * LOG2E, 0.0)
+        elif MASK == MASK_TENSOR:
+            inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
+            offs_mask = window.to(tl.int64) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
+            scores += LOG2E * tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
+        if BIAS != BIAS_DENSE and N % BLOCK_N != 0:
+            scores = tl.where((offs_n < N)[None, :], scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        if MASK == MASK_TENSOR:  # a caller's mask may rule out a whole tile with -inf, but not make it NaN
+            new_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        p = tl.exp2(scores - new_maximum[:, None])
+        correction = tl.exp2(maximum - new_maximum)
+        total = total * correction + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+    return acc * (1.0 / total)[:, None]
 
 
 @triton.jit
@@ -216,7 +327,11 @@ def _window_attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one window and head of one image."""
+    """One program: BLOCK_M queries of one window and head of one image.
+
+    What differs between windows (whether a mask applies, and which; whether factors are fresh) is decided here, once,
+    so that the walk over the keys of most windows has nothing to decide.
+    """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     tl.static_assert(HEAD_DIM <= BLOCK_D)
@@ -226,21 +341,18 @@ def _window_attention_fwd_kernel(
     num_windows = windows_h * windows_w
     window = ((pid // TILES // num_heads) % num_windows).to(tl.int32)
     image = pid // TILES // num_heads // num_windows
-    window_row = window // windows_w
-    window_col = window % windows_w
-    last_row = window_row == windows_h - 1
-    last_col = window_col == windows_w - 1
-    padded_height = windows_h * WINDOW_H
-    padded_width = windows_w * WINDOW_W
+    window_row, window_col = window // windows_w, window % windows_w
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     row, col, real = locate_tokens(
-        offs_m, window_row, window_col, height, width, padded_height, padded_width,
+        offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
         roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
     )  # fmt: skip
     padding = (offs_m < N) & (real == 0)
     offs_head = head * HEAD_DIM
+    offs_image = image * stride_qkv_batch + offs_head
+    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -249,86 +361,64 @@ def _window_attention_fwd_kernel(
     pad_q_ptr = padding_ptr + offs_head
     pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
-    offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
     q = load_tokens(
         qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
     )
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
     q = scaled_query(q, scale, COSINE)
-    offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
 
+    # 0: no mask in this window, 1: the one that its shift implies, 2: another, 3: the factors are stale.
+    kind = 0
     if MASK != MASK_NONE:
-        is_masked = (last_row & (shift_h > 0)) | (last_col & (shift_w > 0))
-        region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        last_row, last_col = window_row == windows_h - 1, window_col == windows_w - 1
+        kind = ((last_row & (shift_h > 0)) | (last_col & (shift_w > 0))).to(tl.int32)
     if MASK == MASK_TENSOR:
-        is_unusual = tl.max(tl.load(unusual_ptr + window * CHECKS + tl.arange(0, CHECKS)), axis=0) != 0
-        is_masked = is_masked & (is_unusual == 0)
+        unusual = tl.max(tl.load(unusual_ptr + window * CHECKS + tl.arange(0, CHECKS)), axis=0)
+        kind = tl.where(unusual != 0, 2, kind)
     if BIAS == BIAS_FACTORS:
-        offs_r = tl.arange(0, RANK)
-        offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
-        q_factor = tl.load(q_factor_ptr + offs_factor, mask=(offs_m < N)[:, None], other=0.0)
-        is_stale = tl.load(stale_ptr) != 0
+        kind = tl.where(tl.load(stale_ptr) != 0, 3, kind)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for first in tl.range(0, N, BLOCK_N):
-        offs_n = first + tl.arange(0, BLOCK_N)
-        row_n, col_n, real_n = locate_tokens(
-            offs_n, window_row, window_col, height, width, padded_height, padded_width,
-            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if kind == 0:
+        out = _walk_keys(
+            q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
+            q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+            stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
+            shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_NONE,
+            HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        padding_n = (offs_n < N) & (real_n == 0)
-        offs_token_n = row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col
-        k = load_tokens(
-            k_ptr + offs_image, offs_token_n, real_n, padding_n, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD
-        )
-        v = load_tokens(
-            v_ptr + offs_image, offs_token_n, real_n, padding_n, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD
-        )
-        if COSINE:
-            k = normalize(k).to(v.dtype)
+    if MASK != MASK_NONE:
+        if kind == 1:
+            out = _walk_keys(
+                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
+                q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+                stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
+                shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_REGIONS,
+                HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    if MASK == MASK_TENSOR:
+        if kind == 2:
+            out = _walk_keys(
+                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
+                q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+                stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
+                shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_TENSOR,
+                HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    if BIAS == BIAS_FACTORS:
+        if kind == 3:
+            out = _walk_keys(
+                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
+                q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+                stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
+                shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS_TABLE, MASK,
+                HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
 
-        if BIAS == BIAS_DENSE:
-            offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n
-            start = tl.load(dense_ptr + offs_dense).to(tl.float32)
-        elif BIAS == BIAS_FACTORS:
-            if is_stale:
-                start = LOG2E * _gather_bias(
-                    table_ptr, index_ptr, head, offs_m, offs_n, stride_table_row, stride_table_head, N
-                )
-            else:
-                offs_factor_n = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
-                k_factor = tl.load(k_factor_ptr + offs_factor_n, mask=(offs_n < N)[:, None], other=0.0)
-                start = tl.dot(q_factor, tl.trans(k_factor), input_precision=PRECISION)
-        else:
-            start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scores = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
-        if MASK != MASK_NONE:
-            if is_masked:
-                region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
-                scores += tl.where(region_m[:, None] != region_n[None, :], mask_value * LOG2E, 0.0)
-        if MASK == MASK_TENSOR:
-            if is_unusual:
-                inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
-                offs_mask = window.to(tl.int64) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
-                scores += LOG2E * tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
-        if BIAS != BIAS_DENSE and N % BLOCK_N != 0:
-            scores = tl.where((offs_n < N)[None, :], scores, float("-inf"))
-
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        if MASK == MASK_TENSOR:  # a caller's mask may rule out a whole tile with -inf, but not make it NaN
-            new_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        p = tl.exp2(scores - new_maximum[:, None])
-        correction = tl.exp2(maximum - new_maximum)
-        total = total * correction + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
-        maximum = new_maximum
-
+    offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
     tl.store(
         out_ptr + image * stride_out_batch + offs_head + offs_out[:, None] + offs_d[None, :],
-        (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
+        out.to(out_ptr.dtype.element_ty),
         mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
     )

@@ -1,0 +1,383 @@
+"""The command `swinaccel`. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import AccelConfig
+    from .models import Loaded
+
+_EPILOG = (
+    "MODEL is timm:NAME, torchvision:NAME, hf:NAME (an architecture such as swinv2-tiny, a model type,"
+    " owner/name of the hub, or a folder), or path/to/file.py:FACTORY, a function that returns a model, with an optional"
+    " function example_inputs(batch) beside it."
+)
+
+app = typer.Typer(
+    name="swinaccel",
+    help="Swin-style vision models, faster by one line and never wrong.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Such as timm:swinv2_tiny_window16_256.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Pretrained = Annotated[
+    bool,
+    typer.Option("--pretrained/--no-pretrained", help="The library's weights (a download), or random ones."),
+]
+Size = Annotated[
+    int | None, typer.Option(help="Side of the input images, in pixels. Default: the model's own.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a call.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16 or float64. Default: bfloat16 on CUDA, float32 elsewhere."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu. Default: cuda where there is one.")]
+Backend = Annotated[str, typer.Option(help="auto, triton or torch.")]
+Bias = Annotated[str, typer.Option(help="Form of the position bias: auto, table or factors.")]
+BiasEnergy = Annotated[
+    float | None,
+    typer.Option(help="Energy that bias factors must hold, such as 0.995. Default: all but rounding."),
+]
+
+_show_traceback = False
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    global _show_traceback
+    _show_traceback = traceback
+    if version:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog=_EPILOG)
+def inspect(model: Model, pretrained: Pretrained = False, size: Size = None, as_json: Json = False) -> None:
+    """List the window attentions of a model: what would be accelerated, what not, and why."""
+    with _work(as_json) as out:
+        loaded = _load(model, pretrained, "float32", "cpu", size)
+        from . import plan
+
+        report = plan(loaded.model)
+        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        out.document = {"model": model, "parameters": parameters, **report.to_dict()}
+        out.show(f"{model}: {parameters / 1e6:.1f} M parameters")
+        out.show(report if report.entries else report.summary())
+
+
+@app.command(epilog=_EPILOG)
+def verify(
+    model: Model,
+    batch: Batch = 2,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = "auto",
+    bias: Bias = "auto",
+    bias_energy: BiasEnergy = None,
+    pretrained: Pretrained = False,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a model, accelerated and as it was, with an fp64 reference. Exits with 1 if it did not pass."""
+    with _work(as_json) as out:
+        options = _options(backend, bias, bias_energy)
+        loaded = _load(model, pretrained, dtype, device, size)
+        from . import verify as run_verify
+
+        with _status("running it accelerated, as it was, and in fp64"):
+            result = run_verify(loaded.model, *loaded.example_inputs(batch), **options)
+        out.document = {"model": model, **_place(loaded), "batch": batch, **result.to_dict()}
+        if result.report.entries:
+            out.show(result.report)
+        out.show(f"{model}, {_place(loaded)['dtype']}: {result}")
+        out.code = 0 if result.passed else 1
+
+
+@app.command(epilog=_EPILOG)
+def bench(
+    model: Model,
+    batch: Batch = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = "auto",
+    bias: Bias = "auto",
+    bias_energy: BiasEnergy = None,
+    pretrained: Pretrained = False,
+    size: Size = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each variant. Default: 30 on CUDA, 10 elsewhere.")
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="With the torch.compile variants. Default: on CUDA only."
+        ),
+    ] = None,
+    compile_mode: Annotated[
+        str | None, typer.Option(help="Mode of torch.compile, such as reduce-overhead or max-autotune.")
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw the medians into an image.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure inference: original, its library's other attention, torch.compile, accelerated, and both."""
+    with _work(as_json) as out:
+        options = _options(backend, bias, bias_energy)
+        loaded = _load(model, pretrained, dtype, device, size)
+        from . import bench as benchmark
+
+        with _progress() as progress:
+            result = benchmark.run(
+                loaded.model,
+                loaded.example_inputs(batch),
+                rounds=rounds,
+                compile=compile,
+                compile_mode=compile_mode,
+                progress=progress,
+                **options,
+            )
+        out.document = {"model": model, **result.to_dict()}
+        out.show(model)
+        out.show(result)
+        out.show(result.report.summary())
+        for reason in dict.fromkeys(entry.reason for entry in result.report if entry.reason):
+            out.show(f"original: {reason}")
+        if plot is not None:
+            result.plot(plot)
+            out.show(f"drawn into {plot}")
+
+
+@app.command(epilog=_EPILOG)
+def precompute(
+    model: Model,
+    dtype: Dtype = None,
+    device: Device = None,
+    bias: Annotated[
+        str, typer.Option(help="The option that the factors are for: factors or auto.")
+    ] = "factors",
+    bias_energy: BiasEnergy = None,
+    pretrained: Pretrained = False,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the SVD factors of a model's position biases and keep them in the cache."""
+    with _work(as_json) as out:
+        if bias == "table":
+            raise ValueError("bias must be 'factors' or 'auto' here: the table needs no precomputation")
+        loaded = _load(model, pretrained, dtype, device, size)
+        from .config import AccelConfig, cache_dir
+
+        config = AccelConfig(**_options("auto", bias, bias_energy))
+        rows = list(_factorize(loaded, config))
+        folder = cache_dir() / "factors"
+        if any(row["tokens"] and row["attempted"] for row in rows) and not os.access(folder, os.W_OK):
+            raise ValueError(
+                f"the factors could not be kept: {folder} cannot be written (see SWINACCEL_CACHE_DIR)"
+            )
+        out.document = {
+            "model": model,
+            **_place(loaded),
+            "bias": bias,
+            "bias_energy": bias_energy,
+            "cache": str(folder),
+            "modules": rows,
+        }
+        out.show(f"{model}, {_place(loaded)['dtype']}, bias={bias!r}")
+        out.show(_factor_table(rows))
+        found = sum(row["rank"] is not None for row in rows)
+        out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
+        if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
+            out.show("These weights are random, and so are their factors; --pretrained takes the library's.")
+
+
+class _Output:
+    """What a command has to say: as text at once, or as one document at the end."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.document: dict[str, Any] = {}
+        self.code = 0
+
+    def show(self, what: Any) -> None:
+        if not self.as_json:
+            from rich.console import Console
+
+            # In a pipe or a file nothing needs to fit; folding would only break the lines.
+            width = None if sys.stdout.isatty() else 160
+            Console(width=width, highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
+
+
+@contextlib.contextmanager
+def _work(as_json: bool) -> Iterator[_Output]:
+    """A command's body: libraries print on stderr, and a user's error is one line and exit code 2."""
+    out = _Output(as_json)
+    stdout = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            yield out
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        if _show_traceback:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps(_finite(out.document), indent=2), file=stdout)
+    raise typer.Exit(out.code)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN; they become the strings "inf" and "nan"."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
+    """The options, checked before anything slow begins."""
+    from .config import AccelConfig
+
+    options: dict[str, Any] = {"backend": backend, "bias": bias, "bias_energy": bias_energy}
+    AccelConfig(**options)
+    return options
+
+
+def _load(model: str, pretrained: bool, dtype: str | None, device: str | None, size: int | None) -> Loaded:
+    import torch
+
+    from . import models
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    with _status(f"loading {model}"):
+        return models.load(model, pretrained, dtype, device, size)
+
+
+def _place(loaded: Loaded) -> dict[str, str]:
+    """Where the model is, and in what."""
+    parameter = _parameter(loaded)
+    return {"device": str(parameter.device), "dtype": str(parameter.dtype).split(".")[-1]}
+
+
+def _parameter(loaded: Loaded) -> torch.Tensor:
+    for parameter in loaded.model.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    raise ValueError("the model has no floating-point parameters")
+
+
+def _factorize(loaded: Loaded, config: AccelConfig) -> Iterator[dict[str, Any]]:
+    """One row for each window attention: its factors are in the cache, or why there are none."""
+    import torch
+
+    from . import bias, families, plan
+
+    like = _parameter(loaded)
+    reasons = {entry.name: entry.reason for entry in plan(loaded.model)}
+    found = [(name, loaded.model.get_submodule(name)) for name in reasons]
+    with _progress() as progress:
+        for done, (name, module) in enumerate(found):
+            progress(name, done, len(found))
+            row: dict[str, Any] = {"name": name, "tokens": 0, "rank": None, "error": None}
+            row |= {"attempted": False, "reason": reasons[name]}
+            match = families.match(module)
+            if match is not None and row["reason"] is None:
+                example = match[0].example(module)
+                section = match[0].section(
+                    module, *(torch.zeros(a).to(like) if isinstance(a, torch.Size) else a for a in example)
+                )
+                if isinstance(section, str):
+                    row["reason"] = section
+                else:
+                    row |= _factor_row(section, config, like.dtype, bias)
+            yield row
+
+
+def _factor_row(section: Any, config: AccelConfig, dtype: torch.dtype, bias: Any) -> dict[str, Any]:
+    import torch
+
+    tokens = section.geometry.tokens
+    if tokens < bias.MIN_TOKENS:
+        return {"tokens": tokens, "reason": f"a window of {tokens} tokens keeps its whole bias in registers"}
+    if config.bias == "auto" and config.bias_energy is None and dtype == torch.float32:
+        return {"tokens": tokens, "reason": "bias='auto' uses the exact table in float32"}
+    factors = bias.factors(section, config, dtype)
+    if factors is None:
+        return {"tokens": tokens, "attempted": True, "reason": "no rank that pays is exact enough"}
+    return {"tokens": tokens, "attempted": True, "rank": factors.rank, "error": factors.error}
+
+
+def _factor_table(rows: list[dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("module", overflow="fold")
+    for column in ("tokens", "rank", "largest error"):
+        table.add_column(column, justify="right")
+    table.add_column("reason", overflow="fold")
+    for row in rows:
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        table.add_row(
+            row["name"] or "(model)",
+            str(row["tokens"] or ""),
+            str(row["rank"] or ""),
+            error,
+            row["reason"] or "",
+        )
+    return table
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on stderr, and the function (text, done, total) that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Models by name, for the command line and the benchmark.
+
+==========================  ================================================================================
+timm:NAME                   a timm model, such as timm:swin_tiny_patch4_window7_224
+torchvision:NAME            a torchvision model, such as torchvision:swin_v2_t
+hf:NAME                     an architecture of HUGGINGFACE (hf:swinv2-tiny), a model type of transformers
+                            with its default configuration (hf:swin), a hub name (hf:owner/name), or a
+                            folder or config.json
+path/to/file.py:FACTORY     what FACTORY() of that file returns; a function example_inputs(batch) beside it,
+                            or on the model, gives the inputs of a call
+==========================  ================================================================================
+
+Without `pretrained` nothing is downloaded, but for the configuration of a hub name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ACCEPTED = "timm:NAME, torchvision:NAME, hf:NAME, or path/to/file.py:FACTORY"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SHORT_DTYPES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp64": "float64",
+}
+
+_DEPTHS = {"tiny": (2, 2, 6, 2), "small": (2, 2, 18, 2), "base": (2, 2, 18, 2), "large": (2, 2, 18, 2)}
+_WIDTHS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
+_KINDS = {"swin": {"image_size": 224, "window_size": 7}, "swinv2": {"image_size": 256, "window_size": 8}}
+
+# The published sizes of Swin and SwinV2 as (model type, configuration): no hub is needed for them.
+HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{kind}-{size}": (
+        kind,
+        {
+            **settings,
+            "embed_dim": _WIDTHS[size],
+            "depths": _DEPTHS[size],
+            "num_heads": tuple(_WIDTHS[size] // 32 * 2**stage for stage in range(4)),
+        },
+    )
+    for kind, settings in _KINDS.items()
+    for size in _DEPTHS
+}
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, and the inputs of a call with `batch` images: `model(*example_inputs(batch))`."""
+
+    model: nn.Module
+    example_inputs: Callable[[int], tuple[Any, ...]]
+
+
+def load(
+    name: str,
+    pretrained: bool = False,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    size: int | None = None,
+) -> Loaded:
+    """A model by its name, in eval mode.
+
+    Args:
+        name: see the module's docstring.
+        pretrained: load the library's weights, which downloads them where they are not cached. Otherwise the
+            weights are random, and `randomize`d. A FACTORY's weights are its own either way.
+        dtype: of its parameters and inputs; a name such as "bfloat16" will do.
+        device: where it goes.
+        size: of the square input images; None for the model's own.
+    Raises:
+        ValueError: for a name, dtype, device or size that is none; the message says what is accepted.
+        ImportError: where the library is not installed; the message says what to install.
+    """
+    dtype, device = as_dtype(dtype), as_device(device)
+    if size is not None and size < 1:
+        raise ValueError(f"size must be a positive number of pixels; got {size}")
+    kind, _, rest = name.partition(":")
+    if rest and kind in _LOADERS:
+        model, example_inputs = _LOADERS[kind](rest, pretrained, size)
+        if not pretrained:
+            randomize(model)
+    elif ".py:" in name:
+        model, example_inputs = _from_file(name, size)
+    else:
+        raise ValueError(f"MODEL must be {ACCEPTED}; got {name!r}")
+    model = model.to(device=device, dtype=dtype).eval()
+    return Loaded(model, lambda batch: _moved(example_inputs(batch), dtype, device))
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype of a name such as "bfloat16" or "bf16"."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = DTYPES.get(_SHORT_DTYPES.get(dtype, dtype))
+    if found is None:
+        raise ValueError(f"dtype must be one of {', '.join((*DTYPES, *_SHORT_DTYPES))}; got {dtype!r}")
+    return found
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device that is there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be one such as cpu, cuda or cuda:1; got {str(device)!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {str(device)!r} is not there: this machine shows {count} CUDA devices")
+    return found
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Add noise to what a fresh model starts as a constant or almost so, in place.
+
+    Fresh norms, biases and position tables are zeros and ones, or almost so (the norms of timm's SwinV2 are
+    zeros, behind which the attention does not show at all): a comparison would pass for the wrong reason.
+
+    Returns:
+        The same object.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point() or parameter.numel() == 0:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if name.endswith("relative_position_bias_table"):
+                parameter.copy_(0.5 * noise)
+            elif bool((parameter == parameter.flatten()[0]).all()):
+                is_scale = parameter.dim() == 1 and name.endswith("weight")
+                parameter.copy_((1 if is_scale else parameter) + 0.1 * noise)
+    return model
+
+
+def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
+    timm = _library("timm")
+    known = name.split(".")[0]
+    if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(known):
+        raise ValueError(f"timm has no model {name!r}{_similar(known, timm.list_models())}")
+    options = {} if size is None else {"img_size": size}
+    model = _made(lambda: timm.create_model(name, pretrained=pretrained, **options), "timm", name, pretrained)
+    shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    if size is not None:
+        shape = (shape[0], size, size)
+    return Loaded(model, _images(shape))
+
+
+def _torchvision(name: str, pretrained: bool, size: int | None) -> Loaded:
+    library = _library("torchvision").models
+    if name not in library.list_models():
+        raise ValueError(f"torchvision has no model {name!r}{_similar(name, library.list_models())}")
+    weights = getattr(library.get_model_weights(name), "DEFAULT", None)
+    model = _made(
+        lambda: library.get_model(name, weights=weights if pretrained else None),
+        "torchvision",
+        name,
+        pretrained,
+    )
+    crop = getattr(weights.transforms(), "crop_size", None) if weights is not None else None
+    side = size or (crop[0] if crop else 224)
+    frames = (16,) if name in library.list_models(module=library.video) else ()
+    return Loaded(model, _images((3, *frames, side, side)))
+
+
+def _huggingface(name: str, pretrained: bool, size: int | None) -> Loaded:
+    library = _library("transformers")
+    options = {} if size is None else {"image_size": size}
+    path = Path(name).expanduser()
+    if name in HUGGINGFACE or (name in library.CONFIG_MAPPING and not path.exists()):
+        if pretrained:
+            raise ValueError(
+                f"hf:{name} is an architecture without weights; for weights give a hub name such as"
+                " hf:microsoft/swin-tiny-patch4-window7-224, or a folder"
+            )
+        kind, settings = HUGGINGFACE.get(name, (name, {}))
+        config = library.AutoConfig.for_model(kind, **{**settings, **options})
+    elif path.exists() or name.count("/") == 1:
+        config = _made(
+            lambda: library.AutoConfig.from_pretrained(path if path.exists() else name, **options),
+            "transformers",
+            name,
+            not path.exists(),
+        )
+    else:
+        raise ValueError(
+            f"hf:{name} is no architecture ({', '.join(HUGGINGFACE)}), no model type of transformers"
+            f"{_similar(name, library.CONFIG_MAPPING)}, no hub name (owner/name) and no folder or config.json"
+        )
+    kind = next((k for k in getattr(config, "architectures", None) or () if hasattr(library, k)), "AutoModel")
+    maker = getattr(library, kind)
+    if pretrained:
+        folder = path.parent if path.is_file() else path
+        model = _made(
+            lambda: maker.from_pretrained(folder if folder.exists() else name, config=config),
+            "transformers",
+            name,
+            not path.exists(),
+        )
+    else:
+        from_config = maker.from_config if kind == "AutoModel" else maker
+        model = _made(lambda: from_config(config), "transformers", name, False)
+
+    def example_inputs(batch: int) -> tuple[Any, ...]:
+        if model.main_input_name != "pixel_values" or not hasattr(config, "image_size"):
+            raise ValueError(
+                f"hf:{name} is called with {model.main_input_name!r}, which cannot be made up here;"
+                " write a factory and example_inputs(batch), and give them as path/to/file.py:FACTORY"
+            )
+        sides = (
+            config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        )
+        return _images((getattr(config, "num_channels", 3), *sides))(batch)
+
+    return Loaded(model, example_inputs)
+
+
+def _from_file(name: str, size: int | None) -> Loaded:
+    file, _, factory = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"there is no file {file!r}; MODEL must be {ACCEPTED}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported, as when it is run
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    make = getattr(module, factory, None)
+    if not callable(make):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{file} has no function {factory!r}; it has {', '.join(names) or 'none'}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} must return a torch.nn.Module; it returned a {type(model).__name__}")
+    given = getattr(model, "example_inputs", None) or getattr(module, "example_inputs", None)
+    if given is None:
+        side = size or 224
+        return Loaded(model, _images((3, side, side)))
+
+    def example_inputs(batch: int) -> tuple[Any, ...]:
+        inputs = given(batch) if callable(given) else given
+        return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+    return Loaded(model, example_inputs)
+
+
+_LOADERS: dict[str, Callable[[str, bool, int | None], Loaded]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _huggingface,
+}
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ImportError(f'{name} is not installed; pip install "swinaccel[bench]" brings it') from None
+
+
+def _made(make: Callable[[], Any], library: str, name: str, downloads: bool) -> Any:
+    """What `make` returns, its errors as one sentence."""
+    try:
+        return make()
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        advice = ""
+        if downloads:
+            offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+            cause = "HF_HUB_OFFLINE is set" if offline else "is there a network?"
+            advice = f" (this needs a download or an earlier one's cache; {cause})"
+        raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {text}{advice}") from error
+
+
+def _similar(name: str, known: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; close to it: {', '.join(close)}" if close else ""
+
+
+def _images(shape: tuple[int, ...]) -> Callable[[int], tuple[Tensor, ...]]:
+    """Inputs of noise, the same at every call."""
+    return lambda batch: (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),)
+
+
+def _moved(inputs: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    return tuple(move(value) for value in inputs)

@@ -1,0 +1,549 @@
+"""Each reason for which an original runs, once: in the report, in one warning, and as an error where strict."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import helpers
+import pytest
+import torch
+from helpers import BACKENDS, TRITON_DEVICE, check_fallback
+from torch import nn
+
+import swinaccel
+from swinaccel import ops
+from swinaccel.backends import triton as triton_backend
+
+X = torch.randn(2, 8, 8, 16)
+
+
+def block(**options):
+    return helpers.timm_block((8, 8), shift=2, **options)
+
+
+def run(model, x=X):
+    with torch.no_grad():
+        return model(x)
+
+
+def reason_of(model):
+    (entry,) = swinaccel.report(model)
+    return entry.reason
+
+
+# Reasons of any backend.
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward-pre", "backward", "backward-pre"])
+@pytest.mark.parametrize("part", ["attn", "attn.qkv", "attn.proj", "attn.softmax"])
+def test_hooks_inside_the_attention(kind, part):
+    model = block()
+    module = model.get_submodule(part)
+    register = {
+        "forward": module.register_forward_hook,
+        "forward-pre": module.register_forward_pre_hook,
+        "backward": module.register_full_backward_hook,
+        "backward-pre": module.register_full_backward_pre_hook,
+    }[kind]
+    swinaccel.accelerate(model, backend="torch")
+    run(model)
+    handle = register(lambda *_: None)
+    run(model)
+    assert "hooks" in reason_of(model)
+    handle.remove()
+    run(model)
+    (entry,) = swinaccel.report(model)
+    assert (entry.calls, entry.fallbacks) == (3, 1)
+
+
+def test_attention_dropout():
+    model = swinaccel.accelerate(block(attn_drop=0.1), backend="torch")
+    run(model.train())
+    assert reason_of(model) == "attention dropout is active"
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_no_dropout_is_no_reason(mode):
+    model = swinaccel.accelerate(block(proj_drop=0.0), backend="torch")
+    run(model.train(mode))
+    assert reason_of(model) is None
+
+
+def test_projection_that_came_after_accelerate():
+    """Unknown types are not trusted with weights and biases; a new look trusts them or says why not."""
+
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = swinaccel.accelerate(block(), backend="torch")
+    expected = copy.deepcopy(model)
+    for one in (model, expected):
+        qkv = Odd(16, 48)
+        qkv.load_state_dict(one.attn.qkv.state_dict())
+        one.attn.qkv = qkv
+    found = run(model)
+    with swinaccel.disabled():
+        assert torch.equal(found, run(expected))
+    assert "came into the attention after accelerate()" in reason_of(model)
+
+
+def test_parametrized_projection():
+    """Its weight is computed at each access."""
+    model = block()
+    torch.nn.utils.parametrizations.weight_norm(model.attn.qkv)
+    twin, found, expected = helpers.both(model, X)
+    helpers.assert_close(found, expected)
+    assert helpers.reasons(twin)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_forward_of_an_inner_module_replaced_by_hand(when):
+    model = swinaccel.accelerate(block(), backend="torch") if when == "after" else block()
+    plain = model.attn.proj.forward
+    model.attn.proj.forward = lambda x: plain(x) + 1
+    with swinaccel.disabled():
+        expected = run(model)
+    swinaccel.accelerate(model, backend="torch") if when == "before" else None
+    helpers.assert_close(run(model), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["timm", "microsoft", "hf"])
+def test_forward_of_the_attention_replaced_by_hand(kind, when):
+    """As adapters and visualisers do: the module is not called then, so its own forward would go unheard."""
+    inputs = (torch.randn(1, 64, 16),)
+    if kind == "timm":
+        model, inputs = block(), (X,)
+    elif kind == "microsoft":
+        model = helpers.microsoft_block((8, 8), shift=2)
+    else:
+        model, inputs = helpers.huggingface_layer("Swinv2", shift=2), (*inputs, (8, 8))
+    swinaccel.plan(model)  # this kind of module is known to be good
+    if when == "after":
+        swinaccel.accelerate(model, backend="torch")
+    attention = model.attention if kind == "hf" else model.attn
+    plain = attention.forward
+
+    def replaced(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return tuple(2 * part for part in out) if isinstance(out, tuple) else 2 * out
+
+    attention.forward = replaced
+    with torch.no_grad():
+        with swinaccel.disabled():
+            expected = model(*inputs)
+        if when == "before":
+            swinaccel.accelerate(model, backend="torch")
+        helpers.assert_close(model(*inputs), expected)
+
+
+def test_mask_of_another_size():
+    model = block()
+    model.attn_mask = torch.zeros(1, 16, 16)
+    check_fallback(model, X, reason="the mask (1, 16, 16) belongs to another image size")
+
+
+def test_edited_mask_on_the_torch_backend():
+    model = block()
+    model.attn_mask[0, 0, 0] = 1.0
+    check_fallback(model, X, reason="not the mask that window and shift imply")
+
+
+def test_index_of_another_form():
+    """timm flattens its index before it gathers with it, so a flat one is as good there."""
+    model = swinaccel.accelerate(block(), backend="torch")
+    expected = run(model)
+    model.attn.relative_position_index = model.attn.relative_position_index.flatten()
+    helpers.assert_close(run(model), expected)
+    assert reason_of(model) is None or "does not belong to a window of 16 tokens" in reason_of(model)
+
+
+def test_shift_outside_the_window():
+    model = swinaccel.accelerate(helpers.torchvision_attention(), backend="torch")
+    model.shift_size = [5, 5]
+    with swinaccel.disabled():
+        expected = run(model)
+    assert torch.equal(run(model), expected)
+    assert "does not lie inside the window" in reason_of(model)
+
+
+def test_window_of_one_token():
+    model = helpers.torchvision_attention(window=(1, 1))
+    _, found, expected = helpers.both(model, X)
+    helpers.assert_close(found, expected, 1e-6)
+
+
+def test_input_of_another_rank():
+    model = swinaccel.accelerate(helpers.torchvision_attention(), backend="torch")
+    with pytest.raises(Exception, match=r"."):
+        run(model, torch.randn(2, 64, 16))
+    assert "not 3 axes" in reason_of(model)
+
+
+def test_forward_mode_differentiation():
+    model = swinaccel.accelerate(block(), backend="torch")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+        tangent = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+        with swinaccel.disabled():
+            expected = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    assert torch.equal(tangent, expected)
+    assert "forward-mode" in reason_of(model)
+
+
+def test_function_transforms():
+    model = swinaccel.accelerate(block(), backend="torch")
+    stack = torch.randn(3, 1, 8, 8, 16)
+    found = torch.func.vmap(lambda x: run(model, x))(stack)
+    with swinaccel.disabled():
+        expected = torch.stack([run(model, x) for x in stack])
+    helpers.assert_close(found, expected)
+    assert "torch.func" in reason_of(model)
+
+
+def test_subclass_of_tensor():
+    class Marked(torch.Tensor):
+        pass
+
+    model = swinaccel.accelerate(block(), backend="torch")
+    found = run(model, X.as_subclass(Marked))
+    assert type(found) is Marked
+    assert "the input is a Marked" in reason_of(model)
+
+
+def test_input_on_meta():
+    model = swinaccel.accelerate(block(), backend="torch")
+    run(copy.deepcopy(model).to("meta"), X.to("meta"))
+    with torch.no_grad():
+        meta = model.to("meta")
+        assert meta(X.to("meta")).is_meta
+    assert "meta device" in reason_of(meta)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing():
+    model = swinaccel.accelerate(block(), backend="torch")
+    torch.jit.trace(model, (X,), check_trace=False)
+    assert "traced" in reason_of(model)
+
+
+def test_input_that_is_no_tensor():
+    model = swinaccel.accelerate(block(), backend="torch")
+    with pytest.raises(AttributeError):
+        model([1, 2, 3])
+
+
+def test_gradients_are_no_reason_on_the_torch_backend():
+    model = swinaccel.accelerate(block(), backend="torch")
+    model(X.clone().requires_grad_()).sum().backward()
+    assert reason_of(model) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode(backend):
+    device = helpers.DEVICES[backend]
+    model = swinaccel.accelerate(block().to(device), backend=backend)
+    expected = run(model, X.to(device))
+    with torch.inference_mode():
+        helpers.assert_close(model(X.to(device)), expected, 1e-6)
+    helpers.assert_accelerated(model)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_made_in_inference_mode(backend):
+    """They have no version counter."""
+    device = helpers.DEVICES[backend]
+    with torch.inference_mode():
+        model = helpers.torchvision_attention(window=(9, 8), shift=(4, 4)).to(device)
+        expected = model(torch.ones(1, 9, 16, 16, device=device))
+        swinaccel.accelerate(model, backend=backend)
+        helpers.assert_close(model(torch.ones(1, 9, 16, 16, device=device)), expected)
+
+
+# Reasons of the kernels.
+
+
+def on_triton(model):
+    return swinaccel.accelerate(model.to(TRITON_DEVICE), backend="triton")
+
+
+def test_fp64_on_triton():
+    model = on_triton(block().double())
+    run(model, X.double().to(TRITON_DEVICE))
+    assert "torch.float64" in reason_of(model)
+
+
+def test_head_dim_beyond_the_kernels():
+    model = on_triton(block(head_dim=160))
+    run(model, X.to(TRITON_DEVICE))
+    assert reason_of(model) == "head_dim 160 is larger than 128"
+
+
+def test_window_beyond_the_kernels():
+    model = on_triton(helpers.torchvision_attention(window=(33, 32)))
+    run(model, torch.randn(1, 3, 3, 16, device=TRITON_DEVICE))
+    assert "more than 1024 tokens" in reason_of(model)
+
+
+def test_padding_with_a_wrapped_projection():
+    class Wrapped(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x)
+
+    model = helpers.timm_block((9, 9), shift=2)
+    model.attn.qkv = Wrapped(model.attn.qkv)
+    _, found, expected = helpers.both(model, torch.randn(1, 9, 9, 16), backend="triton")
+    helpers.assert_close(found, expected)
+
+
+@pytest.mark.skipif(TRITON_DEVICE == "cuda", reason="concerns the interpreter")
+def test_bfloat16_in_the_interpreter(monkeypatch):
+    """The interpreter takes the bits of a bfloat16 for an integer: nobody may be handed such products."""
+    from triton.runtime import interpreter
+
+    mended = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", mended.plain)
+    _, found, expected = helpers.both(block().bfloat16(), X.bfloat16(), backend="triton")
+    helpers.assert_close(found, expected, 5e-2)
+
+
+class Broken(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def broken_kernels(monkeypatch):
+    """Kernels that fail as real ones do: at their first launch, for want of resources or a compiler."""
+
+    def fail(*args, **kwargs):
+        raise Broken("out of resource: shared memory, Required: 300000, Hardware limit: 232448\nmore")
+
+    monkeypatch.setattr(triton_backend, "shifted_window_attention", fail)
+
+
+def test_kernel_failure_gives_the_originals_output(broken_kernels):
+    _, found, expected = helpers.both(block(), X, backend="triton")
+    helpers.assert_close(found, expected)
+
+
+def test_kernel_failure_is_reported_and_remembered(broken_kernels, monkeypatch):
+    model = on_triton(block())
+    for _ in range(3):
+        run(model, X.to(TRITON_DEVICE))
+    (entry,) = swinaccel.report(model)
+    assert (entry.calls, entry.fallbacks) == (3, 3)
+    assert entry.reason == (
+        "the Triton kernel failed: Broken: out of resource: shared memory, Required: 300000, Hardware limit: 232448"
+    )
+    assert "\n" not in entry.reason
+
+
+def test_kernel_failure_is_logged_once(broken_kernels, caplog):
+    model = on_triton(block())
+    with caplog.at_level("WARNING", logger="swinaccel"):
+        for _ in range(3):
+            run(model, X.to(TRITON_DEVICE))
+    assert len([record for record in caplog.records if "kernel failed" in record.getMessage()]) == 1
+
+
+def test_kernel_failure_concerns_its_own_problem(monkeypatch):
+    """One window size that does not fit does not stop the others."""
+    real = triton_backend.shifted_window_attention
+
+    def picky(qkv, k, v, geometry, **options):
+        if geometry.window == (4, 4):
+            raise Broken("no")
+        return real(qkv, k, v, geometry, **options)
+
+    monkeypatch.setattr(triton_backend, "shifted_window_attention", picky)
+    bad, good = on_triton(block()), on_triton(helpers.timm_block((6, 6), window=3, shift=1))
+    run(bad, X.to(TRITON_DEVICE))
+    run(good, torch.randn(1, 6, 6, 16, device=TRITON_DEVICE))
+    assert reason_of(bad) is not None
+    helpers.assert_accelerated(good)
+
+
+def test_kernel_failure_in_strict_mode(broken_kernels):
+    model = swinaccel.accelerate(block().to(TRITON_DEVICE), backend="triton", strict=True)
+    for _ in range(2):  # the first call meets the failure, the second knows of it
+        with pytest.raises(RuntimeError, match="the Triton kernel failed"):
+            run(model, X.to(TRITON_DEVICE))
+
+
+def test_kernel_failure_is_forgotten_on_request(broken_kernels, monkeypatch):
+    model = on_triton(block())
+    run(model, X.to(TRITON_DEVICE))
+    assert ops.has_failures()
+    monkeypatch.undo()
+    ops.forget_failures()
+    run(model, X.to(TRITON_DEVICE))
+    (entry,) = swinaccel.report(model)
+    assert (entry.calls, entry.fallbacks) == (2, 1)
+
+
+def test_failure_of_the_position_kernel(monkeypatch):
+    """It is no reason to fall back: PyTorch computes that table as well."""
+
+    def fail(*args):
+        raise Broken("no")
+
+    monkeypatch.setattr(triton_backend, "position_table", fail)
+    helpers.check(block(v2=True), X, backend="triton")
+
+
+# Strict mode, warnings, counts.
+
+
+def test_strict_raises_where_an_original_would_run():
+    model = swinaccel.accelerate(block(), backend="torch", strict=True)
+    run(model)
+    model.attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(swinaccel.FallbackError, match="SwinTransformerBlock would run its original: .*hooks"):
+        run(model)
+
+
+def test_strict_by_environment(monkeypatch):
+    model = swinaccel.accelerate(block(), backend="torch")
+    model.attn.register_forward_hook(lambda *_: None)
+    run(model)
+    monkeypatch.setenv("SWINACCEL_STRICT", "on")
+    with pytest.raises(swinaccel.FallbackError):
+        run(model)
+
+
+def test_strict_does_not_hinder_disabled():
+    model = swinaccel.accelerate(block(), backend="torch", strict=True)
+    model.attn.register_forward_hook(lambda *_: None)
+    with swinaccel.disabled():
+        run(model)
+
+
+def test_errors_of_the_original_come_through():
+    """An error in what the user gave is no reason of ours, and no kernel failure."""
+    model = swinaccel.accelerate(block(), backend="torch")
+    with pytest.raises(RuntimeError):
+        run(model, torch.randn(2, 8, 8, 17))
+
+
+def test_one_warning_for_each_reason():
+    models = [swinaccel.accelerate(block(), backend="torch") for _ in range(2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model in models:
+            model.attn.register_forward_hook(lambda *_: None)
+            for _ in range(3):
+                run(model)
+        models[0].attn._forward_hooks.clear()
+        models[0].attn_mask[0, 0, 0] = 9.0
+        for _ in range(3):
+            run(models[0])
+    texts = [str(warning.message) for warning in caught if "swinaccel" in str(warning.message)]
+    assert len(texts) == 2
+    assert all(text.startswith("swinaccel: the original runs, because ") for text in texts)
+
+
+def test_no_warning_without_a_reason():
+    model = swinaccel.accelerate(block(), backend="torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts(backend):
+    device = helpers.DEVICES[backend]
+    model = swinaccel.accelerate(block().to(device), backend=backend)
+    (entry,) = swinaccel.report(model)
+    assert (entry.status, entry.reason, entry.bias, entry.calls, entry.fallbacks) == ("accelerated", None, None, 0, 0)
+    for _ in range(3):
+        run(model, X.to(device))
+    (entry,) = swinaccel.report(model)
+    assert (entry.calls, entry.fallbacks, entry.bias) == (3, 0, "table" if backend == "triton" else entry.bias)
+    twin = copy.deepcopy(model)
+    (entry,) = swinaccel.report(twin)
+    assert entry.calls == 0
+    swinaccel.restore(model)
+    (entry,) = swinaccel.report(model)
+    assert (entry.status, entry.calls) == ("original", 0)
+
+
+def test_report_of_a_model_never_accelerated():
+    (entry,) = swinaccel.report(block())
+    assert entry.status == "original"
+    assert "accelerate() was not called" in entry.reason
+
+
+def test_report_is_ready_for_json_and_for_reading():
+    model = nn.Sequential(block(), helpers.microsoft_block((8, 8)))
+    swinaccel.accelerate(model[0], backend="torch")
+    report = swinaccel.report(model)
+    content = json.loads(json.dumps(report.to_dict()))
+    assert (content["accelerated"], content["original"]) == (1, 1)
+    fields = {
+        "name", "family", "status", "reason", "window", "shift", "num_heads", "head_dim", "bias", "calls", "fallbacks"
+    }  # fmt: skip
+    assert [set(entry) for entry in content["entries"]] == [fields, fields]
+    assert [entry.name for entry in report.accelerated] == ["0"]
+    assert [entry.name for entry in report.original] == ["1"]
+    assert "1 of 2 window attentions accelerated" in str(report)
+    assert "microsoft" in str(report)
+    assert "1 of 2" in repr(report)
+    assert "no window attention" in str(swinaccel.report(nn.Linear(1, 1)))
+
+
+# verify.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("accelerated", [True, False], ids=["accelerated", "not-yet"])
+def test_verify(backend, accelerated):
+    device = helpers.DEVICES[backend]
+    model = block().to(device)
+    if accelerated:
+        swinaccel.accelerate(model, backend=backend)
+    result = swinaccel.verify(model, X.to(device), backend=backend)
+    assert result.passed, str(result)
+    assert result.reference == "float64"
+    assert json.loads(json.dumps(result.to_dict()))["passed"] is True
+    assert str(result).startswith("passed")
+    (entry,) = swinaccel.report(model)
+    assert entry.status == ("accelerated" if accelerated else "original")
+
+
+def test_verify_fails_on_a_wrong_kernel(monkeypatch):
+    real = triton_backend.shifted_window_attention
+    monkeypatch.setattr(
+        triton_backend, "shifted_window_attention", lambda *args, **kwargs: 1.001 * real(*args, **kwargs)
+    )
+    model = block().to(TRITON_DEVICE)
+    result = swinaccel.verify(model, X.to(TRITON_DEVICE), backend="triton")
+    assert not result.passed
+    assert str(result).startswith("FAILED")
+
+
+def test_verify_fails_where_nothing_was_accelerated():
+    assert not swinaccel.verify(nn.Linear(4, 4), torch.randn(2, 4)).passed
+    model = block()
+    model.attn.register_forward_hook(lambda *_: None)
+    assert not swinaccel.verify(model, X, backend="torch").passed
+
+
+def test_verify_restores_the_mode_and_keeps_gradients_away():
+    model = block().train()
+    model.norm1.eval()
+    modes = [module.training for module in model.modules()]
+    swinaccel.verify(model, X, backend="torch")
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_verify_needs_inputs():
+    with pytest.raises(ValueError, match="verify needs the inputs"):
+        swinaccel.verify(block())
