@@ -30,7 +30,6 @@ from .spec import Section
 logger = logging.getLogger("swinaccel")
 
 RANKS = (16, 32, 64, 128)  # what the kernel's dot product takes
-AUTOMATIC_RANK = 16  # beyond it the dense bias is as fast
 MIN_TOKENS = 65  # smaller windows keep the whole bias in registers
 _LOG2E = 1.4426950408889634
 _FORMAT = "1"
@@ -69,9 +68,7 @@ def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factor
         config: its `bias` and `bias_energy` choose the rule.
         dtype: the compute dtype.
     """
-    if config.bias == "table" or section.geometry.tokens < MIN_TOKENS:
-        return None
-    if config.bias == "auto" and config.bias_energy is None and dtype == torch.float32:
+    if section.geometry.tokens < MIN_TOKENS or not wanted(config):
         return None
     key = (*(_version(tensor) for tensor in (*section.sources, section.index)), dtype, config.bias, config.bias_energy)
     per_source = _known.get(section.sources[0])
@@ -82,6 +79,15 @@ def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factor
             made = _load_or_make(section.table().detach(), section.index, dtype, config)
         _known[section.sources[0]] = per_source = (key, made)
     return per_source[1]
+
+
+def wanted(config: AccelConfig) -> bool:
+    """Whether these options ask for factors.
+
+    "auto" alone does not: the exact dense bias was faster than factors of the lowest rank on every shape measured
+    (docs/benchmarks.md).
+    """
+    return config.bias == "factors" or (config.bias == "auto" and config.bias_energy is not None)
 
 
 def forget() -> None:
@@ -141,8 +147,7 @@ def _make(bias: Tensor, dtype: torch.dtype, config: AccelConfig) -> tuple[Tensor
     """(q, k, rank) by the config's rule; rank 0 where none is good enough."""
     stored = torch.float32 if dtype == torch.float32 else torch.float16
     bound = bias.abs().max() * torch.finfo(dtype).eps / 2
-    ranks = RANKS if config.bias == "factors" or config.bias_energy is not None else (AUTOMATIC_RANK,)
-    for rank in (rank for rank in ranks if rank <= bias.shape[-1]):
+    for rank in (rank for rank in RANKS if rank <= bias.shape[-1]):
         q, k = factorize(bias, rank)
         q, k = (q * _LOG2E).to(stored).contiguous(), k.to(stored).contiguous()
         missed = bias - (q.float() / _LOG2E) @ k.float().mT

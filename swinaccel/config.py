@@ -37,8 +37,9 @@ class AccelConfig:
         backend: "triton", "torch", or "auto": Triton on CUDA devices (and on the CPU under TRITON_INTERPRET=1),
             plain PyTorch elsewhere.
         bias: form of the relative position bias. "table" is exact and always live. "factors" uses SVD factors
-            (FlashBias, arXiv:2505.12044) in inference. "auto" uses them only where they win and where they err
-            no more than rounding the bias to the compute dtype does.
+            (FlashBias, arXiv:2505.12044) in inference, for windows of more than 64 tokens on the Triton backend,
+            where they err no more than rounding the bias to the compute dtype does. "auto" uses them only where
+            they were measured to win, which so far is nowhere, or where `bias_energy` asks for them.
         bias_energy: fraction in (0, 1] of the bias's energy (its squared singular values) that the factors must
             hold, such as FlashBias's 0.995, in place of the exact rule.
         filter: callable(name, module) -> bool; modules for which it returns False stay original.

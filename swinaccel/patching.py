@@ -152,9 +152,16 @@ def _remove(key: tuple[type, str]) -> None:
 
 def _dispatcher(method: Callable[..., Any]) -> Callable[..., Any]:
     """The function that takes the method's place: unmarked instances run `method`, marked ones `dispatch.run`."""
+    checkpoints = method.__code__.co_name == "forward_with_checkpointing"
 
     @functools.wraps(method)
     def dispatcher(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if checkpoints and self.training and self.gradient_checkpointing:
+            # transformers >= 5.20 checkpoints in a wrapper that acts only while it is the class's own forward.
+            return self._gradient_checkpointing_func(functools.partial(run, self, **kwargs), *args)
+        return run(self, *args, **kwargs)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         text = self._swinaccel
         if text is None or off.get() or env_disabled():
             return method(self, *args, **kwargs)

@@ -57,11 +57,8 @@ def small(
 def large(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeLaunch:
     """Launch for windows of more than SMALL_WINDOW tokens."""
     block_d = power_of_two(head_dim)
-    block_m, block_n = (64, 32) if tokens <= 144 else (64, 64)
-    if element_size > 2:
-        block_m, block_n = 64, 32
-    if block_d > 64:
-        block_m, block_n = 64, min(block_n, 32)
+    fits = tokens % 128 == 0 and element_size == 2 and block_d <= 64
+    block_m, block_n = 128 if fits else 64, 32
     stage = 2 * block_n * block_d * element_size
     scratch = block_m * block_d * element_size + block_m * block_n * 4
     num_stages = max(1, min(3, (shared_memory - scratch) // stage))

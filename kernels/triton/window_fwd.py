@@ -243,8 +243,8 @@ def _walk_keys(
             offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n
             start = tl.load(dense_ptr + offs_dense).to(tl.float32)
         elif BIAS == BIAS_FACTORS:
-            offs_factor = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
-            k_factor = tl.load(k_factor_ptr + offs_factor, mask=(offs_n < N)[:, None], other=0.0)
+            offs_factor_n = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
+            k_factor = tl.load(k_factor_ptr + offs_factor_n, mask=(offs_n < N)[:, None], other=0.0)
             start = tl.dot(q_factor, tl.trans(k_factor), input_precision=PRECISION)
         elif BIAS == BIAS_TABLE:
             start = LOG2E * _gather_bias(
