@@ -153,9 +153,7 @@ def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
 
 
 def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:
-    return Entry(
-        name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts
-    )
+    return Entry(name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts)
 
 
 def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:

@@ -29,6 +29,7 @@ from .verify import _flat
 Progress = Callable[[str, int, int], None]
 
 _SAMPLE_MS = 20.0  # a CUDA sample is as many calls as take this long
+_BUDGET_MS = 20_000.0  # for all samples, where the number of rounds is not given
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,7 @@ class BenchResult:
         table.add_column("difference", justify="right", overflow="fold")
         for row in self.variants:
             if row.latency_ms is None or row.p10_ms is None or row.p90_ms is None:
-                table.add_row(
-                    row.name, "-", "-", "-", *(["-"] if has_memory else ()), "-", f"failed: {row.error}"
-                )
+                table.add_row(row.name, "-", "-", "-", *(["-"] if has_memory else ()), "-", f"failed: {row.error}")
                 continue
             table.add_row(
                 row.name,
@@ -149,9 +148,7 @@ class BenchResult:
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError:
-            raise ImportError(
-                'matplotlib is not installed; pip install "swinaccel[bench]" brings it'
-            ) from None
+            raise ImportError('matplotlib is not installed; pip install "swinaccel[bench]" brings it') from None
         rows = [row for row in self.variants if row.latency_ms is not None]
         medians = [row.latency_ms or 0.0 for row in rows]
         spread = [
@@ -188,7 +185,7 @@ def run(
     Args:
         model: accelerated or not; it is left as it is. It is run in eval mode.
         inputs: what it is called with; the first tensor's first axis is the batch.
-        rounds: how often each variant is sampled; 30 on CUDA devices and 10 elsewhere, unless given.
+        rounds: how often each variant is sampled; unless given, as often as about 20 seconds allow, 10 to 50 times.
         compile: measure the torch.compile variants too; on CUDA devices, unless given.
         compile_mode: `mode` of torch.compile, such as "reduce-overhead" or "max-autotune".
         progress: called with what happens now, the steps done, and the steps in all.
@@ -205,11 +202,10 @@ def run(
         raise ValueError(f"rounds must be at least 1; got {rounds}")
     device = tensors[0].device
     is_cuda = device.type == "cuda"
-    rounds = rounds or (30 if is_cuda else 10)
     compile = is_cuda if compile is None else compile
     with _compiler_room() if compile else nullcontext(), torch.no_grad():
         makers, accelerated = _variants(model, compile, compile_mode, options)
-        tick = _Ticker(progress, len(makers) + rounds)
+        tick = _Ticker(progress, len(makers) + (rounds or 10))
         runners: dict[str, _Runner] = {}
         errors: dict[str, str] = {}
         expected: list[Tensor] = []
@@ -230,6 +226,10 @@ def run(
             runner.difference = _difference(outputs, expected)
             runners[name] = runner
         order = list(runners)
+        if rounds is None:
+            round_ms = sum(runner.sample_ms for runner in runners.values())
+            rounds = max(10, min(50, int(_BUDGET_MS / max(1e-3, round_ms))))
+            tick.total = len(makers) + rounds
         for index in range(rounds):
             tick("measuring")
             first = index % len(order)  # no variant always follows the same one
@@ -240,9 +240,7 @@ def run(
     yardstick = statistics.median(runners["original"].samples)
     return BenchResult(
         variants=tuple(
-            runners[name].row(name, batch, yardstick)
-            if name in runners
-            else Variant(name, error=errors[name])
+            runners[name].row(name, batch, yardstick) if name in runners else Variant(name, error=errors[name])
             for name in makers
         ),
         batch=batch,
@@ -314,13 +312,14 @@ class _Runner:
         self.own_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         self.samples: list[float] = []
         self.calls_per_sample = 1
+        self.sample_ms = 0.0
         self.peak_mib: float | None = None
         self.difference = 0.0
 
     def warm_up(self) -> list[Tensor]:
         """Compile, load and settle; the output of a call."""
         outputs = [tensor.clone() for tensor in _flat(self.call(*self.inputs))]
-        for _ in range(4 if self.is_cuda else 1):
+        for _ in range(4 if self.is_cuda else 0):
             self.call(*self.inputs)
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
@@ -330,7 +329,10 @@ class _Runner:
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device) - before + self.own_bytes
             self.peak_mib = peak / 2**20
-            self.calls_per_sample = max(1, min(50, math.ceil(_SAMPLE_MS / max(1e-3, self._time()))))
+        call_ms = self._time()
+        if self.is_cuda:
+            self.calls_per_sample = max(1, min(50, math.ceil(_SAMPLE_MS / max(1e-3, call_ms))))
+        self.sample_ms = call_ms * self.calls_per_sample
         return outputs
 
     def sample(self) -> None:
@@ -354,11 +356,7 @@ class _Runner:
 
     def row(self, name: str, batch: int, yardstick: float) -> Variant:
         median = statistics.median(self.samples)
-        tenths = (
-            statistics.quantiles(self.samples, n=10, method="inclusive")
-            if len(self.samples) > 1
-            else [median]
-        )
+        tenths = statistics.quantiles(self.samples, n=10, method="inclusive") if len(self.samples) > 1 else [median]
         return Variant(
             name,
             latency_ms=median,

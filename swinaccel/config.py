@@ -131,9 +131,11 @@ def setup_logging() -> None:
     text = os.environ.get("SWINACCEL_LOG")
     if not text:
         return
-    level = logging.getLevelNamesMapping().get(text.strip().upper()) if hasattr(
-        logging, "getLevelNamesMapping"
-    ) else getattr(logging, text.strip().upper(), None)
+    level = (
+        logging.getLevelNamesMapping().get(text.strip().upper())
+        if hasattr(logging, "getLevelNamesMapping")
+        else getattr(logging, text.strip().upper(), None)
+    )
     if not isinstance(level, int):
         raise ValueError(f"SWINACCEL_LOG={text!r} is not usable: set it to debug, info, warning or error")
     logging.getLogger("swinaccel").setLevel(level)

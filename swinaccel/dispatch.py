@@ -155,12 +155,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, torch._subclasses.FakeTensor)
 
 def _hook_reason(module: nn.Module, is_inner: bool = False) -> str | None:
     """Why modules that the section stands in for must be called: someone watches them, or changed them since."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
     if is_inner and "forward" in module.__dict__:
         return f"{type(module).__name__} inside the attention has a forward of its own"
@@ -207,9 +202,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _triton_reason(family: Any, module: nn.Module, section: Section, x: Tensor) -> str | None:
     interpret = x.device.type == "cpu" and env_interpret()
-    reason = ops.unsupported_reason(
-        x.device, compute_dtype(x), section.geometry, section.head_dim, interpret
-    )
+    reason = ops.unsupported_reason(x.device, compute_dtype(x), section.geometry, section.head_dim, interpret)
     if reason is None and section.geometry.is_padded and section.padding is None:
         reason = "the image is padded and the projection is not a plain nn.Linear"
     if reason is None and torch.is_grad_enabled():
@@ -222,9 +215,7 @@ def _triton_reason(family: Any, module: nn.Module, section: Section, x: Tensor) 
 
 
 def _kernel_failure(section: Section, x: Tensor) -> str | None:
-    return ops.failure(
-        x.device, compute_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None
-    )
+    return ops.failure(x.device, compute_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None)
 
 
 def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, image: Tensor) -> Tensor:

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
-from collections.abc import Callable
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,9 +226,7 @@ def _huggingface(name: str, pretrained: bool, size: int | None) -> Loaded:
                 f"hf:{name} is called with {model.main_input_name!r}, which cannot be made up here;"
                 " write a factory and example_inputs(batch), and give them as path/to/file.py:FACTORY"
             )
-        sides = (
-            config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        )
+        sides = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         return _images((getattr(config, "num_channels", 3), *sides))(batch)
 
     return Loaded(model, example_inputs)
@@ -284,15 +285,55 @@ def _library(name: str) -> Any:
 def _made(make: Callable[[], Any], library: str, name: str, downloads: bool) -> Any:
     """What `make` returns, its errors as one sentence."""
     try:
-        return make()
+        with _no_retries(downloads and library != "torchvision"):
+            return make()
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        advice = ""
-        if downloads:
-            offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-            cause = "HF_HUB_OFFLINE is set" if offline else "is there a network?"
-            advice = f" (this needs a download or an earlier one's cache; {cause})"
+        advice = " (this needs a network, or the cache of an earlier download)" if downloads else ""
         raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {text}{advice}") from error
+
+
+@contextmanager
+def _no_retries(downloads: bool) -> Iterator[None]:
+    """Where the Hugging Face hub cannot be reached, say so to its client, which else tries for most of a minute."""
+    if not downloads or hub_is_reachable():
+        yield
+        return
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_is_reachable(timeout: float = 3.0) -> bool:
+    """Whether the Hugging Face hub (or the mirror in use) answers at all, within seconds."""
+    try:
+        from huggingface_hub import constants
+    except ModuleNotFoundError:
+        return False
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout):
+                answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except Exception:
+            answers.append(False)
+
+    # A thread, since looking a name up has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return answers == [True]
 
 
 def _similar(name: str, known: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,7 @@ _library.define(
     " Tensor? mask, Tensor? logit_scale, Tensor[]? factors, int num_heads, int[2] window, int[2] shift,"
     " bool roll_first, float mask_value, float scale) -> Tensor"
 )
-_library.define(
-    "position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor"
-)
+_library.define("position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor")
 
 
 class KernelError(RuntimeError):
@@ -45,9 +44,7 @@ def _problem(device: torch.device, dtype: torch.dtype, geometry: Geometry, head_
     return device.type, device.index, dtype, geometry.window, head_dim, cosine
 
 
-def failure(
-    device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, cosine: bool
-) -> str | None:
+def failure(device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, cosine: bool) -> str | None:
     """Why the kernel for such a problem failed before, or None."""
     if not _failures:
         return None
@@ -99,9 +96,7 @@ def shifted_window_attention(
 def _is_observed() -> bool:
     """Whether anyone but the device looks at operators now: a compiler, a mode, a profiler."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd._profiler_enabled()
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
     )
 
 
@@ -128,7 +123,7 @@ def _forward(
         geometry = Geometry(size, (window[0], window[1]), (shift[0], shift[1]), roll_first)
     if qkv.stride(-1) != 1 or (k is not None and not qkv.stride() == k.stride() == v.stride()):  # type: ignore[union-attr]
         qkv, k, v = qkv.contiguous(), _contiguous(k), _contiguous(v)
-    options = {
+    options: dict[str, Any] = {
         "num_heads": num_heads,
         "table": table,
         "index": _contiguous(index),

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import wrapt
@@ -139,7 +139,7 @@ def unmark(modules: Iterable[nn.Module]) -> None:
 def _install(cls: type, method: str) -> None:
     if (cls, method) in _installed:
         return
-    _installed[cls, method] = wrapt.wrap_object(cls, method, _dispatcher)
+    _installed[cls, method] = wrapt.wrap_object(cls, method, cast(Any, _dispatcher))
     setattr(cls, MARKER, None)
 
 

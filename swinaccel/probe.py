@@ -41,9 +41,7 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Callabl
 
 def _kind(module: nn.Module, family: Family, spec: WindowSpec, original: Callable[..., Any]) -> tuple:
     parts = tuple((name, type(part)) for name, part in module.named_modules())
-    tensors = tuple(name for name, _ in module.named_parameters()) + tuple(
-        name for name, _ in module.named_buffers()
-    )
+    tensors = tuple(name for name, _ in module.named_parameters()) + tuple(name for name, _ in module.named_buffers())
     settings: tuple = ()
     if not type(module).__module__.startswith(_SURVEYED):
         settings = tuple(

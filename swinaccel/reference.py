@@ -159,13 +159,9 @@ def shifted_window_attention(
         (B, H, W, heads * D).
     """
     pads = padding.chunk(3) if padding is not None else (None, None, None)
-    q, k, v = (
-        split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True)
-    )
+    q, k, v = (split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True))
     if mask is None and geometry.is_shifted and mask_value:
         mask = shift_mask(geometry, mask_value, device=q.device)
     bias = None if table is None or index is None else bias_from_table(table, index)
-    out = attention(
-        q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout
-    )
+    out = attention(q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout)
     return join(out.transpose(1, 2).flatten(2), geometry)

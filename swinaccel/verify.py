@@ -93,9 +93,7 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Any) -> VerifyResu
         and bool(report.accelerated)
         and all(entry.fallbacks == 0 for entry in report)
     )
-    return VerifyResult(
-        passed, max_error, mean_error, original_max, original_mean, str(dtype).split(".")[-1], report
-    )
+    return VerifyResult(passed, max_error, mean_error, original_max, original_mean, str(dtype).split(".")[-1], report)
 
 
 def _reference(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor], torch.dtype]:

@@ -17,9 +17,9 @@ if not HAS_CUDA:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; models are built from configurations
 
-import helpers
+import helpers  # noqa: E402
 
-from swinaccel import bias, dispatch, ops, patching, probe
+from swinaccel import bias, dispatch, ops, patching, probe  # noqa: E402
 
 if helpers.TRITON_DEVICE == "cpu":
     helpers.mend_interpreter()

@@ -112,7 +112,9 @@ def assert_no_worse(found: Tensor, expected: Tensor, exact: Tensor, dtype: torch
     own, ours = ((one.cpu().double() - exact).abs() / size for one in (expected, found))
     rounding = torch.finfo(dtype).eps / 2
     assert ours.max() <= 2 * max(own.max().item(), rounding), f"max {ours.max():.1e}, original {own.max():.1e}"
-    assert ours.mean() <= 1.1 * max(own.mean().item(), rounding / 4), f"mean {ours.mean():.1e}, original {own.mean():.1e}"
+    assert ours.mean() <= 1.1 * max(own.mean().item(), rounding / 4), (
+        f"mean {ours.mean():.1e}, original {own.mean():.1e}"
+    )
 
 
 def assert_accelerated(model: nn.Module, count: int | None = None) -> None:
@@ -126,7 +128,11 @@ def assert_accelerated(model: nn.Module, count: int | None = None) -> None:
 
 
 def both(
-    model: nn.Module, *inputs: Any, backend: str = "torch", arguments: dict[str, Any] | None = None, **options: Any
+    model: nn.Module,
+    *inputs: Any,
+    backend: str = "torch",
+    arguments: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, Any, Any]:
     """An accelerated copy of a model, and what the copy and the model give without gradients."""
     device = DEVICES[backend]
@@ -237,12 +243,12 @@ def timm_v2(img_size: Any = 64, window: Any = 8, **options: Any) -> nn.Module:
     import timm
 
     settings = {**_TIMM, **options}
-    return randomize(
-        timm.create_model("swinv2_tiny_window8_256", img_size=img_size, window_size=window, **settings)
-    )
+    return randomize(timm.create_model("swinv2_tiny_window8_256", img_size=img_size, window_size=window, **settings))
 
 
-def timm_block(resolution: Any, window: Any = 4, shift: int = 0, heads: int = 2, v2: bool = False, **options: Any) -> nn.Module:
+def timm_block(
+    resolution: Any, window: Any = 4, shift: int = 0, heads: int = 2, v2: bool = False, **options: Any
+) -> nn.Module:
     from timm.models import swin_transformer, swin_transformer_v2
 
     kind = swin_transformer_v2.SwinTransformerV2Block if v2 else swin_transformer.SwinTransformerBlock
@@ -252,7 +258,9 @@ def timm_block(resolution: Any, window: Any = 4, shift: int = 0, heads: int = 2,
     )
 
 
-def microsoft_block(resolution: Any, window: int = 4, shift: int = 0, heads: int = 2, dim: int = 16, **options: Any) -> nn.Module:
+def microsoft_block(
+    resolution: Any, window: int = 4, shift: int = 0, heads: int = 2, dim: int = 16, **options: Any
+) -> nn.Module:
     return randomize(microsoft_models.SwinTransformerBlock(dim, resolution, heads, window, shift, **options))
 
 
@@ -263,13 +271,16 @@ def torchvision_model(v2: bool = False, window: tuple[int, int] = (4, 4), **opti
     if v2:
         kinds = {"block": library.SwinTransformerBlockV2, "downsample_layer": library.PatchMergingV2}
     settings = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "num_classes": 5, **kinds, **options}
-    return randomize(
-        library.SwinTransformer([4, 4], window_size=list(window), stochastic_depth_prob=0.0, **settings)
-    )
+    return randomize(library.SwinTransformer([4, 4], window_size=list(window), stochastic_depth_prob=0.0, **settings))
 
 
 def torchvision_attention(
-    window: tuple[int, int] = (4, 4), shift: tuple[int, int] = (0, 0), v2: bool = False, dim: int = 16, heads: int = 2, **options: Any
+    window: tuple[int, int] = (4, 4),
+    shift: tuple[int, int] = (0, 0),
+    v2: bool = False,
+    dim: int = 16,
+    heads: int = 2,
+    **options: Any,
 ) -> nn.Module:
     from torchvision.models import swin_transformer as library
 
@@ -301,7 +312,13 @@ def huggingface(kind: str = "Swin", head: str = "Model", **options: Any) -> nn.M
 
 
 def huggingface_layer(
-    kind: str = "Swin", resolution: tuple[int, int] = (8, 8), window: int = 4, shift: int = 0, dim: int = 16, heads: int = 2, **options: Any
+    kind: str = "Swin",
+    resolution: tuple[int, int] = (8, 8),
+    window: int = 4,
+    shift: int = 0,
+    dim: int = 16,
+    heads: int = 2,
+    **options: Any,
 ) -> nn.Module:
     names = {"Swin": "swin", "Swinv2": "swinv2", "DonutSwin": "donut", "MaskFormerSwin": "maskformer"}
     folder = names[kind]
@@ -309,7 +326,9 @@ def huggingface_layer(
     library = importlib.import_module(f"transformers.models.{folder}.modeling_{stem}")
     config_kind = {"MaskFormerSwin": "Swin"}.get(kind, kind)
     if kind == "MaskFormerSwin":
-        config = importlib.import_module("transformers").MaskFormerSwinConfig(window_size=window, embed_dim=dim, **options)
+        config = importlib.import_module("transformers").MaskFormerSwinConfig(
+            window_size=window, embed_dim=dim, **options
+        )
     else:
         config = _config(f"{config_kind}Config", window_size=window, embed_dim=dim, **options)
     if getattr(config, "_attn_implementation", None) is None and kind == "Swin":

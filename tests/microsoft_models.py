@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 def to_windows(image: Tensor, size: int) -> Tensor:
     """(B, H, W, C) to (B * M, size * size, C)."""
-    batch, height, width, channels = image.shape
+    _, height, width, channels = image.shape
     tiles = image.unflatten(1, (height // size, size)).unflatten(3, (width // size, size))
     return tiles.transpose(2, 3).reshape(-1, size * size, channels)
 
@@ -80,7 +80,14 @@ class WindowAttentionV2(WindowAttention):
     """V2: cosine scores, and a bias from an MLP over coordinates."""
 
     def __init__(
-        self, dim, window_size, num_heads, qkv_bias=True, attn_drop=0.0, proj_drop=0.0, pretrained_window_size=(0, 0)
+        self,
+        dim,
+        window_size,
+        num_heads,
+        qkv_bias=True,
+        attn_drop=0.0,
+        proj_drop=0.0,
+        pretrained_window_size=(0, 0),
     ):
         super().__init__(dim, window_size, num_heads, False, None, attn_drop, proj_drop)
         del self.relative_position_bias_table, self.scale
@@ -109,7 +116,12 @@ class WindowAttentionV2(WindowAttention):
 class Mlp(nn.Module):
     def __init__(self, dim, hidden, drop=0.0):
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(drop)
+        self.fc1, self.act, self.fc2, self.drop = (
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, dim),
+            nn.Dropout(drop),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -119,10 +131,24 @@ class SwinTransformerBlock(nn.Module):
     """V1, normalised before; with `v2=True` V2, normalised after."""
 
     def __init__(
-        self, dim, input_resolution, num_heads, window_size=7, shift_size=0, mlp_ratio=4.0, v2=False, drop=0.0, **attn
+        self,
+        dim,
+        input_resolution,
+        num_heads,
+        window_size=7,
+        shift_size=0,
+        mlp_ratio=4.0,
+        v2=False,
+        drop=0.0,
+        **attn,
     ):
         super().__init__()
-        self.dim, self.input_resolution, self.num_heads, self.mlp_ratio = dim, input_resolution, num_heads, mlp_ratio
+        self.dim, self.input_resolution, self.num_heads, self.mlp_ratio = (
+            dim,
+            input_resolution,
+            num_heads,
+            mlp_ratio,
+        )
         if min(input_resolution) <= window_size:
             window_size, shift_size = min(input_resolution), 0
         self.window_size, self.shift_size = window_size, shift_size

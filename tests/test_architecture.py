@@ -49,7 +49,11 @@ def name_of(path):
 
 def imports(path):
     """Absolute names of everything that a file imports, wherever in it; names imported from a package count too."""
-    package = ["swinaccel", *path.relative_to(PACKAGE).parts[:-1]] if path.is_relative_to(PACKAGE) else ["swinaccel", "kernels"]
+    package = (
+        ["swinaccel", *path.relative_to(PACKAGE).parts[:-1]]
+        if path.is_relative_to(PACKAGE)
+        else ["swinaccel", "kernels"]
+    )
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -130,9 +134,16 @@ def test_config_is_the_only_reader_of_the_environment():
     readers = set()
     for path in (*sources(PACKAGE), *sources(KERNELS)):
         for node in ast.walk(ast.parse(path.read_text())):
-            named = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb", "putenv")
-            imported = isinstance(node, ast.ImportFrom) and node.module == "os" and any(
-                alias.name in ("environ", "getenv") for alias in node.names
+            named = isinstance(node, ast.Attribute) and node.attr in (
+                "environ",
+                "getenv",
+                "environb",
+                "putenv",
+            )
+            imported = (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "os"
+                and any(alias.name in ("environ", "getenv") for alias in node.names)
             )
             if named or imported:
                 readers.add(path.name)

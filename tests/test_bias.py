@@ -211,7 +211,12 @@ def test_training_does_not_use_factors():
 def test_factors_in_the_kernel(rank, shift, poisoned):
     table = smooth_table()
     qkv = torch.randn(1, 10, 16, 48).to(TRITON_DEVICE)
-    options = {"num_heads": HEADS, "table": table.to(TRITON_DEVICE), "index": position_index(WINDOW).to(TRITON_DEVICE), "scale": 0.25}
+    options = {
+        "num_heads": HEADS,
+        "table": table.to(TRITON_DEVICE),
+        "index": position_index(WINDOW).to(TRITON_DEVICE),
+        "scale": 0.25,
+    }
     geometry = Geometry((10, 16), WINDOW, shift)
     found = ops.shifted_window_attention(qkv, geometry, **options, factors=factor_options(table, rank))
     assert not ops.has_failures()
@@ -230,7 +235,12 @@ def test_stale_factors_in_the_kernel_are_not_used(what, poisoned):
         index = index.flip(0)
     qkv = torch.randn(1, 9, 16, 48).to(TRITON_DEVICE)
     geometry = Geometry((9, 16), WINDOW, (4, 4))
-    options = {"num_heads": HEADS, "table": table.to(TRITON_DEVICE), "index": index.to(TRITON_DEVICE), "scale": 0.25}
+    options = {
+        "num_heads": HEADS,
+        "table": table.to(TRITON_DEVICE),
+        "index": index.to(TRITON_DEVICE),
+        "scale": 0.25,
+    }
     factors = factor_options(known)
     if what == "nan":
         factors[2][0, 0] = float("nan")
@@ -503,7 +513,13 @@ def test_record_appears_in_one_step(folder, monkeypatch):
     seen, replace = [], os.replace
 
     def watched(source, target):
-        seen.append((os.path.dirname(source) == os.path.dirname(target), os.path.getsize(source), os.path.exists(target)))
+        seen.append(
+            (
+                os.path.dirname(source) == os.path.dirname(target),
+                os.path.getsize(source),
+                os.path.exists(target),
+            )
+        )
         replace(source, target)
 
     monkeypatch.setattr(bias.os, "replace", watched)

@@ -405,7 +405,7 @@ def test_strict_raises_where_an_original_would_run():
     model = swinaccel.accelerate(block(), backend="torch", strict=True)
     run(model)
     model.attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(swinaccel.FallbackError, match="SwinTransformerBlock would run its original: .*hooks"):
+    with pytest.raises(swinaccel.FallbackError, match=r"SwinTransformerBlock would run its original: .*hooks"):
         run(model)
 
 
@@ -461,11 +461,21 @@ def test_counts(backend):
     device = helpers.DEVICES[backend]
     model = swinaccel.accelerate(block().to(device), backend=backend)
     (entry,) = swinaccel.report(model)
-    assert (entry.status, entry.reason, entry.bias, entry.calls, entry.fallbacks) == ("accelerated", None, None, 0, 0)
+    assert (entry.status, entry.reason, entry.bias, entry.calls, entry.fallbacks) == (
+        "accelerated",
+        None,
+        None,
+        0,
+        0,
+    )
     for _ in range(3):
         run(model, X.to(device))
     (entry,) = swinaccel.report(model)
-    assert (entry.calls, entry.fallbacks, entry.bias) == (3, 0, "table" if backend == "triton" else entry.bias)
+    assert (entry.calls, entry.fallbacks, entry.bias) == (
+        3,
+        0,
+        "table" if backend == "triton" else entry.bias,
+    )
     twin = copy.deepcopy(model)
     (entry,) = swinaccel.report(twin)
     assert entry.calls == 0

@@ -60,7 +60,8 @@ MODELS = {
 
 def microsoft(**options):
     return nn.Sequential(
-        helpers.microsoft_block((8, 8), shift=0, **options), helpers.microsoft_block((8, 8), shift=2, **options)
+        helpers.microsoft_block((8, 8), shift=0, **options),
+        helpers.microsoft_block((8, 8), shift=2, **options),
     )
 
 
@@ -86,7 +87,16 @@ def test_empty_batch(v2, backend):
 
 
 @pytest.mark.parametrize(
-    "name", ["timm-v1-masked", "timm-v2-masked", "torchvision-v1", "torchvision-v2", "hf-swin", "hf-swinv2", "microsoft-v1"]
+    "name",
+    [
+        "timm-v1-masked",
+        "timm-v2-masked",
+        "torchvision-v1",
+        "torchvision-v2",
+        "hf-swin",
+        "hf-swinv2",
+        "microsoft-v1",
+    ],
 )
 def test_training_gradients(name):
     """The torch backend records gradients: those of input and parameters are the original's."""
@@ -110,7 +120,10 @@ def test_training_gradients(name):
             continue
         assert found is not None, label
         # Compared with the whole gradient's size: some entries are zero in exact arithmetic, such as k's bias.
-        scale = max(expected.abs().max().item(), 1e-3 * max(g.abs().max().item() for g in gradients[0] if g is not None))
+        scale = max(
+            expected.abs().max().item(),
+            1e-3 * max(g.abs().max().item() for g in gradients[0] if g is not None),
+        )
         assert (found - expected).abs().max().item() <= 1e-9 * scale, label
 
 
@@ -139,7 +152,11 @@ def test_low_precision_errs_no_more_than_the_original(name, backend, dtype, mode
     x = torch.randn(shape, dtype=torch.float64)
     with torch.no_grad():
         exact = first(copy.deepcopy(model).double()(x, *further))
-        model, x = (model.to(device, dtype), x.to(device, dtype)) if mode == "half" else (model.to(device), x.float().to(device))
+        model, x = (
+            (model.to(device, dtype), x.to(device, dtype))
+            if mode == "half"
+            else (model.to(device), x.float().to(device))
+        )
         twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
         with torch.autocast(device, dtype, enabled=mode == "autocast"):
             expected, found = first(model(x, *further)), first(twin(x, *further))
@@ -171,7 +188,13 @@ def test_copies_under_other_names_are_recognised(v2):
 
 def test_entry_states_the_facts():
     (entry,) = swinaccel.plan(helpers.timm_block((8, 12), window=(4, 6), shift=(2, 3), head_dim=10))
-    assert (entry.name, entry.window, entry.shift, entry.num_heads, entry.head_dim) == ("", (4, 6), (2, 3), 2, 10)
+    assert (entry.name, entry.window, entry.shift, entry.num_heads, entry.head_dim) == (
+        "",
+        (4, 6),
+        (2, 3),
+        2,
+        10,
+    )
 
 
 def test_names_in_the_report_are_paths():
@@ -193,14 +216,26 @@ def near_misses():
             "maxvit_rmlp_pico_rw_256", depths=(1,), embed_dim=(32,), stem_width=8, **small
         ),
         "timm-davit": lambda: timm.create_model(
-            "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(2, 2, 2, 2), num_classes=3
+            "davit_tiny",
+            depths=(1, 1, 1, 1),
+            embed_dims=(16, 16, 32, 32),
+            num_heads=(2, 2, 2, 2),
+            num_classes=3,
         ),
         "timm-gcvit": lambda: timm.create_model("gcvit_xxtiny", num_classes=3),
         "timm-sam": lambda: timm.create_model(
-            "samvit_base_patch16", depth=2, embed_dim=32, num_heads=2, window_size=4, global_attn_indexes=(1,), **small
+            "samvit_base_patch16",
+            depth=2,
+            embed_dim=32,
+            num_heads=2,
+            window_size=4,
+            global_attn_indexes=(1,),
+            **small,
         ),
         "torchvision-maxvit": lambda: torchvision_maxvit(),
-        "torchvision-vit": lambda: importlib.import_module("torchvision").models.VisionTransformer(64, 16, 1, 2, 32, 64),
+        "torchvision-vit": lambda: importlib.import_module("torchvision").models.VisionTransformer(
+            64, 16, 1, 2, 32, 64
+        ),
         "hf-beit": lambda: huggingface_beit(),
     }
     return models

@@ -234,7 +234,11 @@ def implied(case: Case) -> Tensor:
     return reference.shift_mask(case.geometry, case.mask_value).to(TRITON_DEVICE)
 
 
-MASKED = [Case((4, 4), (8, 12), (2, 1)), Case((9, 8), (18, 16), (4, 4), heads=1), Case((4, 4), (9, 9), (2, 2), True)]
+MASKED = [
+    Case((4, 4), (8, 12), (2, 1)),
+    Case((9, 8), (18, 16), (4, 4), heads=1),
+    Case((4, 4), (9, 9), (2, 2), True),
+]
 
 
 @pytest.mark.parametrize("case", MASKED, ids=str)
@@ -390,7 +394,9 @@ def test_separate_q_k_v(window, kind):
 
 
 @pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])
-@pytest.mark.parametrize("kind", ["permuted-index", "random-index", "transposed-table", "half-table", "double-table", "no-table"])
+@pytest.mark.parametrize(
+    "kind", ["permuted-index", "random-index", "transposed-table", "half-table", "double-table", "no-table"]
+)
 def test_bias_operands(window, kind):
     """The index is a buffer too: whatever it says is what the bias is."""
     case = Case(window, (9, 10), (2, 2))

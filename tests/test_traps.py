@@ -78,7 +78,8 @@ def test_trap_02_padding_tokens_are_live(kind, backend):
 
 @pytest.mark.parametrize("size", [(4, 8), (8, 4)], ids=str)
 @pytest.mark.parametrize(
-    "kind", ["timm", "timm-v2", "microsoft", "microsoft-v2", "torchvision", "torchvision-v2", "hf-swin", "hf-swinv2"]
+    "kind",
+    ["timm", "timm-v2", "microsoft", "microsoft-v2", "torchvision", "torchvision-v2", "hf-swin", "hf-swinv2"],
 )
 def test_trap_03_clamp_rules(kind, size):
     """At a side of one window: per axis, for the whole block, by the first axis, or only for the shift."""
@@ -242,7 +243,9 @@ def test_trap_09_edited_mask_buffer(kind, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("kind", ["microsoft", "microsoft-v2", "timm", "timm-v2", "torchvision", "torchvision-v2", "hf-swinv2"])
+@pytest.mark.parametrize(
+    "kind", ["microsoft", "microsoft-v2", "timm", "timm-v2", "torchvision", "torchvision-v2", "hf-swinv2"]
+)
 def test_trap_09_permuted_index(kind, backend):
     v2 = kind.endswith("v2")
     if kind.startswith("microsoft"):
@@ -410,7 +413,12 @@ def test_trap_18_mask_buffers_follow_the_models_dtype(dtype, backend):
         (helpers.microsoft_block((8, 8), shift=2), (2, 64, 16)),
         (helpers.timm_block((8, 8), shift=2), (2, 8, 8, 16)),
     ):
-        check(model.to(dtype), torch.randn(shape, dtype=dtype), backend=backend, tolerance=4 * torch.finfo(dtype).eps)
+        check(
+            model.to(dtype),
+            torch.randn(shape, dtype=dtype),
+            backend=backend,
+            tolerance=4 * torch.finfo(dtype).eps,
+        )
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="only transformers 5 chooses among attention implementations")
@@ -422,12 +430,22 @@ def test_trap_19_eager_of_transformers_5_returns_weights():
 
 
 @pytest.mark.parametrize(
-    "kind", ["Swinv2", "DonutSwin", "MaskFormerSwin", pytest.param("Swin", marks=pytest.mark.skipif(TRANSFORMERS_5, reason="asks in another way"))]
+    "kind",
+    [
+        "Swinv2",
+        "DonutSwin",
+        "MaskFormerSwin",
+        pytest.param("Swin", marks=pytest.mark.skipif(TRANSFORMERS_5, reason="asks in another way")),
+    ],
 )
 def test_trap_20_attention_weights_run_the_original(kind):
     layer = helpers.huggingface_layer(kind, shift=2)
     out = check_fallback(
-        layer, torch.randn(2, 64, 16), (8, 8), reason="attention weights", arguments={"output_attentions": True}
+        layer,
+        torch.randn(2, 64, 16),
+        (8, 8),
+        reason="attention weights",
+        arguments={"output_attentions": True},
     )
     assert out[1].shape == (8, 2, 16, 16)
 
@@ -552,7 +570,13 @@ def test_trap_26_continuous_bias_with_dropout_inside():
     """swinv2_cr drops out inside its bias MLP while training: whatever runs must draw the same."""
     timm = importlib.import_module("timm")
     model = timm.create_model(
-        "swinv2_cr_tiny_224", img_size=64, window_size=4, depths=(2, 1), num_heads=(2, 4), embed_dim=32, num_classes=5
+        "swinv2_cr_tiny_224",
+        img_size=64,
+        window_size=4,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        embed_dim=32,
+        num_classes=5,
     )
     twin = swinaccel.accelerate(copy.deepcopy(randomize(model)), backend="torch")
     x = torch.randn(1, 3, 64, 64)
@@ -640,11 +664,27 @@ HOOKABLE = {
     "timm": (lambda: helpers.timm_block((8, 8), shift=2), "attn", (torch.randn(2, 8, 8, 16),)),
     "timm-v2": (lambda: helpers.timm_block((8, 8), shift=2, v2=True), "attn", (torch.randn(2, 8, 8, 16),)),
     "microsoft": (lambda: helpers.microsoft_block((8, 8), shift=2), "attn", (torch.randn(2, 64, 16),)),
-    "microsoft-v2": (lambda: helpers.microsoft_block((8, 8), shift=2, v2=True), "attn", (torch.randn(2, 64, 16),)),
+    "microsoft-v2": (
+        lambda: helpers.microsoft_block((8, 8), shift=2, v2=True),
+        "attn",
+        (torch.randn(2, 64, 16),),
+    ),
     "torchvision": (lambda: helpers.torchvision_attention(shift=(2, 2)), "", (torch.randn(2, 8, 8, 16),)),
-    "torchvision-v2": (lambda: helpers.torchvision_attention(shift=(2, 2), v2=True), "", (torch.randn(2, 8, 8, 16),)),
-    "hf-swin": (lambda: helpers.huggingface_layer("Swin", shift=2), "attention", (torch.randn(2, 64, 16), (8, 8))),
-    "hf-swinv2": (lambda: helpers.huggingface_layer("Swinv2", shift=2), "attention", (torch.randn(2, 64, 16), (8, 8))),
+    "torchvision-v2": (
+        lambda: helpers.torchvision_attention(shift=(2, 2), v2=True),
+        "",
+        (torch.randn(2, 8, 8, 16),),
+    ),
+    "hf-swin": (
+        lambda: helpers.huggingface_layer("Swin", shift=2),
+        "attention",
+        (torch.randn(2, 64, 16), (8, 8)),
+    ),
+    "hf-swinv2": (
+        lambda: helpers.huggingface_layer("Swinv2", shift=2),
+        "attention",
+        (torch.randn(2, 64, 16), (8, 8)),
+    ),
 }
 
 
@@ -660,7 +700,7 @@ def test_trap_31_hooks_on_inner_layers_fire_as_often(name, when):
             swinaccel.accelerate(model, backend="torch")
         for label, layer in model.get_submodule(attention).named_modules():
             if isinstance(layer, nn.Linear):
-                layer.register_forward_hook(lambda *_, label=label: fired.append(label))
+                layer.register_forward_hook(lambda *_, label=label, fired=fired: fired.append(label))
         if accelerated and when == "before":
             swinaccel.accelerate(model, backend="torch")
         with torch.no_grad():
@@ -675,7 +715,10 @@ class LoRA(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        self.down, self.up = (
+            nn.Linear(base.in_features, 2, bias=False),
+            nn.Linear(2, base.out_features, bias=False),
+        )
 
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
@@ -709,7 +752,14 @@ def test_trap_31_wrapped_projections(name, when, padded, backend):
     for one in (model, twin):
         parent = one.get_submodule(attention)
         for label, layer in list(parent.named_modules()):
-            if isinstance(layer, nn.Linear) and label.rpartition(".")[2] in ("qkv", "proj", "q_proj", "v_proj", "query", "value"):
+            if isinstance(layer, nn.Linear) and label.rpartition(".")[2] in (
+                "qkv",
+                "proj",
+                "q_proj",
+                "v_proj",
+                "query",
+                "value",
+            ):
                 owner = parent.get_submodule(label.rpartition(".")[0])
                 setattr(owner, label.rpartition(".")[2], randomize(LoRA(layer), 1).to(device))
     if when == "before":
@@ -871,15 +921,15 @@ def train_check(model, *inputs):
     helpers.assert_accelerated(twin)
 
 
-@pytest.mark.parametrize("name", ["timm", "timm-v2", "torchvision", "torchvision-v2", "microsoft", "hf-swin", "hf-swinv2"])
+@pytest.mark.parametrize(
+    "name", ["timm", "timm-v2", "torchvision", "torchvision-v2", "microsoft", "hf-swin", "hf-swinv2"]
+)
 def test_trap_39_attention_dropout_runs_the_original(name):
     """Which weights are dropped depends on the order they are laid out in: only the original draws its own."""
     make, attention, inputs = HOOKABLE[name]
     model = make()
     attn = model.get_submodule(attention)
-    if name.startswith("torchvision"):
-        attn.attention_dropout = 0.5
-    elif name == "hf-swin" and TRANSFORMERS_5:
+    if name.startswith("torchvision") or (name == "hf-swin" and TRANSFORMERS_5):
         attn.attention_dropout = 0.5
     elif name.startswith("hf"):
         attn.self.dropout.p = 0.5
@@ -954,8 +1004,11 @@ def test_trap_45_hooks_on_the_attention_see_its_own_tensors(name):
         model, shapes = make(), []
         if accelerated:
             swinaccel.accelerate(model, backend="torch")
-        hook = lambda _, args, out, shapes=shapes: shapes.extend(t.shape for t in helpers.tensors((args, out)))  # noqa: E731
-        model.get_submodule(attention).register_forward_hook(hook)
+
+        def look(_, args, out, shapes=shapes):
+            shapes.extend(tensor.shape for tensor in helpers.tensors((args, out)))
+
+        model.get_submodule(attention).register_forward_hook(look)
         with torch.no_grad():
             model(*inputs)
         seen.append(shapes)

@@ -82,9 +82,7 @@ def load_tokens(
 ):
     """A tile (tokens, BLOCK_D) of one head: image tokens from memory, padding tokens from the projection's bias."""
     mask_d = offs_d < HEAD_DIM
-    tile = tl.load(
-        image_ptr + offs_token[:, None] + offs_d[None, :], mask=real[:, None] & mask_d[None, :], other=0.0
-    )
+    tile = tl.load(image_ptr + offs_token[:, None] + offs_d[None, :], mask=real[:, None] & mask_d[None, :], other=0.0)
     if HAS_PAD:
         pad = tl.load(pad_ptr + offs_d, mask=mask_d, other=0.0).to(tile.dtype)
         tile = tl.where(padding[:, None], pad[None, :], tile)

@@ -121,9 +121,7 @@ def _window_attention_fwd_small_kernel(
     # The start value of the score product: bias, mask, and -inf for keys beyond the window.
     start = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     if BIAS == BIAS_TABLE:
-        start = _gather_bias(
-            table_ptr, index_ptr, head, offs_n, offs_n, stride_table_row, stride_table_head, N
-        )
+        start = _gather_bias(table_ptr, index_ptr, head, offs_n, offs_n, stride_table_row, stride_table_head, N)
     if MASK == MASK_REGIONS:
         region = shift_region(
             offs_n, window_row == windows_h - 1, window_col == windows_w - 1, shift_h, shift_w, WINDOW_H, WINDOW_W
@@ -148,15 +146,9 @@ def _window_attention_fwd_small_kernel(
     first = tl.program_id(1) * IMAGES
     for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
         offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
-        q = load_tokens(
-            qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
-        )
-        k = load_tokens(
-            k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD
-        )
-        v = load_tokens(
-            v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD
-        )
+        q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
         scores = _scores(scaled_query(q, scale, COSINE), k, start, COSINE, PRECISION)
         p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         total = tl.sum(p, axis=1)
@@ -361,9 +353,7 @@ def _window_attention_fwd_kernel(
     pad_q_ptr = padding_ptr + offs_head
     pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
-    q = load_tokens(
-        qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
-    )
+    q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
     q = scaled_query(q, scale, COSINE)
@@ -382,8 +372,8 @@ def _window_attention_fwd_kernel(
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if kind == 0:
         out = _walk_keys(
-            q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
-            q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+            q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
+            dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
             stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
             shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_NONE,
             HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -391,8 +381,8 @@ def _window_attention_fwd_kernel(
     if MASK != MASK_NONE:
         if kind == 1:
             out = _walk_keys(
-                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
-                q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
+                dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
                 stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
                 shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_REGIONS,
                 HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -400,8 +390,8 @@ def _window_attention_fwd_kernel(
     if MASK == MASK_TENSOR:
         if kind == 2:
             out = _walk_keys(
-                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
-                q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
+                dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
                 stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
                 shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_TENSOR,
                 HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -409,8 +399,8 @@ def _window_attention_fwd_kernel(
     if BIAS == BIAS_FACTORS:
         if kind == 3:
             out = _walk_keys(
-                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr, dense_ptr,
-                q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
+                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
+                dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
                 stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
                 shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS_TABLE, MASK,
                 HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import env_interpret
 from ..spec import Geometry
 
 MAX_TOKENS, MAX_HEAD_DIM = 1024, 128
@@ -165,7 +164,8 @@ def shifted_window_attention(
         unusual = torch.empty(window.checks_shape, dtype=torch.int32, device=device)
         window.check(unusual, mask)
     if factors is not None:
-        assert table is not None and index is not None
+        assert table is not None
+        assert index is not None
         q_factor, k_factor, known_table, known_index = factors
         stale = torch.zeros(1, dtype=torch.int32, device=device)
         _compare(stale, table.contiguous(), known_table)
@@ -239,9 +239,7 @@ def _plan(
         )  # fmt: skip
         return plan
 
-    large = launch.large(
-        tokens=tokens, head_dim=head_dim, element_size=element_size, shared_memory=shared_memory
-    )
+    large = launch.large(tokens=tokens, head_dim=head_dim, element_size=element_size, shared_memory=shared_memory)
     rows = -(-tokens // large.block_m) * large.block_m
     cols = -(-tokens // large.block_n) * large.block_n
     bias_mode = window_fwd.BIAS_FACTORS if rank else window_fwd.BIAS_DENSE

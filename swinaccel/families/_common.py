@@ -44,9 +44,9 @@ def is_position_mlp(mlp: object, num_heads: int) -> bool:
     )
 
 
-def position_bias(mlp: nn.Module, coords: Tensor, num_heads: int) -> dict[str, Any]:
+def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
     """SwinV2's bias as fields of a `Section`: 16 · sigmoid of the MLP, which commutes with the gathering (eq. 3)."""
-    hidden, activation, last = mlp[0], mlp[1], mlp[2]  # type: ignore[index]
+    hidden, activation, last = mlp[0], mlp[1], mlp[2]
     plain = type(hidden) is nn.Linear and type(activation) is nn.ReLU and type(last) is nn.Linear
     position = None
     if plain and hidden.bias is not None and last.bias is None:
@@ -63,7 +63,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def zero_token(*projections: nn.Module) -> Tensor | None:
+def zero_token(*projections: Any) -> Tensor | None:
     """What plain projections make of a zero token: their biases one after the other; None where none has one."""
     biases = [projection.bias for projection in projections]
     if all(bias is None for bias in biases):
@@ -75,7 +75,7 @@ def zero_token(*projections: nn.Module) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def separate_bias(attn: nn.Module) -> Tensor | None:
+def separate_bias(attn: Any) -> Tensor | None:
     """SwinV2's bias of the packed projection, (3 * heads * D,): q's, zeros (or the buffer k_bias), v's; or None."""
     if attn.q_bias is None:
         return None

@@ -20,15 +20,15 @@ from ._common import (
 )
 
 
-def separate_projections(*projections: nn.Module) -> Any:
+def separate_projections(*projections: Any) -> Any:
     return lambda x: tuple(projection(x) for projection in projections)
 
 
-def separate_padding(*projections: nn.Module) -> Any:
+def separate_padding(*projections: Any) -> Any:
     return (lambda: zero_token(*projections)) if all(map(is_plain_linear, projections)) else None
 
 
-def square_geometry(module: nn.Module, dimensions: Any) -> Geometry | str:
+def square_geometry(module: Any, dimensions: Any) -> Geometry | str:
     window, shift = module.window_size, module.shift_size
     if not (isinstance(window, int) and isinstance(shift, int) and pair(dimensions)):
         return "window, shift or input_dimensions are tensors, as they are while a model is traced"
@@ -41,7 +41,7 @@ class HuggingFaceSwin:
     name = "hf_swin"
     method = "forward"
 
-    def match(self, module: nn.Module) -> WindowSpec | None:
+    def match(self, module: Any) -> WindowSpec | None:
         attn, size = getattr(module, "attention", None), getattr(module, "window_size", None)
         bias = getattr(attn, "relative_position_bias", None)
         if attn is None or not isinstance(size, int) or bias is None:
@@ -55,12 +55,12 @@ class HuggingFaceSwin:
             return None
         return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.head_dim, False)
 
-    def attention(self, module: nn.Module) -> nn.Module:
+    def attention(self, module: Any) -> nn.Module:
         return module.attention
 
     def section(
         self,
-        module: nn.Module,
+        module: Any,
         hidden_states: Tensor,
         input_dimensions: Any,
         always_partition: bool = False,
@@ -94,7 +94,13 @@ class HuggingFaceSwin:
         )
 
     def forward(
-        self, module: nn.Module, attend: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any
+        self,
+        module: Any,
+        attend: Any,
+        hidden_states: Tensor,
+        input_dimensions: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         batch, _, channels = hidden_states.shape
         image = module.layernorm_before(hidden_states).view(batch, *input_dimensions, channels)
@@ -103,10 +109,10 @@ class HuggingFaceSwin:
         hidden_states = module.mlp(module.layernorm_after(hidden_states))
         return module.dropout(hidden_states) + residual, None
 
-    def example(self, module: nn.Module) -> tuple[Any, ...]:
+    def example(self, module: Any) -> tuple[Any, ...]:
         return layer_example(module, module.attention.o_proj.out_features)
 
 
-def layer_example(module: nn.Module, channels: int) -> tuple[Any, ...]:
+def layer_example(module: Any, channels: int) -> tuple[Any, ...]:
     height, width = 2 * module.window_size, 2 * module.window_size + 1  # padded on one axis
     return torch.Size((2, height * width, channels)), (height, width)

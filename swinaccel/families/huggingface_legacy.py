@@ -22,33 +22,35 @@ class HuggingFaceSwinLegacy:
     name = "hf_swin_legacy"
     method = "forward"
 
-    def match(self, module: nn.Module) -> WindowSpec | None:
+    def match(self, module: Any) -> WindowSpec | None:
         outer, size = getattr(module, "attention", None), getattr(module, "window_size", None)
         attn = getattr(outer, "self", None)
         if attn is None or not isinstance(size, int) or not isinstance(module.shift_size, int):
             return None
         if not all(hasattr(module, name) for name in ("layernorm_before", "layernorm_after", "intermediate")):
             return None
-        window, heads, cosine = pair(tuple(attn.window_size)), attn.num_attention_heads, hasattr(attn, "logit_scale")
+        window, heads, cosine = (
+            pair(tuple(attn.window_size)),
+            attn.num_attention_heads,
+            hasattr(attn, "logit_scale"),
+        )
         if window is None or not is_index(attn.relative_position_index, window[0] * window[1]):
             return None
         if cosine:
             mlp = attn.continuous_position_bias_mlp
             if not is_position_mlp(mlp, heads) or attn.logit_scale.numel() != heads:
                 return None
-        elif not isinstance(attn.relative_position_bias_table, Tensor):
-            return None
-        elif attn.relative_position_bias_table.shape[0] != (2 * window[0] - 1) * (2 * window[1] - 1):
+        elif not isinstance(attn.relative_position_bias_table, Tensor) or attn.relative_position_bias_table.shape[
+            0
+        ] != (2 * window[0] - 1) * (2 * window[1] - 1):
             return None
         _NAMES[type(module)] = positional_names(type(module).forward)
-        return WindowSpec(
-            self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine
-        )
+        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine)
 
-    def attention(self, module: nn.Module) -> nn.Module:
+    def attention(self, module: Any) -> nn.Module:
         return module.attention
 
-    def section(self, module: nn.Module, *args: Any, **kwargs: Any) -> Section | str:
+    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         arguments = _named(module, args, kwargs)
         if arguments.get("output_attentions"):
             return "attention weights are requested"
@@ -90,7 +92,7 @@ class HuggingFaceSwinLegacy:
             **bias,
         )
 
-    def forward(self, module: nn.Module, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         arguments = _named(module, args, kwargs)
         x = arguments["hidden_states"]
         image = (x.shape[0], *arguments["input_dimensions"], x.shape[2])
@@ -101,7 +103,7 @@ class HuggingFaceSwinLegacy:
         x = x + module.drop_path(attend(module.layernorm_before(x).view(image)).view(x.shape))
         return (x + module.output(module.intermediate(module.layernorm_after(x))),)
 
-    def example(self, module: nn.Module) -> tuple[Any, ...]:
+    def example(self, module: Any) -> tuple[Any, ...]:
         return layer_example(module, module.attention.self.query.in_features)
 
 
@@ -109,5 +111,5 @@ class HuggingFaceSwinLegacy:
 _NAMES: dict[type, tuple[str, ...]] = {}
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(_NAMES[type(module)], args, strict=False)), **kwargs}

@@ -14,14 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._common import is_plain_linear, is_position_mlp, is_table, pair, position_bias, separate_bias, zero_token
+from ._common import (
+    is_plain_linear,
+    is_position_mlp,
+    is_table,
+    pair,
+    position_bias,
+    separate_bias,
+    zero_token,
+)
 
 
 class Microsoft:
     name = "microsoft"
     method = "forward"
 
-    def match(self, module: nn.Module) -> WindowSpec | None:
+    def match(self, module: Any) -> WindowSpec | None:
         attn = getattr(module, "attn", None)
         size, shift = getattr(module, "window_size", None), getattr(module, "shift_size", None)
         if attn is None or not isinstance(size, int) or not isinstance(shift, int):
@@ -36,18 +44,14 @@ class Microsoft:
         if cosine:
             if not is_position_mlp(attn.cpb_mlp, heads) or attn.logit_scale.numel() != heads:
                 return None
-        elif not is_table(
-            attn.relative_position_bias_table, attn.relative_position_index, (size, size), heads
-        ):
+        elif not is_table(attn.relative_position_bias_table, attn.relative_position_index, (size, size), heads):
             return None
-        return WindowSpec(
-            self.name, (size, size), (shift, shift), heads, attn.proj.in_features // heads, cosine
-        )
+        return WindowSpec(self.name, (size, size), (shift, shift), heads, attn.proj.in_features // heads, cosine)
 
-    def attention(self, module: nn.Module) -> nn.Module:
+    def attention(self, module: Any) -> nn.Module:
         return module.attn
 
-    def section(self, module: nn.Module, x: Tensor) -> Section | str:
+    def section(self, module: Any, x: Tensor) -> Section | str:
         attn, heads = module.attn, module.attn.num_heads
         height, width = module.input_resolution
         if x.dim() != 3 or x.shape[1] != height * width:
@@ -82,7 +86,7 @@ class Microsoft:
             **common,
         )
 
-    def forward(self, module: nn.Module, attend: Any, x: Tensor) -> Tensor:
+    def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         image = (x.shape[0], *module.input_resolution, x.shape[2])
         if hasattr(module.attn, "logit_scale"):
             x = x + module.drop_path(module.norm1(attend(x.view(image)).view(x.shape)))
@@ -90,6 +94,6 @@ class Microsoft:
         x = x + module.drop_path(attend(module.norm1(x).view(image)).view(x.shape))
         return x + module.drop_path(module.mlp(module.norm2(x)))
 
-    def example(self, module: nn.Module) -> tuple[Any, ...]:
+    def example(self, module: Any) -> tuple[Any, ...]:
         height, width = module.input_resolution
         return (torch.Size((2, height * width, module.dim)),)

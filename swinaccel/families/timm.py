@@ -13,14 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._common import is_plain_linear, is_position_mlp, is_table, pair, position_bias, separate_bias, zero_token
+from ._common import (
+    is_plain_linear,
+    is_position_mlp,
+    is_table,
+    pair,
+    position_bias,
+    separate_bias,
+    zero_token,
+)
 
 
 class Timm:
     name = "timm"
     method = "_attn"
 
-    def match(self, module: nn.Module) -> WindowSpec | None:
+    def match(self, module: Any) -> WindowSpec | None:
         attn = getattr(module, "attn", None)
         window, shift = pair(getattr(module, "window_size", None)), pair(getattr(module, "shift_size", None))
         if attn is None or window is None or shift is None:
@@ -35,10 +43,10 @@ class Timm:
             return None
         return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, cosine)
 
-    def attention(self, module: nn.Module) -> nn.Module:
+    def attention(self, module: Any) -> nn.Module:
         return module.attn
 
-    def section(self, module: nn.Module, x: Tensor) -> Section | str:
+    def section(self, module: Any, x: Tensor) -> Section | str:
         attn, heads = module.attn, module.attn.num_heads
         dynamic = getattr(module, "dynamic_mask", False)
         common: dict[str, Any] = {
@@ -70,25 +78,25 @@ class Timm:
             **common,
         )
 
-    def forward(self, module: nn.Module, attend: Any, x: Tensor) -> Tensor:
+    def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)
 
-    def example(self, module: nn.Module) -> tuple[Any, ...]:
+    def example(self, module: Any) -> tuple[Any, ...]:
         return (torch.Size((2, *module.input_resolution, module.dim)),)
 
 
-def _calls_qkv(attn: nn.Module) -> bool:
+def _calls_qkv(attn: Any) -> bool:
     return attn.q_bias is None or getattr(attn, "qkv_bias_separate", False)
 
 
-def _project_v2(attn: nn.Module, x: Tensor) -> Tensor:
+def _project_v2(attn: Any, x: Tensor) -> Tensor:
     bias = separate_bias(attn)
     if not _calls_qkv(attn):
         return F.linear(x, attn.qkv.weight, bias)
     return attn.qkv(x) if bias is None else attn.qkv(x) + bias
 
 
-def _padding_v2(attn: nn.Module) -> Any:
+def _padding_v2(attn: Any) -> Any:
     if _calls_qkv(attn) and not is_plain_linear(attn.qkv):
         return None
 

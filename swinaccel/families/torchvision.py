@@ -21,7 +21,7 @@ class Torchvision:
     name = "torchvision"
     method = "forward"
 
-    def match(self, module: nn.Module) -> WindowSpec | None:
+    def match(self, module: Any) -> WindowSpec | None:
         window, shift = pair(getattr(module, "window_size", None)), pair(getattr(module, "shift_size", None))
         if window is None or shift is None or not callable(getattr(module, "get_relative_position_bias", None)):
             return None
@@ -35,18 +35,19 @@ class Torchvision:
             return None
         return WindowSpec(self.name, window, shift, heads, module.qkv.in_features // heads, cosine)
 
-    def attention(self, module: nn.Module) -> nn.Module:
+    def attention(self, module: Any) -> nn.Module:
         return module
 
-    def section(self, module: nn.Module, x: Tensor) -> Section | str:
+    def section(self, module: Any, x: Tensor) -> Section | str:
         if x.dim() != 4:
             return f"torchvision's window attention takes (B, H, W, C), not {x.dim()} axes"
         heads, window = module.num_heads, tuple(module.window_size)
         unclamped = Geometry((x.shape[1], x.shape[2]), window)
-        shift = tuple(
-            0 if size >= padded else amount
-            for amount, size, padded in zip(module.shift_size, window, unclamped.padded, strict=True)
-        )
+        shift_h, shift_w = module.shift_size
+        if window[0] >= unclamped.padded[0]:
+            shift_h = 0
+        if window[1] >= unclamped.padded[1]:
+            shift_w = 0
         cosine = hasattr(module, "logit_scale")
         if cosine:
             bias = {
@@ -60,7 +61,7 @@ class Torchvision:
                 "scale": (x.shape[-1] // heads) ** -0.5,
             }
         return Section(
-            geometry=Geometry(unclamped.size, window, shift),
+            geometry=Geometry(unclamped.size, window, (shift_h, shift_w)),
             num_heads=heads,
             head_dim=x.shape[-1] // heads,
             project=lambda y: F.linear(y, module.qkv.weight, _qkv_bias(module, cosine)),
@@ -73,15 +74,15 @@ class Torchvision:
             **bias,
         )
 
-    def forward(self, module: nn.Module, attend: Any, x: Tensor) -> Tensor:
+    def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)
 
-    def example(self, module: nn.Module) -> tuple[Any, ...]:
+    def example(self, module: Any) -> tuple[Any, ...]:
         height, width = (2 * size - 1 for size in module.window_size)  # padded on both axes
         return (torch.Size((2, height, width, module.qkv.in_features)),)
 
 
-def _qkv_bias(module: nn.Module, cosine: bool) -> Tensor | None:
+def _qkv_bias(module: Any, cosine: bool) -> Tensor | None:
     bias = module.qkv.bias
     if bias is None or not cosine:
         return bias
