@@ -32,6 +32,7 @@ off: ContextVar[bool] = ContextVar("swinaccel_off", default=False)
 
 _lock = threading.RLock()
 _installed: dict[tuple[type, str], Any] = {}  # (class, method): wrapt's handle
+_known: dict[tuple[type, str], weakref.WeakSet[nn.Module]] = {}  # instances that we marked ourselves
 _stats: weakref.WeakKeyDictionary[nn.Module, dispatch.Stats] = weakref.WeakKeyDictionary()
 
 
@@ -113,7 +114,9 @@ def mark(module: nn.Module, text: str) -> None:
     if found is None:
         return
     with _lock:
-        _install(owner(type(module), found.family.method), found.family.method)
+        key = owner(type(module), found.family.method), found.family.method
+        _install(*key)
+        _known.setdefault(key, weakref.WeakSet()).add(module)
         module.__dict__[MARKER] = text
 
 
@@ -123,17 +126,23 @@ def unmark(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             module.__dict__.pop(MARKER, None)
             _stats.pop(module, None)
-        if not _installed:
-            return
-        alive: set[tuple[type, str]] = set()
-        for instance in gc.get_objects():
-            # Copies are made without our knowledge, so the living are counted, not a register of them.
-            if issubclass(type(instance), nn.Module) and MARKER in instance.__dict__:
-                found = _decode(instance.__dict__[MARKER])
-                if found is not None:
-                    alive.add((owner(type(instance), found.family.method), found.family.method))
-        for key in _installed.keys() - alive:
+        idle = {key for key in _installed if not any(map(marker, _known.get(key, ())))}
+        for key in idle - _copied(idle):
             _remove(key)
+
+
+def _copied(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
+    """Those of the keys that a marked copy is left of: copies are made without our knowledge, so they are sought."""
+    found: set[tuple[type, str]] = set()
+    if not keys:
+        return found
+    classes = {cls for cls, _ in keys}
+    for instance in gc.get_objects():
+        if classes.intersection(type(instance).__mro__) and MARKER in instance.__dict__:
+            content = _decode(instance.__dict__[MARKER])
+            if content is not None:
+                found.add((owner(type(instance), content.family.method), content.family.method))
+    return found
 
 
 def _install(cls: type, method: str) -> None:
@@ -146,6 +155,7 @@ def _install(cls: type, method: str) -> None:
 def _remove(key: tuple[type, str]) -> None:
     cls, method = key
     wrapt.unwrap_object(cls, method, _installed.pop(key))
+    _known.pop(key, None)
     if MARKER in vars(cls) and not any(other == cls for other, _ in _installed):
         delattr(cls, MARKER)
 

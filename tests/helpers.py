@@ -27,7 +27,11 @@ FP32 = 2e-5  # relative to the largest output; sums of a few hundred products in
 
 
 def mend_interpreter() -> None:
-    """Let Triton's interpreter multiply bfloat16: it keeps that as uint16, and its dot takes the bits for integers."""
+    """Mend what Triton's interpreter gets wrong on its own account, so that the kernels can be tested in it.
+
+    It keeps bfloat16 as uint16, and its dot takes the bits for integers. And that of Triton 3.6 takes loop bounds
+    from arrays of one entry in a way that NumPy 2.4 has given up.
+    """
     import numpy as np
     from triton.runtime import interpreter
 
@@ -44,6 +48,14 @@ def mend_interpreter() -> None:
 
     create_dot.plain = plain
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *rest: Any) -> None:
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def skip_interpreted_bfloat16(backend: str, dtype: torch.dtype) -> None:

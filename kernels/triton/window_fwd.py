@@ -26,6 +26,8 @@ BIAS_TABLE = tl.constexpr(1)  # gathered from the live table (T, heads) through 
 BIAS_DENSE = tl.constexpr(2)  # (heads, BLOCK, BLOCK), expanded by `bias.expand`, -inf beyond N
 BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
 
+STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a kind of window
+
 
 @triton.jit
 def _gather_bias(
@@ -358,7 +360,7 @@ def _window_attention_fwd_kernel(
         scale = cosine_scale(logit_scale_ptr, head)
     q = scaled_query(q, scale, COSINE)
 
-    # 0: no mask in this window, 1: the one that its shift implies, 2: another, 3: the factors are stale.
+    # The kind of this window: its mask (MASK_NONE, MASK_REGIONS, MASK_TENSOR), or STALE_FACTORS.
     kind = 0
     if MASK != MASK_NONE:
         last_row, last_col = window_row == windows_h - 1, window_col == windows_w - 1
@@ -367,44 +369,20 @@ def _window_attention_fwd_kernel(
         unusual = tl.max(tl.load(unusual_ptr + window * CHECKS + tl.arange(0, CHECKS)), axis=0)
         kind = tl.where(unusual != 0, 2, kind)
     if BIAS == BIAS_FACTORS:
-        kind = tl.where(tl.load(stale_ptr) != 0, 3, kind)
+        kind = tl.where(tl.load(stale_ptr) != 0, STALE_FACTORS, kind)
 
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if kind == 0:
-        out = _walk_keys(
-            q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
-            dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
-            stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
-            shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_NONE,
-            HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    if MASK != MASK_NONE:
-        if kind == 1:
-            out = _walk_keys(
-                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
-                dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
-                stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
-                shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_REGIONS,
-                HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-    if MASK == MASK_TENSOR:
-        if kind == 2:
-            out = _walk_keys(
-                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
-                dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
-                stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
-                shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS, MASK_TENSOR,
-                HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-    if BIAS == BIAS_FACTORS:
-        if kind == 3:
-            out = _walk_keys(
-                q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
-                dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row, stride_table_head,
-                stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w, height, width,
-                shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE, BIAS_TABLE, MASK,
-                HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+    for KIND in tl.static_range(4):
+        if KIND <= MASK or (KIND == STALE_FACTORS and BIAS == BIAS_FACTORS):
+            if kind == KIND:
+                out = _walk_keys(
+                    q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
+                    dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row,
+                    stride_table_head, stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w,
+                    height, width, shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE,
+                    BIAS_TABLE if KIND == STALE_FACTORS else BIAS, MASK if KIND == STALE_FACTORS else KIND,
+                    HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
 
     offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
     tl.store(
