@@ -105,28 +105,27 @@ class BenchResult:
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:
-        """The table, for rich."""
+        """The table and what explains it, for rich."""
         from rich import box
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         triton = f", triton {self.triton}" if self.triton else ""
         table = Table(
             title=f"{self.device}, torch {self.torch}{triton}, {self.dtype}, batch {self.batch}",
-            caption=f"medians of {self.rounds} interleaved rounds, and their 10th to 90th percentiles;"
-            " difference to the original's output, relative to its largest value",
             box=box.SIMPLE,
             title_justify="left",
-            caption_justify="left",
         )
         has_memory = any(variant.peak_memory_mib is not None for variant in self.variants)
         table.add_column("variant", no_wrap=True)
         for column in ("ms / batch", "p10 - p90", "images / s", *(["peak MiB"] if has_memory else ())):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("speed-up", justify="right", no_wrap=True)
-        table.add_column("difference", justify="right", overflow="fold")
+        table.add_column("difference", justify="right", no_wrap=True)
         for row in self.variants:
             if row.latency_ms is None or row.p10_ms is None or row.p90_ms is None:
-                table.add_row(row.name, "-", "-", "-", *(["-"] if has_memory else ()), "-", f"failed: {row.error}")
+                table.add_row(row.name, "-", "-", "-", *(["-"] if has_memory else ()), "failed", "-")
                 continue
             table.add_row(
                 row.name,
@@ -137,7 +136,12 @@ class BenchResult:
                 f"{row.speedup:.2f}x",
                 "" if row.name == "original" else f"{row.difference:.1e}",
             )
-        return table
+        notes = [f"{row.name} failed: {row.error}" for row in self.variants if row.error is not None]
+        notes.append(
+            f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles."
+            " Difference: to the original's output, relative to its largest value."
+        )
+        return Group(table, Text("\n".join(notes)))
 
     def plot(self, path: str | Path) -> None:
         """Draw the medians as bars, with their percentiles, into an image file.

@@ -63,7 +63,7 @@ def test_what_fails_is_a_row_with_its_reason(monkeypatch):
     assert result["torch.compile"].error == "RuntimeError: no compiler here"
     assert result["accelerated + torch.compile"].latency_ms is None
     assert result["accelerated"].latency_ms > 0
-    assert "failed: RuntimeError: no compiler here" in str(result)
+    assert "torch.compile failed: RuntimeError: no compiler here" in str(result)
 
 
 def test_compiled_rows(monkeypatch):
@@ -85,7 +85,7 @@ def test_forms(tmp_path):
     assert found["variants"][0]["name"] == "original"
     assert found["report"]["accelerated"] == 3
     assert "speed-up" in str(result)
-    assert "medians of 1 interleaved rounds" in str(result)
+    assert "Medians of 1 interleaved rounds" in str(result)
     result.plot(tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
     with pytest.raises(KeyError, match="was not measured; there are original, SDPA, accelerated"):

@@ -356,7 +356,7 @@ def test_verdict_on_one_class_does_not_cover_another():
 
 def test_verdict_on_a_broken_instance_does_not_cover_others():
     """A layer that its own forward left broken (transformers' does, on a small image) is refused alone."""
-    broken, healthy = helpers.huggingface_layer("Swin", shift=2), helpers.huggingface_layer("Swin", shift=2)
+    broken, healthy = helpers.huggingface_layer("Swin"), helpers.huggingface_layer("Swin")
     with pytest.raises(RuntimeError):
         broken(torch.randn(1, 9, 16), (3, 3))
     swinaccel.plan(broken)

@@ -848,16 +848,15 @@ def test_trap_36_arguments_by_position_and_by_name(kind, how):
     x = torch.randn(2, 16, 16)
     if how == "keywords":
         check(layer, arguments={"hidden_states": x, "input_dimensions": (4, 4)})
-    elif kind == "Swin" and not TRANSFORMERS_5:
-        check(layer, x, (4, 4), None, False, True)
-    elif kind == "Swinv2" and not TRANSFORMERS_5:
-        check(layer, x, (4, 4), None, False)
-    elif kind == "Swin":
-        check(layer, x, (4, 4), True)
-    elif kind == "DonutSwin":
-        check(layer, x, (4, 4), False, True)
     else:
-        check(layer, x, (4, 4), False)
+        head_mask = () if TRANSFORMERS_5 else (None,)
+        further = {
+            "Swin": (True,) if TRANSFORMERS_5 else (None, False, True),
+            "Swinv2": (*head_mask, False),
+            "DonutSwin": (*head_mask, False, True),
+            "MaskFormerSwin": (*head_mask, False),
+        }
+        check(layer, x, (4, 4), *further[kind])
 
 
 def test_trap_36_unknown_arguments_are_the_originals_concern():

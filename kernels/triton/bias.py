@@ -18,26 +18,29 @@ def _expand_bias_kernel(
     num_tokens,
     num_rows,
     num_cols,
+    num_heads,
     LIMIT: tl.constexpr,
+    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program: a tile of one head; table[index] · log2(e), -inf in columns beyond the window."""
-    head = tl.program_id(0)
-    offs_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    offs_n = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    """One program: a tile of HEADS heads; table[index] · log2(e), -inf in columns beyond the window.
+
+    The index is the larger read by far, and all heads share it.
+    """
+    offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
     index = tl.load(index_ptr + offs_m[:, None] * num_tokens + offs_n[None, :], mask=inside, other=0)
-    bias = tl.load(table_ptr + index * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
-    # The dense form may be narrower than the table: keep its range, an fp16 infinity would make NaN of it.
-    bias = tl.minimum(tl.maximum(bias.to(tl.float32) * LOG2E, -LIMIT), LIMIT)
-    bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
-    offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
-    tl.store(
-        dense_ptr + offs_dense,
-        bias.to(dense_ptr.dtype.element_ty),
-        mask=(offs_m < num_rows)[:, None] & (offs_n < num_cols)[None, :],
-    )
+    stored = (offs_m < num_rows)[:, None] & (offs_n < num_cols)[None, :]
+    first = tl.program_id(2) * HEADS
+    for head in tl.range(first, tl.minimum(first + HEADS, num_heads)):
+        bias = tl.load(table_ptr + index * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
+        # The dense form may be narrower than the table: keep its range, an fp16 infinity would make NaN of it.
+        bias = tl.minimum(tl.maximum(bias.to(tl.float32) * LOG2E, -LIMIT), LIMIT)
+        bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
+        offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
+        tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit

@@ -251,8 +251,8 @@ def _plan(
         plan.dense_shape, plan.dense_dtype = (num_heads, rows, cols), torch.float32 if wide else torch.float16
         plan.expand = _Launch(
             bias_kernels._expand_bias_kernel,
-            (num_heads, -(-rows // 16), -(-cols // 128)),
-            (rows * cols, cols, *table_strides, tokens, rows, cols, 3e38 if wide else 6e4, 16, 128),
+            (-(-rows // 16), -(-cols // 128), -(-num_heads // 4)),
+            (rows * cols, cols, *table_strides, tokens, rows, cols, num_heads, 3e38 if wide else 6e4, 4, 16, 128),
         )
     if mask_mode == window_fwd.MASK_TENSOR:
         plan.checks_shape = (geometry.num_windows, _CHECKS)
