@@ -81,7 +81,7 @@ def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factor
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # computing factors waits for the device, which a capture forbids
         with torch.no_grad():
-            made = _load_or_make(section.table().detach(), section.index, dtype, config)
+            made = _load_or_make(section, dtype, config.bias_energy)
         _known[section.sources[0]] = per_source = (key, made)
     return per_source[1]
 
@@ -132,14 +132,15 @@ def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[..., :rank] * root, right[..., :rank] * root
 
 
-def _load_or_make(table: Tensor, index: Tensor, dtype: torch.dtype, config: AccelConfig) -> Factors | None:
+def _load_or_make(section: Section, dtype: torch.dtype, energy: float | None) -> Factors | None:
+    table, index = section.table().detach(), section.index
     bias = reference.bias_from_table(table, index).float()
     if not bool(torch.isfinite(bias).all()):
         return None
-    record = _record_path(table, index, dtype, config)
+    record = _record_path((*section.sources, index), dtype, energy)
     found = _read(record, bias)
     if found is None:
-        found = _make(bias, dtype, config)
+        found = _make(bias, dtype, energy)
         _write(record, found)
     q, k, rank = found
     if rank == 0:
@@ -148,17 +149,17 @@ def _load_or_make(table: Tensor, index: Tensor, dtype: torch.dtype, config: Acce
     return Factors(q, k, table.clone().contiguous(), index.clone().contiguous(), rank, error)
 
 
-def _make(bias: Tensor, dtype: torch.dtype, config: AccelConfig) -> tuple[Tensor, Tensor, int]:
-    """(q, k, rank) by the config's rule; rank 0 where none is good enough."""
+def _make(bias: Tensor, dtype: torch.dtype, energy: float | None) -> tuple[Tensor, Tensor, int]:
+    """(q, k, rank) by the rule of `AccelConfig.bias_energy`; rank 0 where none is good enough."""
     stored = torch.float32 if dtype == torch.float32 else torch.float16
     bound = bias.abs().max() * torch.finfo(dtype).eps / 2
     for rank in (rank for rank in RANKS if rank <= bias.shape[-1]):
         q, k = factorize(bias, rank)
         q, k = (q * _LOG2E).to(stored).contiguous(), k.to(stored).contiguous()
         missed = bias - (q.float() / _LOG2E) @ k.float().mT
-        if config.bias_energy is not None:
+        if energy is not None:
             total = bias.square().sum((-2, -1))
-            enough = missed.square().sum((-2, -1)) <= (1 - config.bias_energy) * total
+            enough = missed.square().sum((-2, -1)) <= (1 - energy) * total
         else:
             enough = missed.abs().max() <= bound
         if bool(enough.all()):
@@ -167,12 +168,12 @@ def _make(bias: Tensor, dtype: torch.dtype, config: AccelConfig) -> tuple[Tensor
     return empty, empty, 0
 
 
-def _record_path(table: Tensor, index: Tensor, dtype: torch.dtype, config: AccelConfig) -> Path:
-    digest = hashlib.sha256()
-    for tensor in (table.float(), index):
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    digest.update(json.dumps([_FORMAT, str(dtype), config.bias, config.bias_energy]).encode())
+def _record_path(tensors: tuple[Tensor, ...], dtype: torch.dtype, energy: float | None) -> Path:
+    """Where factors are kept: named by the contents of what the bias is computed from, so the same on every device."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, str(dtype), energy]).encode())
+    for tensor in tensors:
+        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return cache_dir() / "factors" / f"{digest.hexdigest()}.safetensors"
 
 

@@ -91,7 +91,7 @@ class Report:
 
         table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left")
         for column in ("module", "family", "status", "window", "shift", "heads", "bias", "calls", "reason"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column != "reason")
         for entry in self.entries:
             calls = f"{entry.calls}" + (f" ({entry.fallbacks} original)" if entry.fallbacks else "")
             table.add_row(
