@@ -105,7 +105,8 @@ def _plan(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Section, Attend] | str:
-    reason = _context_reason(x) or _hook_reason(family.attention(module))
+    attention = family.attention(module)
+    reason = _context_reason(x) or _hook_reason(attention, attention is module)
     if reason is not None:
         return reason
     try:
@@ -153,17 +154,23 @@ def _context_reason(x: Any) -> str | None:
 _PLAIN_TENSORS = (Tensor, nn.Parameter, torch._subclasses.FakeTensor)
 
 
-def _hook_reason(module: nn.Module, is_inner: bool = False) -> str | None:
-    """Why modules that the section stands in for must be called: someone watches them, or changed them since."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
-    if is_inner and "forward" in module.__dict__:
-        return f"{type(module).__name__} inside the attention has a forward of its own"
+def _hook_reason(module: nn.Module, is_called: bool) -> str | None:
+    """Why modules that the section stands in for must be called: someone watches them, or changed them since.
+
+    Args:
+        module: the attention, and from there down.
+        is_called: the module itself is called all the same, so that its own hooks run.
+    """
+    if not is_called:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
+        if "forward" in module.__dict__:
+            return f"{type(module).__name__} inside the attention has a forward of its own"
     if type(module) not in trusted_types:
         return f"a {type(module).__name__} came into the attention after accelerate(); call it again"
     for child in module._modules.values():
         if child is not None:
-            reason = _hook_reason(child, True)
+            reason = _hook_reason(child, False)
             if reason is not None:
                 return reason
     return None

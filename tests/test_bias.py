@@ -148,7 +148,7 @@ def test_energy_decides():
 def test_factors_hold_the_energy_they_promise(energy):
     table = smooth_table() + 0.2 * random_table()
     wanted = dense(table)
-    found = bias._make(wanted, torch.float32, AccelConfig(bias_energy=energy))
+    found = bias._make(wanted, torch.float32, energy)
     q, k, rank = found
     assert rank
     missed = (wanted - (q.float() / LOG2E) @ k.float().mT).square().sum((-2, -1))
@@ -158,14 +158,14 @@ def test_factors_hold_the_energy_they_promise(energy):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_factors_err_no_more_than_rounding_the_bias(dtype):
     """The rule without an energy: indistinguishable from the bias in the compute dtype, or no factors."""
-    wanted, config = dense(smooth_table()), AccelConfig(bias="factors")
-    q, k, rank = bias._make(wanted, dtype, config)
+    wanted = dense(smooth_table())
+    q, k, rank = bias._make(wanted, dtype, None)
     if rank:
         error = (wanted - (q.float() / LOG2E) @ k.float().mT).abs().max()
         assert error <= wanted.abs().max() * torch.finfo(dtype).eps / 2
     if dtype == torch.bfloat16:  # coarse enough for what the factors' own fp16 rounds
         assert rank == 16
-    assert bias._make(dense(random_table()), dtype, config)[2] == 0
+    assert bias._make(dense(random_table()), dtype, None)[2] == 0
 
 
 def test_table_is_never_factors():

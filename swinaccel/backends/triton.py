@@ -34,6 +34,8 @@ def unsupported_reason(
         return f"the Triton kernels run on CUDA devices, not on {device.type}"
     if dtype not in DTYPES:
         return f"the Triton kernels take fp16, bf16 and fp32, not {dtype}"
+    if interpret and dtype == torch.bfloat16:
+        return "Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies"
     if geometry.tokens > MAX_TOKENS:
         return f"a window of {geometry.window[0]}x{geometry.window[1]} holds more than {MAX_TOKENS} tokens"
     if head_dim > MAX_HEAD_DIM:
