@@ -50,7 +50,7 @@ def _kind(module: nn.Module, family: Family, spec: WindowSpec, original: Callabl
             for name, value in sorted(vars(part).items())
             if isinstance(value, (bool, int, float, str, tuple, list)) and name != "training"
         )
-    return family.name, original, parts, tensors, any(spec.shift), settings
+    return family.name, original, parts, tensors, spec.window, any(spec.shift), settings
 
 
 def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> str | None:

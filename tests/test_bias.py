@@ -12,7 +12,7 @@ import torch
 from helpers import TRITON_DEVICE, position_index, table_rows
 
 import swinaccel
-from swinaccel import AccelConfig, bias, ops, reference
+from swinaccel import bias, ops, reference
 from swinaccel.spec import Geometry
 
 WINDOW = (9, 8)
