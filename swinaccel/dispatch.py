@@ -119,8 +119,6 @@ def _plan(
     if reason is not None:
         return reason
     if _backend(config, x.device) == "torch":
-        if x.numel() == 0:
-            return "the input is empty"
         if not torch_backend.mask_is_implied(section):
             return "the mask buffer is not the mask that window and shift imply"
         return section, lambda image: torch_backend.shifted_window_attention(section, image)

@@ -52,7 +52,7 @@ def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -
         ]
     else:
         kinds = [(windows, None)]
-    kinds = [(part, row) for part, row in kinds if part.numel()]
+    kinds = [(part, row) for part, row in kinds if part.numel()] or kinds[:1]
     tokens = torch.cat([part.reshape(-1) for part, _ in kinds])
     scatter = torch.empty(count + 1, dtype=torch.long, device=device)
     scatter[tokens] = torch.arange(tokens.numel(), device=device)
