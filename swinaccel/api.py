@@ -77,12 +77,9 @@ def accelerated(model: Model, **options: Any) -> Iterator[Model]:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Originals run inside, in this thread and context; other threads are not concerned."""
-    token = patching.off.set(True)
-    try:
+    """Originals run inside, in this thread and context; other threads are concerned only where they compile."""
+    with patching.switched_off():
         yield
-    finally:
-        patching.off.reset(token)
 
 
 def plan(model: nn.Module, **options: Any) -> Report:
@@ -97,10 +94,13 @@ def report(model: nn.Module) -> Report:
     entries = []
     for name, module in model.named_modules():
         found = families.match(module)
+        marked = patching.marked(module)
+        if found is None and marked is not None:
+            found = marked[0], WindowSpec(marked[0].name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
         if found is None:
             continue
         family, spec = found
-        if patching.marked(module) is None:
+        if marked is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue

@@ -151,7 +151,7 @@ def _context_reason(x: Any) -> str | None:
     return None
 
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter, torch._subclasses.FakeTensor)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def _hook_reason(module: nn.Module, is_called: bool) -> str | None:

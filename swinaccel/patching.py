@@ -12,8 +12,10 @@ import functools
 import gc
 import json
 import threading
+import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,7 +30,8 @@ from .families import Family, by_name
 
 MARKER = "_swinaccel"
 
-off: ContextVar[bool] = ContextVar("swinaccel_off", default=False)
+_off: ContextVar[bool] = ContextVar("swinaccel_off", default=False)
+_off_anywhere = 0  # blocks of `disabled` open in any thread: dynamo of torch 2.11 cannot trace a ContextVar
 
 _lock = threading.RLock()
 _installed: dict[tuple[type, str], Any] = {}  # (class, method): wrapt's handle
@@ -43,6 +46,25 @@ class _Marked:
 
 
 _parsed: dict[str, _Marked | None] = {}
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Dispatchers run the originals, in this thread and context; while a compiler traces, in every thread."""
+    global _off_anywhere
+    token = _off.set(True)
+    with _lock:
+        _off_anywhere += 1
+    try:
+        yield
+    finally:
+        _off.reset(token)
+        with _lock:
+            _off_anywhere -= 1
+
+
+def _is_off() -> bool:
+    return _off_anywhere > 0 if torch.compiler.is_compiling() else _off.get()
 
 
 def encode(family: Family, config: AccelConfig) -> str:
@@ -154,7 +176,8 @@ def _install(cls: type, method: str) -> None:
 
 def _remove(key: tuple[type, str]) -> None:
     cls, method = key
-    wrapt.unwrap_object(cls, method, _installed.pop(key))
+    wrapt.unwrap_object(cls, method, _installed[key])  # raises where another wrapper came on top of ours since
+    del _installed[key]
     _known.pop(key, None)
     if MARKER in vars(cls) and not any(other == cls for other, _ in _installed):
         delattr(cls, MARKER)
@@ -163,17 +186,17 @@ def _remove(key: tuple[type, str]) -> None:
 def _dispatcher(method: Callable[..., Any]) -> Callable[..., Any]:
     """The function that takes the method's place: unmarked instances run `method`, marked ones `dispatch.run`."""
     checkpoints = method.__code__.co_name == "forward_with_checkpointing"
+    partial = functools.partial
 
-    @functools.wraps(method)
     def dispatcher(self: Any, *args: Any, **kwargs: Any) -> Any:
         if checkpoints and self.training and self.gradient_checkpointing:
             # transformers >= 5.20 checkpoints in a wrapper that acts only while it is the class's own forward.
-            return self._gradient_checkpointing_func(functools.partial(run, self, **kwargs), *args)
+            return self._gradient_checkpointing_func(partial(run, self, **kwargs), *args)
         return run(self, *args, **kwargs)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        text = self._swinaccel
-        if text is None or off.get() or env_disabled():
+        text = getattr(self, MARKER, None)  # another thread may be taking the class's default away
+        if text is None or _is_off() or env_disabled():
             return method(self, *args, **kwargs)
         found = _parsed.get(text)
         if found is None:
@@ -181,6 +204,9 @@ def _dispatcher(method: Callable[..., Any]) -> Callable[..., Any]:
         counted = None if torch.compiler.is_compiling() else stats(self)
         return dispatch.run(found.family, self, method, found.config, counted, args, kwargs)
 
-    # functools.wraps copies it, and dynamo would then take the dispatcher for the original.
-    dispatcher.__dict__.pop("_torchdynamo_orig_callable", None)
-    return dispatcher
+    # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
+    function = types.FunctionType(dispatcher.__code__, method.__globals__, closure=dispatcher.__closure__)
+    functools.update_wrapper(function, method)
+    # update_wrapper copies it, and dynamo would then take the dispatcher for the original.
+    function.__dict__.pop("_torchdynamo_orig_callable", None)
+    return function

@@ -33,6 +33,8 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Callabl
         module: any instance; it is not changed and not called.
         original: the class's own method, unbound, without a dispatcher of ours.
     """
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return "its tensors are on the meta device; call accelerate() once they are loaded"
     key = _kind(module, family, spec, original)
     if key not in _verdicts:
         _verdicts[key] = _probe(module, family, original)
