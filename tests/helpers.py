@@ -265,9 +265,13 @@ def timm_block(
 
     kind = swin_transformer_v2.SwinTransformerV2Block if v2 else swin_transformer.SwinTransformerBlock
     settings = {"dim": 16, **options}
-    return randomize(
-        kind(input_resolution=resolution, num_heads=heads, window_size=window, shift_size=shift, **settings)
-    )
+    try:
+        block = kind(input_resolution=resolution, num_heads=heads, window_size=window, shift_size=shift, **settings)
+    except RuntimeError as error:
+        if v2 and "is invalid for input of size" in str(error):
+            pytest.skip("this timm cannot build a V2 block on a size that its window does not divide")
+        raise
+    return randomize(block)
 
 
 def microsoft_block(
