@@ -46,7 +46,7 @@ def is_position_mlp(mlp: object, num_heads: int) -> bool:
 
 def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
     """SwinV2's bias as fields of a `Section`: 16 · sigmoid of the MLP, which commutes with the gathering (eq. 3)."""
-    hidden, activation, last = mlp[0], mlp[1], mlp[2]
+    hidden, activation, last = mlp._modules.values()  # indexing a Sequential costs more than all else here
     plain = type(hidden) is nn.Linear and type(activation) is nn.ReLU and type(last) is nn.Linear
     position = None
     if plain and hidden.bias is not None and last.bias is None:
