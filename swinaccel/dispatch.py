@@ -115,14 +115,16 @@ def _plan(
         return f"the call is not one that the {family.name} family knows ({error})"
     if isinstance(section, str):
         return section
-    reason = _section_reason(section, x)
+    reason = _section_reason(section, x) or _gradient_reason(attention, config, x)
     if reason is not None:
         return reason
     if _backend(config, x.device) == "torch":
         if not torch_backend.mask_is_implied(section):
             return "the mask buffer is not the mask that window and shift imply"
+        if stats is not None:
+            stats.bias = "table"
         return section, lambda image: torch_backend.shifted_window_attention(section, image)
-    reason = _triton_reason(family, module, section, x)
+    reason = _triton_reason(section, x)
     if reason is not None:
         return reason
     return section, lambda image: _attend_triton(section, config, stats, image)
@@ -194,6 +196,18 @@ def _section_reason(section: Section, x: Tensor) -> str | None:
     return None
 
 
+def _gradient_reason(attention: nn.Module, config: AccelConfig, x: Tensor) -> str | None:
+    """Why training is left to the originals: the kernels have no backward, and the torch backend trains slower.
+
+    A torch backend that was asked for by name records gradients all the same.
+    """
+    if config.backend == "torch" or not torch.is_grad_enabled():
+        return None
+    if x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters()):
+        return "gradients are recorded, and only inference is accelerated so far"
+    return None
+
+
 def _backend(config: AccelConfig, device: torch.device) -> str:
     if config.backend != "auto":
         return config.backend
@@ -207,15 +221,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _triton_reason(family: Any, module: nn.Module, section: Section, x: Tensor) -> str | None:
+def _triton_reason(section: Section, x: Tensor) -> str | None:
     interpret = x.device.type == "cpu" and env_interpret()
     reason = ops.unsupported_reason(x.device, compute_dtype(x), section.geometry, section.head_dim, interpret)
     if reason is None and section.geometry.is_padded and section.padding is None:
         reason = "the image is padded and the projection is not a plain nn.Linear"
-    if reason is None and torch.is_grad_enabled():
-        parameters = family.attention(module).parameters()
-        if x.requires_grad or any(parameter.requires_grad for parameter in parameters):
-            reason = "gradients are recorded, and the Triton kernels have no backward yet"
     if reason is None and ops.has_failures():
         reason = _kernel_failure(section, x)
     return reason
