@@ -23,7 +23,7 @@ MASK_TENSOR = tl.constexpr(2)  # read from (windows, N, N), by large windows onl
 # How the relative position bias does.
 BIAS_NONE = tl.constexpr(0)
 BIAS_TABLE = tl.constexpr(1)  # gathered from the live table (T, heads) through the index (N, N)
-BIAS_DENSE = tl.constexpr(2)  # (heads, BLOCK, BLOCK), expanded by `bias.expand`, -inf beyond N
+BIAS_DENSE = tl.constexpr(2)  # (heads, rows, cols), by `bias._expand_bias_kernel`, -inf beyond N
 BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
 
 STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a kind of window
