@@ -557,3 +557,18 @@ def test_verify_restores_the_mode_and_keeps_gradients_away():
 def test_verify_needs_inputs():
     with pytest.raises(ValueError, match="verify needs the inputs"):
         swinaccel.verify(block())
+
+
+@pytest.mark.parametrize("interpreted", [False, True], ids=["plain-pytorch", "kernels"])
+def test_recorded_gradients_run_the_original_by_default(interpreted, monkeypatch):
+    """Neither the kernels, which have no backward, nor the torch backend, which trains slower, unless asked for."""
+    monkeypatch.setattr("swinaccel.dispatch.env_interpret", lambda: interpreted)
+    x = X.clone().requires_grad_()
+    model = block()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    swinaccel.accelerate(model)
+    (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    helpers.assert_close(found, expected)
+    (entry,) = swinaccel.report(model)
+    assert entry.fallbacks == entry.calls == 1
+    assert "gradients are recorded" in entry.reason
