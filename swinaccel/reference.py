@@ -165,3 +165,65 @@ def shifted_window_attention(
     bias = None if table is None or index is None else bias_from_table(table, index)
     out = attention(q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout)
     return join(out.transpose(1, 2).flatten(2), geometry)
+
+
+def visible_keys(
+    tokens: int,
+    *,
+    causal: bool = False,
+    block_size: int = 0,
+    window_blocks: int = 1,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Which keys (columns) each query (row) of a sequence sees, (N, N), bool.
+
+    With `causal` those up to itself; with `block_size` those of its own block of so many tokens and of the
+    `window_blocks - 1` blocks before; else all.
+    """
+    place = torch.arange(tokens, device=device)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    if causal:
+        seen &= place[:, None] >= place[None, :]
+    if block_size:
+        ago = (place // block_size)[:, None] - (place // block_size)[None, :]
+        seen &= (ago >= 0) & (ago < window_blocks)
+    return seen
+
+
+def sequence_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_factor: Tensor | None = None,
+    k_factor: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    block_size: int = 0,
+    window_blocks: int = 1,
+) -> Tensor:
+    """Attention over sequences with a bias from factors and a pattern of visible keys.
+
+    Args:
+        q, k, v: (batch, heads, N, D).
+        q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); the bias is q_factor k_factorᵀ, natural units.
+        mask: (M, N, N); batch i uses row i mod M.
+        scale: multiplies q kᵀ.
+        causal, block_size, window_blocks: see `visible_keys`.
+    Returns:
+        (batch, heads, N, D); zeros for a query that sees no key.
+    Source: FlashBias, arXiv:2505.12044, eq. 3.
+    """
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if q_factor is not None and k_factor is not None:
+        scores = scores + q_factor @ k_factor.transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]].unsqueeze(1)
+    seen = visible_keys(
+        q.shape[2], causal=causal, block_size=block_size, window_blocks=window_blocks, device=q.device
+    )
+    scores = scores.masked_fill(~seen, float("-inf"))
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return weights.to(v.dtype) @ v

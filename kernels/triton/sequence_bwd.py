@@ -1,0 +1,368 @@
+"""Backward of attention over sequences, in two passes and without atomics, so the same numbers at every run.
+
+With p the attention weights, recomputed from the saved log-sum-exp, and δ = Σ_d out · grad of a query:
+
+    dv = pᵀ grad        ds = p ∘ (grad vᵀ - δ)        dq = ds k · scale        dk = dsᵀ q · scale
+    dq_factor = ds k_factor        dk_factor = dsᵀ q_factor
+
+The first kernel walks keys for a tile of queries (dq, and δ for the second); the second walks queries for a tile of
+keys (dk, dv), with its tiles of scores transposed: the weights then are left operands, which stay in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from .sequence_fwd import (
+    load_mask,
+    load_rows,
+    place,
+    scores_of,
+    sequence_offset,
+    split_interval,
+    store_rows,
+    visible_keys,
+    visible_queries,
+)
+from .tiles import LOG2E
+
+
+@triton.jit
+def _walk_keys(
+    dq,  # (BLOCK_M, BLOCK_D), fp32
+    dq_factor,  # (BLOCK_M, BLOCK_R), fp32
+    q,
+    q_factor,
+    grad,  # (BLOCK_M, BLOCK_D)
+    lse,  # (BLOCK_M,)
+    delta,
+    k_ptr,  # of this sequence, as the next three
+    v_ptr,
+    k_factor_ptr,
+    mask_ptr,
+    stride_k_token,
+    stride_v_token,
+    stride_kf_token,
+    start,
+    end,
+    offs_m,
+    first_key,
+    end_key,
+    num_tokens,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    FACTOR_GRAD: tl.constexpr,
+    AT_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Add what the keys from `start` to `end` give; see `sequence_fwd._walk_keys`."""
+    for first in tl.range(start, end, BLOCK_N):
+        k = load_rows(k_ptr, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        v = load_rows(v_ptr, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        k_factor = k
+        if RANK > 0:
+            k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
+        scores = scores_of(q, k, q_factor, k_factor, 1.0 / scale, RANK, PRECISION, FACTOR_PRECISION)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        if HAS_MASK:
+            scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
+        if AT_EDGE:
+            visible = (offs_n[None, :] >= first_key[:, None]) & (offs_n[None, :] < end_key[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        if FACTOR_GRAD:
+            dq_factor = tl.dot(ds.to(k_factor.dtype), k_factor, dq_factor, input_precision=FACTOR_PRECISION)
+    return dq, dq_factor
+
+
+@triton.jit
+def _sequence_attention_bwd_query_kernel(
+    dq_ptr,  # (batch, heads, tokens, HEAD_DIM)
+    dq_factor_ptr,  # (batch, heads, tokens, RANK), contiguous, where FACTOR_GRAD
+    delta_ptr,  # (batch * heads, tokens), fp32, written for the second kernel
+    grad_ptr,  # (batch, heads, tokens, HEAD_DIM), as the next four
+    out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,  # (batch * heads, tokens), fp32
+    q_factor_ptr,  # (batch, heads, tokens, RANK)
+    k_factor_ptr,
+    mask_ptr,  # (masks, tokens, tokens)
+    stride_dq_batch,
+    stride_dq_head,
+    stride_dq_token,
+    stride_grad_batch,
+    stride_grad_head,
+    stride_grad_token,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_token,
+    stride_q_batch,
+    stride_q_head,
+    stride_q_token,
+    stride_k_batch,
+    stride_k_head,
+    stride_k_token,
+    stride_v_batch,
+    stride_v_head,
+    stride_v_token,
+    stride_qf_batch,
+    stride_qf_head,
+    stride_qf_token,
+    stride_kf_batch,
+    stride_kf_head,
+    stride_kf_token,
+    num_sequences,
+    num_heads,
+    num_tokens,
+    num_masks,
+    block_size,
+    window_blocks,
+    group,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    PATTERN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    FACTOR_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one sequence, as in the forward."""
+    num_tiles = tl.cdiv(num_tokens, BLOCK_M)
+    tile, sequence = place(num_tiles, num_sequences, group)
+    first_query = (num_tiles - 1 - tile) * BLOCK_M
+    last_query = tl.minimum(first_query + BLOCK_M, num_tokens) - 1
+    offs_m = first_query + tl.arange(0, BLOCK_M)
+
+    q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
+    k_ptr += sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
+    v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    grad_ptr += sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
+    out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
+    q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    grad = load_rows(grad_ptr, first_query, stride_grad_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    out = load_rows(out_ptr, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    offs_row = sequence.to(tl.int64) * num_tokens + offs_m
+    tl.store(delta_ptr + offs_row, delta, mask=offs_m < num_tokens)
+    lse = tl.load(lse_ptr + offs_row, mask=offs_m < num_tokens, other=float("inf"))
+    q_factor = q
+    if RANK > 0:
+        q_factor_ptr += sequence_offset(sequence, num_heads, stride_qf_batch, stride_qf_head)
+        k_factor_ptr += sequence_offset(sequence, num_heads, stride_kf_batch, stride_kf_head)
+        q_factor = load_rows(q_factor_ptr, first_query, stride_qf_token, num_tokens, RANK, BLOCK_M, BLOCK_R, True)
+    if HAS_MASK:
+        mask_ptr += (sequence // num_heads % num_masks).to(tl.int64) * num_tokens * num_tokens
+
+    start, full_end = visible_keys(first_query, num_tokens, block_size, window_blocks, PATTERN)
+    full_start, end = visible_keys(last_query, num_tokens, block_size, window_blocks, PATTERN)
+    first_key, end_key = visible_keys(offs_m, num_tokens, block_size, window_blocks, PATTERN)
+    inner_start, inner_end = split_interval(start, full_start, full_end, end, BLOCK_N)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for PART in tl.static_range(3):
+        if PART == 1 or HAS_EDGES:
+            part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
+            part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
+            dq, dq_factor = _walk_keys(
+                dq, dq_factor, q, q_factor, grad, lse, delta, k_ptr, v_ptr, k_factor_ptr, mask_ptr, stride_k_token,
+                stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key, num_tokens, scale,
+                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, PRECISION, FACTOR_PRECISION, BLOCK_N, BLOCK_D,
+                BLOCK_R,
+            )  # fmt: skip
+
+    dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
+    store_rows(dq_ptr, dq * scale, first_query, stride_dq_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
+    if FACTOR_GRAD:
+        dq_factor_ptr += sequence.to(tl.int64) * num_tokens * RANK
+        store_rows(dq_factor_ptr, dq_factor, first_query, RANK, num_tokens, RANK, BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def _walk_queries(
+    dk,  # (BLOCK_N, BLOCK_D), fp32
+    dv,
+    dk_factor,  # (BLOCK_N, BLOCK_R), fp32
+    k,
+    v,
+    k_factor,
+    q_ptr,  # of this sequence, as the next five
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_factor_ptr,
+    mask_ptr,
+    stride_q_token,
+    stride_grad_token,
+    stride_qf_token,
+    start,
+    end,
+    offs_n,
+    first_query,  # (BLOCK_N,), the interval of queries that see each key
+    end_query,
+    num_tokens,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    FACTOR_GRAD: tl.constexpr,
+    AT_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Add what the queries from `start` to `end` give."""
+    for first in tl.range(start, end, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, first, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE)
+        grad = load_rows(grad_ptr, first, stride_grad_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE)
+        if AT_EDGE:
+            lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_tokens, other=float("inf"))
+            delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + offs_m)
+            delta = tl.load(delta_ptr + offs_m)
+        q_factor = q
+        if RANK > 0:
+            q_factor = load_rows(q_factor_ptr, first, stride_qf_token, num_tokens, RANK, BLOCK_M, BLOCK_R, AT_EDGE)
+        scores = scores_of(k, q, k_factor, q_factor, 1.0 / scale, RANK, PRECISION, FACTOR_PRECISION)
+        if HAS_MASK:
+            scores += tl.trans(load_mask(mask_ptr, offs_m, offs_n, num_tokens)) * (1.0 / scale)
+        if AT_EDGE:
+            visible = (offs_m[None, :] >= first_query[:, None]) & (offs_m[None, :] < end_query[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if FACTOR_GRAD:
+            dk_factor = tl.dot(ds.to(q_factor.dtype), q_factor, dk_factor, input_precision=FACTOR_PRECISION)
+    return dk, dv, dk_factor
+
+
+@triton.jit
+def _sequence_attention_bwd_key_kernel(
+    dk_ptr,  # (batch, heads, tokens, HEAD_DIM)
+    dv_ptr,
+    dk_factor_ptr,  # (batch, heads, tokens, RANK), contiguous, where FACTOR_GRAD
+    delta_ptr,  # (batch * heads, tokens), fp32, by the first kernel
+    grad_ptr,  # (batch, heads, tokens, HEAD_DIM), as the next three
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,  # (batch * heads, tokens), fp32
+    q_factor_ptr,  # (batch, heads, tokens, RANK)
+    k_factor_ptr,
+    mask_ptr,  # (masks, tokens, tokens)
+    stride_dk_batch,
+    stride_dk_head,
+    stride_dk_token,
+    stride_dv_batch,
+    stride_dv_head,
+    stride_dv_token,
+    stride_grad_batch,
+    stride_grad_head,
+    stride_grad_token,
+    stride_q_batch,
+    stride_q_head,
+    stride_q_token,
+    stride_k_batch,
+    stride_k_head,
+    stride_k_token,
+    stride_v_batch,
+    stride_v_head,
+    stride_v_token,
+    stride_qf_batch,
+    stride_qf_head,
+    stride_qf_token,
+    stride_kf_batch,
+    stride_kf_head,
+    stride_kf_token,
+    num_sequences,
+    num_heads,
+    num_tokens,
+    num_masks,
+    block_size,
+    window_blocks,
+    group,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    PATTERN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    FACTOR_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: BLOCK_N keys of one sequence. The first keys have the most queries, so they come first."""
+    tile, sequence = place(tl.cdiv(num_tokens, BLOCK_N), num_sequences, group)
+    first_key = tile * BLOCK_N
+    last_key = tl.minimum(first_key + BLOCK_N, num_tokens) - 1
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+
+    q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
+    k_ptr += sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
+    v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    grad_ptr += sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
+    lse_ptr += sequence.to(tl.int64) * num_tokens
+    delta_ptr += sequence.to(tl.int64) * num_tokens
+    k = load_rows(k_ptr, first_key, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    v = load_rows(v_ptr, first_key, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    k_factor = k
+    if RANK > 0:
+        q_factor_ptr += sequence_offset(sequence, num_heads, stride_qf_batch, stride_qf_head)
+        k_factor_ptr += sequence_offset(sequence, num_heads, stride_kf_batch, stride_kf_head)
+        k_factor = load_rows(k_factor_ptr, first_key, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, True)
+    if HAS_MASK:
+        mask_ptr += (sequence // num_heads % num_masks).to(tl.int64) * num_tokens * num_tokens
+
+    start, full_end = visible_queries(first_key, num_tokens, block_size, window_blocks, PATTERN)
+    full_start, end = visible_queries(last_key, num_tokens, block_size, window_blocks, PATTERN)
+    first_query, end_query = visible_queries(offs_n, num_tokens, block_size, window_blocks, PATTERN)
+    inner_start, inner_end = split_interval(start, full_start, full_end, end, BLOCK_M)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk_factor = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for PART in tl.static_range(3):
+        if PART == 1 or HAS_EDGES:
+            part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
+            part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
+            dk, dv, dk_factor = _walk_queries(
+                dk, dv, dk_factor, k, v, k_factor, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_factor_ptr, mask_ptr,
+                stride_q_token, stride_grad_token, stride_qf_token, part_start, part_end, offs_n, first_query,
+                end_query, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, PRECISION,
+                FACTOR_PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+
+    dk_ptr += sequence_offset(sequence, num_heads, stride_dk_batch, stride_dk_head)
+    dv_ptr += sequence_offset(sequence, num_heads, stride_dv_batch, stride_dv_head)
+    store_rows(dk_ptr, dk * scale, first_key, stride_dk_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_rows(dv_ptr, dv, first_key, stride_dv_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D)
+    if FACTOR_GRAD:
+        dk_factor_ptr += sequence.to(tl.int64) * num_tokens * RANK
+        store_rows(dk_factor_ptr, dk_factor, first_key, RANK, num_tokens, RANK, BLOCK_N, BLOCK_R)

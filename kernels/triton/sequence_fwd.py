@@ -1,0 +1,298 @@
+"""Forward of attention over sequences: keys by pattern, bias from factors.
+
+For q, k, v of shape (batch, heads, tokens, head_dim) the kernel computes
+
+    softmax(q kᵀ · scale + q_factor k_factorᵀ + mask) v
+
+over the keys that a query sees, with the online softmax of Dao et al. 2022 (arXiv:2205.14135). Two facts carry both
+this file and `sequence_bwd`:
+
+* In every pattern a query sees one interval of keys, whose ends never fall as the query moves on. So a tile of queries
+  sees an interval too, and inside it lies one that all of its queries see in full, where nothing needs a mask.
+* The factors' product is the start value of the score product (FlashBias, arXiv:2505.12044): a bias costs a longer dot
+  product, and no tile of it is ever read.
+
+Scores are kept as they leave the dot product; the scale, with log2(e) in it, is applied in the exponent's own
+multiply-add, so q is never rounded a second time. The scale is positive.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2E
+
+# Which keys a query sees.
+PATTERN_ALL = tl.constexpr(0)
+PATTERN_CAUSAL = tl.constexpr(1)  # those up to itself
+PATTERN_BLOCKS = tl.constexpr(2)  # its own block of `block_size` tokens and the `window_blocks - 1` before it
+
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that its difference to a score of -inf is not NaN
+
+
+@triton.jit
+def visible_keys(query, num_tokens, block_size, window_blocks, PATTERN: tl.constexpr):
+    """The first key that a query sees, and the one after the last."""
+    first = query * 0
+    end = first + num_tokens
+    if PATTERN == PATTERN_CAUSAL:
+        end = tl.minimum(query + 1, num_tokens)
+    elif PATTERN == PATTERN_BLOCKS:
+        block = query // block_size
+        first = tl.maximum(block + 1 - window_blocks, 0) * block_size
+        end = tl.minimum((block + 1) * block_size, num_tokens)
+    return first, end
+
+
+@triton.jit
+def visible_queries(key, num_tokens, block_size, window_blocks, PATTERN: tl.constexpr):
+    """The first query that sees a key, and the one after the last: `visible_keys` the other way round."""
+    first = key * 0
+    end = first + num_tokens
+    if PATTERN == PATTERN_CAUSAL:
+        first = key
+    elif PATTERN == PATTERN_BLOCKS:
+        block = key // block_size
+        first = block * block_size
+        end = tl.minimum((block + window_blocks) * block_size, num_tokens)
+    return first, end
+
+
+@triton.jit
+def split_interval(first, full_first, full_end, end, BLOCK: tl.constexpr):
+    """Where, walking from `first` to `end` in steps of BLOCK, the tiles that need no mask begin and end."""
+    inner_first = first + (full_first - first + BLOCK - 1) // BLOCK * BLOCK
+    inner_first = tl.minimum(inner_first, first + (end - first + BLOCK - 1) // BLOCK * BLOCK)
+    inner_end = inner_first + tl.maximum(full_end - inner_first, 0) // BLOCK * BLOCK
+    return inner_first, inner_end
+
+
+@triton.jit
+def place(num_tiles, num_sequences, group):
+    """This program's tile, counted from the end of the walk with the most to do, and its sequence (batch and head).
+
+    Tiles go by turns over a `group` of sequences, as many as have their keys in the cache together.
+    """
+    pid = tl.program_id(0)
+    start = pid // (group * num_tiles) * group
+    size = tl.minimum(group, num_sequences - start)
+    rest = pid - start * num_tiles
+    return rest // size, start + rest % size
+
+
+@triton.jit
+def sequence_offset(sequence, num_heads, stride_batch, stride_head):
+    """Elements from the start of a tensor to one sequence (batch and head) of it."""
+    return (sequence // num_heads).to(tl.int64) * stride_batch + (sequence % num_heads).to(tl.int64) * stride_head
+
+
+@triton.jit
+def load_rows(
+    ptr,  # (tokens, WIDTH) of one sequence
+    first,
+    stride_token,
+    num_tokens,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """Rows first .. first + ROWS - 1, zeros beyond WIDTH and, where BOUNDED, beyond the last token."""
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_token + rows[:, None] * stride_token + cols[None, :]
+    if BOUNDED:
+        return tl.load(ptrs, mask=(first + rows < num_tokens)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    if WIDTH < COLS:
+        return tl.load(ptrs, mask=(cols < WIDTH)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    ptr, tile, first, stride_token, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """What `load_rows` reads, written."""
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_token + rows[:, None] * stride_token + cols[None, :]
+    mask = (first + rows < num_tokens)[:, None] & (cols < WIDTH)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_mask(mask_ptr, offs_m, offs_n, num_tokens):
+    """A tile (M, N) of one mask (tokens, tokens), fp32.
+
+    Large finite values, as stand in for -inf elsewhere, are drawn in to where scaling keeps them finite.
+    """
+    inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
+    ptrs = mask_ptr + offs_m[:, None].to(tl.int64) * num_tokens + offs_n[None, :]
+    mask = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
+
+
+@triton.jit
+def scores_of(
+    rows,
+    cols,
+    row_factor,
+    col_factor,
+    inverse_scale,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+):
+    """rows · colsᵀ plus the bias of their factors over the scale; fp32."""
+    if RANK > 0:
+        bias = tl.dot(row_factor, tl.trans(col_factor), input_precision=FACTOR_PRECISION)
+        return tl.dot(rows, tl.trans(cols), bias * inverse_scale, input_precision=PRECISION)
+    return tl.dot(rows, tl.trans(cols), input_precision=PRECISION)
+
+
+@triton.jit
+def _walk_keys(
+    acc,  # (BLOCK_M, BLOCK_D), fp32
+    total,  # (BLOCK_M,)
+    maximum,  # (BLOCK_M,), log2 units
+    q,  # (BLOCK_M, BLOCK_D)
+    q_factor,  # (BLOCK_M, BLOCK_R)
+    k_ptr,  # of this sequence, as the next three
+    v_ptr,
+    k_factor_ptr,
+    mask_ptr,
+    stride_k_token,
+    stride_v_token,
+    stride_kf_token,
+    start,
+    end,
+    offs_m,
+    first_key,  # (BLOCK_M,), the interval that each query sees
+    end_key,
+    num_tokens,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    AT_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The online softmax over the keys from `start` to `end`; AT_EDGE, some are not every query's to see."""
+    exponent = scale * LOG2E
+    for first in tl.range(start, end, BLOCK_N):
+        k = load_rows(k_ptr, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        k_factor = k
+        if RANK > 0:
+            k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
+        scores = scores_of(q, k, q_factor, k_factor, 1.0 / scale, RANK, PRECISION, FACTOR_PRECISION)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        if HAS_MASK:
+            scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
+        if AT_EDGE:
+            visible = (offs_n[None, :] >= first_key[:, None]) & (offs_n[None, :] < end_key[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * exponent)
+        p = tl.exp2(scores * exponent - new_maximum[:, None])
+        correction = tl.exp2(maximum - new_maximum)
+        total = total * correction + tl.sum(p, axis=1)
+        v = load_rows(v_ptr, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+    return acc, total, maximum
+
+
+@triton.jit
+def _sequence_attention_fwd_kernel(
+    out_ptr,  # (batch, heads, tokens, HEAD_DIM)
+    lse_ptr,  # (batch * heads, tokens), fp32: log2 of the sum of the exponentials, +inf where no key is seen
+    q_ptr,  # (batch, heads, tokens, HEAD_DIM), as k and v
+    k_ptr,
+    v_ptr,
+    q_factor_ptr,  # (batch, heads, tokens, RANK), or any pointer where RANK is 0
+    k_factor_ptr,
+    mask_ptr,  # (masks, tokens, tokens)
+    stride_out_batch,
+    stride_out_head,
+    stride_out_token,
+    stride_q_batch,
+    stride_q_head,
+    stride_q_token,
+    stride_k_batch,
+    stride_k_head,
+    stride_k_token,
+    stride_v_batch,
+    stride_v_head,
+    stride_v_token,
+    stride_qf_batch,
+    stride_qf_head,
+    stride_qf_token,
+    stride_kf_batch,
+    stride_kf_head,
+    stride_kf_token,
+    num_sequences,
+    num_heads,
+    num_tokens,
+    num_masks,
+    block_size,
+    window_blocks,
+    group,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    PATTERN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one sequence. Without HAS_EDGES every tile of keys is seen in full."""
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(RANK <= BLOCK_R)
+    num_tiles = tl.cdiv(num_tokens, BLOCK_M)
+    tile, sequence = place(num_tiles, num_sequences, group)
+    first_query = (num_tiles - 1 - tile) * BLOCK_M
+    last_query = tl.minimum(first_query + BLOCK_M, num_tokens) - 1
+    offs_m = first_query + tl.arange(0, BLOCK_M)
+
+    q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
+    k_ptr += sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
+    v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    q_factor = q
+    if RANK > 0:
+        q_factor_ptr += sequence_offset(sequence, num_heads, stride_qf_batch, stride_qf_head)
+        k_factor_ptr += sequence_offset(sequence, num_heads, stride_kf_batch, stride_kf_head)
+        q_factor = load_rows(q_factor_ptr, first_query, stride_qf_token, num_tokens, RANK, BLOCK_M, BLOCK_R, True)
+    if HAS_MASK:
+        mask_ptr += (sequence // num_heads % num_masks).to(tl.int64) * num_tokens * num_tokens
+
+    start, full_end = visible_keys(first_query, num_tokens, block_size, window_blocks, PATTERN)
+    full_start, end = visible_keys(last_query, num_tokens, block_size, window_blocks, PATTERN)
+    first_key, end_key = visible_keys(offs_m, num_tokens, block_size, window_blocks, PATTERN)
+    inner_start, inner_end = split_interval(start, full_start, full_end, end, BLOCK_N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    maximum = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    # The tiles before, within and behind the interval that all queries of this program see.
+    for PART in tl.static_range(3):
+        if PART == 1 or HAS_EDGES:
+            part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
+            part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
+            acc, total, maximum = _walk_keys(
+                acc, total, maximum, q, q_factor, k_ptr, v_ptr, k_factor_ptr, mask_ptr, stride_k_token, stride_v_token,
+                stride_kf_token, part_start, part_end, offs_m, first_key, end_key, num_tokens, scale, HEAD_DIM, RANK,
+                HAS_MASK, PART != 1, PRECISION, FACTOR_PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+
+    seen = total != 0  # a query that a mask leaves without keys attends to nothing: zeros, and no gradient
+    out = acc * tl.where(seen, 1.0 / total, 0.0)[:, None]
+    out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
+    store_rows(out_ptr, out, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
+    lse = tl.where(seen, maximum + tl.log2(total), float("inf"))
+    tl.store(lse_ptr + sequence.to(tl.int64) * num_tokens + offs_m, lse, mask=offs_m < num_tokens)

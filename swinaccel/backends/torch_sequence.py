@@ -1,0 +1,85 @@
+"""Attention over sequences in plain PyTorch, by `scaled_dot_product_attention`, which never holds all scores.
+
+Gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+
+_ROWS = 64  # queries that one call should have at least
+
+
+def factored_bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """As `reference.sequence_attention`: the factors ride along as further columns of q and k (FlashBias).
+
+    v gets as many columns of zeros, since the kernels that hold no scores want heads of one width.
+    """
+    dtype, width = q.dtype, v.shape[-1]
+    if q_factor is not None and k_factor is not None and q_factor.shape[-1]:
+        wide = torch.promote_types(torch.promote_types(dtype, q_factor.dtype), k_factor.dtype)
+        q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
+        scale, batch, rank = 1.0, q.shape[0], q_factor.shape[-1]
+        q = torch.cat((q, q_factor.to(wide).expand(batch, -1, -1, -1)), -1)
+        k = torch.cat((k, k_factor.to(wide).expand(batch, -1, -1, -1)), -1)
+        v = F.pad(v, (0, rank))
+    if mask is not None:
+        mask = _batch_mask(mask, q, causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale)
+    return out[..., :width].to(dtype)
+
+
+def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:
+    """(batch or 1, 1, N, N), q's dtype, from (M, N, N) with batch i using row i mod M."""
+    if causal:
+        seen = reference.visible_keys(q.shape[2], causal=True, device=q.device)
+        mask = mask.masked_fill(~seen, float("-inf"))
+    if mask.shape[0] > 1:
+        mask = mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]]
+    # What stands in for -inf must stay finite, or queries that see nothing else turn from a mean into nothing.
+    limit = torch.finfo(q.dtype).min / 2
+    mask = torch.where(mask > float("-inf"), mask.clamp_min(limit), mask)
+    return mask.to(q.dtype).unsqueeze(1)
+
+
+def block_sliding_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, window_blocks: int, scale: float
+) -> Tensor:
+    """As `reference.sequence_attention`, a chunk of whole blocks at a time; work and memory linear in the tokens.
+
+    Keys and values are split once and put together again for every chunk: autograd then adds up pieces, where slices
+    would each give it a gradient of full length.
+    """
+    tokens = q.shape[2]
+    blocks = max(1, -(-_ROWS // block_size))  # of a chunk; more than one share a call with a mask
+    chunk = min(blocks * block_size, max(tokens, 1))
+    reach = min(-(-(window_blocks - 1) // blocks), -(-tokens // chunk))  # chunks before a query's own that it may see
+    keys, values, outs = k.split(chunk, 2), v.split(chunk, 2), []
+    for index, query in enumerate(q.split(chunk, 2)):
+        first = max(0, index - reach)
+        mask = None
+        if blocks > 1:
+            offs_m = torch.arange(index * chunk, index * chunk + query.shape[2], device=q.device) // block_size
+            offs_n = torch.arange(first * chunk, index * chunk + query.shape[2], device=q.device) // block_size
+            ago = offs_m[:, None] - offs_n[None, :]
+            mask = (ago >= 0) & (ago < window_blocks)
+        window = slice(first, index + 1)
+        outs.append(
+            F.scaled_dot_product_attention(
+                query, torch.cat(keys[window], 2), torch.cat(values[window], 2), attn_mask=mask, scale=scale
+            )
+        )
+    return torch.cat(outs, 2)

@@ -1,0 +1,287 @@
+"""Launches the sequence kernels. Imports Triton at the first use only."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import triton as windows
+
+MAX_HEAD_DIM, MAX_RANK = 128, 64
+
+
+class Problem(NamedTuple):
+    """What shapes a launch, less the tensors' sizes and strides.
+
+    Attributes:
+        causal: keys up to the query's own.
+        block_size, window_blocks: keys of the query's own block of `block_size` tokens and the `window_blocks - 1`
+            before it; block_size 0 for all keys.
+        scale: multiplies q kᵀ; positive.
+    """
+
+    causal: bool
+    block_size: int
+    window_blocks: int
+    scale: float
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int, rank: int, factor_dtype: torch.dtype, interpret: bool
+) -> str | None:
+    """Why the kernels cannot serve a problem, as one sentence, or None."""
+    if not windows._INSTALLED:
+        return "Triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpret):
+        return f"the Triton kernels run on CUDA devices, not on {device.type}"
+    for kind in (dtype, factor_dtype):
+        if kind not in windows.DTYPES:
+            return f"the Triton kernels take fp16, bf16 and fp32, not {kind}"
+    if interpret and torch.bfloat16 in (dtype, factor_dtype):
+        return "Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is larger than {MAX_HEAD_DIM}"
+    if rank > MAX_RANK:
+        return f"factors of rank {rank} are larger than {MAX_RANK}"
+    return None
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An empty tensor laid out as `tensor` is, where its last axis stays the fastest."""
+    made = torch.empty_like(tensor)
+    return made if made.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    problem: Problem,
+) -> tuple[Tensor, Tensor]:
+    """Attention over sequences by one kernel.
+
+    Args:
+        q, k, v: (batch, heads, N, D).
+        q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
+        mask: (M, N, N).
+    Returns:
+        (batch, heads, N, D), laid out as q is, and the log2-sum-exp of the scores, (batch, heads, N), fp32.
+    """
+    out = empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v, q_factor, k_factor = (_rows(tensor) for tensor in (q, k, v, q_factor, k_factor))
+    mask = None if mask is None else mask.contiguous()
+    strides = _strides(out, q, k, v, q_factor, k_factor)
+    key = ("sequence", *_key(q, q_factor, mask, problem), strides)
+    with _on(q.device):
+        launch = windows._launches.get(key) or windows._keep(key, _plan_forward(q, q_factor, mask, problem, strides))
+        launch(out, lse, q, k, v, q_factor, k_factor, mask)
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    factor_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, and with `factor_grad` of q_factor and k_factor.
+
+    Args:
+        grad: of the output, (batch, heads, N, D).
+        out, lse: what `forward` gave; the rest as there.
+    """
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    batch, heads, tokens, _ = q.shape
+    factors = (q_factor, k_factor) if factor_grad and q_factor is not None and k_factor is not None else ()
+    # Factors that all of the batch shares gather its gradients, which must not be rounded before they are summed.
+    parts = [
+        torch.empty(
+            (batch, heads, tokens, factor.shape[-1]),
+            dtype=torch.float32 if factor.dim() == 3 else factor.dtype,
+            device=q.device,
+        )
+        for factor in factors
+    ]
+    if q.numel():
+        grad, q, k, v, out, q_factor, k_factor = (_rows(t) for t in (grad, q, k, v, out, q_factor, k_factor))
+        mask = None if mask is None else mask.contiguous()
+        delta = torch.empty_like(lse)
+        strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
+        key = ("sequence backward", *_key(q, q_factor, mask, problem), factor_grad, strides)
+        with _on(q.device):
+            launches = windows._launches.get(key) or windows._keep(
+                key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides)
+            )
+            dq_part, dk_part = parts if parts else (None, None)
+            launches[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
+            launches[1](dk, dv, dk_part, delta, grad, q, k, v, lse, q_factor, k_factor, mask)
+    sums = (
+        (part.sum(0) if factor.dim() == 3 else part).to(factor.dtype)
+        for part, factor in zip(parts, factors, strict=True)
+    )
+    return dq, dk, dv, *sums
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, whatever its tensors say."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _rows(tensor: Any) -> Any:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Strides of batch, head and token of each; factors without a batch axis are one for all."""
+    found: list[int] = []
+    for tensor in tensors:
+        stride = (0, 0, 0) if tensor is None else tensor.stride()[:-1]
+        found.extend(stride if len(stride) == 3 else (0, *stride))
+    return tuple(found)
+
+
+def _key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
+    factor = (0, q.dtype) if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
+    masks = 0 if mask is None else mask.shape[0]
+    return (
+        q.device, q.dtype, tuple(q.shape), *factor, masks, problem, windows._precision(q.dtype),
+        windows.shared_memory_override,
+    )  # fmt: skip
+
+
+def _factor_precision(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
+    """How a product of factors is computed.
+
+    Positions are factors too, and TF32 would round them like half precision: where scores need not be exact in fp32,
+    three TF32 products stand in for one of fp32.
+    """
+    exact = torch.version.hip is not None or (dtype == torch.float32 and windows._precision(dtype) == "ieee")
+    return "ieee" if exact or factor_dtype != torch.float32 else "tf32x3"
+
+
+class _Facts(NamedTuple):
+    """What the plans of all three kernels have in common."""
+
+    shape: dict[str, Any]  # arguments of `sequence_launch`
+    numbers: tuple[float, ...]  # arguments of the kernels: sizes and scale
+    pattern: int
+    rank: int
+    precision: tuple[str, str]
+    blocks: tuple[int, int]  # 0, 0 where the pattern has none
+
+
+def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> _Facts:
+    from ..kernels import sequence_fwd, sequence_launch
+
+    batch, heads, tokens, head_dim = q.shape
+    rank, factor_dtype = (0, q.dtype) if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
+    pattern, block_size, window_blocks, span = sequence_fwd.PATTERN_ALL, 1, 1, tokens
+    if problem.block_size:
+        pattern = sequence_fwd.PATTERN_BLOCKS
+        block_size = min(problem.block_size, tokens)
+        window_blocks = min(problem.window_blocks, -(-tokens // block_size))
+        span = min(tokens, block_size * window_blocks)
+    elif problem.causal:
+        pattern = sequence_fwd.PATTERN_CAUSAL
+    group = sequence_launch.sequences_per_group(
+        span=span, head_dim=head_dim, element_size=q.element_size(), num_sequences=batch * heads
+    )
+    masks = 1 if mask is None else mask.shape[0]
+    return _Facts(
+        {
+            "head_dim": head_dim,
+            "rank": rank,
+            "element_size": q.element_size(),
+            "factor_size": factor_dtype.itemsize,
+            "has_mask": mask is not None,
+            "shared_memory": windows.shared_memory_override or windows._device_shared_memory(q.device),
+        },
+        (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
+        pattern.value,
+        rank,
+        (windows._precision(q.dtype), _factor_precision(q.dtype, factor_dtype)),
+        (block_size, window_blocks) if problem.block_size else (0, 0),
+    )
+
+
+def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
+    """Whether a tile of scores may hold some that do not count."""
+    from ..kernels import sequence_fwd
+
+    if facts.pattern == sequence_fwd.PATTERN_CAUSAL or tokens % block_m or tokens % block_n:
+        return True
+    block_size = facts.blocks[0]
+    return bool(block_size and (block_size % block_m or block_size % block_n))
+
+
+def _plan_forward(
+    q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem, strides: tuple[int, ...]
+) -> windows._Launch:
+    from ..kernels import sequence_fwd, sequence_launch
+
+    batch, heads, tokens, head_dim = q.shape
+    facts = _facts(q, q_factor, mask, problem)
+    shape = sequence_launch.forward(**facts.shape)
+    return windows._Launch(
+        sequence_fwd._sequence_attention_fwd_kernel,
+        (-(-tokens // shape.block_m) * batch * heads,),
+        (
+            *strides, *facts.numbers, head_dim, facts.rank, facts.pattern, mask is not None,
+            _has_edges(facts, tokens, shape.block_m, shape.block_n), *facts.precision,
+            shape.block_m, shape.block_n, shape.block_d, shape.block_r,
+        ),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )  # fmt: skip
+
+
+def _plan_backward(
+    q: Tensor,
+    q_factor: Tensor | None,
+    mask: Tensor | None,
+    problem: Problem,
+    factor_grad: bool,
+    strides: tuple[int, ...],
+) -> tuple[windows._Launch, windows._Launch]:
+    from ..kernels import sequence_bwd, sequence_launch
+
+    batch, heads, tokens, head_dim = q.shape
+    facts = _facts(q, q_factor, mask, problem)
+    dq, dk, dv, grad, out, rest = *(strides[3 * i : 3 * i + 3] for i in range(5)), strides[15:]
+    kernels = (
+        (sequence_bwd._sequence_attention_bwd_query_kernel, sequence_launch.grad_query, (*dq, *grad, *out, *rest)),
+        (sequence_bwd._sequence_attention_bwd_key_kernel, sequence_launch.grad_key, (*dk, *dv, *grad, *rest)),
+    )
+    launches = []
+    for kernel, shape_of, kernel_strides in kernels:
+        shape = shape_of(**facts.shape)
+        rows = shape.block_m if shape_of is sequence_launch.grad_query else shape.block_n
+        launches.append(
+            windows._Launch(
+                kernel,
+                (-(-tokens // rows) * batch * heads,),
+                (
+                    *kernel_strides, *facts.numbers, head_dim, facts.rank, facts.pattern, mask is not None,
+                    _has_edges(facts, tokens, shape.block_m, shape.block_n), factor_grad, *facts.precision,
+                    shape.block_m, shape.block_n, shape.block_d, shape.block_r,
+                ),
+                num_warps=shape.num_warps,
+                num_stages=shape.num_stages,
+            )
+        )  # fmt: skip
+    return launches[0], launches[1]

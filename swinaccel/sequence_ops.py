@@ -1,0 +1,195 @@
+"""Attention over sequences as PyTorch operators, forward and backward; see `ops` for the windows'.
+
+A kernel that fails is noted once, with its problem, and plain PyTorch gives the same numbers in its place, then and
+for every later call of that kind.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import torch_sequence
+from .backends import triton_sequence as backend
+from .backends.triton_sequence import Problem
+from .config import env_strict
+from .ops import KernelError
+
+logger = logging.getLogger("swinaccel")
+
+unsupported_reason = backend.unsupported_reason
+
+# (device, dtype, head_dim, rank, ...) of launches that failed, and why in one sentence.
+_failures: dict[tuple, str] = {}
+
+_library = torch.library.Library("swinaccel", "FRAGMENT")
+_library.define(
+    "sequence_attention(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? mask, bool causal,"
+    " int block_size, int window_blocks, float scale) -> (Tensor, Tensor)"
+)
+_library.define(
+    "sequence_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor,"
+    " Tensor? mask, Tensor out, Tensor lse, bool causal, int block_size, int window_blocks, float scale,"
+    " bool factor_grad) -> Tensor[]"
+)
+
+
+def has_failures() -> bool:
+    """Whether any kernel failed in this process."""
+    return bool(_failures)
+
+
+def forget_failures() -> None:
+    """Try every kernel again."""
+    _failures.clear()
+
+
+def sequence_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """As `reference.sequence_attention`, by the Triton kernels; see `backends.triton_sequence.forward`."""
+    return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(causal, block_size, window_blocks, scale)
+    key = _kind(q, q_factor, mask, problem)
+    if key not in _failures:
+        try:
+            return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
+        except Exception as error:
+            _note(key, error)
+    out = backend.empty_like(q)
+    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q).fill_(float("nan"))
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+    factor_grad: bool,
+) -> list[Tensor]:
+    problem = Problem(causal, block_size, window_blocks, scale)
+    key = _kind(q, q_factor, mask, problem)
+    if key not in _failures:
+        try:
+            grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
+            return list(grads)
+        except Exception as error:
+            _note(key, error)
+    inputs = [q, k, v, *((q_factor, k_factor) if factor_grad else ())]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
+    factors = leaves[3:] if factor_grad else [q_factor, k_factor]
+    with torch.enable_grad():
+        plain = _plain(*leaves[:3], *factors, mask, problem)
+    made = [backend.empty_like(leaf) if place < 3 else torch.empty_like(leaf) for place, leaf in enumerate(leaves)]
+    return [place.copy_(found) for place, found in zip(made, torch.autograd.grad(plain, leaves, grad), strict=True)]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, q_factor: Any, k_factor: Any, mask: Any, problem: Problem) -> Tensor:
+    if problem.block_size:
+        return torch_sequence.block_sliding_window_attention(
+            q, k, v, problem.block_size, problem.window_blocks, problem.scale
+        )
+    return torch_sequence.factored_bias_attention(
+        q, k, v, q_factor, k_factor, mask, problem.scale, problem.causal
+    )  # fmt: skip
+
+
+def _kind(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
+    factor = None if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
+    return q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
+
+
+def _note(key: tuple, error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    reason = f"the Triton kernel failed: {type(error).__name__}: {lines[0][:160]}"
+    if env_strict():
+        raise KernelError(reason) from error
+    if reason not in _failures.values():
+        logger.warning("%s; plain PyTorch runs instead", reason)
+    _failures[key] = reason
+
+
+def _fake_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return backend.empty_like(q), _fake_lse(q)
+
+
+def _fake_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+    factor_grad: bool,
+) -> list[Tensor]:
+    factors = [torch.empty(f.shape, dtype=f.dtype, device=f.device) for f in (q_factor, k_factor) if f is not None]
+    return [backend.empty_like(tensor) for tensor in (q, k, v)] + (factors if factor_grad else [])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_factor, k_factor, mask, *problem = inputs
+    ctx.save_for_backward(q, k, v, q_factor, k_factor, mask, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.problem = problem
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    factor_grad = any(ctx.needs_input_grad[3:5])
+    saved = ctx.saved_tensors
+    grads = torch.ops.swinaccel.sequence_attention_backward(grad, *saved, *ctx.problem, factor_grad)
+    grads = [*grads, None, None][:5]
+    wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return *wanted, None, None, None, None, None
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("sequence_attention", _forward, _key)
+    _library.impl("sequence_attention_backward", _backward, _key)
+torch.library.register_fake("swinaccel::sequence_attention", _fake, lib=_library)
+torch.library.register_fake("swinaccel::sequence_attention_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "swinaccel::sequence_attention", _autograd, setup_context=_setup_context, lib=_library
+)  # fmt: skip
