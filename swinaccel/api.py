@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from .dispatch import FallbackError
 from .families import Family
 from .report import Entry, Report
 from .spec import WindowSpec
+
+_LEFT_OUT = "the filter left it out"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,15 +94,8 @@ def report(model: nn.Module) -> Report:
     """What is accelerated now, with the calls so far and why any of them ran an original."""
     _check_model(model)
     entries = []
-    for name, module in model.named_modules():
-        found = families.match(module)
-        marked = patching.marked(module)
-        if found is None and marked is not None:
-            found = marked[0], WindowSpec(marked[0].name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
-        if found is None:
-            continue
-        family, spec = found
-        if marked is None:
+    for name, module, family, spec in _attentions(model, _is_marked):
+        if patching.marked(module) is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue
@@ -130,19 +125,65 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
 
 
-def _survey(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, Family, WindowSpec, Entry]]:
-    """Every module that a family recognises, and what becomes of it."""
+# Whether a module is accelerated: yes; no, but the attention in it may be; no, and leave it alone.
+Verdict = Literal["yes", "no", "leave"]
+Judge = Callable[[str, nn.Module, Family, WindowSpec], Verdict]
+
+
+def _attentions(model: nn.Module, judge: Judge) -> Iterator[tuple[str, nn.Module, Family, WindowSpec]]:
+    """Every window attention of a model, once: as its block, or by itself where it is accelerated and the block not."""
+    settled: set[nn.Module] = set()
     for name, module in model.named_modules():
-        found = families.match(module)
-        if found is None:
+        found = _recognise(module)
+        if found is None or module in settled:
             continue
-        family, spec = found
+        parts = _parts_of_attention(found[0], module)
+        settled.update(part for _, part in parts)
+        if judge(name, module, *found) == "no":
+            for path, part in parts:
+                inner, inner_name = _recognise(part), f"{name}.{path}".lstrip(".")
+                if part is not module and inner is not None and judge(inner_name, part, *inner) == "yes":
+                    name, module, found = inner_name, part, inner
+                    break
+        yield name, module, *found
+
+
+def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
+    return "no" if patching.marked(module) is None else "yes"
+
+
+def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
+    found, marked = families.match(module), patching.marked(module)
+    if found is None and marked is not None:
+        return marked[0], WindowSpec(marked[0].name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
+    return found
+
+
+def _parts_of_attention(family: Family, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The attention of a module and what is in it, by their names within the module."""
+    try:
+        inside = set(family.attention(module).modules())
+    except AttributeError:  # it was changed beyond recognition
+        return []
+    return [(path, part) for path, part in module.named_modules() if part in inside]
+
+
+def _survey(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, Family, WindowSpec, Entry]]:
+    """Every window attention of a model, and what becomes of it."""
+    reasons: dict[nn.Module, str | None] = {}
+
+    def judge(name: str, module: nn.Module, family: Family, spec: WindowSpec) -> Verdict:
         if config.filter is not None and not config.filter(name, module):
-            reason: str | None = "the filter left it out"
-        else:
-            reason = _refusal(module, family, spec)
-        status = "accelerated" if reason is None else "original"
-        yield module, family, spec, _entry(name, spec, status, reason)
+            reasons[module] = _LEFT_OUT
+            return "leave"
+        reasons[module] = foreign = patching.foreign_reason(module, family.method)
+        if foreign is None:
+            reasons[module] = _refusal(module, family, spec)
+        return "yes" if reasons[module] is None else "no" if foreign is None else "leave"
+
+    for name, module, family, spec in _attentions(model, judge):
+        status = "accelerated" if reasons[module] is None else "original"
+        yield module, family, spec, _entry(name, spec, status, reasons[module])
 
 
 def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
@@ -160,5 +201,5 @@ def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, E
     if not found:
         raise FallbackError(f"strict: {type(model).__name__} holds no Swin-style window attention")
     for *_, entry in found:
-        if entry.status == "original" and entry.reason != "the filter left it out":
+        if entry.status == "original" and entry.reason != _LEFT_OUT:
             raise FallbackError(f"strict: {entry.name or type(model).__name__} stays original: {entry.reason}")

@@ -289,6 +289,8 @@ def _parameter(loaded: Loaded) -> torch.Tensor:
 
 def _factorize(loaded: Loaded, config: AccelConfig) -> Iterator[dict[str, Any]]:
     """One row for each window attention: its factors are in the cache, or why there are none."""
+    import copy
+
     import torch
 
     from . import bias, families, plan
@@ -303,9 +305,10 @@ def _factorize(loaded: Loaded, config: AccelConfig) -> Iterator[dict[str, Any]]:
             row |= {"attempted": False, "reason": reasons[name]}
             match = families.match(module)
             if match is not None and row["reason"] is None:
-                example = match[0].example(module)
+                twin = copy.deepcopy(module)
+                example = families.examples(match[0], twin)[0]
                 section = match[0].section(
-                    module, *(torch.zeros(a).to(like) if isinstance(a, torch.Size) else a for a in example)
+                    twin, *(torch.zeros(a).to(like) if isinstance(a, torch.Size) else a for a in example)
                 )
                 if isinstance(section, str):
                     row["reason"] = section

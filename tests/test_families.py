@@ -314,11 +314,20 @@ class WithoutProjection(microsoft_models.WindowAttention):
 
 
 def test_subclass_with_another_forward_is_refused():
+    """The block, that is: its attention is the official one, and is accelerated by itself."""
+    model = randomize(Doubled(16, (8, 8), 2, 4, 0))
+    (entry,) = swinaccel.plan(model)
+    assert (entry.name, entry.family, entry.status) == ("attn", "window_attention", "accelerated")
+    check(model, torch.randn(2, 64, 16), count=1)
+
+
+def test_subclass_with_another_forward_and_attention_is_refused():
     model = randomize(Doubled(16, (8, 8), 2, 4, 2))
+    model.attn.__class__ = WithoutProjection
     x = torch.randn(2, 64, 16)
     expected = model(x)
     (entry,) = swinaccel.report(swinaccel.accelerate(model))
-    assert entry.status == "original"
+    assert (entry.name, entry.status) == ("", "original")
     assert "its forward is not that of microsoft" in entry.reason
     assert torch.equal(model(x), expected)
 
@@ -350,6 +359,7 @@ def test_subclass_of_a_library_attention_is_refused():
 def test_verdict_on_one_class_does_not_cover_another():
     """The refusal of a subclass leaves its parent accelerated, and the other way round."""
     good, bad = helpers.microsoft_block((8, 8), shift=2), randomize(Doubled(16, (8, 8), 2, 4, 2))
+    bad.attn.__class__ = WithoutProjection
     statuses = [entry.status for entry in swinaccel.plan(nn.Sequential(good, bad, copy.deepcopy(good)))]
     assert statuses == ["accelerated", "original", "accelerated"]
 

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..spec import Section, WindowSpec
+from .detection import Detection, ShiftWindowMSA
 from .huggingface import HuggingFaceSwin
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
-from .timm import Timm
+from .restoration import Hat, SwinIR
+from .timm import Timm, TimmCr
 from .torchvision import Torchvision
+from .window_attention import WindowAttention
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -45,11 +48,33 @@ class Family(Protocol):
     def forward(self, module: nn.Module, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         """What the original computes and returns, with `attend` ((B, H, W, C) to the same) for the section."""
 
-    def example(self, module: nn.Module) -> tuple[Any, ...]:
-        """Positional arguments of a small call, for the probe; each torch.Size becomes a random tensor."""
+    def example(self, module: nn.Module) -> tuple[Any, ...] | list[tuple[Any, ...]]:
+        """Positional arguments of a small call, for the probe, or of several; each torch.Size becomes a random tensor.
+
+        The module is a copy, which may be prepared for the calls.
+        """
 
 
-FAMILIES: list[Family] = [Timm(), Torchvision(), HuggingFaceSwin(), HuggingFaceSwinLegacy(), Microsoft()]
+# A module is the first's that recognises it: attention by itself comes last.
+FAMILIES: list[Family] = [
+    Timm(),
+    TimmCr(),
+    Torchvision(),
+    HuggingFaceSwin(),
+    HuggingFaceSwinLegacy(),
+    Microsoft(),
+    SwinIR(),
+    Hat(),
+    Detection(),
+    ShiftWindowMSA(),
+    WindowAttention(),
+]
+
+
+def examples(family: Family, module: nn.Module) -> list[tuple[Any, ...]]:
+    """Every call that shows what a module of this family does."""
+    found = family.example(module)
+    return found if isinstance(found, list) else [found]
 
 
 def match(module: nn.Module) -> tuple[Family, WindowSpec] | None:

@@ -22,12 +22,12 @@ def pair(value: object) -> Pair | None:
 
 def is_table(table: object, index: object, window: Pair, num_heads: int) -> bool:
     """Whether these are the relative position bias table and index of a window, with no room for extra tokens."""
-    tokens = window[0] * window[1]
-    return (
-        isinstance(table, Tensor)
-        and tuple(table.shape) == ((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
-        and is_index(index, tokens)
-    )
+    return has_table_rows(table, window, num_heads) and is_index(index, window[0] * window[1])
+
+
+def has_table_rows(table: object, window: Pair, num_heads: int) -> bool:
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+    return isinstance(table, Tensor) and tuple(table.shape) == (rows, num_heads)
 
 
 def is_index(index: object, tokens: int) -> bool:
@@ -81,6 +81,11 @@ def separate_bias(attn: Any) -> Tensor | None:
         return None
     k_bias = getattr(attn, "k_bias", None)
     return torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias) if k_bias is None else k_bias, attn.v_bias))
+
+
+def drop_rate(dropout: Any) -> float:
+    """Probability at which a dropout module drops now; its own mode counts, which Monte Carlo dropout sets alone."""
+    return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
 def positional_names(method: object) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
-from ._common import is_index, is_position_mlp, pair, position_bias, positional_names
+from ._common import drop_rate, is_index, is_position_mlp, pair, position_bias, positional_names
 from .huggingface import layer_example, separate_padding, separate_projections, square_geometry
 
 
@@ -88,7 +88,7 @@ class HuggingFaceSwinLegacy:
             output=lambda y: outer.output(y, y),
             padding=separate_padding(attn.query, attn.key, attn.value),
             index=attn.relative_position_index,
-            dropout=attn.dropout.p if attn.training else 0.0,
+            dropout=drop_rate(attn.dropout),
             **bias,
         )
 

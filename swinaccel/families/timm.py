@@ -1,82 +1,56 @@
-"""timm's Swin and SwinV2: `SwinTransformerBlock._attn` and `SwinTransformerV2Block._attn`, (B, H, W, C) in and out.
+"""timm's Swin, SwinV2 and SwinV2-CR: the method of the block that goes from (B, H, W, C) to the same.
 
-timm rolls before it pads, keeps its shift mask in a buffer unless `dynamic_mask`, and lets the head dim differ
-from C / heads. V2 reads `qkv.weight` past the module unless its bias is separate or absent.
+timm rolls before it pads, keeps its shift mask in a buffer unless `dynamic_mask`, and lets the head dim differ from
+C / heads. CR is SwinV2 with a bias of its own: an MLP over every pair of tokens, neither normalised nor bounded, whose
+dropout is active in training whatever the model's rates are.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._common import (
-    is_plain_linear,
-    is_position_mlp,
-    is_table,
-    pair,
-    position_bias,
-    separate_bias,
-    zero_token,
-)
+from ._common import drop_rate, is_plain_linear, pair, zero_token
+from ._official import attention_section, attention_spec
 
 
 class Timm:
+    """SwinTransformerBlock and SwinTransformerV2Block."""
+
     name = "timm"
     method = "_attn"
 
     def match(self, module: Any) -> WindowSpec | None:
-        attn = getattr(module, "attn", None)
         window, shift = pair(getattr(module, "window_size", None)), pair(getattr(module, "shift_size", None))
-        if attn is None or window is None or shift is None:
+        if window is None or shift is None or not hasattr(module, "target_shift_size"):
             return None
-        if not hasattr(module, "target_shift_size") or not callable(getattr(module, "_attn", None)):
+        if not callable(getattr(module, self.method, None)):
             return None
-        heads, cosine = attn.num_heads, hasattr(attn, "logit_scale")
-        if cosine:
-            if not is_position_mlp(attn.cpb_mlp, heads) or attn.logit_scale.numel() != heads:
-                return None
-        elif not is_table(attn.relative_position_bias_table, attn.relative_position_index, window, heads):
-            return None
-        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, cosine)
+        spec = self.attention_spec(module.attn, shift)
+        return spec if spec is not None and spec.window == window else None
+
+    def attention_spec(self, attn: Any, shift: tuple[int, int]) -> WindowSpec | None:
+        return attention_spec(self.name, attn, shift)
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
 
     def section(self, module: Any, x: Tensor) -> Section | str:
-        attn, heads = module.attn, module.attn.num_heads
         dynamic = getattr(module, "dynamic_mask", False)
-        common: dict[str, Any] = {
-            "geometry": Geometry(
-                (x.shape[1], x.shape[2]), tuple(module.window_size), tuple(module.shift_size), roll_first=True
-            ),
-            "num_heads": heads,
-            "head_dim": attn.proj.in_features // heads,
-            "output": lambda y: attn.proj_drop(attn.proj(y)),
-            "index": attn.relative_position_index,
-            "mask": None if dynamic else module.attn_mask,
-            "mask_value": SHIFT_MASK_VALUE if dynamic or module.attn_mask is not None else 0.0,
-            "dropout": attn.attn_drop.p if attn.training else 0.0,
-        }
-        if hasattr(attn, "logit_scale"):
-            return Section(
-                project=lambda y: _project_v2(attn, y),
-                padding=_padding_v2(attn),
-                **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),
-                logit_scale=attn.logit_scale,
-                **common,
-            )
-        return Section(
-            project=attn.qkv,
-            padding=(lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
-            table=lambda: attn.relative_position_bias_table,
-            sources=(attn.relative_position_bias_table,),
-            scale=attn.scale,
-            **common,
+        mask = None if dynamic else module.attn_mask
+        return self.attention_section(
+            module.attn,
+            Geometry((x.shape[1], x.shape[2]), tuple(module.window_size), tuple(module.shift_size), roll_first=True),
+            mask,
+            SHIFT_MASK_VALUE if dynamic or mask is not None else 0.0,
         )
+
+    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
+        return attention_section(attn, geometry, mask, mask_value)
 
     def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)
@@ -85,24 +59,56 @@ class Timm:
         return (torch.Size((2, *module.input_resolution, module.dim)),)
 
 
-def _calls_qkv(attn: Any) -> bool:
-    return attn.q_bias is None or getattr(attn, "qkv_bias_separate", False)
+class TimmCr(Timm):
+    """SwinTransformerV2CrBlock."""
+
+    name = "timm_cr"
+    method = "_shifted_window_attn"
+
+    def attention_spec(self, attn: Any, shift: tuple[int, int]) -> WindowSpec | None:
+        window, heads = pair(attn.window_size), attn.num_heads
+        if window is None or attn.logit_scale.numel() != heads:
+            return None
+        if tuple(attn.relative_coordinates_log.shape) != ((window[0] * window[1]) ** 2, 2):
+            return None
+        if attn.meta_mlp.fc1.in_features != 2 or attn.meta_mlp.fc2.out_features != heads:
+            return None
+        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, True)
+
+    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
+        coords, tokens = attn.relative_coordinates_log, geometry.tokens
+        if coords.shape[0] != tokens * tokens:
+            return f"the coordinates of {coords.shape[0]} pairs do not belong to a window of {tokens} tokens"
+        return Section(
+            geometry=geometry,
+            num_heads=attn.num_heads,
+            head_dim=attn.proj.in_features // attn.num_heads,
+            project=attn.qkv,
+            output=lambda y: attn.proj_drop(attn.proj(y)),
+            padding=(lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
+            table=lambda: attn.meta_mlp(coords),  # a row for each pair, so that nothing is taken for granted of them
+            index=_pairs(tokens, coords.device),
+            sources=(*attn.meta_mlp.parameters(), coords),
+            logit_scale=attn.logit_scale,
+            mask=mask,
+            mask_value=mask_value,
+            dropout=drop_rate(attn.attn_drop),
+        )
+
+    def example(self, module: Any) -> tuple[Any, ...]:
+        return (torch.Size((2, *module.feat_size, module.dim)),)
 
 
-def _project_v2(attn: Any, x: Tensor) -> Tensor:
-    bias = separate_bias(attn)
-    if not _calls_qkv(attn):
-        return F.linear(x, attn.qkv.weight, bias)
-    return attn.qkv(x) if bias is None else attn.qkv(x) + bias
+def _pairs(tokens: int, device: torch.device) -> Tensor:
+    """(N, N): the row of each pair in a table of all of them; the same tensor at each call, for factors to know it."""
+    return _made_pairs(tokens, device) if not torch.compiler.is_compiling() else _make_pairs(tokens, device)
 
 
-def _padding_v2(attn: Any) -> Any:
-    if _calls_qkv(attn) and not is_plain_linear(attn.qkv):
-        return None
+def _make_pairs(tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(tokens * tokens, device=device).view(tokens, tokens)
 
-    def padding() -> Tensor | None:
-        bias = separate_bias(attn)
-        own = zero_token(attn.qkv) if _calls_qkv(attn) else None
-        return bias if own is None else own if bias is None else own + bias
 
-    return padding
+@lru_cache(maxsize=32)
+def _made_pairs(tokens: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be saved for a backward later
+        return _make_pairs(tokens, device)

@@ -1,0 +1,124 @@
+"""The official `WindowAttention` and its copies, timm's among them, read apart from the block around them.
+
+V1 has a table of position biases and calls `qkv`. V2 has an MLP for the biases, cosine scores, and reads `qkv.weight`
+past the module (timm's calls it where its bias is absent or separate). Swin-MoE has V2's MLP without its sigmoid,
+and V1's scores. Libraries differ in the block: where height, width and mask come from, and what pads and clamps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..spec import SHIFT_MASK_VALUE, Geometry, Pair, Section, WindowSpec
+from ._common import (
+    drop_rate,
+    has_table_rows,
+    is_index,
+    is_plain_linear,
+    is_position_mlp,
+    pair,
+    position_bias,
+    separate_bias,
+    zero_token,
+)
+
+
+def attention_spec(family: str, attn: Any, shift: Pair = (0, 0), has_index: bool = True) -> WindowSpec | None:
+    """What an official window attention is, by structure; None for anything else.
+
+    Args:
+        has_index: the attention keeps the index of its position biases; HAT's is given it at each call.
+    """
+    window, heads = pair(getattr(attn, "window_size", None)), getattr(attn, "num_heads", None)
+    if window is None or not isinstance(heads, int):
+        return None
+    if not all(isinstance(getattr(attn, name, None), nn.Module) for name in ("qkv", "proj", "attn_drop", "proj_drop")):
+        return None
+    if has_index and not is_index(attn.relative_position_index, window[0] * window[1]):
+        return None
+    cosine = hasattr(attn, "logit_scale")
+    if hasattr(attn, "cpb_mlp"):
+        if not is_position_mlp(attn.cpb_mlp, heads):
+            return None
+        if not (attn.logit_scale.numel() == heads if cosine else isinstance(attn.scale, float)):
+            return None
+    elif cosine or not has_table_rows(attn.relative_position_bias_table, window, heads):
+        return None
+    return WindowSpec(family, window, shift, heads, attn.proj.in_features // heads, cosine)
+
+
+def attention_section(
+    attn: Any,
+    geometry: Geometry,
+    mask: Tensor | None = None,
+    mask_value: float = SHIFT_MASK_VALUE,
+    index: Tensor | None = None,
+) -> Section:
+    """The live facts of a call of an official window attention over these windows.
+
+    Args:
+        mask, mask_value: as in `Section`.
+        index: of the position biases, where the attention does not keep it.
+    """
+    heads = attn.num_heads
+    common: dict[str, Any] = {
+        "geometry": geometry,
+        "num_heads": heads,
+        "head_dim": attn.proj.in_features // heads,
+        "output": lambda y: attn.proj_drop(attn.proj(y)),
+        "index": (attn.relative_position_index if index is None else index).view(geometry.tokens, -1),
+        "mask": mask,
+        "mask_value": mask_value,
+        "dropout": _dropout(attn),
+    }
+    if hasattr(attn, "logit_scale"):
+        return Section(
+            project=lambda y: _project_v2(attn, y),
+            padding=_padding_v2(attn),
+            **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),
+            logit_scale=attn.logit_scale,
+            **common,
+        )
+    common |= {
+        "project": attn.qkv,
+        "padding": (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
+        "scale": attn.scale,
+    }
+    if hasattr(attn, "cpb_mlp"):
+        mlp, coords = attn.cpb_mlp, attn.relative_coords_table
+        return Section(table=lambda: mlp(coords).view(-1, heads), sources=(*mlp.parameters(), coords), **common)
+    table = attn.relative_position_bias_table
+    return Section(table=lambda: table, sources=(table,), **common)
+
+
+def _dropout(attn: Any) -> float:
+    if getattr(attn, "fused_attn", False):  # timm passes the rate on, and its own mode decides
+        return attn.attn_drop.p if attn.training else 0.0
+    return drop_rate(attn.attn_drop)
+
+
+def _calls_qkv(attn: Any) -> bool:
+    separate = getattr(attn, "qkv_bias_separate", None)  # timm's
+    return separate is not None and (separate or attn.q_bias is None)
+
+
+def _project_v2(attn: Any, x: Tensor) -> Tensor:
+    bias = separate_bias(attn)
+    if not _calls_qkv(attn):
+        return F.linear(x, attn.qkv.weight, bias)
+    return attn.qkv(x) if bias is None else attn.qkv(x) + bias
+
+
+def _padding_v2(attn: Any) -> Any:
+    if _calls_qkv(attn) and not is_plain_linear(attn.qkv):
+        return None
+
+    def padding() -> Tensor | None:
+        bias = separate_bias(attn)
+        own = zero_token(attn.qkv) if _calls_qkv(attn) else None
+        return bias if own is None else own if bias is None else own + bias
+
+    return padding

@@ -1,0 +1,100 @@
+"""Blocks of detection and segmentation on (B, H * W, C), which pad, and never clamp window or shift.
+
+The copies of the official code are given H and W by their stage, as attributes set before each call, and the shift
+mask as an argument that unshifted blocks ignore. OpenMMLab's ShiftWindowMSA is a module around the attention alone,
+told its size; mmpretrain's drops the shift where the image is one window, unless `pad_small_map`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ._block import block_forward, block_spec, strange_mask
+from ._common import pair, positional_names
+from ._official import attention_section, attention_spec
+
+
+def padded_geometry(module: Any, x: Tensor, size: Any, shift: int) -> Geometry | str:
+    sides = pair(size)
+    if sides is None:
+        return "height and width are not there as numbers"
+    if x.dim() != 3 or x.shape[1] != sides[0] * sides[1]:
+        return f"the input's tokens are not {sides[0]}x{sides[1]}"
+    return Geometry(sides, (module.window_size,) * 2, (shift, shift))
+
+
+class Detection:
+    """The block of Swin-Transformer-Object-Detection, Semantic-Segmentation, Mask2Former and others."""
+
+    name = "detection"
+    method = "forward"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        if "H" not in vars(module) or "W" not in vars(module):
+            return None
+        return block_spec(self.name, module, 2)
+
+    def attention(self, module: Any) -> nn.Module:
+        return module.attn
+
+    def section(self, module: Any, x: Tensor, mask_matrix: Any) -> Section | str:
+        geometry = padded_geometry(module, x, (module.H, module.W), module.shift_size)
+        if isinstance(geometry, str):
+            return geometry
+        mask = mask_matrix if module.shift_size > 0 else None
+        value = 0.0 if mask is None else SHIFT_MASK_VALUE
+        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value)
+
+    def forward(self, module: Any, attend: Any, x: Tensor, mask_matrix: Any) -> Tensor:
+        return block_forward(module, attend, x, (module.H, module.W))
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        window = module.window_size
+        module.H, module.W = 2 * window - 1, 3 * window
+        x = torch.Size((2, module.H * module.W, module.dim))
+        return [(x, torch.Size((6, window**2, window**2))), (x, None)]
+
+
+class ShiftWindowMSA:
+    """OpenMMLab's window attention: mmdet, mmsegmentation, mmpretrain."""
+
+    name = "openmmlab"
+    method = "forward"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        attn, size, shift = (getattr(module, name, None) for name in ("w_msa", "window_size", "shift_size"))
+        if attn is None or not isinstance(size, int) or not isinstance(shift, int):
+            return None
+        if not isinstance(getattr(module, "drop", None), nn.Module):
+            return None
+        if len(positional_names(type(module).forward)) != 2:
+            return None
+        spec = attention_spec(self.name, attn, (shift, shift))
+        return spec if spec is not None and spec.window == (size, size) else None
+
+    def attention(self, module: Any) -> nn.Module:
+        return module.w_msa
+
+    def section(self, module: Any, query: Tensor, hw_shape: Any) -> Section | str:
+        shift = module.shift_size
+        sides = pair(hw_shape)
+        if sides is not None and not getattr(module, "pad_small_map", True):
+            if min(sides) < module.window_size:
+                return "the image is smaller than the window, which the original refuses"
+            if min(sides) == module.window_size:
+                shift = 0
+        geometry = padded_geometry(module, query, hw_shape, shift)
+        return geometry if isinstance(geometry, str) else attention_section(module.w_msa, geometry)
+
+    def forward(self, module: Any, attend: Any, query: Tensor, hw_shape: Any) -> Tensor:
+        batch, _, channels = query.shape
+        return module.drop(attend(query.view(batch, *hw_shape, channels)).view(query.shape))
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        window, channels = module.window_size, module.w_msa.proj.in_features
+        sizes = (2 * window - 1, 3 * window), (window, 2 * window)
+        return [(torch.Size((2, height * width, channels)), (height, width)) for height, width in sizes]

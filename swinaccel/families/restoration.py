@@ -1,0 +1,101 @@
+"""Blocks of image restoration on (B, H * W, C), which are told the size at each call: SwinIR's and HAT's.
+
+Neither pads. Their shift was settled by the size that the model was made for, and stays at any other. SwinIR keeps
+the mask of that size and computes that of others; HAT is given mask and index of the biases, and has a branch of
+convolutions beside the attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ._block import block_forward, block_spec, strange_mask, undivided
+from ._common import is_index, pair
+from ._official import attention_section
+
+
+def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
+    """The windows of a block that is told its size and does not pad."""
+    sides = pair(size)
+    if sides is None:
+        return "the size of the image is given as tensors, as it is while a model is traced"
+    if x.dim() != 3 or x.shape[1] != sides[0] * sides[1]:
+        return f"the input's tokens are not {sides[0]}x{sides[1]}"
+    geometry = Geometry(sides, (module.window_size,) * 2, (module.shift_size,) * 2)
+    return undivided(geometry) or geometry
+
+
+class SwinIR:
+    """SwinIR's block, and those of its descendants with V2's attention."""
+
+    name = "swinir"
+    method = "forward"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        if not callable(getattr(module, "calculate_mask", None)) or "attn_mask" not in module._buffers:
+            return None
+        return block_spec(self.name, module, 2)
+
+    def attention(self, module: Any) -> nn.Module:
+        return module.attn
+
+    def section(self, module: Any, x: Tensor, x_size: Any) -> Section | str:
+        geometry = told_geometry(module, x, x_size)
+        if isinstance(geometry, str):
+            return geometry
+        if module.input_resolution != x_size:
+            return attention_section(module.attn, geometry)
+        mask = module.attn_mask
+        return attention_section(module.attn, geometry, mask, 0.0 if mask is None else SHIFT_MASK_VALUE)
+
+    def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any) -> Tensor:
+        return block_forward(module, attend, x, x_size)
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        def call(size: Any) -> tuple[Any, ...]:
+            return torch.Size((2, size[0] * size[1], module.dim)), size
+
+        other = (2 * module.window_size, 3 * module.window_size)
+        return [call(module.input_resolution), call(other)]
+
+
+class Hat:
+    """HAT's hybrid attention block. Its overlapping cross-attention is no window attention of this kind."""
+
+    name = "hat"
+    method = "forward"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        if not isinstance(getattr(module, "conv_block", None), nn.Module) or not hasattr(module, "conv_scale"):
+            return None
+        return block_spec(self.name, module, 4, has_index=False)
+
+    def attention(self, module: Any) -> nn.Module:
+        return module.attn
+
+    def section(self, module: Any, x: Tensor, x_size: Any, rpi_sa: Tensor, attn_mask: Any) -> Section | str:
+        geometry = told_geometry(module, x, x_size)
+        if isinstance(geometry, str):
+            return geometry
+        if not is_index(rpi_sa, geometry.tokens):
+            return f"the bias index does not belong to a window of {geometry.tokens} tokens"
+        mask = attn_mask if module.shift_size > 0 else None
+        value, index = 0.0 if mask is None else SHIFT_MASK_VALUE, rpi_sa.to(x.device)  # it may be no buffer, and lag
+        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value, index)
+
+    def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any, rpi_sa: Tensor, attn_mask: Any) -> Tensor:
+        image = module.norm1(x).view(x.shape[0], *x_size, x.shape[2])
+        local = module.conv_block(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
+        x = x + module.drop_path(attend(image).view(x.shape)) + local * module.conv_scale
+        return x + module.drop_path(module.mlp(module.norm2(x)))
+
+    def example(self, module: Any) -> tuple[Any, ...]:
+        rows, cols, tokens = 2, 3, module.window_size**2
+        size = rows * module.window_size, cols * module.window_size
+        table = module.attn.relative_position_bias_table
+        index = torch.arange(tokens * tokens).view(tokens, tokens) % table.shape[0]
+        return torch.Size((2, size[0] * size[1], module.dim)), size, index, torch.Size((rows * cols, tokens, tokens))

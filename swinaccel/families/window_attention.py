@@ -1,0 +1,72 @@
+"""The official `WindowAttention` by itself, where the block around it is not known: (windows, N, C) in and out.
+
+It is handed windows that its block has cut and rolled, with the mask that belongs to them. Windows stacked on each
+other are an image one window wide, so nothing is moved: M windows of a mask are one image, and without a mask each
+window is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ._block import strange_mask
+from ._common import positional_names
+from ._official import attention_section, attention_spec
+
+
+class WindowAttention:
+    """Any module with the structure of the official attention and a forward of (windows, mask)."""
+
+    name = "window_attention"
+    method = "forward"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        if hasattr(module, "shift_size") or len(positional_names(type(module).forward)) != 2:
+            return None
+        return attention_spec(self.name, module)
+
+    def attention(self, module: Any) -> nn.Module:
+        return module
+
+    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
+        x, mask = _arguments(module, args, kwargs)
+        (rows, cols), windows = module.window_size, 1
+        if x.dim() != 3 or x.shape[1] != rows * cols:
+            return f"the input {tuple(x.shape)} is not of windows of {rows * cols} tokens"
+        reason = strange_mask(mask, x)
+        if reason is None and mask is not None:
+            windows = mask.shape[0]
+            if windows == 0 or x.shape[0] % windows:
+                reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
+        geometry = Geometry((windows * rows, cols), (rows, cols))
+        return reason or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
+
+    def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
+        x, mask = _arguments(module, args, kwargs)
+        rows, cols = module.window_size
+        windows = 1 if mask is None else mask.shape[0]
+        image = x.reshape(x.shape[0] // windows, windows * rows, cols, x.shape[2])
+        return attend(image).reshape(*x.shape[:2], -1)
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        tokens = module.window_size[0] * module.window_size[1]
+        x = torch.Size((6, tokens, module.qkv.in_features))
+        return [(x, torch.Size((3, tokens, tokens))), (x,)]
+
+
+def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Windows and mask, under whatever names the forward gives them."""
+    names = _NAMES.get(type(module))
+    if names is None:
+        names = _NAMES[type(module)] = positional_names(type(module).forward)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if names[0] not in given or len(args) > 2 or not given.keys() <= {*names}:
+        raise TypeError(f"its arguments are {names[0]} and {names[1]}")
+    return given[names[0]], given.get(names[1])
+
+
+_NAMES: dict[type, tuple[str, ...]] = {}
