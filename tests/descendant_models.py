@@ -65,7 +65,7 @@ class HatAttention(official.WindowAttention):
         del self.relative_position_index
 
     def forward(self, x, rpi, mask=None):
-        self.relative_position_index = rpi.view(x.shape[1], -1)
+        self.relative_position_index = rpi.view(x.shape[1], x.shape[1])
         try:
             return super().forward(x, mask)
         finally:
@@ -217,14 +217,14 @@ class WindowMSA(official.WindowAttention):
 class ShiftWindowMSA(nn.Module):
     """mmdet's; with `pad_small_map` mmpretrain's, which drops the shift, not the window, of a small image."""
 
-    def __init__(self, embed_dims, num_heads, window_size, shift_size=0, pad_small_map=None, v2=False, drop=0.0, **attn):
+    def __init__(self, embed_dims, num_heads, window_size, shift_size=0, pad_small_map=None, v2=False, **attn):
         super().__init__()
         self.window_size, self.shift_size = window_size, shift_size
         if pad_small_map is not None:
             self.pad_small_map = pad_small_map
         kind = official.WindowAttentionV2 if v2 else WindowMSA
         self.w_msa = kind(embed_dims, (window_size, window_size), num_heads, **attn)
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(0.1)
 
     def forward(self, query, hw_shape):
         height, width = hw_shape
