@@ -7,6 +7,10 @@ With p the attention weights, recomputed from the saved log-sum-exp, and δ = Σ
 
 The first kernel walks keys for a tile of queries (dq, and δ for the second); the second walks queries for a tile of
 keys (dk, dv), with its tiles of scores transposed: the weights then are left operands, which stay in registers.
+
+A row of ds sums to zero, but δ comes from an output that was rounded to its dtype, and misses by a little. Keys, whose
+mean is small, do not show that. Factors may: positions have any mean. So where factors have gradients the first
+kernel measures the miss and takes it out again.
 """
 
 import triton
@@ -30,6 +34,8 @@ from .tiles import LOG2E
 def _walk_keys(
     dq,  # (BLOCK_M, BLOCK_D), fp32
     dq_factor,  # (BLOCK_M, BLOCK_R), fp32
+    mean_factor,  # (BLOCK_M, BLOCK_R), fp32: p k_factor
+    miss,  # (BLOCK_M,): the sum of ds
     q,
     q_factor,
     grad,  # (BLOCK_M, BLOCK_D)
@@ -80,7 +86,9 @@ def _walk_keys(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         if FACTOR_GRAD:
             dq_factor = tl.dot(ds.to(k_factor.dtype), k_factor, dq_factor, input_precision=FACTOR_PRECISION)
-    return dq, dq_factor
+            mean_factor = tl.dot(p.to(k_factor.dtype), k_factor, mean_factor, input_precision=FACTOR_PRECISION)
+            miss += tl.sum(ds, axis=1)
+    return dq, dq_factor, mean_factor, miss
 
 
 @triton.jit
@@ -159,7 +167,6 @@ def _sequence_attention_bwd_query_kernel(
     out = load_rows(out_ptr, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     offs_row = sequence.to(tl.int64) * num_tokens + offs_m
-    tl.store(delta_ptr + offs_row, delta, mask=offs_m < num_tokens)
     lse = tl.load(lse_ptr + offs_row, mask=offs_m < num_tokens, other=float("inf"))
     q_factor = q
     if RANK > 0:
@@ -176,20 +183,24 @@ def _sequence_attention_bwd_query_kernel(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    mean_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    miss = tl.zeros((BLOCK_M,), tl.float32)
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
             part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
             part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
-            dq, dq_factor = _walk_keys(
-                dq, dq_factor, q, q_factor, grad, lse, delta, k_ptr, v_ptr, k_factor_ptr, mask_ptr, stride_k_token,
-                stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key, num_tokens, scale,
-                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, PRECISION, FACTOR_PRECISION, BLOCK_N, BLOCK_D,
-                BLOCK_R,
+            dq, dq_factor, mean_factor, miss = _walk_keys(
+                dq, dq_factor, mean_factor, miss, q, q_factor, grad, lse, delta, k_ptr, v_ptr, k_factor_ptr, mask_ptr,
+                stride_k_token, stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key,
+                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, PRECISION, FACTOR_PRECISION,
+                BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
     store_rows(dq_ptr, dq * scale, first_query, stride_dq_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
+    tl.store(delta_ptr + offs_row, delta + miss, mask=offs_m < num_tokens)
     if FACTOR_GRAD:
+        dq_factor -= miss[:, None] * mean_factor
         dq_factor_ptr += sequence.to(tl.int64) * num_tokens * RANK
         store_rows(dq_factor_ptr, dq_factor, first_query, RANK, num_tokens, RANK, BLOCK_M, BLOCK_R)
 
