@@ -1,0 +1,465 @@
+"""Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
+
+The census of the README (docs/supported.py) and the tests run the same list. Nothing is downloaded; what is no
+package comes from the stand-ins of microsoft_models.py and descendant_models.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import descendant_models as descendants
+import microsoft_models as official
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """A model in eval mode, and the arguments of a call."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+
+class Entry(NamedTuple):
+    """One line of the census.
+
+    Attributes:
+        library, name: as the table has them.
+        make: from whether the size is to be a real one, and the batch.
+        tolerance: of the largest difference in fp32, relative to the output's size.
+    """
+
+    library: str
+    name: str
+    make: Callable[[bool, int], Call]
+    tolerance: float = 2e-5
+
+
+ENTRIES: list[Entry] = []
+NEAR_MISSES: list[Entry] = []
+
+
+def entry(library: str, name: str, entries: list[Entry] = ENTRIES, **options: Any) -> Callable:
+    def add(make: Callable[[bool, int], Call]) -> Callable:
+        entries.append(Entry(library, name, make, **options))
+        return make
+
+    return add
+
+
+def images(batch: int, *size: int) -> Tensor:
+    return torch.randn(batch, 3, *(size * 2 if len(size) == 1 else size))
+
+
+def library(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+# timm and torchvision.
+
+_TIMM = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32, "num_classes": 5}
+
+for _name, _size, _small in (
+    ("swin_base_patch4_window7_224", 224, {"img_size": 56}),
+    ("swin_base_patch4_window12_384", 384, {"img_size": 48, "window_size": 6}),
+    ("swin_s3_tiny_224", 224, {"img_size": 56}),
+    ("swin_s3_base_224", 224, {"img_size": 56}),
+    ("swinv2_base_window8_256", 256, {"img_size": 64, "window_size": 4}),
+    ("swinv2_base_window12to16_192to256", 256, {"img_size": 64, "window_size": 8}),
+    ("swinv2_base_window12to24_192to384", 384, {"img_size": 64, "window_size": 8}),
+    ("swinv2_cr_small_ns_256", 256, {"img_size": 64, "window_size": 4}),
+    ("swinv2_cr_base_384", 384, {"img_size": 64, "window_size": 6, "strict_img_size": False}),
+):
+
+    @entry("timm", _name)
+    def _timm(real: bool, batch: int, name: str = _name, size: int = _size, small: Any = _small) -> Call:
+        kind = name if real or "_s3_" not in name else "swin_tiny_patch4_window7_224"
+        options = {} if real else {**_TIMM, **small}
+        if not real and "_s3_" in name:
+            options["window_size"] = (7, 7)
+        return Call(
+            library("timm").create_model(kind, **options), (images(batch, size if real else small["img_size"]),)
+        )
+
+
+for _name, _size in (("swin_b", 224), ("swin_v2_b", 256)):
+
+    @entry("torchvision", _name)
+    def _torchvision(real: bool, batch: int, name: str = _name, size: int = _size) -> Call:
+        kinds = library("torchvision.models.swin_transformer")
+        if real:
+            return Call(getattr(kinds, name)(), (images(batch, size),))
+        blocks = (
+            {"block": kinds.SwinTransformerBlockV2, "downsample_layer": kinds.PatchMergingV2} if "v2" in name else {}
+        )
+        return Call(kinds.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], **blocks), (images(batch, 44, 36),))
+
+
+# Hugging Face: backbones.
+
+_SMALL = {"patch_size": 4, "embed_dim": 16, "depths": [2, 1, 1, 1], "num_heads": [2, 2, 4, 4], "window_size": 4}
+_TWO = {"depths": [2, 2], "num_heads": [2, 4]}
+
+
+def config(kind: str, real: bool, size: int = 64, real_size: int = 224, **options: Any) -> Any:
+    """A configuration of one of the Swins: tiny, or the library's own at `real_size`."""
+    settings = {"image_size": real_size} if real else {"image_size": size, **_SMALL}
+    return getattr(library("transformers"), f"{kind}Config")(**{**settings, **options})
+
+
+for _kind, _head, _real in (
+    ("Swin", "Model", {"real_size": 224}),
+    ("Swin", "ForImageClassification", {"real_size": 224}),
+    ("Swin", "Backbone", {"real_size": 512}),
+    ("Swinv2", "Model", {"real_size": 256, "window_size": 8}),
+    ("Swinv2", "Backbone", {"real_size": 256, "window_size": 8}),
+    ("DonutSwin", "Model", {"real_size": 1280, "window_size": 10, "depths": [2, 2, 14, 2], "embed_dim": 128}),
+    ("MaskFormerSwin", "Backbone", {"real_size": 384, "window_size": 7}),
+):
+
+    @entry("Hugging Face", _kind + _head)
+    def _backbone(real: bool, batch: int, kind: str = _kind, head: str = _head, options: Any = _real) -> Call:
+        made = config(kind, real, **(options if real else {**_TWO}))
+        size = options["real_size"] if real else 64
+        return Call(getattr(library("transformers"), kind + head)(made), (images(batch, size),))
+
+
+@entry("Hugging Face", "Swin2SRForImageSuperResolution")
+def _swin2sr(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    small = {
+        "image_size": 16,
+        "patch_size": 1,
+        "embed_dim": 12,
+        "depths": [2, 2],
+        "num_heads": [2, 2],
+        "window_size": 8,
+    }
+    made = hf.Swin2SRConfig(upscale=2, **({"image_size": 64} if real else small))
+    return Call(hf.Swin2SRForImageSuperResolution(made), (images(batch, 64) if real else images(batch, 16, 24),))
+
+
+@entry("Hugging Face", "ClapModel")
+def _clap(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    ids = torch.tensor([[2, 5, 7, 3]] * batch)
+    if real:
+        return Call(
+            hf.ClapModel(hf.ClapConfig()), (), {"input_ids": ids, "input_features": torch.randn(batch, 1, 1001, 64)}
+        )
+    audio = {
+        "window_size": 4, "num_mel_bins": 16, "spec_size": 64, "hidden_size": 32, "depths": [2, 2],
+        "num_attention_heads": [2, 4], "patch_embeds_hidden_size": 16, "patch_stride": [4, 4], "patch_size": 4,
+        "projection_dim": 16,
+    }  # fmt: skip
+    text = {**_TEXT, "projection_dim": 16, "max_position_embeddings": 20}
+    made = hf.ClapConfig(text_config=text, audio_config=audio, projection_dim=16)
+    return Call(hf.ClapModel(made), (), {"input_ids": ids, "input_features": torch.randn(batch, 1, 100, 16)})
+
+
+# Hugging Face: models around a backbone.
+
+_TEXT = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_NARROW = {
+    "hidden_dim": 32, "encoder_feedforward_dim": 32, "dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2,
+    "num_attention_heads": 2, "num_queries": 5,
+}  # fmt: skip
+_DETR = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 5,
+}  # fmt: skip
+
+
+@entry("Hugging Face", "Mask2FormerForUniversalSegmentation")
+def _mask2former(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    narrow = {} if real else {"feature_size": 32, "mask_feature_size": 32, **_NARROW}
+    made = hf.Mask2FormerConfig(backbone_config=config("Swin", real, real_size=384, out_features=_STAGES), **narrow)
+    return Call(hf.Mask2FormerForUniversalSegmentation(made), (images(batch, 384 if real else 64),))
+
+
+@entry("Hugging Face", "MaskFormerForInstanceSegmentation")
+def _maskformer(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    backbone = config("Swin", real, real_size=384, out_features=_STAGES)
+    if real:
+        made = hf.MaskFormerConfig(backbone_config=backbone)
+    else:
+        decoder = hf.DetrConfig(use_timm_backbone=False, backbone_config=hf.ResNetConfig(), backbone=None, **_DETR)
+        narrow = {"fpn_feature_size": 32, "mask_feature_size": 32}
+        made = hf.MaskFormerConfig(backbone_config=backbone, decoder_config=decoder, **narrow)
+    return Call(hf.MaskFormerForInstanceSegmentation(made), (images(batch, 384 if real else 64),))
+
+
+@entry("Hugging Face", "OneFormerForUniversalSegmentation")
+def _oneformer(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    narrow = {
+        "conv_dim": 32, "mask_dim": 32, "text_encoder_width": 32, "text_encoder_num_layers": 1, "task_seq_len": 7,
+        "text_encoder_vocab_size": 50, "text_encoder_context_length": 7, "query_dec_layers": 1, **_NARROW,
+    }  # fmt: skip
+    backbone = config("Swin", real, real_size=512, out_features=_STAGES)
+    made = hf.OneFormerConfig(backbone_config=backbone, is_training=False, **({} if real else narrow))
+    task = torch.zeros(batch, made.task_seq_len, dtype=torch.long)
+    return Call(hf.OneFormerForUniversalSegmentation(made), (images(batch, 512 if real else 64), task))
+
+
+for _kind in ("Swin", "Swinv2"):
+
+    @entry("Hugging Face", f"UperNetForSemanticSegmentation, {_kind}")
+    def _upernet(real: bool, batch: int, kind: str = _kind) -> Call:
+        hf = library("transformers")
+        narrow = {"hidden_size": 32, "auxiliary_channels": 16, "pool_scales": [1, 2]}
+        made = hf.UperNetConfig(
+            backbone_config=config(kind, real, real_size=512, out_features=_STAGES),
+            auxiliary_in_channels=384 if real else 64,
+            **({} if real else narrow),
+        )
+        return Call(hf.UperNetForSemanticSegmentation(made), (images(batch, 512 if real else 64),))
+
+
+for _kind in ("GroundingDino", "MMGroundingDino"):
+
+    @entry("Hugging Face", f"{_kind}ForObjectDetection", tolerance=1e-3)
+    def _grounding_dino(real: bool, batch: int, kind: str = _kind) -> Call:
+        hf = library("transformers")
+        narrow = {"num_feature_levels": 3, "max_text_len": 16, **_DETR}
+        made = getattr(hf, f"{kind}Config")(
+            backbone_config=config("Swin", real, real_size=640, out_features=_STAGES[1:]),
+            **({} if real else {"text_config": hf.BertConfig(**_TEXT), **narrow}),
+        )
+        ids = torch.tensor([[2, 5, 7, 3]] * batch)
+        model = getattr(hf, f"{kind}ForObjectDetection")(made)
+        return Call(model, (images(batch, 640 if real else 64),), {"input_ids": ids})
+
+
+for _kind in ("timm", "Swin"):
+
+    @entry("Hugging Face", f"OmDetTurboForObjectDetection, {_kind}", tolerance=1e-3)
+    def _omdet_turbo(real: bool, batch: int, kind: str = _kind) -> Call:
+        hf = library("transformers")
+        options: dict[str, Any] = {"use_pretrained_backbone": False}
+        if not real:
+            channels = [192, 384, 768] if kind == "timm" else [32, 64, 128]
+            text = hf.CLIPTextConfig(**{**_TEXT, "hidden_size": 48, "projection_dim": 48})
+            options |= {
+                "text_config": text, "image_size": 64, "encoder_hidden_dim": 32, "decoder_hidden_dim": 32,
+                "vision_features_channels": [32] * 3, "encoder_in_channels": channels, "encoder_dim_feedforward": 32,
+                "decoder_dim_feedforward": 32, "class_embed_dim": 48, "text_projection_in_dim": 48,
+                "text_projection_out_dim": 48, "num_queries": 5, "decoder_num_layers": 1, "encoder_layers": 1,
+                "num_projection_layers": 1, "task_encoder_hidden_dim": 32, "decoder_num_heads": 2,
+                "encoder_attention_heads": 2,
+            }  # fmt: skip
+        if kind == "Swin":
+            backbone = config("Swin", real, real_size=640, out_features=_STAGES[1:])
+            options |= {"backbone_config": backbone, "use_timm_backbone": False, "backbone": None}
+            options["apply_layernorm_after_vision_backbone"] = False
+        words = {
+            "classes_input_ids": torch.tensor([[1, 4, 2], [1, 5, 2]] * batch),
+            "classes_attention_mask": torch.ones(2 * batch, 3, dtype=torch.long),
+            "tasks_input_ids": torch.tensor([[1, 4, 6, 2]] * batch),
+            "tasks_attention_mask": torch.ones(batch, 4, dtype=torch.long),
+            "classes_structure": torch.tensor([2] * batch),
+        }
+        model = hf.OmDetTurboForObjectDetection(hf.OmDetTurboConfig(**options))
+        return Call(model, (images(batch, 640 if real else 64),), words)
+
+
+@entry("Hugging Face", "DPTForDepthEstimation, Swinv2")
+def _dpt(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    widths = [96, 192, 384, 768] if real else [16, 32, 64, 128]
+    options = {"neck_hidden_sizes": widths, "reassemble_factors": [1] * 4, "fusion_hidden_size": 256 if real else 16}
+    backbone = config("Swinv2", real, real_size=384, out_features=_STAGES)
+    made = hf.DPTConfig(backbone_config=backbone, is_hybrid=False, add_projection=False, **options)
+    return Call(hf.DPTForDepthEstimation(made), (images(batch, 384 if real else 64),))
+
+
+@entry("Hugging Face", "ZoeDepthForDepthEstimation, Swinv2", tolerance=1e-3)
+def _zoedepth(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    widths = [96, 192, 384, 768] if real else [16, 32, 64, 128]
+    narrow = {"fusion_hidden_size": 16, "bottleneck_features": 16, "num_relative_features": 16, "bin_embedding_dim": 16}
+    backbone = config("Swinv2", real, real_size=384, out_features=_STAGES)
+    made = hf.ZoeDepthConfig(backbone_config=backbone, neck_hidden_sizes=widths, **({} if real else narrow))
+    return Call(hf.ZoeDepthForDepthEstimation(made), (images(batch, 384 if real else 64),))
+
+
+@entry("Hugging Face", "DetrForObjectDetection, Swin")
+def _detr(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    options = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    backbone = config("Swin", real, real_size=640, out_features=_STAGES[-1:])
+    made = hf.DetrConfig(backbone_config=backbone, **options, **({} if real else _DETR))
+    return Call(hf.DetrForObjectDetection(made), (images(batch, 640 if real else 64),))
+
+
+for _kind in ("DonutSwin", "Swin"):
+
+    @entry("Hugging Face", f"VisionEncoderDecoderModel, {_kind}")
+    def _encoder_decoder(real: bool, batch: int, kind: str = _kind) -> Call:
+        hf = library("transformers")
+        width = {} if real else {"vocab_size": 50, "max_position_embeddings": 32}
+        narrow = {**{name: value for name, value in _DETR.items() if name != "num_queries"}, "decoder_layers": 1}
+        decoder = hf.MBartConfig(is_decoder=True, add_cross_attention=True, **width, **({} if real else narrow))
+        encoder = config(kind, real, real_size=448, **({} if real else _TWO))
+        made = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+        ids = torch.tensor([[2, 5, 7, 3]] * batch)
+        return Call(
+            hf.VisionEncoderDecoderModel(made), (images(batch, 448 if real else 64),), {"decoder_input_ids": ids}
+        )
+
+
+# What comes as files to copy: stand-ins of the same structure.
+
+
+class Blocks(nn.Module):
+    """Blocks in turn, on the same further arguments."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, *args: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, *args)
+        return x
+
+
+def tokens(batch: int, size: tuple[int, int], dim: int) -> Tensor:
+    return torch.randn(batch, size[0] * size[1], dim)
+
+
+for _title, _v2 in (("Swin", False), ("SwinV2", True)):
+
+    @entry("Microsoft", _title)
+    def _microsoft(real: bool, batch: int, v2: bool = _v2) -> Call:
+        dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
+        kind = official.SwinTransformerBlock
+        blocks = (kind(dim, size, heads, window, shift, v2=v2) for shift in (0, window // 2))
+        return Call(Blocks(*blocks), (tokens(batch, size, dim),))
+
+
+@entry("Microsoft", "Swin-MoE")
+def _moe(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (384, 12, (14, 14), 7) if real else (16, 2, (8, 8), 4)
+    kind = descendants.MoEBlock
+    blocks = kind(dim, size, heads, window), kind(dim, size, heads, window, window // 2, is_moe=True)
+    return Call(Blocks(*blocks), (tokens(batch, size, dim),))
+
+
+for _title, _v2 in (("SwinIR", False), ("Swin2SR", True)):
+
+    @entry("Restoration", _title)
+    def _swinir(real: bool, batch: int, v2: bool = _v2) -> Call:
+        dim, heads, size, window = (180, 6, (64, 64), 8) if real else (12, 2, (8, 8), 4)
+        blocks = (descendants.SwinIRBlock(dim, size, heads, window, shift, 2, v2=v2) for shift in (0, window // 2))
+        size = size if real else (8, 12)
+        return Call(Blocks(*blocks), (tokens(batch, size, dim), size))
+
+
+@entry("Restoration", "HAT")
+def _hat(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (180, 6, (64, 64), 16) if real else (12, 2, (8, 12), 4)
+    return Call(descendants.HatStage(dim, size, heads, window), (tokens(batch, size, dim), size))
+
+
+@entry("Detection", "block with `mask_matrix`, `H` and `W`")
+def _detection(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 6, (100, 168), 7) if real else (16, 2, (9, 10), 4)
+    return Call(descendants.DetectionStage(dim, heads, window), (tokens(batch, size, dim), *size))
+
+
+for _title, _options in (("mmdet", {}), ("mmpretrain", {"pad_small_map": False}), ("mmpretrain V2", {"v2": True})):
+
+    @entry("OpenMMLab", f"{_title} `ShiftWindowMSA`")
+    def _openmmlab(real: bool, batch: int, options: Any = _options) -> Call:
+        dim, heads, size, window = (192, 6, (100, 168), 7) if real else (16, 2, (9, 10), 4)
+        blocks = (descendants.SwinBlock(dim, heads, window, shift, **options) for shift in (False, True))
+        return Call(Blocks(*blocks), (tokens(batch, size, dim), size))
+
+
+for _title, _kind in (("V1", official.WindowAttention), ("V2", official.WindowAttentionV2)):
+
+    @entry("Unknown block", f"official `WindowAttention`, {_title}")
+    def _unknown(real: bool, batch: int, kind: Any = _kind) -> Call:
+        dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
+        blocks = (descendants.UnknownBlock(dim, heads, window, shift, kind=kind) for shift in (0, window // 2))
+        return Call(nn.Sequential(*blocks), (torch.randn(batch, dim, *size),))
+
+
+# What has window attention and is not Swin's.
+
+
+def near_miss(library: str, name: str) -> Callable:
+    return entry(library, name, NEAR_MISSES)
+
+
+@near_miss("timm", "maxxvit_rmlp_nano_rw_256")
+def _maxxvit(real: bool, batch: int) -> Call:
+    narrow = {} if real else {"depths": (1,), "embed_dim": (32,), "stem_width": 8, "img_size": 64}
+    model = library("timm").create_model("maxxvit_rmlp_nano_rw_256", num_classes=3, **narrow)
+    return Call(model, (images(batch, 256 if real else 64),))
+
+
+@near_miss("timm", "twins_svt_small")
+def _twins(real: bool, batch: int) -> Call:
+    narrow = {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (2, 2, 2, 2)}
+    return Call(library("timm").create_model("twins_svt_small", **({} if real else narrow)), (images(batch, 224),))
+
+
+@near_miss("timm", "hiera_tiny_224")
+def _hiera(real: bool, batch: int) -> Call:
+    narrow = {} if real else {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    return Call(library("timm").create_model("hiera_tiny_224", **narrow), (images(batch, 224),))
+
+
+@near_miss("timm", "beitv2_base_patch16_224")
+def _beit(real: bool, batch: int) -> Call:
+    narrow = {} if real else {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
+    model = library("timm").create_model("beitv2_base_patch16_224", num_classes=3, **narrow)
+    return Call(model, (images(batch, 224 if real else 64),))
+
+
+@near_miss("Hugging Face", "Data2VecVisionModel")
+def _data2vec(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    narrow = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    made = hf.Data2VecVisionConfig(image_size=64, use_relative_position_bias=True, **({} if real else narrow))
+    return Call(hf.Data2VecVisionModel(made), (images(batch, 64),))
+
+
+@near_miss("Hugging Face", "Florence2VisionBackbone")
+def _florence2(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    narrow = {
+        "depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "embed_dim": (16, 32),
+        "patch_prenorm": (False, True), "num_heads": (2, 2), "num_groups": (2, 2), "window_size": 4,
+    }  # fmt: skip
+    made = hf.Florence2VisionConfig(**({} if real else narrow))
+    return Call(hf.Florence2VisionBackbone(made), (images(batch, 224 if real else 64),))
+
+
+@near_miss("Hugging Face", "SamVisionModel")
+def _sam(real: bool, batch: int) -> Call:
+    hf = library("transformers")
+    narrow = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32, "output_channels": 16,
+        "image_size": 64, "window_size": 3, "global_attn_indexes": [1],
+    }  # fmt: skip
+    made = hf.SamVisionConfig(**({} if real else narrow))
+    return Call(hf.SamVisionModel(made), (images(batch, made.image_size),))
+
+
+@near_miss("Stand-in", "attention that returns its weights (HTSAT)")
+def _htsat(real: bool, batch: int) -> Call:
+    return Call(descendants.WeightsToo(16, (4, 4), 2), (torch.randn(4 * batch, 16, 16),))
