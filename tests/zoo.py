@@ -67,8 +67,7 @@ _TIMM = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32, "num_classes": 
 for _name, _size, _small in (
     ("swin_base_patch4_window7_224", 224, {"img_size": 56}),
     ("swin_base_patch4_window12_384", 384, {"img_size": 48, "window_size": 6}),
-    ("swin_s3_tiny_224", 224, {"img_size": 56}),
-    ("swin_s3_base_224", 224, {"img_size": 56}),
+    ("swin_s3_tiny_224", 224, {"img_size": 112, "window_size": (7, 14)}),
     ("swinv2_base_window8_256", 256, {"img_size": 64, "window_size": 4}),
     ("swinv2_base_window12to16_192to256", 256, {"img_size": 64, "window_size": 8}),
     ("swinv2_base_window12to24_192to384", 384, {"img_size": 64, "window_size": 8}),
@@ -78,13 +77,8 @@ for _name, _size, _small in (
 
     @entry("timm", _name)
     def _timm(real: bool, batch: int, name: str = _name, size: int = _size, small: Any = _small) -> Call:
-        kind = name if real or "_s3_" not in name else "swin_tiny_patch4_window7_224"
-        options = {} if real else {**_TIMM, **small}
-        if not real and "_s3_" in name:
-            options["window_size"] = (7, 7)
-        return Call(
-            library("timm").create_model(kind, **options), (images(batch, size if real else small["img_size"]),)
-        )
+        model = library("timm").create_model(name, **({} if real else {**_TIMM, **small}))
+        return Call(model, (images(batch, size if real else small["img_size"]),))
 
 
 for _name, _size in (("swin_b", 224), ("swin_v2_b", 256)):
