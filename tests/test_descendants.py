@@ -245,6 +245,7 @@ def test_openmmlab(pad_small_map, size, backend):
 def test_trap_03_mmpretrain_drops_the_shift_of_one_window(v2, backend):
     """Unless pad_small_map, and mmdet never does."""
     x, model = tokens(4, 8), openmmlab(pad_small_map=False, v2=v2)
+    assert family(model) == ["openmmlab"]
     dropped = check(model, x, (4, 8), backend=backend)
     model.pad_small_map = True
     kept = check(model, x, (4, 8), backend=backend)

@@ -112,7 +112,11 @@ for _kind, _head, _real in (
     ("Swin", "Backbone", {"real_size": 512}),
     ("Swinv2", "Model", {"real_size": 256, "window_size": 8}),
     ("Swinv2", "Backbone", {"real_size": 256, "window_size": 8}),
-    ("DonutSwin", "Model", {"real_size": 1280, "window_size": 10, "depths": [2, 2, 14, 2], "embed_dim": 128}),
+    (
+        "DonutSwin",
+        "Model",
+        {"real_size": 1280, "window_size": 10, "depths": [2, 2, 14, 2], "num_heads": [4, 8, 16, 32], "embed_dim": 128},
+    ),
     ("MaskFormerSwin", "Backbone", {"real_size": 384, "window_size": 7}),
 ):
 
