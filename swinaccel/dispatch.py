@@ -68,7 +68,10 @@ def run(
     if isinstance(plan, str):
         return _fall_back(plan, module, original, config, stats, args, kwargs)
     section, attend = plan
-    result = family.forward(module, attend, *args, **kwargs)
+    try:
+        result = family.forward(module, attend, *args, **kwargs)
+    except ops.KernelError as error:
+        return _fall_back(str(error), module, original, config, stats, args, kwargs)
     if ops.has_failures() and stats is not None:
         failed = _kernel_failure(section, x)
         if failed is not None:
@@ -115,12 +118,13 @@ def _plan(
         return f"the call is not one that the {family.name} family knows ({error})"
     if isinstance(section, str):
         return section
-    reason = _section_reason(section, x) or _gradient_reason(attention, config, x)
+    reason = _section_reason(section, x)
     if reason is not None:
         return reason
     if _backend(config, x.device) == "torch":
-        if not torch_backend.mask_is_implied(section):
-            return "the mask buffer is not the mask that window and shift imply"
+        reason = _torch_reason(section, attention, config, x)
+        if reason is not None:
+            return reason
         if stats is not None:
             stats.bias = "table"
         return section, lambda image: torch_backend.shifted_window_attention(section, image)
@@ -185,27 +189,35 @@ def _section_reason(section: Section, x: Tensor) -> str | None:
         return "the window is a single token"
     if not all(0 <= shift < window for shift, window in zip(geometry.shift, geometry.window, strict=True)):
         return f"the shift {geometry.shift} does not lie inside the window {geometry.window}"
-    if section.dropout > 0:
-        return "attention dropout is active"
     index, tokens = section.index, geometry.tokens
     if tuple(index.shape) != (tokens, tokens):
         return f"the bias index {tuple(index.shape)} does not belong to a window of {tokens} tokens"
     mask = section.mask
     if mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens):
         return f"the mask {tuple(mask.shape)} belongs to another image size than {geometry.size}"
+    if mask is not None and mask.requires_grad:
+        return "the mask has a gradient"
     return None
 
 
-def _gradient_reason(attention: nn.Module, config: AccelConfig, x: Tensor) -> str | None:
-    """Why training is left to the originals: the kernels have no backward, and the torch backend trains slower.
+def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x: Tensor) -> str | None:
+    """What the torch backend cannot do, or not faster: it trains slower than the originals.
 
-    A torch backend that was asked for by name records gradients all the same.
+    One that was asked for by name records gradients all the same.
     """
-    if config.backend == "torch" or not torch.is_grad_enabled():
-        return None
-    if x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters()):
-        return "gradients are recorded, and only inference is accelerated so far"
+    if section.dropout > 0:
+        return "attention dropout is active, and the torch backend has none"
+    if config.backend != "torch" and _records_gradients(attention, x):
+        return "gradients are recorded, and only on GPUs is training accelerated"
+    if not torch_backend.mask_is_implied(section):
+        return "the mask buffer is not the mask that window and shift imply"
     return None
+
+
+def _records_gradients(attention: nn.Module, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters())
 
 
 def _backend(config: AccelConfig, device: torch.device) -> str:
@@ -238,13 +250,15 @@ def _kernel_failure(section: Section, x: Tensor) -> str | None:
 def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, image: Tensor) -> Tensor:
     qkv = section.project(image)
     dtype = qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype
+    trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
     factors = None
     if not torch.compiler.is_compiling():
-        factors = bias.factors(section, config, dtype)
+        if not trained:
+            factors = bias.factors(section, config, dtype)
         if stats is not None:
             stats.bias = "table" if factors is None else factors.describe()
     table = None
-    if section.position is not None and not torch.is_grad_enabled():
+    if section.position is not None and not trained:
         table = ops.position_table(*section.position)
     out = ops.shifted_window_attention(
         qkv,
@@ -258,5 +272,6 @@ def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, i
         scale=section.scale,
         logit_scale=None if section.logit_scale is None else section.logit_scale.reshape(-1),
         factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
+        dropout=section.dropout,
     )
     return section.output(out)

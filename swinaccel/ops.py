@@ -28,10 +28,17 @@ _failures: dict[tuple, str] = {}
 _POSITION = ("position_table",)
 
 _library = torch.library.Library("swinaccel", "DEF")
+_INPUTS = (
+    "Tensor qkv, Tensor? k, Tensor? v, Tensor? table, Tensor? index, Tensor? padding, Tensor? mask,"
+    " Tensor? logit_scale, Tensor? seed"
+)
+_OPTIONS = "int num_heads, int[2] window, int[2] shift, bool roll_first, float mask_value, float scale, float dropout"
 _library.define(
-    "shifted_window_attention(Tensor qkv, Tensor? k, Tensor? v, Tensor? table, Tensor? index, Tensor? padding,"
-    " Tensor? mask, Tensor? logit_scale, Tensor[]? factors, int num_heads, int[2] window, int[2] shift,"
-    " bool roll_first, float mask_value, float scale) -> Tensor"
+    f"shifted_window_attention({_INPUTS}, {_OPTIONS}, bool for_backward, Tensor[]? factors) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"shifted_window_attention_backward(Tensor grad, Tensor? out, Tensor lse, {_INPUTS}, {_OPTIONS},"
+    " bool grad_table) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor")
 
@@ -74,23 +81,30 @@ def shifted_window_attention(
     scale: float = 1.0,
     logit_scale: Tensor | None = None,
     factors: Sequence[Tensor] | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Shifted-window attention from image to image, as `reference.shifted_window_attention`, by the Triton kernels.
 
     Args:
         qkv: (B, H, W, 3 * heads * D) packed as q, k, v, or the three (B, H, W, heads * D) apart.
-        factors: see `backends.triton.shifted_window_attention`.
+        factors: see `backends.triton.shifted_window_attention`; not used where gradients are recorded.
+        dropout: probability at which an attention weight is dropped; drawn from PyTorch's generator.
     Returns:
-        (B, H, W, heads * D), dtype of qkv; softmax and sums in fp32.
+        (B, H, W, heads * D), dtype of qkv; softmax and sums in fp32. Differentiable in qkv, table, padding and
+        logit_scale.
     """
     packed, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
+    for_backward = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (packed, k, v, table, padding, logit_scale)
+    )
+    seed = torch.randint(2**62, (1,), device=packed.device) if dropout else None
     arguments = (
-        packed, k, v, table, index, padding, mask, logit_scale, factors, num_heads,
-        geometry.window, geometry.shift, geometry.roll_first, mask_value, scale,
+        packed, k, v, table, index, padding, mask, logit_scale, seed, num_heads, geometry.window, geometry.shift,
+        geometry.roll_first, mask_value, scale, dropout, for_backward, None if for_backward else factors,
     )  # fmt: skip
-    if _is_observed():
-        return torch.ops.swinaccel.shifted_window_attention(*arguments)
-    return _forward(*arguments, geometry=geometry)  # the same, less the dispatcher's time
+    if for_backward or _is_observed():
+        return torch.ops.swinaccel.shifted_window_attention(*arguments)[0]
+    return _forward(*arguments, geometry=geometry)[0]  # the same, less the dispatcher's time
 
 
 def _is_observed() -> bool:
@@ -98,6 +112,10 @@ def _is_observed() -> bool:
     return (
         torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
     )
+
+
+def _geometry(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_first: bool) -> Geometry:
+    return Geometry((qkv.shape[1], qkv.shape[2]), (window[0], window[1]), (shift[0], shift[1]), roll_first)
 
 
 def _forward(
@@ -109,18 +127,20 @@ def _forward(
     padding: Tensor | None,
     mask: Tensor | None,
     logit_scale: Tensor | None,
-    factors: Sequence[Tensor] | None,
+    seed: Tensor | None,
     num_heads: int,
     window: Sequence[int],
     shift: Sequence[int],
     roll_first: bool,
     mask_value: float,
     scale: float,
+    dropout: float,
+    for_backward: bool,
+    factors: Sequence[Tensor] | None,
     geometry: Geometry | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if geometry is None:
-        size = qkv.shape[1], qkv.shape[2]
-        geometry = Geometry(size, (window[0], window[1]), (shift[0], shift[1]), roll_first)
+        geometry = _geometry(qkv, window, shift, roll_first)
     if qkv.stride(-1) != 1 or (k is not None and not qkv.stride() == k.stride() == v.stride()):  # type: ignore[union-attr]
         qkv, k, v = qkv.contiguous(), _contiguous(k), _contiguous(v)
     options: dict[str, Any] = {
@@ -135,18 +155,149 @@ def _forward(
     }
     try:
         return backend.shifted_window_attention(
-            qkv, k, v, geometry, **options, factors=None if factors is None else tuple(factors)
+            qkv,
+            k,
+            v,
+            geometry,
+            **options,
+            factors=None if factors is None else tuple(factors),
+            dropout=dropout,
+            seed=seed,
+            for_backward=for_backward,
         )
     except Exception as error:
         q, k, v = qkv.chunk(3, dim=-1) if k is None or v is None else (qkv, k, v)
-        problem = _problem(q.device, q.dtype, geometry, q.shape[-1] // num_heads, logit_scale is not None)
-        reason = f"the Triton kernel failed: {_first_line(error)}"
-        if reason not in _failures.values():
-            logger.warning("%s; the original runs instead", reason)
-        _failures[problem] = reason
-        if env_strict():
-            raise KernelError(reason) from error
-        return reference.shifted_window_attention(q, k, v, geometry, **options).to(q.dtype).contiguous()
+        _note_failure(error, q, geometry, num_heads, logit_scale is not None, dropout)
+        out = reference.shifted_window_attention(q, k, v, geometry, **options).to(q.dtype).contiguous()
+        return out, torch.empty(_lse_shape(qkv, geometry, num_heads, q.shape[-1], for_backward), device=q.device)
+
+
+def _note_failure(
+    error: Exception, q: Tensor, geometry: Geometry, num_heads: int, cosine: bool, dropout: float
+) -> None:
+    """Remember that a kernel failed on such a problem; raise where plain PyTorch cannot stand in for it now."""
+    problem = _problem(q.device, q.dtype, geometry, q.shape[-1] // num_heads, cosine)
+    reason = f"the Triton kernel failed: {_first_line(error)}"
+    if reason not in _failures.values():
+        logger.warning("%s; the original runs instead", reason)
+    _failures[problem] = reason
+    if env_strict() or dropout:  # what was dropped is known to the kernels only
+        raise KernelError(reason) from error
+
+
+def _lse_shape(qkv: Tensor, geometry: Geometry, num_heads: int, channels: int, for_backward: bool) -> tuple[int, ...]:
+    if not for_backward or backend.is_small(qkv.device, qkv.dtype, geometry.tokens, channels // num_heads):
+        return (0,)
+    return (qkv.shape[0], geometry.num_windows, num_heads, geometry.tokens)
+
+
+def _backward(
+    grad: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    table: Tensor | None,
+    index: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    logit_scale: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    window: Sequence[int],
+    shift: Sequence[int],
+    roll_first: bool,
+    mask_value: float,
+    scale: float,
+    dropout: float,
+    grad_table: bool,
+) -> tuple[Tensor, ...]:
+    geometry = _geometry(qkv, window, shift, roll_first)
+    options: dict[str, Any] = {
+        "num_heads": num_heads,
+        "table": table,
+        "index": _contiguous(index),
+        "padding": _contiguous(padding),
+        "mask": _contiguous(mask),
+        "mask_value": mask_value,
+        "scale": scale,
+        "logit_scale": _contiguous(logit_scale),
+    }
+    try:
+        gradients: Sequence[Tensor | None] = backend.shifted_window_attention_backward(
+            grad.contiguous(), out, lse, qkv.contiguous(), _contiguous(k), _contiguous(v), geometry, **options,
+            dropout=dropout, seed=seed, grad_table=grad_table,
+        )  # fmt: skip
+    except Exception as error:
+        q = qkv if k is not None else qkv[..., : qkv.shape[-1] // 3]
+        _note_failure(error, q, geometry, num_heads, logit_scale is not None, dropout)
+        gradients = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=False)
+    return tuple(qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _reference_gradients(
+    grad: Tensor,
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    geometry: Geometry,
+    options: dict[str, Any],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Gradients of (qkv, k, v, table, padding, logit_scale) by PyTorch's own, so that they have gradients in turn."""
+    with torch.enable_grad():
+        names = ("table", "padding", "logit_scale")
+        inputs = [t if t is None else t.view_as(t) for t in (qkv, k, v, *(options[name] for name in names))]
+        if not create_graph:
+            inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
+        qkv, k, v, *rest = inputs  # type: ignore[assignment]
+        q, k, v = qkv.chunk(3, dim=-1) if k is None or v is None else (qkv, k, v)
+        out = reference.shifted_window_attention(
+            q, k, v, geometry, **{**options, **dict(zip(names, rest, strict=True))}
+        )
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create_graph, allow_unused=True))
+        return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.options = inputs[9:16]
+    is_small = lse.dim() == 1
+    ctx.save_for_backward(*inputs[:9], None if is_small else out, lse)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    qkv, k, v, table, index, padding, mask, logit_scale, _ = inputs
+    differentiable = (qkv, k, v, table, None, padding, None, logit_scale)
+    found: Sequence[Tensor | None]
+    if torch.is_grad_enabled():  # these gradients are to be differentiated again
+        num_heads, window, shift, roll_first, mask_value, scale, dropout = ctx.options
+        if dropout:
+            raise NotImplementedError(
+                "swinaccel cannot differentiate twice through attention dropout; run that step inside "
+                "swinaccel.disabled()"
+            )
+        options = {
+            "num_heads": num_heads, "table": table, "index": index, "padding": padding, "mask": mask,
+            "mask_value": mask_value, "scale": scale, "logit_scale": logit_scale,
+        }  # fmt: skip
+        geometry = _geometry(qkv, window, shift, roll_first)
+        found = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=True)
+    else:
+        found = torch.ops.swinaccel.shifted_window_attention_backward(
+            grad, out, lse, *inputs, *ctx.options, ctx.needs_input_grad[3]
+        )
+    grad_qkv, grad_k, grad_v, grad_table, grad_padding, grad_logit_scale = found
+    gradients = (grad_qkv, grad_k, grad_v, grad_table, None, grad_padding, None, grad_logit_scale)
+    needed = [
+        gradient if needs and tensor is not None else None
+        for gradient, tensor, needs in zip(gradients, differentiable, ctx.needs_input_grad, strict=False)
+    ]
+    return (*needed, *(None,) * (len(ctx.needs_input_grad) - len(needed)))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -177,9 +328,23 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-def _fake(qkv: Tensor, k: Tensor | None, *args: object) -> Tensor:
+def _fake(qkv: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    num_heads, window, shift, roll_first = rest[6:10]
+    for_backward = rest[13]
     channels = qkv.shape[-1] if k is not None else qkv.shape[-1] // 3
-    return qkv.new_empty((*qkv.shape[:-1], channels))
+    geometry = _geometry(qkv, window, shift, roll_first)
+    shape = _lse_shape(qkv, geometry, num_heads, channels, for_backward)
+    out = qkv.new_empty((*qkv.shape[:-1], channels))
+    return out, qkv.new_empty(shape, dtype=torch.float32 if for_backward else qkv.dtype)
+
+
+def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    qkv, k, v, table, _, padding, _, logit_scale = rest[:8]
+    grad_table = rest[-1]
+    wanted = (qkv, k, v, table if grad_table else None, padding, logit_scale)
+    return tuple(
+        qkv.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted
+    )
 
 
 def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
@@ -188,6 +353,11 @@ def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Ten
 
 for _key in ("CUDA", "CPU"):
     _library.impl("shifted_window_attention", _forward, _key)
+    _library.impl("shifted_window_attention_backward", _backward, _key)
     _library.impl("position_table", _position_table, _key)
 torch.library.register_fake("swinaccel::shifted_window_attention", _fake, lib=_library)
+torch.library.register_fake("swinaccel::shifted_window_attention_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "swinaccel::shifted_window_attention", _autograd_backward, setup_context=_setup_context, lib=_library
+)
 torch.library.register_fake("swinaccel::position_table", _fake_position_table, lib=_library)

@@ -121,7 +121,7 @@ def assert_no_worse(found: Tensor, expected: Tensor, exact: Tensor, dtype: torch
     An original that is exact by luck, as with few roundings, is granted one rounding of the largest output.
     """
     size = exact.abs().max()
-    own, ours = ((one.cpu().double() - exact).abs() / size for one in (expected, found))
+    own, ours = ((one.to(exact.device).double() - exact).abs() / size for one in (expected, found))
     rounding = torch.finfo(dtype).eps / 2
     assert ours.max() <= 2 * max(own.max().item(), rounding), f"max {ours.max():.1e}, original {own.max():.1e}"
     assert ours.mean() <= 1.1 * max(own.mean().item(), rounding / 4), (

@@ -448,9 +448,9 @@ def test_operator_is_registered():
     expected = attend(qkv, case.geometry, **options)
     arguments = (
         qkv, None, None, options["table"], options["index"], options["padding"], None, None, None, 2,
-        [4, 4], [2, 2], False, -100.0, options["scale"],
+        [4, 4], [2, 2], False, -100.0, options["scale"], 0.0, False, None,
     )  # fmt: skip
-    assert torch.equal(torch.ops.swinaccel.shifted_window_attention(*arguments), expected)
+    assert torch.equal(torch.ops.swinaccel.shifted_window_attention(*arguments)[0], expected)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.swinaccel.shifted_window_attention.default, arguments, test_utils=checks)
 

@@ -1,4 +1,4 @@
-"""Small kernels that prepare bias and mask for the large-window kernel, once per call, on live tensors."""
+"""Small kernels around the bias, on live tensors: its forms and the mask's check before, its gradient after."""
 
 import triton
 import triton.language as tl
@@ -41,6 +41,42 @@ def _expand_bias_kernel(
         bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
         offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
         tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _reduce_bias_kernel(
+    grad_table_ptr,  # (T, heads), fp32, zero at the start
+    grad_bias_ptr,  # (heads, N, N), fp32
+    index_ptr,  # (N, N), int64
+    num_heads,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one offset between query and key, and one head. Adds up its pairs, which share a row of the table.
+
+    That they share it is what a relative position bias is, but it is the live index that decides: a pair whose row
+    is another one goes there by itself.
+    """
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    down = tl.program_id(0) // (2 * WINDOW_W - 1) - (WINDOW_H - 1)
+    right = tl.program_id(0) % (2 * WINDOW_W - 1) - (WINDOW_W - 1)
+    head = tl.program_id(1)
+    corner = tl.maximum(down, 0) * WINDOW_W + tl.maximum(right, 0)  # the first query that has such a key
+    distance = down * WINDOW_W + right
+    row = tl.load(index_ptr + corner * N + corner - distance)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, N, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        key_row, key_col = offs // WINDOW_W - down, offs % WINDOW_W - right
+        inside = (offs < N) & (key_row >= 0) & (key_row < WINDOW_H) & (key_col >= 0) & (key_col < WINDOW_W)
+        pair = offs * N + offs - distance
+        grad = tl.load(grad_bias_ptr + tl.cast(head, tl.int64) * (N * N) + pair, mask=inside, other=0.0)
+        live = tl.load(index_ptr + pair, mask=inside, other=0)
+        stray = inside & (live != row)
+        tl.atomic_add(grad_table_ptr + live * num_heads + head, grad, mask=stray)
+        total += tl.where(stray, 0.0, grad)
+    tl.atomic_add(grad_table_ptr + row * num_heads + head, tl.sum(total, axis=0))
 
 
 @triton.jit

@@ -5,12 +5,16 @@ that a launch fits `shared_memory`, which the caller reads from the device.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SMALL_WINDOW = 64  # the most tokens whose scores fit one tile
 
 # Images are chained in one program, which loads bias and mask once and pipelines the rest, down to about this many
 # programs: four for each multiprocessor of a large GPU.
 _PROGRAMS_WANTED = 512
+
+# A program of the bias gradient writes a whole tile of it, to be added up later: as few as keep a large GPU busy.
+_BACKWARD_PROGRAMS = 512
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,29 @@ class LargeLaunch:
     block_d: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class SmallBackwardLaunch(SmallLaunch):
+    """Launch of the small-window backward: also window positions per program."""
+
+    windows: int
+
+
+class LargeBackwardLaunch(NamedTuple):
+    """Launches of the large-window backward: of dQ, of dK and dV, of dB."""
+
+    query: LargeLaunch
+    key: LargeLaunch
+    bias: LargeLaunch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one program of the bias gradient sums over: window positions, and images of each."""
+
+    windows: int
+    images: int
 
 
 def power_of_two(value: int, least: int = 16) -> int:
@@ -63,3 +90,57 @@ def large(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) 
     scratch = block_m * block_d * element_size + block_m * block_n * 4
     num_stages = max(1, min(3, (shared_memory - scratch) // stage))
     return LargeLaunch(block_m, block_n, block_d, 4, num_stages)
+
+
+def is_small_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> bool:
+    """Whether a problem is one for the small-window backward, which holds all of a window at once."""
+    if tokens > SMALL_WINDOW:
+        return False
+    return _small_backward_stage(power_of_two(tokens), power_of_two(head_dim), element_size) <= shared_memory
+
+
+def _small_backward_stage(block_n: int, block_d: int, element_size: int) -> int:
+    """Bytes of shared memory of the small-window backward without pipelining: q, k, v, dO, and two tiles of scores."""
+    return (4 * block_n * block_d + 2 * block_n * block_n) * element_size
+
+
+def small_backward(
+    *, tokens: int, head_dim: int, batch: int, windows: int, num_heads: int, element_size: int, shared_memory: int
+) -> SmallBackwardLaunch:
+    """Launch of the backward for windows of at most SMALL_WINDOW tokens.
+
+    Every program writes one bias gradient (N, N), so programs are few, and each takes many images.
+    """
+    block_n, block_d = power_of_two(tokens), power_of_two(head_dim)
+    chunk = bias_chunk(tiles=num_heads, windows=windows, batch=batch)
+    stage = _small_backward_stage(block_n, block_d, element_size)
+    num_stages = max(1, min(3, shared_memory // stage))
+    return SmallBackwardLaunch(block_n, block_d, chunk.images, 4, num_stages, chunk.windows)
+
+
+def bias_chunk(*, tiles: int, windows: int, batch: int) -> Chunk:
+    """How the sum over windows and images is split, for about `_BACKWARD_PROGRAMS` programs."""
+    parts = max(1, _BACKWARD_PROGRAMS // tiles)
+    if parts <= windows:
+        return Chunk(-(-windows // parts), max(1, batch))
+    return Chunk(1, max(1, -(-batch // (parts // windows))))
+
+
+def large_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeBackwardLaunch:
+    """Launches of the three backward kernels for windows of more than SMALL_WINDOW tokens."""
+    block_d = power_of_two(head_dim)
+    wide = element_size == 2 and block_d <= 64
+
+    def fit(block_m: int, block_n: int, num_warps: int, num_stages: int) -> LargeLaunch:
+        def needed(tiles: int) -> int:
+            return tiles * (block_m + block_n) * block_d * element_size + block_m * block_n * (4 + element_size)
+
+        while needed(2) > shared_memory and block_m * block_n > 256:
+            block_m, block_n = max(16, block_m // 2), max(16, block_n // 2)
+        while num_stages > 1 and needed(2 * num_stages) > shared_memory:
+            num_stages -= 1
+        return LargeLaunch(block_m, block_n, block_d, num_warps, num_stages)
+
+    if not wide:
+        return LargeBackwardLaunch(fit(32, 32, 4, 1), fit(32, 32, 4, 1), fit(64, 64, 8, 1))
+    return LargeBackwardLaunch(fit(64, 64, 4, 3), fit(128, 64, 4, 3), fit(64, 128, 8, 3))

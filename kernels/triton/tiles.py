@@ -8,7 +8,19 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LOG_100 = tl.constexpr(4.605170185988092)  # SwinV2 clamps logit_scale at ln(100), from above only
+
+# How a shift mask reaches a kernel.
+MASK_NONE = tl.constexpr(0)
+MASK_REGIONS = tl.constexpr(1)  # computed from coordinates
+MASK_TENSOR = tl.constexpr(2)  # read from (windows, N, N), by large windows only where it is not the implied one
+
+# How the relative position bias does.
+BIAS_NONE = tl.constexpr(0)
+BIAS_TABLE = tl.constexpr(1)  # gathered from the live table (T, heads) through the index (N, N)
+BIAS_DENSE = tl.constexpr(2)  # (heads, rows, cols), by `bias._expand_bias_kernel`, -inf beyond N
+BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
 
 
 @triton.jit
@@ -108,3 +120,87 @@ def scaled_query(q, scale, COSINE: tl.constexpr):
     if COSINE:
         return (q.to(tl.float32) * (inverse_norm(q) * (scale * LOG2E))[:, None]).to(q.dtype)
     return (q.to(tl.float32) * (scale * LOG2E)).to(q.dtype)
+
+
+@triton.jit
+def tile_bias(
+    offs_m,
+    offs_n,
+    table_ptr,
+    index_ptr,
+    dense_ptr,
+    stride_table_row,
+    stride_table_head,
+    stride_dense_head,
+    stride_dense_row,
+    head,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Relative position bias of a tile of scores, log2 units, and -inf for keys beyond the window; fp32.
+
+    Args:
+        offs_m, offs_n: queries and keys, as a column and a row, or as a row and a column for transposed scores.
+    """
+    if BIAS == BIAS_DENSE:
+        offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m * stride_dense_row + offs_n
+        bias = tl.load(dense_ptr + offs_dense).to(tl.float32)
+    else:
+        inside = (offs_m < N) & (offs_n < N)
+        if BIAS == BIAS_TABLE:
+            row = tl.load(index_ptr + offs_m * N + offs_n, mask=inside, other=0)
+            bias = tl.load(table_ptr + row * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
+            bias = bias.to(tl.float32) * LOG2E
+        else:
+            bias = tl.zeros(inside.shape, tl.float32)
+        bias = tl.where(offs_n < N, bias, float("-inf"))
+    return bias
+
+
+@triton.jit
+def add_mask(
+    scores,
+    offs_m,
+    offs_n,
+    mask_ptr,
+    window,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    mask_value,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Scores in log2 units plus their window's mask; `offs_m` and `offs_n` as for `tile_bias`."""
+    if MASK == MASK_REGIONS:
+        last_row, last_col = window // windows_w == windows_h - 1, window % windows_w == windows_w - 1
+        region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        scores += tl.where(region_m != region_n, mask_value * LOG2E, 0.0)
+    elif MASK == MASK_TENSOR:
+        N: tl.constexpr = WINDOW_H * WINDOW_W
+        inside = (offs_m < N) & (offs_n < N)
+        offs_mask = tl.cast(window, tl.int64) * (N * N) + offs_m * N + offs_n
+        scores += tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    return scores
+
+
+@triton.jit
+def dropout_factor(seed_ptr, dropout, part, offs_m, offs_n, N: tl.constexpr):
+    """What attention dropout multiplies the weights of a tile by: 0, or 1 / (1 - dropout).
+
+    Each weight has a random number of its own (Philox, keyed by the call's seed), by its place in the attention
+    alone, so that forward and backward agree however they tile it.
+
+    Args:
+        part: number of the (image, window, head), counted over the whole call.
+        offs_m, offs_n: as for `tile_bias`.
+    """
+    counter = offs_m * N + offs_n
+    part = tl.cast(part, tl.int64)
+    low, high = (part & 0xFFFFFFFF).to(tl.int32), (part >> 32).to(tl.int32)
+    zero = counter * 0
+    random, _, _, _ = tl.philox(tl.load(seed_ptr), counter, zero + low, zero + high, zero)
+    return tl.where(tl.uint_to_uniform_float(random) >= dropout, 1.0 / (1.0 - dropout), 0.0)

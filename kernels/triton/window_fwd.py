@@ -13,38 +13,22 @@ softmax (Dao et al. 2022, arXiv:2205.14135). Scores are in units of log2: every 
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, cosine_scale, inverse_norm, load_tokens, locate_tokens, scaled_query, shift_region
-
-# How a shift mask reaches the kernel.
-MASK_NONE = tl.constexpr(0)
-MASK_REGIONS = tl.constexpr(1)  # computed from coordinates
-MASK_TENSOR = tl.constexpr(2)  # read from (windows, N, N), by large windows only where it is not the implied one
-
-# How the relative position bias does.
-BIAS_NONE = tl.constexpr(0)
-BIAS_TABLE = tl.constexpr(1)  # gathered from the live table (T, heads) through the index (N, N)
-BIAS_DENSE = tl.constexpr(2)  # (heads, rows, cols), by `bias._expand_bias_kernel`, -inf beyond N
-BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
+from .tiles import (
+    BIAS_FACTORS,
+    BIAS_TABLE,
+    MASK_NONE,
+    MASK_TENSOR,
+    add_mask,
+    cosine_scale,
+    dropout_factor,
+    inverse_norm,
+    load_tokens,
+    locate_tokens,
+    scaled_query,
+    tile_bias,
+)
 
 STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a kind of window
-
-
-@triton.jit
-def _gather_bias(
-    table_ptr,
-    index_ptr,
-    head,
-    offs_m,
-    offs_n,
-    stride_table_row,
-    stride_table_head,
-    N: tl.constexpr,
-):
-    """Bias tile (M, N), fp32, natural units, zero outside the window."""
-    inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
-    row = tl.load(index_ptr + offs_m[:, None] * N + offs_n[None, :], mask=inside, other=0)
-    bias = tl.load(table_ptr + row * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
-    return bias.to(tl.float32)
 
 
 @triton.jit
@@ -66,6 +50,7 @@ def _window_attention_fwd_small_kernel(
     index_ptr,  # (N, N), int64
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
+    seed_ptr,  # (1,), int64, of attention dropout
     stride_qkv_batch,
     stride_qkv_row,
     stride_qkv_col,
@@ -86,6 +71,7 @@ def _window_attention_fwd_small_kernel(
     roll_w,
     scale,
     mask_value,
+    dropout,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -95,6 +81,7 @@ def _window_attention_fwd_small_kernel(
     MASK: tl.constexpr,
     HAS_PAD: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,20 +107,15 @@ def _window_attention_fwd_small_kernel(
     offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col + head * HEAD_DIM
     offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col + head * HEAD_DIM
 
-    # The start value of the score product: bias, mask, and -inf for keys beyond the window.
-    start = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    if BIAS == BIAS_TABLE:
-        start = _gather_bias(table_ptr, index_ptr, head, offs_n, offs_n, stride_table_row, stride_table_head, N)
-    if MASK == MASK_REGIONS:
-        region = shift_region(
-            offs_n, window_row == windows_h - 1, window_col == windows_w - 1, shift_h, shift_w, WINDOW_H, WINDOW_W
-        )  # fmt: skip
-        start += tl.where(region[:, None] != region[None, :], mask_value, 0.0)
-    elif MASK == MASK_TENSOR:
-        inside = (offs_n < N)[:, None] & (offs_n < N)[None, :]
-        offs_mask = window.to(tl.int64) * (N * N) + offs_n[:, None] * N + offs_n[None, :]
-        start += tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
-    start = tl.where((offs_n < N)[None, :], start * LOG2E, float("-inf"))
+    # Bias and mask, the start value of the score product, are the same for all images.
+    start = tile_bias(
+        offs_n[:, None], offs_n[None, :], table_ptr, index_ptr, table_ptr, stride_table_row, stride_table_head, 0, 0,
+        head, N, BIAS,
+    )  # fmt: skip
+    start = add_mask(
+        start, offs_n[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w, mask_value,
+        WINDOW_H, WINDOW_W, MASK,
+    )  # fmt: skip
 
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
@@ -154,6 +136,9 @@ def _window_attention_fwd_small_kernel(
         scores = _scores(scaled_query(q, scale, COSINE), k, start, COSINE, PRECISION)
         p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         total = tl.sum(p, axis=1)
+        if HAS_DROPOUT:
+            part = (tl.cast(image, tl.int64) * (windows_h * windows_w) + window) * num_heads + head
+            p *= dropout_factor(seed_ptr, dropout, part, offs_n[:, None], offs_n[None, :], N)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         tl.store(
             out_ptr + tl.cast(image, tl.int64) * stride_out_batch + offs_out[:, None] + offs_d[None, :],
@@ -175,6 +160,7 @@ def _walk_keys(
     dense_ptr,
     q_factor_ptr,
     k_factor_ptr,
+    seed_ptr,
     stride_row,
     stride_col,
     stride_table_row,
@@ -184,6 +170,7 @@ def _walk_keys(
     offs_m,
     head,
     window,
+    part,
     windows_h,
     windows_w,
     height,
@@ -193,6 +180,7 @@ def _walk_keys(
     roll_h,
     roll_w,
     mask_value,
+    dropout,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -201,19 +189,21 @@ def _walk_keys(
     MASK: tl.constexpr,
     HAS_PAD: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attention of a tile of queries to all keys of their window; (BLOCK_M, BLOCK_D), fp32."""
+    """Attention of a tile of queries to all keys of their window.
+
+    Returns:
+        (BLOCK_M, BLOCK_D) and the scores' log-sum-exp (BLOCK_M,), log2 units; both fp32.
+    """
     N: tl.constexpr = WINDOW_H * WINDOW_W
     offs_d = tl.arange(0, BLOCK_D)
     window_row, window_col = window // windows_w, window % windows_w
-    last_row, last_col = window_row == windows_h - 1, window_col == windows_w - 1
-    if MASK == MASK_REGIONS:
-        region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
     if BIAS == BIAS_FACTORS:
         offs_r = tl.arange(0, RANK)
         offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
@@ -233,29 +223,18 @@ def _walk_keys(
         k = load_tokens(k_ptr, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
         v = load_tokens(v_ptr, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
 
-        if BIAS == BIAS_DENSE:
-            offs_dense = head.to(tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n
-            start = tl.load(dense_ptr + offs_dense).to(tl.float32)
-        elif BIAS == BIAS_FACTORS:
+        start = tile_bias(
+            offs_m[:, None], offs_n[None, :], table_ptr, index_ptr, dense_ptr, stride_table_row, stride_table_head,
+            stride_dense_head, stride_dense_row, head, N, BIAS,
+        )  # fmt: skip
+        if BIAS == BIAS_FACTORS:
             offs_factor_n = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
             k_factor = tl.load(k_factor_ptr + offs_factor_n, mask=(offs_n < N)[:, None], other=0.0)
-            start = tl.dot(q_factor, tl.trans(k_factor), input_precision=PRECISION)
-        elif BIAS == BIAS_TABLE:
-            start = LOG2E * _gather_bias(
-                table_ptr, index_ptr, head, offs_m, offs_n, stride_table_row, stride_table_head, N
-            )
-        else:
-            start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scores = _scores(q, k, start, COSINE, PRECISION)
-        if MASK == MASK_REGIONS:
-            region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
-            scores += tl.where(region_m[:, None] != region_n[None, :], mask_value * LOG2E, 0.0)
-        elif MASK == MASK_TENSOR:
-            inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
-            offs_mask = window.to(tl.int64) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
-            scores += LOG2E * tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32)
-        if BIAS != BIAS_DENSE and N % BLOCK_N != 0:
-            scores = tl.where((offs_n < N)[None, :], scores, float("-inf"))
+            start = tl.dot(q_factor, tl.trans(k_factor), start, input_precision=PRECISION)
+        scores = add_mask(
+            _scores(q, k, start, COSINE, PRECISION), offs_m[:, None], offs_n[None, :], mask_ptr, window,
+            windows_h, windows_w, shift_h, shift_w, mask_value, WINDOW_H, WINDOW_W, MASK,
+        )  # fmt: skip
 
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         if MASK == MASK_TENSOR:  # a caller's mask may rule out a whole tile with -inf, but not make it NaN
@@ -263,9 +242,11 @@ def _walk_keys(
         p = tl.exp2(scores - new_maximum[:, None])
         correction = tl.exp2(maximum - new_maximum)
         total = total * correction + tl.sum(p, axis=1)
+        if HAS_DROPOUT:
+            p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
         maximum = new_maximum
-    return acc * (1.0 / total)[:, None]
+    return acc * (1.0 / total)[:, None], maximum + tl.log2(total)
 
 
 @triton.jit
@@ -284,6 +265,8 @@ def _window_attention_fwd_kernel(
     q_factor_ptr,  # (heads, N, RANK), log2 units
     k_factor_ptr,  # (heads, N, RANK)
     stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
+    seed_ptr,  # (1,), int64, of attention dropout
+    lse_ptr,  # (batch, windows, heads, N), fp32: log-sum-exp of the scores, for the backward
     stride_qkv_batch,
     stride_qkv_row,
     stride_qkv_col,
@@ -305,6 +288,7 @@ def _window_attention_fwd_kernel(
     roll_w,
     scale,
     mask_value,
+    dropout,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -314,6 +298,8 @@ def _window_attention_fwd_kernel(
     MASK: tl.constexpr,
     HAS_PAD: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
     CHECKS: tl.constexpr,
@@ -371,18 +357,24 @@ def _window_attention_fwd_kernel(
     if BIAS == BIAS_FACTORS:
         kind = tl.where(tl.load(stale_ptr) != 0, STALE_FACTORS, kind)
 
+    part = (image * num_windows + window) * num_heads + head
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    lse = tl.zeros((BLOCK_M,), tl.float32)
     for KIND in tl.static_range(4):
         if KIND <= MASK or (KIND == STALE_FACTORS and BIAS == BIAS_FACTORS):
             if kind == KIND:
-                out = _walk_keys(
+                out, lse = _walk_keys(
                     q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
-                    dense_ptr, q_factor_ptr, k_factor_ptr, stride_qkv_row, stride_qkv_col, stride_table_row,
-                    stride_table_head, stride_dense_head, stride_dense_row, offs_m, head, window, windows_h, windows_w,
-                    height, width, shift_h, shift_w, roll_h, roll_w, mask_value, WINDOW_H, WINDOW_W, HEAD_DIM, COSINE,
+                    dense_ptr, q_factor_ptr, k_factor_ptr, seed_ptr, stride_qkv_row, stride_qkv_col, stride_table_row,
+                    stride_table_head, stride_dense_head, stride_dense_row, offs_m, head, window, part, windows_h,
+                    windows_w, height, width, shift_h, shift_w, roll_h, roll_w, mask_value, dropout,
+                    WINDOW_H, WINDOW_W, HEAD_DIM, COSINE,
                     BIAS_TABLE if KIND == STALE_FACTORS else BIAS, MASK if KIND == STALE_FACTORS else KIND,
-                    HAS_PAD, ROLL_FIRST, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
+                    HAS_PAD, ROLL_FIRST, HAS_DROPOUT, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
+
+    if HAS_LSE:
+        tl.store(lse_ptr + part * N + offs_m, lse, mask=offs_m < N)
 
     offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
     tl.store(

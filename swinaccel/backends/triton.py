@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,19 +97,176 @@ def _keep(key: tuple, value: Any) -> Any:
     return value
 
 
-class _Window:
-    """The launches of one attention problem, and what it needs allocated."""
+def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
+    """Whether forward and backward of such a problem run the small-window kernels, which keep no log-sum-exp."""
+    from ..kernels import launch
 
-    __slots__ = ("attention", "check", "checks_shape", "dense_dtype", "dense_shape", "expand", "is_small")
+    shared_memory = shared_memory_override or _device_shared_memory(device)
+    return launch.is_small_backward(
+        tokens=tokens, head_dim=head_dim, element_size=dtype.itemsize, shared_memory=shared_memory
+    )
 
-    def __init__(self, is_small: bool) -> None:
-        self.is_small = is_small
-        self.attention: Any = None
+
+class _Problem(NamedTuple):
+    """What the launches of one attention problem depend on, and the key that they are kept under."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    strides: tuple[int, ...]
+    geometry: Geometry
+    num_heads: int
+    channels: int
+    packed: bool
+    is_padded: bool
+    table_strides: tuple[int, ...] | None
+    has_mask: bool
+    mask_value: float
+    scale: float
+    cosine: bool
+    rank: int
+    dropout: float
+    for_backward: bool
+    precision: str
+    shared_memory: int | None
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.num_heads
+
+    @property
+    def is_small(self) -> bool:
+        if not self.for_backward:
+            from ..kernels import launch
+
+            return self.geometry.tokens <= launch.SMALL_WINDOW
+        return is_small(self.device, self.dtype, self.geometry.tokens, self.head_dim)
+
+    @property
+    def mask_mode(self) -> int:
+        from ..kernels import tiles
+
+        if self.has_mask:
+            return tiles.MASK_TENSOR.value
+        return (tiles.MASK_REGIONS if self.geometry.is_shifted and self.mask_value else tiles.MASK_NONE).value
+
+    @property
+    def bias_mode(self) -> int:
+        from ..kernels import tiles
+
+        if self.table_strides is None:
+            return tiles.BIAS_NONE.value
+        if self.is_small:
+            return tiles.BIAS_TABLE.value
+        return (tiles.BIAS_FACTORS if self.rank else tiles.BIAS_DENSE).value
+
+    @property
+    def image_strides(self) -> tuple[int, ...]:
+        """Of the token images, (batch, row, column), those of q, k, v first."""
+        height, width = self.geometry.size
+        return (*self.strides[:3], height * width * self.channels, width * self.channels, self.channels)
+
+    @property
+    def places(self) -> tuple[Any, ...]:
+        geometry = self.geometry
+        numbers = (self.scale, self.mask_value, self.dropout)
+        return (*geometry.size, *geometry.grid, *geometry.shift, *geometry.roll, *numbers)
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
+        shape = (*self.geometry.window, self.head_dim, self.packed, self.cosine)
+        return (*shape, self.bias_mode, self.mask_mode, *flags)
+
+    def dense(self, block_m: int, block_n: int) -> tuple[tuple[int, int, int], torch.dtype]:
+        """Shape and dtype of the dense bias: rows and columns of whole tiles; for 16-bit compute fp16 whatever the
+        dtype, bf16 would round it eight times coarser.
+        """
+        tokens = self.geometry.tokens
+        rows, cols = -(-tokens // block_m) * block_m, -(-tokens // block_n) * block_n
+        return (self.num_heads, rows, cols), torch.float32 if self.dtype == torch.float32 else torch.float16
+
+
+class _Forward:
+    """The launches of one forward, and what it needs allocated."""
+
+    __slots__ = ("attention", "check", "checks_shape", "dense", "expand", "is_small", "lse_shape")
+
+    def __init__(self, problem: _Problem) -> None:
+        from ..kernels import bias as bias_kernels
+        from ..kernels import launch, tiles, window_fwd
+
+        geometry, tokens = problem.geometry, problem.geometry.tokens
+        shared_memory = problem.shared_memory or _device_shared_memory(problem.device)
+        self.is_small = problem.is_small
         self.check: Any = None
         self.expand: Any = None
-        self.checks_shape: tuple[int, ...] = ()
-        self.dense_shape: tuple[int, ...] = ()
-        self.dense_dtype = torch.float16
+        self.checks_shape = (geometry.num_windows, _CHECKS)
+        self.lse_shape = (0,)
+        table_strides = problem.table_strides or (0, 0)
+        if self.is_small:
+            small = launch.small(
+                tokens=tokens,
+                head_dim=problem.head_dim,
+                batch=problem.batch,
+                positions=geometry.num_windows * problem.num_heads,
+                element_size=problem.dtype.itemsize,
+                shared_memory=shared_memory,
+            )
+            self.attention: Any = _Launch(
+                window_fwd._window_attention_fwd_small_kernel,
+                (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
+                (
+                    *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.places,
+                    *problem.constants, problem.precision, small.block_n, small.block_d, small.images,
+                ),
+                num_warps=small.num_warps,
+                num_stages=small.num_stages,
+            )  # fmt: skip
+            return
+        large = launch.large(
+            tokens=tokens,
+            head_dim=problem.head_dim,
+            element_size=problem.dtype.itemsize,
+            shared_memory=shared_memory,
+        )
+        self.dense = problem.dense(large.block_m, large.block_n)
+        _, rows, cols = self.dense[0]
+        if problem.bias_mode == tiles.BIAS_DENSE.value:
+            self.expand = _expand(problem, self.dense)
+        if problem.has_mask:
+            self.check = _Launch(
+                bias_kernels._check_mask_kernel,
+                (geometry.num_windows, _CHECKS),
+                (*geometry.grid, *geometry.shift, problem.mask_value, *geometry.window, _CHECKS, 1024),
+            )
+        if problem.for_backward:
+            self.lse_shape = (problem.batch, geometry.num_windows, problem.num_heads, tokens)  # type: ignore[assignment]
+        self.attention = _Launch(
+            window_fwd._window_attention_fwd_kernel,
+            (rows // large.block_m * problem.num_heads * geometry.num_windows * problem.batch,),
+            (
+                *problem.image_strides, *table_strides, rows * cols, cols, problem.num_heads, *problem.places,
+                *problem.constants, problem.for_backward, problem.precision, problem.rank or 16, _CHECKS,
+                large.block_m, large.block_n, large.block_d,
+            ),
+            num_warps=large.num_warps,
+            num_stages=large.num_stages,
+        )  # fmt: skip
+
+
+def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> _Launch:
+    """The launch that expands the live table into the dense bias."""
+    from ..kernels import bias as bias_kernels
+
+    (heads, rows, cols), dtype = dense
+    limit = 3e38 if dtype == torch.float32 else 6e4
+    assert problem.table_strides is not None
+    return _Launch(
+        bias_kernels._expand_bias_kernel,
+        (-(-rows // 16), -(-cols // 128), -(-heads // 4)),
+        (rows * cols, cols, *problem.table_strides, problem.geometry.tokens, rows, cols, heads, limit, 4, 16, 128),
+    )
 
 
 def shifted_window_attention(
@@ -127,7 +284,10 @@ def shifted_window_attention(
     scale: float,
     logit_scale: Tensor | None,
     factors: tuple[Tensor, ...] | None = None,
-) -> Tensor:
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    for_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
     """As `reference.shifted_window_attention`, by one kernel.
 
     Args:
@@ -135,36 +295,43 @@ def shifted_window_attention(
         index, mask, padding, logit_scale: contiguous.
         factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias in log2 units, and the table and index
             that they were computed from; where those differ from the live ones, the live table is used.
+        dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
+        for_backward: keep what the backward needs.
+    Returns:
+        (B, H, W, heads * D), and the log-sum-exp of the scores (B, M, heads, N) in log2 units, or an empty tensor
+        where no backward needs it.
     """
     device = qkv.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return shifted_window_attention(
                 qkv, k, v, geometry, num_heads=num_heads, table=table, index=index, padding=padding, mask=mask,
-                mask_value=mask_value, scale=scale, logit_scale=logit_scale, factors=factors,
+                mask_value=mask_value, scale=scale, logit_scale=logit_scale, factors=factors, dropout=dropout,
+                seed=seed, for_backward=for_backward,
             )  # fmt: skip
     batch, height, width, channels = qkv.shape
     channels = channels // 3 if k is None else channels
     out = torch.empty((batch, height, width, channels), dtype=qkv.dtype, device=device)
-    if out.numel() == 0:
-        return out
     if not geometry.is_padded:
         padding = None
-    rank = 0 if factors is None else factors[0].shape[-1]
-    key = (
-        device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, padding is None,
-        None if table is None else table.stride(), mask is None, mask_value, scale, logit_scale is None, rank,
-        _precision(qkv.dtype), shared_memory_override,
+    problem = _Problem(
+        device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, padding is not None,
+        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
+        0 if factors is None else factors[0].shape[-1], dropout, for_backward, _precision(qkv.dtype),
+        shared_memory_override,
     )  # fmt: skip
-    window = _launches.get(key) or _keep(key, _plan(*key))
-    if window.is_small:
-        window.attention(out, qkv, k, v, padding, table, index, mask, logit_scale)
-        return out
+    forward = _launches.get(problem) or _keep(problem, _Forward(problem))
+    lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else qkv.new_empty(0)
+    if out.numel() == 0:
+        return out, lse
+    if forward.is_small:
+        forward.attention(out, qkv, k, v, padding, table, index, mask, logit_scale, seed)
+        return out, lse
 
     unusual = dense = q_factor = k_factor = stale = None
-    if window.check is not None:
-        unusual = torch.empty(window.checks_shape, dtype=torch.int32, device=device)
-        window.check(unusual, mask)
+    if forward.check is not None:
+        unusual = torch.empty(forward.checks_shape, dtype=torch.int32, device=device)
+        forward.check(unusual, mask)
     if factors is not None:
         assert table is not None
         assert index is not None
@@ -172,108 +339,203 @@ def shifted_window_attention(
         stale = torch.zeros(1, dtype=torch.int32, device=device)
         _compare(stale, table.contiguous(), known_table)
         _compare(stale, index, known_index)
-    elif window.expand is not None:
-        dense = torch.empty(window.dense_shape, dtype=window.dense_dtype, device=device)
-        window.expand(dense, table, index)
-    window.attention(
-        out, qkv, k, v, padding, table, index, mask, unusual, logit_scale, dense, q_factor, k_factor, stale
+    elif forward.expand is not None:
+        shape, dtype = forward.dense
+        dense = torch.empty(shape, dtype=dtype, device=device)
+        forward.expand(dense, table, index)
+    forward.attention(
+        out, qkv, k, v, padding, table, index, mask, unusual, logit_scale, dense, q_factor, k_factor, stale, seed, lse
     )
-    return out
+    return out, lse
 
 
-def _plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int,
-    strides: tuple[int, ...],
+class _Backward:
+    """The launches of one backward, and what it needs allocated."""
+
+    __slots__ = (
+        "bias", "bias_shape", "dense", "expand", "is_small", "key", "padding_shape", "query", "reduce", "scale_shape",
+        "small",
+    )  # fmt: skip
+
+    def __init__(self, problem: _Problem, grad_bias: bool) -> None:
+        from ..kernels import bias as bias_kernels
+        from ..kernels import launch, window_bwd
+
+        geometry, heads, batch = problem.geometry, problem.num_heads, problem.batch
+        tokens, windows = geometry.tokens, geometry.num_windows
+        self.is_small = problem.is_small
+        self.expand: Any = None
+        self.bias: Any = None
+        self.reduce = _Launch(
+            bias_kernels._reduce_bias_kernel,
+            ((2 * geometry.window[0] - 1) * (2 * geometry.window[1] - 1), heads),
+            (heads, *geometry.window, 64 if self.is_small else 256),
+            num_warps=2,
+        )
+        options: dict[str, int] = {
+            "head_dim": problem.head_dim,
+            "element_size": problem.dtype.itemsize,
+            "shared_memory": problem.shared_memory or _device_shared_memory(problem.device),
+        }
+        if self.is_small:
+            small = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
+            parts = -(-windows // small.windows) * -(-batch // small.images)
+            self.small: Any = _Launch(
+                window_bwd._window_attention_bwd_small_kernel,
+                (-(-windows // small.windows) * heads, -(-batch // small.images)),
+                (
+                    *problem.image_strides, *(problem.table_strides or (0, 0)), batch, heads, *problem.places,
+                    *problem.constants, grad_bias, problem.precision, small.block_n, small.block_d, small.images,
+                    small.windows,
+                ),
+                num_warps=small.num_warps,
+                num_stages=small.num_stages,
+            )  # fmt: skip
+            self.bias_shape = (parts, heads, tokens, tokens)
+            self.scale_shape: tuple[int, ...] = (parts, heads)
+            self.padding_shape = (parts, 3 * problem.channels)
+            return
+        large = launch.large_backward(tokens=tokens, **options)
+        blocks = [(one.block_m, one.block_n) for one in large]
+        self.dense = problem.dense(max(m for m, _ in blocks), max(n for _, n in blocks))
+        _, rows, cols = self.dense[0]
+        if problem.table_strides is not None:
+            self.expand = _expand(problem, self.dense)
+
+        def plan(kernel: Any, one: launch.LargeLaunch, grid: tuple[int, ...], *sizes: int, images: Any = ()) -> _Launch:
+            numbers = (*problem.image_strides, rows * cols, cols, *sizes, heads, *problem.places, *problem.constants)
+            shape = (problem.precision, one.block_m, one.block_n, one.block_d, *images)
+            return _Launch(kernel, grid, (*numbers, *shape), num_warps=one.num_warps, num_stages=one.num_stages)
+
+        parts = heads * windows * batch
+        tiles = -(-tokens // large.query.block_m)
+        self.query = plan(window_bwd._window_attention_bwd_query_kernel, large.query, (tiles * parts,))
+        self.scale_shape = (batch, windows, tiles, heads)
+        tiles = -(-tokens // large.key.block_n)
+        self.key = plan(window_bwd._window_attention_bwd_key_kernel, large.key, (tiles * parts,))
+        self.padding_shape = (batch * windows * tiles, 3 * problem.channels)
+        if grad_bias:
+            tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
+            chunk = launch.bias_chunk(tiles=tiles, windows=windows, batch=batch)
+            groups = -(-windows // chunk.windows), -(-batch // chunk.images)
+            self.bias = plan(
+                window_bwd._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups), batch,
+                images=(chunk.images, chunk.windows),
+            )  # fmt: skip
+            self.bias_shape = (groups[0] * groups[1], heads, tokens, tokens)
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call, each as its input; None where not asked for."""
+
+    qkv: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    table: Tensor | None
+    padding: Tensor | None
+    logit_scale: Tensor | None
+
+
+def shifted_window_attention_backward(
+    grad_out: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     geometry: Geometry,
+    *,
     num_heads: int,
-    channels: int,
-    packed: bool,
-    unpadded: bool,
-    table_strides: tuple[int, ...] | None,
-    no_mask: bool,
+    table: Tensor | None,
+    index: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
     mask_value: float,
     scale: float,
-    dot_product: bool,
-    rank: int,
-    precision: str,
-    shared_memory: int | None,
-) -> _Window:
-    """The launches for one problem; its arguments are the key that they are kept under."""
-    from ..kernels import bias as bias_kernels
-    from ..kernels import launch, window_fwd
+    logit_scale: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    grad_table: bool,
+) -> Gradients:
+    """Gradients of `shifted_window_attention` with `for_backward`.
 
-    (height, width), (window_h, window_w), tokens = geometry.size, geometry.window, geometry.tokens
-    head_dim, element_size = channels // num_heads, dtype.itemsize
-    shared_memory = shared_memory or _device_shared_memory(device)
-    if not no_mask:
-        mask_mode = window_fwd.MASK_TENSOR
-    elif geometry.is_shifted and mask_value:
-        mask_mode = window_fwd.MASK_REGIONS
-    else:
-        mask_mode = window_fwd.MASK_NONE
-    out_strides = (height * width * channels, width * channels, channels)
-    places = (height, width, *geometry.grid, *geometry.shift, *geometry.roll, scale, mask_value)
-    shared = (window_h, window_w, head_dim, packed, not dot_product)
-    flags = (mask_mode.value, not unpadded, geometry.roll_first, precision)
-    plan = _Window(tokens <= launch.SMALL_WINDOW)
-
-    if plan.is_small:
-        small = launch.small(
-            tokens=tokens,
-            head_dim=head_dim,
-            batch=batch,
-            positions=geometry.num_windows * num_heads,
-            element_size=element_size,
-            shared_memory=shared_memory,
-        )
-        bias_mode = window_fwd.BIAS_NONE if table_strides is None else window_fwd.BIAS_TABLE
-        plan.attention = _Launch(
-            window_fwd._window_attention_fwd_small_kernel,
-            (geometry.num_windows * num_heads, -(-batch // small.images)),
-            (
-                *strides[:3], *out_strides, *(table_strides or (0, 0)), batch, num_heads, *places, *shared,
-                bias_mode.value, *flags, small.block_n, small.block_d, small.images,
-            ),
-            num_warps=small.num_warps,
-            num_stages=small.num_stages,
-        )  # fmt: skip
-        return plan
-
-    large = launch.large(tokens=tokens, head_dim=head_dim, element_size=element_size, shared_memory=shared_memory)
-    rows = -(-tokens // large.block_m) * large.block_m
-    cols = -(-tokens // large.block_n) * large.block_n
-    bias_mode = window_fwd.BIAS_FACTORS if rank else window_fwd.BIAS_DENSE
-    if table_strides is None:
-        bias_mode = window_fwd.BIAS_NONE
-    elif not rank:
-        # For 16-bit compute the dense form is fp16 whatever the dtype: bf16 would round it eight times coarser.
-        wide = dtype == torch.float32
-        plan.dense_shape, plan.dense_dtype = (num_heads, rows, cols), torch.float32 if wide else torch.float16
-        plan.expand = _Launch(
-            bias_kernels._expand_bias_kernel,
-            (-(-rows // 16), -(-cols // 128), -(-num_heads // 4)),
-            (rows * cols, cols, *table_strides, tokens, rows, cols, num_heads, 3e38 if wide else 6e4, 4, 16, 128),
-        )
-    if mask_mode == window_fwd.MASK_TENSOR:
-        plan.checks_shape = (geometry.num_windows, _CHECKS)
-        plan.check = _Launch(
-            bias_kernels._check_mask_kernel,
-            (geometry.num_windows, _CHECKS),
-            (*geometry.grid, *geometry.shift, mask_value, window_h, window_w, _CHECKS, 1024),
-        )
-    plan.attention = _Launch(
-        window_fwd._window_attention_fwd_kernel,
-        (rows // large.block_m * num_heads * geometry.num_windows * batch,),
-        (
-            *strides[:3], *out_strides, *(table_strides or (0, 0)), rows * cols, cols, num_heads, *places, *shared,
-            bias_mode.value, *flags, rank or 16, _CHECKS, large.block_m, large.block_n, large.block_d,
-        ),
-        num_warps=large.num_warps,
-        num_stages=large.num_stages,
+    Args:
+        grad_out: (B, H, W, heads * D), contiguous.
+        out, lse: what the forward gave; small windows need no out.
+        qkv, k, v: contiguous, as everything else.
+        grad_table: whether the table's gradient is wanted, the only one that costs much.
+    """
+    device = qkv.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return shifted_window_attention_backward(
+                grad_out, out, lse, qkv, k, v, geometry, num_heads=num_heads, table=table, index=index,
+                padding=padding, mask=mask, mask_value=mask_value, scale=scale, logit_scale=logit_scale,
+                dropout=dropout, seed=seed, grad_table=grad_table,
+            )  # fmt: skip
+    batch, _, _, channels = qkv.shape
+    channels = channels // 3 if k is None else channels
+    pad = padding if geometry.is_padded else None
+    grad_table = grad_table and table is not None
+    problem = _Problem(
+        device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, pad is not None,
+        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
+        0, dropout, True, _precision(qkv.dtype), shared_memory_override,
     )  # fmt: skip
-    return plan
+    key = ("backward", grad_table, problem)
+    backward = _launches.get(key) or _keep(key, _Backward(problem, grad_table))
+
+    def fp32(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    grad_qkv, grad_k, grad_v = (None if t is None else torch.empty_like(t) for t in (qkv, k, v))
+    grad_bias = fp32(backward.bias_shape) if grad_table else None
+    grad_scale = None if logit_scale is None else fp32(backward.scale_shape)
+    grad_pad = None if pad is None else torch.zeros(backward.padding_shape, dtype=torch.float32, device=device)
+    if grad_out.numel() == 0:
+        grad_bias = None if grad_bias is None else grad_bias.zero_()
+    elif backward.is_small:
+        backward.small(
+            grad_qkv, grad_k, grad_v, grad_bias, grad_pad, grad_scale, grad_out, qkv, k, v, pad, table, index, mask,
+            logit_scale, seed,
+        )  # fmt: skip
+    else:
+        dense = None
+        if backward.expand is not None:
+            dense = torch.empty(backward.dense[0], dtype=backward.dense[1], device=device)
+            backward.expand(dense, table, index)
+        delta = torch.empty_like(lse)
+        q_norm, k_norm = (None, None) if logit_scale is None else (torch.empty_like(lse), torch.empty_like(lse))
+        operands = (qkv, k, v, pad, mask, logit_scale, dense, seed)
+        backward.query(grad_qkv, grad_scale, delta, q_norm, grad_out, out, lse, *operands)
+        backward.key(grad_qkv, grad_k, grad_v, grad_pad, k_norm, grad_out, lse, delta, q_norm, *operands)
+        if grad_table:
+            backward.bias(grad_bias, grad_out, lse, delta, q_norm, k_norm, *operands)
+    return Gradients(
+        grad_qkv,
+        grad_k,
+        grad_v,
+        None if grad_bias is None else _reduce_bias(grad_bias, table, index, backward),
+        None if padding is None else _sum_parts(grad_pad, padding),
+        None if grad_scale is None else grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype),  # type: ignore[union-attr]
+    )
+
+
+def _sum_parts(parts: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if parts is None else parts.sum(0).to(like.dtype)
+
+
+def _reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, backward: _Backward) -> Tensor:
+    """From the dense bias gradients of all parts (parts, heads, N, N) to the table's (T, heads)."""
+    assert table is not None
+    assert index is not None
+    grad_bias = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    grad_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+    if torch.are_deterministic_algorithms_enabled():  # the kernel is, unless the index is an unusual one
+        grad_table.index_put_((index.view(-1),), grad_bias.flatten(1).t(), accumulate=True)
+    else:
+        backward.reduce(grad_table, grad_bias, index)
+    return grad_table.to(table.dtype)
 
 
 def _compare(differs: Tensor, left: Tensor, right: Tensor) -> None:

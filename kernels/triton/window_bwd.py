@@ -1,0 +1,641 @@
+"""Backward of shifted-window attention on the image layout: gradients land where the tokens came from.
+
+With P = softmax(S) and dP = dO Vᵀ, both kernels compute (Dao et al. 2022, arXiv:2205.14135, appendix B.2)
+
+    dV = Pᵀ dO      dS = P ∘ (dP − rowsum(dO ∘ O))      dQ = dS K      dK = dSᵀ Q      dB = Σ dS
+
+from recomputed scores. A small window needs nothing but its tokens; its bias gradient is summed in registers over
+all images that a program walks. A large window is walked in tiles three times, once for each of dQ, (dK, dV) and dB,
+with the log-sum-exp of the forward; nothing is added up by atomics, so results do not depend on timing.
+
+Attention dropout multiplies P where it meets V, and dP (dropped weights pass no gradient). Cosine attention passes
+dQ and dK through the normalisation, x / max(‖x‖, ε): dx = (dx̂ − x̂ (x̂ · dx̂)) / ‖x‖, and x̂ · dx̂ of the queries,
+summed, is the gradient of logit_scale. Padding queries have no gradient, their outputs are cropped; padding keys and
+values hand theirs to the projection's bias.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LN2,
+    LOG2E,
+    LOG_100,
+    MASK_REGIONS,
+    MASK_TENSOR,
+    add_mask,
+    cosine_scale,
+    dropout_factor,
+    inverse_norm,
+    load_tokens,
+    locate_tokens,
+    scaled_query,
+    tile_bias,
+)
+
+
+@triton.jit
+def _normalised(x, COSINE: tl.constexpr):
+    """x, divided by its norm for cosine attention, in its own dtype."""
+    if COSINE:
+        return (x.to(tl.float32) * inverse_norm(x)[:, None]).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _through_norm(x, grad):
+    """Gradient of x from that of x / max(‖x‖, 1e-12), and the product of the latter two by row; fp32."""
+    inverse = inverse_norm(x)
+    unit = x.to(tl.float32) * inverse[:, None]
+    along = tl.sum(unit * grad, axis=1)
+    clamped = inverse > 0.9999e12  # where ε replaces the norm, that is a constant
+    return (grad - tl.where(clamped[:, None], 0.0, unit * along[:, None])) * inverse[:, None], along
+
+
+@triton.jit
+def _logit_scale_gradient(grad_scale, logit_scale_ptr, head):
+    """Gradient of a head's logit_scale from Σ dS ∘ S, which is that of its logarithm; none where it is clamped."""
+    return tl.where(tl.load(logit_scale_ptr + head).to(tl.float32) > LOG_100, 0.0, grad_scale)
+
+
+@triton.jit
+def _store_tokens(grad_ptr, grad, offs_token, real, offs_d, HEAD_DIM: tl.constexpr):
+    tl.store(
+        grad_ptr + offs_token[:, None] + offs_d[None, :],
+        grad.to(grad_ptr.dtype.element_ty),
+        mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit
+def _window_attention_bwd_small_kernel(
+    grad_qkv_ptr,  # as qkv, k and v
+    grad_k_ptr,
+    grad_v_ptr,
+    grad_bias_ptr,  # (parts, heads, N, N), fp32
+    grad_padding_ptr,  # (parts, 3 * heads * HEAD_DIM), fp32, zero at the start
+    grad_logit_scale_ptr,  # (parts, heads), fp32
+    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    k_ptr,
+    v_ptr,
+    padding_ptr,  # (3 * heads * HEAD_DIM,)
+    table_ptr,  # (T, heads)
+    index_ptr,  # (N, N), int64
+    mask_ptr,  # (windows, N, N)
+    logit_scale_ptr,  # (heads,)
+    seed_ptr,  # (1,), int64
+    stride_qkv_batch,
+    stride_qkv_row,
+    stride_qkv_col,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_col,
+    stride_table_row,
+    stride_table_head,
+    batch,
+    num_heads,
+    height,
+    width,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    scale,
+    mask_value,
+    dropout,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IMAGES: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    """One program: one head, WINDOWS window positions, up to IMAGES images of each."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    num_windows = windows_h * windows_w
+    head = tl.program_id(0) % num_heads
+    group = tl.program_id(0) // num_heads
+    first = tl.program_id(1) * IMAGES
+    partial = tl.program_id(1) * tl.cdiv(num_windows, WINDOWS) + group
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_head = head * HEAD_DIM
+    if PACKED:
+        k_ptr = qkv_ptr + num_heads * HEAD_DIM
+        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+        grad_k_ptr = grad_qkv_ptr + num_heads * HEAD_DIM
+        grad_v_ptr = grad_qkv_ptr + 2 * num_heads * HEAD_DIM
+    if COSINE:
+        scale = cosine_scale(logit_scale_ptr, head)
+    if not HAS_PAD:
+        padding_ptr = qkv_ptr  # never read
+    pad_q_ptr = padding_ptr + offs_head
+    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
+    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+
+    grad_bias = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    grad_pad_k = tl.zeros((BLOCK_D,), tl.float32)
+    grad_pad_v = tl.zeros((BLOCK_D,), tl.float32)
+    grad_scale = 0.0
+    for window in tl.range(group * WINDOWS, tl.minimum((group + 1) * WINDOWS, num_windows)):
+        row, col, real = locate_tokens(
+            offs_n, window // windows_w, window % windows_w, height, width, windows_h * WINDOW_H,
+            windows_w * WINDOW_W, roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        padding = (offs_n < N) & (real == 0)
+        offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col + offs_head
+        offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col + offs_head
+        start = tile_bias(
+            offs_n[:, None], offs_n[None, :], table_ptr, index_ptr, table_ptr, stride_table_row, stride_table_head,
+            0, 0, head, N, BIAS,
+        )  # fmt: skip
+        start = add_mask(
+            start, offs_n[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
+            mask_value, WINDOW_H, WINDOW_W, MASK,
+        )  # fmt: skip
+        for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
+            offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
+            q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
+            k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+            v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+            grad_out = load_tokens(
+                grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch, offs_out, real, padding, pad_v_ptr,
+                offs_d, HEAD_DIM, False,
+            )  # fmt: skip
+
+            query, key = scaled_query(q, scale, COSINE), _normalised(k, COSINE)
+            scores = tl.dot(query, tl.trans(key), start, input_precision=PRECISION)
+            p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+            p *= (1.0 / tl.sum(p, axis=1))[:, None]
+            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            kept = p
+            if HAS_DROPOUT:
+                part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
+                factor = dropout_factor(seed_ptr, dropout, part, offs_n[:, None], offs_n[None, :], N)
+                kept = p * factor
+                grad_p *= factor
+            grad_v = tl.dot(tl.trans(kept.to(v.dtype)), grad_out, input_precision=PRECISION)
+            grad_scores = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None])
+            if GRAD_BIAS:
+                grad_bias += grad_scores
+            grad_scores = grad_scores.to(q.dtype)
+            grad_q = tl.dot(grad_scores, key, input_precision=PRECISION) * scale
+            grad_k = tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION) * LN2  # query holds log2(e)
+            if COSINE:
+                grad_q, along = _through_norm(q, grad_q)
+                grad_k, _ = _through_norm(k, grad_k)
+                grad_scale += tl.sum(along, axis=0)
+            if HAS_PAD:
+                grad_pad_k += tl.sum(tl.where(padding[:, None], grad_k, 0.0), axis=0)
+                grad_pad_v += tl.sum(tl.where(padding[:, None], grad_v, 0.0), axis=0)
+            _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
+            _store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, real, offs_d, HEAD_DIM)
+            _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
+
+    if GRAD_BIAS:
+        offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_n[:, None] * N + offs_n[None, :]
+        tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_n < N)[:, None] & (offs_n < N)[None, :])
+    if COSINE:
+        grad_scale = _logit_scale_gradient(grad_scale, logit_scale_ptr, head)
+        tl.store(grad_logit_scale_ptr + partial * num_heads + head, grad_scale)
+    if HAS_PAD:
+        offs_pad = (tl.cast(partial, tl.int64) * 3 * num_heads + head) * HEAD_DIM + offs_d
+        tl.store(grad_padding_ptr + offs_pad + num_heads * HEAD_DIM, grad_pad_k, mask=offs_d < HEAD_DIM)
+        tl.store(grad_padding_ptr + offs_pad + 2 * num_heads * HEAD_DIM, grad_pad_v, mask=offs_d < HEAD_DIM)
+
+
+@triton.jit
+def _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK: tl.constexpr):
+    """Whether a window has a mask: of shifted windows only those of the last row and column do."""
+    if MASK == MASK_REGIONS:
+        last_row, last_col = window // windows_w == windows_h - 1, window % windows_w == windows_w - 1
+        return (last_row & (shift_h > 0)) | (last_col & (shift_w > 0))
+    return MASK == MASK_TENSOR
+
+
+@triton.jit
+def _window_attention_bwd_query_kernel(
+    grad_qkv_ptr,  # as qkv
+    grad_logit_scale_ptr,  # (batch * windows * TILES, heads), fp32
+    delta_ptr,  # (batch, windows, heads, N), fp32: rowsum(dO ∘ O), for the other two kernels
+    query_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the queries, likewise
+    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
+    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    k_ptr,
+    v_ptr,
+    padding_ptr,  # (3 * heads * HEAD_DIM,)
+    mask_ptr,  # (windows, N, N)
+    logit_scale_ptr,  # (heads,)
+    dense_ptr,  # (heads, rows, cols), log2 units
+    seed_ptr,  # (1,), int64
+    stride_qkv_batch,
+    stride_qkv_row,
+    stride_qkv_col,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_col,
+    stride_dense_head,
+    stride_dense_row,
+    num_heads,
+    height,
+    width,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    scale,
+    mask_value,
+    dropout,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dQ, and with it logit_scale's. One program: BLOCK_M queries of one window and head of one image."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    tile = tl.program_id(0) % TILES
+    part = (tl.program_id(0) // TILES).to(tl.int64)
+    head = (part % num_heads).to(tl.int32)
+    num_windows = windows_h * windows_w
+    window = ((part // num_heads) % num_windows).to(tl.int32)
+    image = part // num_heads // num_windows
+    window_row, window_col = window // windows_w, window % windows_w
+
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    row, col, real = locate_tokens(
+        offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+    )  # fmt: skip
+    offs_head = head * HEAD_DIM
+    offs_image = image * stride_qkv_batch + offs_head
+    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+    offs_out = image * stride_out_batch + offs_head
+    offs_out += row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
+    if PACKED:
+        k_ptr = qkv_ptr + num_heads * HEAD_DIM
+        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    if not HAS_PAD:
+        padding_ptr = qkv_ptr  # never read
+    pad_q_ptr = padding_ptr + offs_head
+    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
+    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+
+    # Padding queries read as zeros: their gradient is zero whatever they hold.
+    q = load_tokens(qkv_ptr + offs_image, offs_token, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
+    grad_out = load_tokens(grad_out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
+    out = load_tokens(out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
+    lse = tl.load(lse_ptr + part * N + offs_m, mask=real, other=float("inf"))
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
+    tl.store(delta_ptr + part * N + offs_m, delta, mask=offs_m < N)
+    query, factor = q, scale * LOG2E
+    if COSINE:
+        scale = cosine_scale(logit_scale_ptr, head)
+        norm = inverse_norm(q)
+        tl.store(query_norm_ptr + part * N + offs_m, norm, mask=offs_m < N)
+        query, factor = (q.to(tl.float32) * (norm * (scale * LOG2E))[:, None]).to(q.dtype), 1.0
+
+    masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
+    grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in tl.range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        row_n, col_n, real_n = locate_tokens(
+            offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        padding = (offs_n < N) & (real_n == 0)
+        offs_key = offs_image + row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col
+        k = load_tokens(k_ptr, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        v = load_tokens(v_ptr, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        bias = tile_bias(
+            offs_m[:, None], offs_n[None, :], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
+            stride_dense_row, head, N, BIAS,
+        )  # fmt: skip
+        key = _normalised(k, COSINE)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor + (bias - lse[:, None])
+        if masked:
+            scores = add_mask(
+                scores, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
+                mask_value, WINDOW_H, WINDOW_W, MASK,
+            )  # fmt: skip
+        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
+        grad_scores = tl.exp2(scores) * (grad_p - delta[:, None])
+        grad_q = tl.dot(grad_scores.to(q.dtype), key, grad_q, input_precision=PRECISION)
+
+    grad_q *= scale
+    if COSINE:
+        grad_q, along = _through_norm(q, grad_q)
+        grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
+        tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
+    _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
+
+
+@triton.jit
+def _window_attention_bwd_key_kernel(
+    grad_qkv_ptr,  # as qkv, k and v
+    grad_k_ptr,
+    grad_v_ptr,
+    grad_padding_ptr,  # (batch * windows * TILES, 3 * heads * HEAD_DIM), fp32, zero at the start
+    key_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the keys, for the bias kernel
+    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
+    delta_ptr,  # (batch, windows, heads, N), fp32
+    query_norm_ptr,  # (batch, windows, heads, N), fp32
+    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    k_ptr,
+    v_ptr,
+    padding_ptr,  # (3 * heads * HEAD_DIM,)
+    mask_ptr,  # (windows, N, N)
+    logit_scale_ptr,  # (heads,)
+    dense_ptr,  # (heads, rows, cols), log2 units
+    seed_ptr,  # (1,), int64
+    stride_qkv_batch,
+    stride_qkv_row,
+    stride_qkv_col,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_col,
+    stride_dense_head,
+    stride_dense_row,
+    num_heads,
+    height,
+    width,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    scale,
+    mask_value,
+    dropout,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dK and dV. One program: BLOCK_N keys of one window and head of one image.
+
+    Scores are transposed here, (keys, queries), so that both products take them from registers as they are.
+    """
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) % TILES
+    part = (tl.program_id(0) // TILES).to(tl.int64)
+    head = (part % num_heads).to(tl.int32)
+    num_windows = windows_h * windows_w
+    window = ((part // num_heads) % num_windows).to(tl.int32)
+    image = part // num_heads // num_windows
+    window_row, window_col = window // windows_w, window % windows_w
+
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    row, col, real = locate_tokens(
+        offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+    )  # fmt: skip
+    padding = (offs_n < N) & (real == 0)
+    offs_head = head * HEAD_DIM
+    offs_image = image * stride_qkv_batch + offs_head
+    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+    if PACKED:
+        k_ptr = qkv_ptr + num_heads * HEAD_DIM
+        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+        grad_k_ptr = grad_qkv_ptr + num_heads * HEAD_DIM
+        grad_v_ptr = grad_qkv_ptr + 2 * num_heads * HEAD_DIM
+    if not HAS_PAD:
+        padding_ptr = qkv_ptr  # never read
+    pad_k_ptr = padding_ptr + offs_head + num_heads * HEAD_DIM
+    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+    k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+    v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+    key, factor = k, scale * LOG2E
+    if COSINE:
+        scale = cosine_scale(logit_scale_ptr, head)
+        norm = inverse_norm(k)
+        tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
+        key, factor = (k.to(tl.float32) * norm[:, None]).to(k.dtype), 1.0
+
+    masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in tl.range(0, N, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        row_m, col_m, real_m = locate_tokens(
+            offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        offs_query = offs_image + row_m.to(tl.int64) * stride_qkv_row + col_m.to(tl.int64) * stride_qkv_col
+        offs_out = image * stride_out_batch + offs_head
+        offs_out += row_m.to(tl.int64) * stride_out_row + col_m.to(tl.int64) * stride_out_col
+        query = load_tokens(qkv_ptr, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+        grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+        lse = tl.load(lse_ptr + part * N + offs_m, mask=real_m, other=float("inf"))
+        delta = tl.load(delta_ptr + part * N + offs_m, mask=real_m, other=0.0)
+        bias = tile_bias(
+            offs_m[None, :], offs_n[:, None], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
+            stride_dense_row, head, N, BIAS,
+        )  # fmt: skip
+        if COSINE:
+            norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=real_m, other=0.0) * (scale * LOG2E)
+            query = (query.to(tl.float32) * norm_m[:, None]).to(query.dtype)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * factor + (bias - lse[None, :])
+        if masked:
+            scores = add_mask(
+                scores, offs_m[None, :], offs_n[:, None], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
+                mask_value, WINDOW_H, WINDOW_W, MASK,
+            )  # fmt: skip
+        p = tl.exp2(scores)
+        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        kept = p
+        if HAS_DROPOUT:
+            dropped = dropout_factor(seed_ptr, dropout, part, offs_m[None, :], offs_n[:, None], N)
+            kept = p * dropped
+            grad_p *= dropped
+        grad_v = tl.dot(kept.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
+        grad_scores = p * (grad_p - delta[None, :])
+        grad_k = tl.dot(grad_scores.to(k.dtype), query, grad_k, input_precision=PRECISION)
+
+    if COSINE:
+        grad_k, _ = _through_norm(k, grad_k * LN2)  # the queries held log2(e)
+    else:
+        grad_k *= scale
+    if HAS_PAD:
+        offs_pad = ((part // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
+        grad_pad_k = tl.sum(tl.where(padding[:, None], grad_k, 0.0), axis=0)
+        grad_pad_v = tl.sum(tl.where(padding[:, None], grad_v, 0.0), axis=0)
+        tl.store(grad_padding_ptr + offs_pad + num_heads * HEAD_DIM, grad_pad_k, mask=offs_d < HEAD_DIM)
+        tl.store(grad_padding_ptr + offs_pad + 2 * num_heads * HEAD_DIM, grad_pad_v, mask=offs_d < HEAD_DIM)
+    _store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, real, offs_d, HEAD_DIM)
+    _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
+
+
+@triton.jit
+def _window_attention_bwd_bias_kernel(
+    grad_bias_ptr,  # (parts, heads, N, N), fp32
+    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
+    delta_ptr,  # (batch, windows, heads, N), fp32
+    query_norm_ptr,  # (batch, windows, heads, N), fp32
+    key_norm_ptr,  # (batch, windows, heads, N), fp32
+    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    k_ptr,
+    v_ptr,
+    padding_ptr,  # (3 * heads * HEAD_DIM,)
+    mask_ptr,  # (windows, N, N)
+    logit_scale_ptr,  # (heads,)
+    dense_ptr,  # (heads, rows, cols), log2 units
+    seed_ptr,  # (1,), int64
+    stride_qkv_batch,
+    stride_qkv_row,
+    stride_qkv_col,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_col,
+    stride_dense_head,
+    stride_dense_row,
+    batch,
+    num_heads,
+    height,
+    width,
+    windows_h,
+    windows_w,
+    shift_h,
+    shift_w,
+    roll_h,
+    roll_w,
+    scale,
+    mask_value,
+    dropout,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    COSINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IMAGES: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    """dB. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = TILES_N * ((N + BLOCK_M - 1) // BLOCK_M)
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES
+    num_windows = windows_h * windows_w
+    partial = tl.program_id(2) * tl.cdiv(num_windows, WINDOWS) + tl.program_id(1)
+    first = tl.program_id(2) * IMAGES
+
+    offs_m = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_head = head * HEAD_DIM
+    if PACKED:
+        k_ptr = qkv_ptr + num_heads * HEAD_DIM
+        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    factor = scale * LOG2E
+    if COSINE:
+        factor = cosine_scale(logit_scale_ptr, head) * LOG2E
+    if not HAS_PAD:
+        padding_ptr = qkv_ptr  # never read
+    pad_k_ptr = padding_ptr + offs_head + num_heads * HEAD_DIM
+    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+    bias = tile_bias(
+        offs_m[:, None], offs_n[None, :], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head, stride_dense_row,
+        head, N, BIAS,
+    )  # fmt: skip
+
+    grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for window in tl.range(tl.program_id(1) * WINDOWS, tl.minimum((tl.program_id(1) + 1) * WINDOWS, num_windows)):
+        window_row, window_col = window // windows_w, window % windows_w
+        row_m, col_m, real_m = locate_tokens(
+            offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        row_n, col_n, real_n = locate_tokens(
+            offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
+            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
+        )  # fmt: skip
+        padding = (offs_n < N) & (real_n == 0)
+        offs_query = row_m.to(tl.int64) * stride_qkv_row + col_m.to(tl.int64) * stride_qkv_col + offs_head
+        offs_out = row_m.to(tl.int64) * stride_out_row + col_m.to(tl.int64) * stride_out_col + offs_head
+        offs_key = row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col + offs_head
+        start = add_mask(
+            bias, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
+            mask_value, WINDOW_H, WINDOW_W, MASK,
+        )  # fmt: skip
+        for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
+            offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
+            part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
+            q = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+            k = load_tokens(k_ptr + offs_image, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+            v = load_tokens(v_ptr + offs_image, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+            grad_out = load_tokens(
+                grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch, offs_out, real_m, real_m, pad_v_ptr,
+                offs_d, HEAD_DIM, False,
+            )  # fmt: skip
+            lse = tl.load(lse_ptr + part * N + offs_m, mask=real_m, other=float("inf"))
+            delta = tl.load(delta_ptr + part * N + offs_m, mask=real_m, other=0.0)
+            product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if COSINE:  # on the product, in fp32: q and k stay in shared memory
+                norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=real_m, other=0.0) * factor
+                norm_n = tl.load(key_norm_ptr + part * N + offs_n, mask=offs_n < N, other=0.0)
+                product *= norm_m[:, None] * norm_n[None, :]
+            else:
+                product *= factor
+            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
+            grad_bias += tl.exp2(product + (start - lse[:, None])) * (grad_p - delta[:, None])
+
+    offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_m < N)[:, None] & (offs_n < N)[None, :])
