@@ -44,7 +44,9 @@ def factorize_bias(
     """
     _check_bias(bias)
     least, largest = 1, min(bias.shape[1:])
-    given = [name for name, value in (("rank", rank), ("energy", energy), ("tolerance", tolerance)) if value is not None]
+    given = [
+        name for name, value in (("rank", rank), ("energy", energy), ("tolerance", tolerance)) if value is not None
+    ]
     if len(given) > 1:
         raise ValueError(f"rank, energy and tolerance exclude each other; got {' and '.join(given)}")
     bias = bias.detach()
@@ -173,7 +175,7 @@ def squared_distance_factors(
             raise TypeError(f"{name} must be a floating-point tensor; got {kind}")
         if value.dim() not in (2, 3) or value.shape[-1] != positions.shape[-1]:
             raise ValueError(
-                f"{name} must have shape (N, dims) or (batch, N, dims), dims as the positions'; got {tuple(value.shape)}"
+                f"{name} must have shape (N, dims) or (batch, N, dims), dims as positions'; got {tuple(value.shape)}"
             )
     weights = torch.as_tensor(weight, dtype=positions.dtype, device=positions.device).reshape(-1, 1, 1)
     # Distances do not change with the origin, but what cancels in them does.
@@ -183,4 +185,3 @@ def squared_distance_factors(
     q_factor = torch.cat((x.square().sum(-1, keepdim=True), ones_x, -2 * x), -1) * weights
     k_factor = torch.cat((ones_y, y.square().sum(-1, keepdim=True), y), -1)
     return q_factor, k_factor.expand(*k_factor.shape[:-3], weights.shape[0], -1, -1)
-

@@ -220,9 +220,7 @@ def sequence_attention(
         scores = scores + q_factor @ k_factor.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]].unsqueeze(1)
-    seen = visible_keys(
-        q.shape[2], causal=causal, block_size=block_size, window_blocks=window_blocks, device=q.device
-    )
+    seen = visible_keys(q.shape[2], causal=causal, block_size=block_size, window_blocks=window_blocks, device=q.device)
     scores = scores.masked_fill(~seen, float("-inf"))
     blind = (scores == float("-inf")).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

@@ -109,9 +109,11 @@ def _backward(
             _note(key, error)
     inputs = [q, k, v, *((q_factor, k_factor) if factor_grad else ())]
     leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
-    factors = leaves[3:] if factor_grad else [q_factor, k_factor]
+    q, k, v = leaves[:3]
+    if factor_grad:
+        q_factor, k_factor = leaves[3:]
     with torch.enable_grad():
-        plain = _plain(*leaves[:3], *factors, mask, problem)
+        plain = _plain(q, k, v, q_factor, k_factor, mask, problem)
     made = [backend.empty_like(leaf) if place < 3 else torch.empty_like(leaf) for place, leaf in enumerate(leaves)]
     return [place.copy_(found) for place, found in zip(made, torch.autograd.grad(plain, leaves, grad), strict=True)]
 

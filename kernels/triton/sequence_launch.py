@@ -1,7 +1,7 @@
 """From the shape of a sequence problem to the shape of a launch; see `launch` for what holds for both.
 
-A launch is the first of a short list, best first, that fits the shared memory. The order was measured on an H200 at
-head_dim 64 (docs/benchmarks.md).
+A launch is the one measured best for its kind of problem on an H200 (docs/benchmarks.md), or the first of ever smaller
+ones that fits the shared memory.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,9 @@ from .launch import power_of_two
 # Bytes of keys and values that a group of sequences may span, so that they stay in the cache while tiles of queries
 # take turns: about a third of what a large GPU has.
 _CACHE = 16 << 20
+
+# (block_m, block_n, num_warps, num_stages)
+_Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,10 @@ class SequenceLaunch:
     num_stages: int
 
 
-# (block_m, block_n, num_warps, num_stages), for 16 bits an element and for 32.
-_FORWARD = {
-    2: ((128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)),
-    4: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)),
-}
-_QUERY = {
-    2: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)),
-    4: ((32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)),
-}
-_KEY = {
-    2: ((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)),
-    4: ((32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)),
-}
+def _smaller(element_size: int) -> tuple[_Shape, ...]:
+    if element_size == 4:
+        return (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)
+    return (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)
 
 
 def forward(
@@ -48,10 +42,15 @@ def forward(
 
     def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
         row = block_d * element_size
-        mask = 4 * block_n * block_m if has_mask else 0
-        return block_m * (row + factor) + num_stages * (block_n * (2 * row + factor) + mask)
+        return block_m * (row + factor) + num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
 
-    return _first(_FORWARD[element_size], used, head_dim, rank, factor_size, shared_memory)
+    if element_size == 4:
+        best = (64, 64, 4, 2)
+    elif 32 < head_dim <= 64:
+        best = (128, 64, 8, 2 if rank else 3)
+    else:
+        best = (64, 64, 4, 3)
+    return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
 
 
 def grad_query(
@@ -61,11 +60,18 @@ def grad_query(
 
     def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
         row = block_d * element_size
-        scratch = 4 * block_m * block_n if element_size == 4 or factor else 0
-        mask = 4 * block_n * block_m if has_mask else 0
-        return block_m * (2 * row + factor) + num_stages * (block_n * (2 * row + factor) + mask) + scratch
+        # A tile of scores that changes its layout on the way to a product of fp32 goes through memory.
+        scratch = 4 * block_m * block_n if element_size == 4 or factor_size == 4 else 0
+        passing = num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
+        return block_m * (2 * row + factor) + passing + scratch
 
-    return _first(_QUERY[element_size], used, head_dim, rank, factor_size, shared_memory)
+    if element_size == 4:
+        best = (32, 64, 4, 2)
+    elif rank:
+        best = (64, 32, 4, 3)
+    else:
+        best = (64, 64, 4, 3 if head_dim <= 64 else 2)
+    return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
 
 
 def grad_key(
@@ -75,15 +81,19 @@ def grad_key(
 
     def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
         row = block_d * element_size
-        scratch = 4 * block_m * block_n if element_size == 4 or factor else 0
-        mask = 4 * block_n * block_m if has_mask else 0
-        return block_n * (2 * row + factor) + num_stages * (block_m * (2 * row + factor + 8) + mask) + scratch
+        scratch = 4 * block_m * block_n if element_size == 4 or factor_size == 4 or has_mask else 0
+        passing = num_stages * block_m * (2 * row + factor + 8 + 4 * has_mask * block_n)
+        return block_n * (2 * row + factor) + passing + scratch
 
-    return _first(_KEY[element_size], used, head_dim, rank, factor_size, shared_memory)
+    if element_size == 4:
+        best = (64, 32, 4, 2)
+    else:
+        best = (64, 64, 4, 3 if head_dim <= 64 and not rank else 2)
+    return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
 
 
 def _first(
-    shapes: tuple[tuple[int, int, int, int], ...],
+    shapes: tuple[_Shape, ...],
     used: Callable[[int, int, int, int, int], int],
     head_dim: int,
     rank: int,
@@ -92,9 +102,8 @@ def _first(
 ) -> SequenceLaunch:
     block_d, block_r = power_of_two(head_dim), power_of_two(max(rank, 1))
     factor = block_r * factor_size if rank else 0
-    for block_m, block_n, num_warps, num_stages in shapes:
-        if used(block_m, block_n, block_d, factor, num_stages) <= shared_memory:
-            break
+    fitting = (shape for shape in shapes if used(*shape[:2], block_d, factor, shape[3]) <= shared_memory)
+    block_m, block_n, num_warps, num_stages = next(fitting, shapes[-1])
     return SequenceLaunch(block_m, block_n, block_d, block_r, num_warps, num_stages)
 
 
