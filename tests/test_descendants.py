@@ -383,6 +383,28 @@ def test_trap_41_attention_with_further_arguments_is_not_recognised():
     assert not list(swinaccel.plan(randomize(Told(16, (4, 4), 2))))
 
 
+class Insistent(microsoft_models.WindowAttention):
+    """MONAI's wants its mask named, if only as None."""
+
+    def forward(self, x, mask):
+        return super().forward(x, mask)
+
+
+def test_attention_whose_mask_has_no_default():
+    model = randomize(Insistent(16, (4, 4), 2))
+    assert family(model) == ["window_attention"]
+    check(model, torch.randn(6, 16, 16), None)
+
+
+def test_trap_38_monais_flash_path_leaves_dropout_out():
+    """It is taken where no gradients are recorded, in training too: whether it drops is for the original to know."""
+    model = attention(attn_drop=0.5).train()
+    model.use_flash_attention = True
+    with torch.no_grad():
+        reason = families.match(model)[0].section(model, torch.randn(6, 16, 16))
+    assert "flash path" in reason
+
+
 class Doubled(models.SwinIRBlock):
     """SwinIR's but at other sizes."""
 
@@ -468,6 +490,24 @@ def test_trap_39_dropout_set_apart_counts(name):
     assert reader.section(model, *inputs).dropout == 0.999
     dropout.eval()
     assert reader.section(model, *inputs).dropout == 0
+
+
+@blocks
+def test_window_changed_by_hand_is_the_originals_to_judge(name):
+    """Table and index do not fit it: nothing of ours raises in the original's place."""
+    make, inputs, _ = BLOCKS[name]
+    model = make()
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    outcomes = []
+    for one in (model, twin):
+        one.window_size = 2 if name != "attention" else (2, 2)
+        try:
+            with torch.no_grad():
+                outcomes.append(helpers.tensors(one(*inputs))[0])
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1] if isinstance(outcomes[0], str) else torch.equal(*outcomes)
+    assert swinaccel.report(twin).accelerated[0].fallbacks == 1
 
 
 @blocks

@@ -63,13 +63,14 @@ def attention_section(
         mask, mask_value: as in `Section`.
         index: of the position biases, where the attention does not keep it.
     """
-    heads = attn.num_heads
+    heads, tokens = attn.num_heads, geometry.tokens
+    index = attn.relative_position_index if index is None else index
     common: dict[str, Any] = {
         "geometry": geometry,
         "num_heads": heads,
         "head_dim": attn.proj.in_features // heads,
         "output": lambda y: attn.proj_drop(attn.proj(y)),
-        "index": (attn.relative_position_index if index is None else index).view(geometry.tokens, -1),
+        "index": index.view(tokens, tokens) if index.numel() == tokens * tokens else index,
         "mask": mask,
         "mask_value": mask_value,
         "dropout": _dropout(attn),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import strange_mask
-from ._common import positional_names
+from ._common import drop_rate, positional_names
 from ._official import attention_section, attention_spec
 
 
@@ -37,6 +37,8 @@ class WindowAttention:
         (rows, cols), windows = module.window_size, 1
         if x.dim() != 3 or x.shape[1] != rows * cols:
             return f"the input {tuple(x.shape)} is not of windows of {rows * cols} tokens"
+        if getattr(module, "use_flash_attention", False) and drop_rate(module.attn_drop) > 0:
+            return "dropout is active, and its flash path leaves it out"  # MONAI's
         reason = strange_mask(mask, x)
         if reason is None and mask is not None:
             windows = mask.shape[0]
@@ -55,7 +57,7 @@ class WindowAttention:
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         tokens = module.window_size[0] * module.window_size[1]
         x = torch.Size((6, tokens, module.qkv.in_features))
-        return [(x, torch.Size((3, tokens, tokens))), (x,)]
+        return [(x, torch.Size((3, tokens, tokens))), (x, None)]
 
 
 def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
