@@ -46,12 +46,14 @@ def census(entry: zoo.Entry, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs, keywords = entry.make(args.real, args.batch)
     randomize(model.eval())
-    exact = outputs(model.to(args.device, torch.float64), inputs, keywords) if args.dtype != torch.float32 else None
+    exact = None
+    if args.dtype != torch.float32:
+        exact = outputs(model.to(args.device, torch.float64), inputs, keywords, entry.watch)
     model = model.to(args.device, args.dtype)
-    expected = outputs(model, inputs, keywords)
+    expected = outputs(model, inputs, keywords, entry.watch)
     row["original_ms"] = milliseconds(model, inputs, keywords) if args.speed else None
     swinaccel.accelerate(model, backend=args.backend)
-    found = outputs(model, inputs, keywords)
+    found = outputs(model, inputs, keywords, entry.watch)
     report = swinaccel.report(model)
     row |= {
         "found": len(report),
@@ -82,10 +84,14 @@ def randomize(model: nn.Module) -> None:
             parameter.copy_(value)
 
 
-def outputs(model: nn.Module, inputs: Any, keywords: Any) -> list[Tensor]:
-    """All floating-point tensors that a call gives, in fp64; what masks leave infinite is set to zero."""
+def outputs(model: nn.Module, inputs: Any, keywords: Any, watch: str = "") -> list[Tensor]:
+    """All floating-point tensors that a call, or a part of it, gives, in fp64; infinities of masks are set to zero."""
+    seen: list[Any] = []
+    hook = model.get_submodule(watch).register_forward_hook(lambda *call: seen.append(call[-1]))
     with torch.inference_mode():
-        result = call(model, inputs, keywords)
+        call(model, inputs, keywords)
+    hook.remove()
+    result = seen[-1]
     return [torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in tensors(result) if t.is_floating_point()]
 
 
@@ -171,7 +177,8 @@ def main() -> None:
     args.backend = "torch" if args.backend == "auto" and args.device.type == "cpu" else args.backend
 
     lines = [header(args.speed)]
-    print(lines[0], flush=True)
+    if not args.json:
+        print(lines[0], flush=True)
     for entry in zoo.ENTRIES + zoo.NEAR_MISSES:
         if args.only.lower() not in f"{entry.library} {entry.name}".lower():
             continue
