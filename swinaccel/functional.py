@@ -42,9 +42,9 @@ def factored_bias_attention(
 
     Args:
         q, k, v: (batch, heads, N, D), one dtype.
-        q_factor, k_factor: (heads, N, R), or (batch, heads, N, R) for a bias of each batch; natural units, any
-            floating dtype: fp32 factors keep their precision beside half-precision q. See `factorize_bias`,
-            `alibi_factors`, `squared_distance_factors`.
+        q_factor, k_factor: (heads, N, R), or (batch, heads, N, R) for a bias of each batch, 1 in place of heads where
+            all share it; natural units, any floating dtype: fp32 factors keep their precision beside half-precision
+            q. See `factorize_bias`, `alibi_factors`, `squared_distance_factors`.
         mask: (M, N, N), added to the scores of all heads; batch i uses row i mod M. It takes no gradient.
         scale: multiplies q kᵀ; D^-0.5 without.
         causal: whether a query sees no later key.
@@ -53,7 +53,8 @@ def factored_bias_attention(
     Source: FlashBias, Wu et al. 2025, arXiv:2505.12044.
     """
     _check_qkv(q, k, v)
-    rank = _check_factors(q, q_factor, k_factor)
+    q_factor, k_factor = _check_factors(q, q_factor, k_factor)
+    rank = q_factor.shape[-1]
     if mask is not None:
         _check_mask(q, mask)
     if not isinstance(causal, bool):
@@ -133,20 +134,24 @@ def _check_qkv(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"q must have a head_dim of 1 or more; got {tuple(q.shape)}")
 
 
-def _check_factors(q: Tensor, q_factor: Any, k_factor: Any) -> int:
-    """Their rank."""
+def _check_factors(q: Tensor, q_factor: Any, k_factor: Any) -> list[Tensor]:
+    """The two, with the heads of q."""
     batch, heads, tokens, _ = q.shape
+    found = []
     for name, value in (("q_factor", q_factor), ("k_factor", k_factor)):
         _check_tensor(name, value)
-        if value.dim() not in (3, 4) or value.shape[:-1] not in ((heads, tokens), (batch, heads, tokens)):
+        sizes = value.shape[:-1]
+        fits = value.dim() in (3, 4) and sizes[-1] == tokens and sizes[-2] in (1, heads)
+        if not fits or sizes[:-2] not in ((), (batch,)):
             raise ValueError(
                 f"{name} must have shape (heads, tokens, rank) or (batch, heads, tokens, rank) with the sizes of q, "
                 f"{tuple(q.shape)}; got {tuple(value.shape)}"
             )
         _check_device(name, value, q)
+        found.append(value.expand(*sizes[:-2], heads, -1, -1))
     if q_factor.shape[-1] != k_factor.shape[-1]:
         raise ValueError(f"k_factor must have q_factor's rank, {q_factor.shape[-1]}; got {k_factor.shape[-1]}")
-    return q_factor.shape[-1]
+    return found
 
 
 def _check_mask(q: Tensor, mask: Any) -> None:

@@ -17,6 +17,8 @@ CASES = {
         ("12 of 12 window attentions accelerated", "(passed)", "speed-up"),
     ),
     "scoped.py": ((), ("0 of 4 modules", "2 of 4 modules", "4 of 4 modules", "differ by")),
+    "block_sliding_window.py": ((), ("3136 tokens", "with a dense mask", "the last 5 tokens look at 152 of 495")),
+    "flash_bias.py": ((), ("'energy': 0.995", "ALiBi: rank 2", "squared distances: rank 5")),
     "new_variant.py": ((), ("no window attention found", "its forward is not that of careless", "2 of 2", "differ by")),
 }
 

@@ -373,6 +373,16 @@ def test_layouts(small_tiles):
     )
 
 
+def test_factors_that_all_heads_share(small_tiles):
+    inputs, _, grad = Case(20, heads=3, batch=2).make(torch.float32, TRITON_DEVICE)
+    inputs += functional.squared_distance_factors(random(20, 3), -0.5)
+    problem = Problem(False, 0, 0, 12**-0.5)
+    found = differentiate(lambda tensors, *_: functional.factored_bias_attention(*tensors), inputs, None, problem, grad)
+    exact = differentiate(plain, [tensor.cpu().double() for tensor in inputs], None, problem, grad.cpu())
+    for ours, truth in zip(found, exact, strict=True):
+        helpers.assert_close(ours.cpu().double(), truth)
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (3,), (4,), (0, 4)], ids=str)
 def test_any_subset_of_gradients(wanted, small_tiles):
     case = Case(20, rank=2, heads=1, batch=2)
