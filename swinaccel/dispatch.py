@@ -235,7 +235,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _triton_reason(section: Section, x: Tensor) -> str | None:
     interpret = x.device.type == "cpu" and env_interpret()
-    reason = ops.unsupported_reason(x.device, compute_dtype(x), section.geometry, section.head_dim, interpret)
+    reason = ops.unsupported_reason(
+        x.device, compute_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
+    )
     if reason is None and section.geometry.is_padded and section.padding is None:
         reason = "the image is padded and the projection is not a plain nn.Linear"
     if reason is None and ops.has_failures():

@@ -141,7 +141,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if geometry is None:
         geometry = _geometry(qkv, window, shift, roll_first)
-    if qkv.stride(-1) != 1 or (k is not None and not qkv.stride() == k.stride() == v.stride()):  # type: ignore[union-attr]
+    if (
+        qkv.stride(-1) != 1
+        or max(qkv.stride()[1:3]) * max(qkv.shape[1:3]) >= 2**30  # offsets within an image have 32 bits
+        or (k is not None and not qkv.stride() == k.stride() == v.stride())  # type: ignore[union-attr]
+    ):
         qkv, k, v = qkv.contiguous(), _contiguous(k), _contiguous(v)
     options: dict[str, Any] = {
         "num_heads": num_heads,

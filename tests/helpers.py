@@ -29,11 +29,24 @@ FP32 = 2e-5  # relative to the largest output; sums of a few hundred products in
 def mend_interpreter() -> None:
     """Mend what Triton's interpreter gets wrong on its own account, so that the kernels can be tested in it.
 
-    It keeps bfloat16 as uint16, and its dot takes the bits for integers. And that of Triton 3.6 takes loop bounds
-    from arrays of one entry in a way that NumPy 2.4 has given up.
+    It keeps bfloat16 as uint16, and its dot takes the bits for integers; from fp32 it truncates where every GPU
+    rounds to nearest. And that of Triton 3.6 takes loop bounds from arrays of one entry in a way that NumPy 2.4 has
+    given up.
     """
     import numpy as np
+    from triton import language as tl
     from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+
+    def rounding(data: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
+            return convert_float(data, input_dtype, output_dtype, rounding_mode)
+        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+        return np.where(np.isnan(data), bits >> 16 | 0x40, nearest).astype(np.uint16)
+
+    interpreter._convert_float = rounding
 
     class Widened:
         def __init__(self, handle: Any) -> None:

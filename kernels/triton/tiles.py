@@ -1,7 +1,8 @@
 """What every window kernel shares: where a window's tokens lie in the image, and how a tile of them is read.
 
 Axis words: a *window* holds ``WINDOW_H * WINDOW_W`` tokens, numbered row-major by ``n``. The image is never
-shifted, padded or partitioned in memory: these functions turn (window, n) into an address instead.
+shifted, padded or partitioned in memory: these functions turn (window, n) into an address instead. Offsets within
+one image, and within one head's bias, are 32 bits wide; where an image begins is a 64-bit offset.
 """
 
 import triton
@@ -94,7 +95,7 @@ def load_tokens(
 ):
     """A tile (tokens, BLOCK_D) of one head: image tokens from memory, padding tokens from the projection's bias."""
     mask_d = offs_d < HEAD_DIM
-    tile = tl.load(image_ptr + offs_token[:, None] + offs_d[None, :], mask=real[:, None] & mask_d[None, :], other=0.0)
+    tile = tl.load(image_ptr + (offs_token[:, None] + offs_d[None, :]), mask=real[:, None] & mask_d[None, :], other=0.0)
     if HAS_PAD:
         pad = tl.load(pad_ptr + offs_d, mask=mask_d, other=0.0).to(tile.dtype)
         tile = tl.where(padding[:, None], pad[None, :], tile)
@@ -143,8 +144,7 @@ def tile_bias(
         offs_m, offs_n: queries and keys, as a column and a row, or as a row and a column for transposed scores.
     """
     if BIAS == BIAS_DENSE:
-        offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m * stride_dense_row + offs_n
-        bias = tl.load(dense_ptr + offs_dense).to(tl.float32)
+        bias = tl.load(dense_ptr + head * stride_dense_head + (offs_m * stride_dense_row + offs_n)).to(tl.float32)
     else:
         inside = (offs_m < N) & (offs_n < N)
         if BIAS == BIAS_TABLE:
@@ -182,8 +182,8 @@ def add_mask(
     elif MASK == MASK_TENSOR:
         N: tl.constexpr = WINDOW_H * WINDOW_W
         inside = (offs_m < N) & (offs_n < N)
-        offs_mask = tl.cast(window, tl.int64) * (N * N) + offs_m * N + offs_n
-        scores += tl.load(mask_ptr + offs_mask, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        mask_ptr += tl.cast(window, tl.int64) * (N * N)
+        scores += tl.load(mask_ptr + (offs_m * N + offs_n), mask=inside, other=0.0).to(tl.float32) * LOG2E
     return scores
 
 

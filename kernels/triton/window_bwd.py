@@ -61,7 +61,7 @@ def _logit_scale_gradient(grad_scale, logit_scale_ptr, head):
 @triton.jit
 def _store_tokens(grad_ptr, grad, offs_token, real, offs_d, HEAD_DIM: tl.constexpr):
     tl.store(
-        grad_ptr + offs_token[:, None] + offs_d[None, :],
+        grad_ptr + (offs_token[:, None] + offs_d[None, :]),
         grad.to(grad_ptr.dtype.element_ty),
         mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
     )
@@ -157,8 +157,8 @@ def _window_attention_bwd_small_kernel(
             windows_w * WINDOW_W, roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
         )  # fmt: skip
         padding = (offs_n < N) & (real == 0)
-        offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col + offs_head
-        offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col + offs_head
+        offs_token = row * stride_qkv_row + col * stride_qkv_col + offs_head
+        offs_out = row * stride_out_row + col * stride_out_col + offs_head
         start = tile_bias(
             offs_n[:, None], offs_n[None, :], table_ptr, index_ptr, table_ptr, stride_table_row, stride_table_head,
             0, 0, head, N, BIAS,
@@ -207,7 +207,8 @@ def _window_attention_bwd_small_kernel(
             _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
 
     if GRAD_BIAS:
-        offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_n[:, None] * N + offs_n[None, :]
+        grad_bias_ptr += (tl.cast(partial, tl.int64) * num_heads + head) * (N * N)
+        offs_bias = offs_n[:, None] * N + offs_n[None, :]
         tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_n < N)[:, None] & (offs_n < N)[None, :])
     if COSINE:
         grad_scale = _logit_scale_gradient(grad_scale, logit_scale_ptr, head)
@@ -298,9 +299,10 @@ def _window_attention_bwd_query_kernel(
     )  # fmt: skip
     offs_head = head * HEAD_DIM
     offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
-    offs_out = image * stride_out_batch + offs_head
-    offs_out += row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
+    offs_token = row * stride_qkv_row + col * stride_qkv_col
+    offs_out = row * stride_out_row + col * stride_out_col
+    grad_out_ptr += image * stride_out_batch + offs_head
+    out_ptr += image * stride_out_batch + offs_head
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -326,6 +328,8 @@ def _window_attention_bwd_query_kernel(
 
     masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    residual = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         row_n, col_n, real_n = locate_tokens(
@@ -333,30 +337,38 @@ def _window_attention_bwd_query_kernel(
             roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
         )  # fmt: skip
         padding = (offs_n < N) & (real_n == 0)
-        offs_key = offs_image + row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col
-        k = load_tokens(k_ptr, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        v = load_tokens(v_ptr, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        offs_key = row_n * stride_qkv_row + col_n * stride_qkv_col
+        k = load_tokens(k_ptr + offs_image, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        v = load_tokens(v_ptr + offs_image, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
         bias = tile_bias(
             offs_m[:, None], offs_n[None, :], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
             stride_dense_row, head, N, BIAS,
         )  # fmt: skip
         key = _normalised(k, COSINE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor + (bias - lse[:, None])
+        product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        scores = product * factor + (bias - lse[:, None])
         if masked:
             scores = add_mask(
                 scores, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
                 mask_value, WINDOW_H, WINDOW_W, MASK,
             )  # fmt: skip
-        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        p = tl.exp2(scores)
         if HAS_DROPOUT:
             grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
-        grad_scores = tl.exp2(scores) * (grad_p - delta[:, None])
-        grad_q = tl.dot(grad_scores.to(q.dtype), key, grad_q, input_precision=PRECISION)
+        grad_scores = (p * (grad_p - delta[:, None])).to(q.dtype)
+        grad_q = tl.dot(grad_scores, key, grad_q, input_precision=PRECISION)
+        if COSINE:
+            mean += tl.sum(p * product, axis=1)
+            residual += tl.sum(grad_scores.to(tl.float32), axis=1)
 
     grad_q *= scale
     if COSINE:
+        # A row of dS sums to zero, but for what rounding (of O in delta, and of dS) left: that share of the row's mean
+        # score would drown the gradient of logit_scale, where scores differ less than they are large.
         grad_q, along = _through_norm(q, grad_q)
-        grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
+        grad_scale = tl.sum(along - residual * mean * LN2, axis=0)  # the products held log2(e)
+        grad_scale = _logit_scale_gradient(grad_scale, logit_scale_ptr, head)
         tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
     _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
 
@@ -438,7 +450,7 @@ def _window_attention_bwd_key_kernel(
     padding = (offs_n < N) & (real == 0)
     offs_head = head * HEAD_DIM
     offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+    offs_token = row * stride_qkv_row + col * stride_qkv_col
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -457,6 +469,7 @@ def _window_attention_bwd_key_kernel(
         tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
         key, factor = (k.to(tl.float32) * norm[:, None]).to(k.dtype), 1.0
 
+    grad_out_ptr += image * stride_out_batch + offs_head
     masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -466,10 +479,9 @@ def _window_attention_bwd_key_kernel(
             offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
             roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
         )  # fmt: skip
-        offs_query = offs_image + row_m.to(tl.int64) * stride_qkv_row + col_m.to(tl.int64) * stride_qkv_col
-        offs_out = image * stride_out_batch + offs_head
-        offs_out += row_m.to(tl.int64) * stride_out_row + col_m.to(tl.int64) * stride_out_col
-        query = load_tokens(qkv_ptr, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+        offs_query = row_m * stride_qkv_row + col_m * stride_qkv_col
+        offs_out = row_m * stride_out_row + col_m * stride_out_col
+        query = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
         grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
         lse = tl.load(lse_ptr + part * N + offs_m, mask=real_m, other=float("inf"))
         delta = tl.load(delta_ptr + part * N + offs_m, mask=real_m, other=0.0)
@@ -480,14 +492,15 @@ def _window_attention_bwd_key_kernel(
         if COSINE:
             norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=real_m, other=0.0) * (scale * LOG2E)
             query = (query.to(tl.float32) * norm_m[:, None]).to(query.dtype)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * factor + (bias - lse[None, :])
+        product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        scores = product * factor + (bias - lse[None, :])
         if masked:
             scores = add_mask(
                 scores, offs_m[None, :], offs_n[:, None], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
                 mask_value, WINDOW_H, WINDOW_W, MASK,
             )  # fmt: skip
         p = tl.exp2(scores)
-        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         kept = p
         if HAS_DROPOUT:
             dropped = dropout_factor(seed_ptr, dropout, part, offs_m[None, :], offs_n[:, None], N)
@@ -606,9 +619,9 @@ def _window_attention_bwd_bias_kernel(
             roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
         )  # fmt: skip
         padding = (offs_n < N) & (real_n == 0)
-        offs_query = row_m.to(tl.int64) * stride_qkv_row + col_m.to(tl.int64) * stride_qkv_col + offs_head
-        offs_out = row_m.to(tl.int64) * stride_out_row + col_m.to(tl.int64) * stride_out_col + offs_head
-        offs_key = row_n.to(tl.int64) * stride_qkv_row + col_n.to(tl.int64) * stride_qkv_col + offs_head
+        offs_query = row_m * stride_qkv_row + col_m * stride_qkv_col + offs_head
+        offs_out = row_m * stride_out_row + col_m * stride_out_col + offs_head
+        offs_key = row_n * stride_qkv_row + col_n * stride_qkv_col + offs_head
         start = add_mask(
             bias, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
             mask_value, WINDOW_H, WINDOW_W, MASK,
@@ -626,13 +639,13 @@ def _window_attention_bwd_bias_kernel(
             lse = tl.load(lse_ptr + part * N + offs_m, mask=real_m, other=float("inf"))
             delta = tl.load(delta_ptr + part * N + offs_m, mask=real_m, other=0.0)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if COSINE:  # on the product, in fp32: q and k stay in shared memory
                 norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=real_m, other=0.0) * factor
                 norm_n = tl.load(key_norm_ptr + part * N + offs_n, mask=offs_n < N, other=0.0)
                 product *= norm_m[:, None] * norm_n[None, :]
             else:
                 product *= factor
-            grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
                 grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
             grad_bias += tl.exp2(product + (start - lse[:, None])) * (grad_p - delta[:, None])

@@ -104,8 +104,8 @@ def _window_attention_fwd_small_kernel(
         roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
     )  # fmt: skip
     padding = (offs_n < N) & (real == 0)
-    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col + head * HEAD_DIM
-    offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col + head * HEAD_DIM
+    offs_token = row * stride_qkv_row + col * stride_qkv_col + head * HEAD_DIM
+    offs_out = row * stride_out_row + col * stride_out_col + head * HEAD_DIM
 
     # Bias and mask, the start value of the score product, are the same for all images.
     start = tile_bias(
@@ -141,7 +141,7 @@ def _window_attention_fwd_small_kernel(
             p *= dropout_factor(seed_ptr, dropout, part, offs_n[:, None], offs_n[None, :], N)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         tl.store(
-            out_ptr + tl.cast(image, tl.int64) * stride_out_batch + offs_out[:, None] + offs_d[None, :],
+            out_ptr + tl.cast(image, tl.int64) * stride_out_batch + (offs_out[:, None] + offs_d[None, :]),
             out.to(out_ptr.dtype.element_ty),
             mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
         )
@@ -219,7 +219,7 @@ def _walk_keys(
             roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
         )  # fmt: skip
         padding = (offs_n < N) & (real == 0)
-        offs_token = row.to(tl.int64) * stride_row + col.to(tl.int64) * stride_col
+        offs_token = row * stride_row + col * stride_col
         k = load_tokens(k_ptr, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
         v = load_tokens(v_ptr, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
 
@@ -332,7 +332,7 @@ def _window_attention_fwd_kernel(
     padding = (offs_m < N) & (real == 0)
     offs_head = head * HEAD_DIM
     offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row.to(tl.int64) * stride_qkv_row + col.to(tl.int64) * stride_qkv_col
+    offs_token = row * stride_qkv_row + col * stride_qkv_col
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -376,9 +376,9 @@ def _window_attention_fwd_kernel(
     if HAS_LSE:
         tl.store(lse_ptr + part * N + offs_m, lse, mask=offs_m < N)
 
-    offs_out = row.to(tl.int64) * stride_out_row + col.to(tl.int64) * stride_out_col
+    offs_out = row * stride_out_row + col * stride_out_col
     tl.store(
-        out_ptr + image * stride_out_batch + offs_head + offs_out[:, None] + offs_d[None, :],
+        out_ptr + image * stride_out_batch + offs_head + (offs_out[:, None] + offs_d[None, :]),
         out.to(out_ptr.dtype.element_ty),
         mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
     )

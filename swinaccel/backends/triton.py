@@ -25,7 +25,7 @@ _INSTALLED = find_spec("triton") is not None
 
 
 def unsupported_reason(
-    device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, interpret: bool
+    device: torch.device, dtype: torch.dtype, geometry: Geometry, num_heads: int, head_dim: int, interpret: bool
 ) -> str | None:
     """Why the kernels cannot serve a problem, as one sentence, or None."""
     if not _INSTALLED:
@@ -40,6 +40,8 @@ def unsupported_reason(
         return f"a window of {geometry.window[0]}x{geometry.window[1]} holds more than {MAX_TOKENS} tokens"
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is larger than {MAX_HEAD_DIM}"
+    if geometry.size[0] * geometry.size[1] * 3 * num_heads * head_dim >= 2**31:
+        return "q, k and v of one image are 2^31 numbers or more"
     return None
 
 
