@@ -243,6 +243,60 @@ def test_any_bias(data, small_tiles):
     compare(case, "torch")
 
 
+@pytest.fixture
+def descriptors(monkeypatch, small_tiles):
+    """As on Hopper: tiles that pass through the pipeline come by descriptors."""
+    from swinaccel.kernels import sequence_launch
+
+    if TRITON_DEVICE == "cpu":
+        monkeypatch.setattr(backend, "_has_copy_engine", lambda device: True)
+        for name, columns in (("FORWARD", 32), ("QUERY", 16), ("KEY", 16)):
+            shape = sequence_launch.SequenceLaunch(16, columns, 64, 16, 4, 1)
+            monkeypatch.setattr(sequence_launch, f"DESCRIBED_{name}", shape)
+    made = []
+    launch = backend._Descriptors.__call__
+    monkeypatch.setattr(backend._Descriptors, "__call__", lambda self, *args: made.append(1) or launch(self, *args))
+    return made
+
+
+@pytest.mark.parametrize("layout", ["heads-first", "tokens-first", "packed"])
+def test_descriptors(layout, descriptors):
+    size = 32 if TRITON_DEVICE == "cpu" else 128
+    problem = Problem(False, size, 2, 0.125)
+    packed = torch.randn(2, 3 * size, 3, 2, 64).to(TRITON_DEVICE, torch.float16)
+    inputs = [packed[:, :, part].transpose(1, 2) for part in range(3)]
+    if layout != "packed":
+        inputs = [tensor.contiguous() for tensor in inputs]
+    if layout == "tokens-first":
+        inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+    grad = torch.randn_like(inputs[0])
+    found = differentiate(kernels, inputs, None, problem, grad)
+    if TRITON_DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9:
+        assert len(descriptors) == 3
+    expected = differentiate(plain, inputs, None, problem, grad)
+    exact = differentiate(plain, [tensor.cpu().double() for tensor in inputs], None, problem, grad.cpu())
+    for ours, theirs, truth in zip(found, expected, exact, strict=True):
+        helpers.assert_no_worse(ours, theirs, truth, torch.float16)
+
+
+@pytest.mark.parametrize("change", ["fp32", "head_dim", "edges", "unaligned", "overlapping"])
+def test_what_no_descriptor_describes(change, descriptors):
+    size, dim = 32 if TRITON_DEVICE == "cpu" else 128, 32 if change == "head_dim" else 64
+    dtype = torch.float32 if change == "fp32" else torch.float16
+    block = size + 1 if change == "edges" else size
+    memory = torch.randn(2 * size * 64 + 1).to(TRITON_DEVICE, dtype)
+    q = memory[int(change == "unaligned") :][: 2 * size * dim].view(1, 1, 2 * size, dim)
+    if change == "overlapping":
+        q = memory.as_strided((1, 1, 2 * size, dim), (0, 0, 32, 1))
+    found = differentiate(kernels, [q] * 3, None, Problem(False, block, 2, 0.125), torch.ones_like(q))
+    exact = differentiate(
+        plain, [q.cpu().double()] * 3, None, Problem(False, block, 2, 0.125), torch.ones_like(q).cpu()
+    )
+    assert not descriptors
+    for ours, truth in zip(found, exact, strict=True):
+        helpers.assert_close(ours.cpu().double(), truth, 5e-3 if dtype == torch.float16 else helpers.FP32)
+
+
 # Masks.
 
 

@@ -18,8 +18,10 @@ import triton.language as tl
 
 from .sequence_fwd import (
     load_mask,
+    load_passing,
     load_rows,
     place,
+    place_in,
     scores_of,
     sequence_offset,
     split_interval,
@@ -41,10 +43,14 @@ def _walk_keys(
     grad,  # (BLOCK_M, BLOCK_D)
     lse,  # (BLOCK_M,)
     delta,
-    k_ptr,  # of this sequence, as the next three
+    k_ptr,  # of this sequence, as the next three; or k's and v's descriptors, and where it starts in them
     v_ptr,
     k_factor_ptr,
     mask_ptr,
+    k_row,
+    k_col,
+    v_row,
+    v_col,
     stride_k_token,
     stride_v_token,
     stride_kf_token,
@@ -60,6 +66,7 @@ def _walk_keys(
     HAS_MASK: tl.constexpr,
     FACTOR_GRAD: tl.constexpr,
     AT_EDGE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,8 +75,12 @@ def _walk_keys(
 ):
     """Add what the keys from `start` to `end` give; see `sequence_fwd._walk_keys`."""
     for first in tl.range(start, end, BLOCK_N):
-        k = load_rows(k_ptr, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
-        v = load_rows(v_ptr, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        k = load_passing(
+            k_ptr, k_row, k_col, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
+        )
+        v = load_passing(
+            v_ptr, v_row, v_col, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
+        )
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
@@ -142,6 +153,7 @@ def _sequence_attention_bwd_query_kernel(
     PATTERN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_EDGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # k_ptr and v_ptr are descriptors
     FACTOR_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR_PRECISION: tl.constexpr,
@@ -158,8 +170,15 @@ def _sequence_attention_bwd_query_kernel(
     offs_m = first_query + tl.arange(0, BLOCK_M)
 
     q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
-    k_ptr += sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
-    v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    k_offset = sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
+    v_offset = sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    k_row, k_col, v_row, v_col = 0, 0, 0, 0
+    if DESCRIBED:
+        k_row, k_col = place_in(k_offset, stride_k_token)
+        v_row, v_col = place_in(v_offset, stride_v_token)
+    else:
+        k_ptr += k_offset
+        v_ptr += v_offset
     grad_ptr += sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
     out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -191,9 +210,9 @@ def _sequence_attention_bwd_query_kernel(
             part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
             dq, dq_factor, mean_factor, miss = _walk_keys(
                 dq, dq_factor, mean_factor, miss, q, q_factor, grad, lse, delta, k_ptr, v_ptr, k_factor_ptr, mask_ptr,
-                stride_k_token, stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key,
-                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, PRECISION, FACTOR_PRECISION,
-                BLOCK_N, BLOCK_D, BLOCK_R,
+                k_row, k_col, v_row, v_col, stride_k_token, stride_v_token, stride_kf_token, part_start, part_end,
+                offs_m, first_key, end_key, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1,
+                DESCRIBED, PRECISION, FACTOR_PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
@@ -213,12 +232,16 @@ def _walk_queries(
     k,
     v,
     k_factor,
-    q_ptr,  # of this sequence, as the next five
+    q_ptr,  # of this sequence, as the next five; or q's and grad's descriptors, and where it starts in them
     grad_ptr,
     lse_ptr,
     delta_ptr,
     q_factor_ptr,
     mask_ptr,
+    q_row,
+    q_col,
+    grad_row,
+    grad_col,
     stride_q_token,
     stride_grad_token,
     stride_qf_token,
@@ -234,6 +257,7 @@ def _walk_queries(
     HAS_MASK: tl.constexpr,
     FACTOR_GRAD: tl.constexpr,
     AT_EDGE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -243,8 +267,22 @@ def _walk_queries(
     """Add what the queries from `start` to `end` give."""
     for first in tl.range(start, end, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, first, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE)
-        grad = load_rows(grad_ptr, first, stride_grad_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE)
+        q = load_passing(
+            q_ptr, q_row, q_col, first, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED
+        )
+        grad = load_passing(
+            grad_ptr,
+            grad_row,
+            grad_col,
+            first,
+            stride_grad_token,
+            num_tokens,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+            AT_EDGE,
+            DESCRIBED,
+        )
         if AT_EDGE:
             lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_tokens, other=float("inf"))
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
@@ -321,6 +359,7 @@ def _sequence_attention_bwd_key_kernel(
     PATTERN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_EDGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # q_ptr and grad_ptr are descriptors
     FACTOR_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR_PRECISION: tl.constexpr,
@@ -335,14 +374,21 @@ def _sequence_attention_bwd_key_kernel(
     last_key = tl.minimum(first_key + BLOCK_N, num_tokens) - 1
     offs_n = first_key + tl.arange(0, BLOCK_N)
 
-    q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     k_ptr += sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
     v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
-    grad_ptr += sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
+    q_offset = sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
+    grad_offset = sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
+    q_row, q_col, grad_row, grad_col = 0, 0, 0, 0
+    if DESCRIBED:
+        q_row, q_col = place_in(q_offset, stride_q_token)
+        grad_row, grad_col = place_in(grad_offset, stride_grad_token)
+    else:
+        q_ptr += q_offset
+        grad_ptr += grad_offset
     lse_ptr += sequence.to(tl.int64) * num_tokens
     delta_ptr += sequence.to(tl.int64) * num_tokens
-    k = load_rows(k_ptr, first_key, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v = load_rows(v_ptr, first_key, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    k = load_rows(k_ptr, first_key, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
+    v = load_rows(v_ptr, first_key, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
     k_factor = k
     if RANK > 0:
         q_factor_ptr += sequence_offset(sequence, num_heads, stride_qf_batch, stride_qf_head)
@@ -364,10 +410,10 @@ def _sequence_attention_bwd_key_kernel(
             part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
             part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
             dk, dv, dk_factor = _walk_queries(
-                dk, dv, dk_factor, k, v, k_factor, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_factor_ptr, mask_ptr,
-                stride_q_token, stride_grad_token, stride_qf_token, part_start, part_end, offs_n, first_query,
-                end_query, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, PRECISION,
-                FACTOR_PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
+                dk, dv, dk_factor, k, v, k_factor, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_factor_ptr, mask_ptr, q_row,
+                q_col, grad_row, grad_col, stride_q_token, stride_grad_token, stride_qf_token, part_start, part_end,
+                offs_n, first_query, end_query, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1,
+                DESCRIBED, PRECISION, FACTOR_PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dk_ptr += sequence_offset(sequence, num_heads, stride_dk_batch, stride_dk_head)

@@ -14,6 +14,10 @@ this file and `sequence_bwd`:
 
 Scores are kept as they leave the dot product; the scale, with log2(e) in it, is applied in the exponent's own
 multiply-add, so q is never rounded a second time. The scale is positive.
+
+What passes through the pipeline (k and v here) may be given as descriptors in place of pointers, where tiles are whole:
+Hopper's copy engine then brings them, and the registers that held their addresses are free for one more program on
+the multiprocessor.
 """
 
 import triton
@@ -107,6 +111,34 @@ def load_rows(
 
 
 @triton.jit
+def place_in(offset, stride_token):
+    """Row and column of an element in a descriptor, whose rows are `stride_token` elements long."""
+    return (offset // stride_token).to(tl.int32), (offset % stride_token).to(tl.int32)
+
+
+@triton.jit
+def load_passing(
+    source,  # pointer to one sequence, or the descriptor of a whole tensor
+    row,  # of the sequence's start in the descriptor
+    col,
+    first,
+    stride_token,
+    num_tokens,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """As `load_rows`, from a pointer or a descriptor."""
+    if DESCRIBED:
+        tile = source.load([row + first, col])
+    else:
+        tile = load_rows(source, first, stride_token, num_tokens, WIDTH, ROWS, COLS, BOUNDED)
+    return tile
+
+
+@triton.jit
 def store_rows(
     ptr, tile, first, stride_token, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
@@ -154,10 +186,14 @@ def _walk_keys(
     maximum,  # (BLOCK_M,), log2 units
     q,  # (BLOCK_M, BLOCK_D)
     q_factor,  # (BLOCK_M, BLOCK_R)
-    k_ptr,  # of this sequence, as the next three
+    k_ptr,  # of this sequence, as the next three; or k's and v's descriptors, and where it starts in them
     v_ptr,
     k_factor_ptr,
     mask_ptr,
+    k_row,
+    k_col,
+    v_row,
+    v_col,
     stride_k_token,
     stride_v_token,
     stride_kf_token,
@@ -172,6 +208,7 @@ def _walk_keys(
     RANK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     AT_EDGE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
     FACTOR_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -181,7 +218,9 @@ def _walk_keys(
     """The online softmax over the keys from `start` to `end`; AT_EDGE, some are not every query's to see."""
     exponent = scale * LOG2E
     for first in tl.range(start, end, BLOCK_N):
-        k = load_rows(k_ptr, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        k = load_passing(
+            k_ptr, k_row, k_col, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
+        )
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
@@ -196,7 +235,9 @@ def _walk_keys(
         p = tl.exp2(scores * exponent - new_maximum[:, None])
         correction = tl.exp2(maximum - new_maximum)
         total = total * correction + tl.sum(p, axis=1)
-        v = load_rows(v_ptr, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE)
+        v = load_passing(
+            v_ptr, v_row, v_col, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
+        )
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
         maximum = new_maximum
     return acc, total, maximum
@@ -243,6 +284,7 @@ def _sequence_attention_fwd_kernel(
     PATTERN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_EDGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # k_ptr and v_ptr are descriptors
     PRECISION: tl.constexpr,
     FACTOR_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -253,6 +295,7 @@ def _sequence_attention_fwd_kernel(
     """One program: BLOCK_M queries of one sequence. Without HAS_EDGES every tile of keys is seen in full."""
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     tl.static_assert(RANK <= BLOCK_R)
+    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M
@@ -260,8 +303,15 @@ def _sequence_attention_fwd_kernel(
     offs_m = first_query + tl.arange(0, BLOCK_M)
 
     q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
-    k_ptr += sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
-    v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    k_offset = sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
+    v_offset = sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
+    k_row, k_col, v_row, v_col = 0, 0, 0, 0
+    if DESCRIBED:
+        k_row, k_col = place_in(k_offset, stride_k_token)
+        v_row, v_col = place_in(v_offset, stride_v_token)
+    else:
+        k_ptr += k_offset
+        v_ptr += v_offset
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     q_factor = q
     if RANK > 0:
@@ -285,9 +335,10 @@ def _sequence_attention_fwd_kernel(
             part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
             part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
             acc, total, maximum = _walk_keys(
-                acc, total, maximum, q, q_factor, k_ptr, v_ptr, k_factor_ptr, mask_ptr, stride_k_token, stride_v_token,
-                stride_kf_token, part_start, part_end, offs_m, first_key, end_key, num_tokens, scale, HEAD_DIM, RANK,
-                HAS_MASK, PART != 1, PRECISION, FACTOR_PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
+                acc, total, maximum, q, q_factor, k_ptr, v_ptr, k_factor_ptr, mask_ptr, k_row, k_col, v_row, v_col,
+                stride_k_token, stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key,
+                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, PART != 1, DESCRIBED, PRECISION, FACTOR_PRECISION,
+                BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     seen = total != 0  # a query that a mask leaves without keys attends to nothing: zeros, and no gradient

@@ -19,7 +19,10 @@ _Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SequenceLaunch:
-    """Launch of a sequence kernel: query tile, key tile, padded head_dim and rank, warps, pipeline stages."""
+    """Launch of a sequence kernel: query tile, key tile, padded head_dim and rank, warps, pipeline stages.
+
+    With `max_registers` the compiler is held to so many, which lets one more program onto a multiprocessor.
+    """
 
     block_m: int
     block_n: int
@@ -27,27 +30,42 @@ class SequenceLaunch:
     block_r: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+
+# With descriptors, at head_dim 64 in 16 bits, where they were measured.
+DESCRIBED_HEAD_DIM = 64
+DESCRIBED_FORWARD = SequenceLaunch(64, 128, 64, 16, 4, 2)
+DESCRIBED_QUERY = SequenceLaunch(64, 64, 64, 16, 4, 3)
+DESCRIBED_KEY = SequenceLaunch(64, 64, 64, 16, 4, 2, max_registers=168)
 
 
 def _smaller(element_size: int) -> tuple[_Shape, ...]:
     if element_size == 4:
-        return (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)
+        return (32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)
     return (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)
+
+
+def _scratch(element_size: int, factor_size: int, has_mask: bool) -> int:
+    """Bytes for each score that change their layout through memory, on the way to a product of fp32 or from a mask."""
+    return 8 if max(element_size, factor_size) == 4 else 4 * has_mask
 
 
 def forward(
     *, head_dim: int, rank: int, element_size: int, factor_size: int, has_mask: bool, shared_memory: int
 ) -> SequenceLaunch:
     """Launch of the forward: q stays, k and v pass through the pipeline."""
+    scratch = _scratch(element_size, factor_size, has_mask)
 
     def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
         row = block_d * element_size
-        return block_m * (row + factor) + num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
+        passing = num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
+        return block_m * (row + factor) + passing + scratch * block_m * block_n
 
     if element_size == 4:
-        best = (64, 64, 4, 2)
+        best = (32, 32, 8, 2) if rank or head_dim > 64 else (64, 64, 4, 2)
     elif 32 < head_dim <= 64:
-        best = (128, 64, 8, 2 if rank else 3)
+        best = (128, 64, 4 if rank and factor_size == 4 else 8, 2 if rank else 3)
     else:
         best = (64, 64, 4, 3)
     return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
@@ -57,16 +75,15 @@ def grad_query(
     *, head_dim: int, rank: int, element_size: int, factor_size: int, has_mask: bool, shared_memory: int
 ) -> SequenceLaunch:
     """Launch of the backward's first kernel: q and the output's gradient stay, k and v pass."""
+    scratch = _scratch(element_size, factor_size, has_mask)
 
     def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
         row = block_d * element_size
-        # A tile of scores that changes its layout on the way to a product of fp32 goes through memory.
-        scratch = 4 * block_m * block_n if element_size == 4 or factor_size == 4 else 0
         passing = num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
-        return block_m * (2 * row + factor) + passing + scratch
+        return block_m * (2 * row + factor) + passing + scratch * block_m * block_n
 
     if element_size == 4:
-        best = (32, 64, 4, 2)
+        best = (32, 32, 8, 2) if rank or head_dim > 64 else (32, 64, 4, 2)
     elif rank:
         best = (64, 32, 4, 3)
     else:
@@ -78,15 +95,15 @@ def grad_key(
     *, head_dim: int, rank: int, element_size: int, factor_size: int, has_mask: bool, shared_memory: int
 ) -> SequenceLaunch:
     """Launch of the backward's second kernel: k and v stay, q and the output's gradient pass."""
+    scratch = _scratch(element_size, factor_size, has_mask)
 
     def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
         row = block_d * element_size
-        scratch = 4 * block_m * block_n if element_size == 4 or factor_size == 4 or has_mask else 0
         passing = num_stages * block_m * (2 * row + factor + 8 + 4 * has_mask * block_n)
-        return block_n * (2 * row + factor) + passing + scratch
+        return block_n * (2 * row + factor) + passing + scratch * block_m * block_n
 
     if element_size == 4:
-        best = (64, 32, 4, 2)
+        best = (32, 32, 8, 2) if rank or head_dim > 64 else (64, 32, 4, 2)
     else:
         best = (64, 64, 4, 3 if head_dim <= 64 and not rank else 2)
     return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)

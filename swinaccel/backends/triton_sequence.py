@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +80,12 @@ def forward(
     q, k, v, q_factor, k_factor = (_rows(tensor) for tensor in (q, k, v, q_factor, k_factor))
     mask = None if mask is None else mask.contiguous()
     strides = _strides(out, q, k, v, q_factor, k_factor)
-    key = ("sequence", *_key(q, q_factor, mask, problem), strides)
+    described = _describable(q_factor, mask, k, v)
+    key = ("sequence", *_key(q, q_factor, mask, problem), strides, described)
     with _on(q.device):
-        launch = windows._launches.get(key) or windows._keep(key, _plan_forward(q, q_factor, mask, problem, strides))
+        launch = windows._launches.get(key) or windows._keep(
+            key, _plan_forward(q, q_factor, mask, problem, strides, described)
+        )
         launch(out, lse, q, k, v, q_factor, k_factor, mask)
     return out, lse
 
@@ -122,10 +126,11 @@ def backward(
         mask = None if mask is None else mask.contiguous()
         delta = torch.empty_like(lse)
         strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
-        key = ("sequence backward", *_key(q, q_factor, mask, problem), factor_grad, strides)
+        described = _describable(q_factor, mask, grad, q, k, v)
+        key = ("sequence backward", *_key(q, q_factor, mask, problem), factor_grad, strides, described)
         with _on(q.device):
             launches = windows._launches.get(key) or windows._keep(
-                key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides)
+                key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described)
             )
             dq_part, dk_part = parts if parts else (None, None)
             launches[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
@@ -223,31 +228,125 @@ def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
     """Whether a tile of scores may hold some that do not count."""
     from ..kernels import sequence_fwd
 
-    if facts.pattern == sequence_fwd.PATTERN_CAUSAL or tokens % block_m or tokens % block_n:
+    if facts.pattern == sequence_fwd.PATTERN_CAUSAL.value or tokens % block_m or tokens % block_n:
         return True
     block_size = facts.blocks[0]
     return bool(block_size and (block_size % block_m or block_size % block_n))
 
 
+@lru_cache(maxsize=16)
+def _has_copy_engine(device: torch.device) -> bool:
+    """Whether a device copies tiles by descriptors, and is of the kind that this was measured on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether the tensors that pass through a pipeline may be described: see `_Descriptors`."""
+    from ..kernels.sequence_launch import DESCRIBED_HEAD_DIM
+
+    first = tensors[0]
+    if q_factor is not None or mask is not None or first.shape[-1] != DESCRIBED_HEAD_DIM or first.element_size() != 2:
+        return False
+    if not _has_copy_engine(first.device) or windows.shared_memory_override:
+        return False
+    for tensor in tensors:
+        batch, head, token, _ = tensor.stride()
+        if token < DESCRIBED_HEAD_DIM or token % 8 or tensor.data_ptr() % 16 or batch % token:
+            return False
+        if head % token and (tensor.shape[1] - 1) * head + DESCRIBED_HEAD_DIM > token:
+            return False
+    return True
+
+
+class _Descriptors(windows._Launch):
+    """A launch that gives some of its tensors as descriptors.
+
+    A tensor (batch, heads, tokens, D) is described as rows as long as the step from token to token: they hold a token's
+    one head where heads come first in memory, all of its heads where tokens do, and q and v too of a packed projection.
+    """
+
+    __slots__ = ("blocks",)
+
+    def __init__(self, blocks: dict[int, int], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.blocks = blocks  # place among the tensors -> rows of a tile
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        kind = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        given: list[Any] = list(tensors)
+        for place, rows in self.blocks.items():
+            tensor = given[place]
+            (batch, head, token, _), (batches, heads, tokens, width) = tensor.stride(), tensor.shape
+            length = ((batches - 1) * batch + (heads - 1) * head) // token + tokens
+            given[place] = TensorDescriptor(tensor, [length, token], [token, 1], [rows, width])
+        runner = self.runners.get(kind)
+        if runner is not None:
+            runner(*given, *self.arguments)
+            return
+        compiled = self.kernel[self.grid](*given, *self.arguments, **self.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self.runners[kind] = compiled[self.grid]
+
+
+def _plan(
+    kernel: Any,
+    shape: Any,
+    plain_shape: Any,
+    facts: _Facts,
+    q: Tensor,
+    strides: tuple[int, ...],
+    has_mask: bool,
+    flags: tuple[bool, ...],
+    passing: dict[int, str],
+    keys: bool,
+) -> windows._Launch:
+    """One launch: with descriptors of the tensors at the places `passing`, if `shape` is given and fits, or without."""
+    batch, heads, tokens, head_dim = q.shape
+    described = shape is not None and not _has_edges(facts, tokens, shape.block_m, shape.block_n)
+    if not described:
+        shape = plain_shape(**facts.shape)
+    rows = shape.block_n if keys else shape.block_m
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    if shape.max_registers is not None:
+        options["maxnreg"] = shape.max_registers
+    arguments = (
+        (-(-tokens // rows) * batch * heads,),
+        (
+            *strides, *facts.numbers, head_dim, facts.rank, facts.pattern, has_mask,
+            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, *facts.precision,
+            shape.block_m, shape.block_n, shape.block_d, shape.block_r,
+        ),
+    )  # fmt: skip
+    if described:
+        blocks = {place: getattr(shape, rows) for place, rows in passing.items()}
+        return _Descriptors(blocks, kernel, *arguments, **options)
+    return windows._Launch(kernel, *arguments, **options)
+
+
 def _plan_forward(
-    q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem, strides: tuple[int, ...]
+    q: Tensor,
+    q_factor: Tensor | None,
+    mask: Tensor | None,
+    problem: Problem,
+    strides: tuple[int, ...],
+    described: bool,
 ) -> windows._Launch:
     from ..kernels import sequence_fwd, sequence_launch
 
-    batch, heads, tokens, head_dim = q.shape
-    facts = _facts(q, q_factor, mask, problem)
-    shape = sequence_launch.forward(**facts.shape)
-    return windows._Launch(
+    return _plan(
         sequence_fwd._sequence_attention_fwd_kernel,
-        (-(-tokens // shape.block_m) * batch * heads,),
-        (
-            *strides, *facts.numbers, head_dim, facts.rank, facts.pattern, mask is not None,
-            _has_edges(facts, tokens, shape.block_m, shape.block_n), *facts.precision,
-            shape.block_m, shape.block_n, shape.block_d, shape.block_r,
-        ),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-    )  # fmt: skip
+        sequence_launch.DESCRIBED_FORWARD if described else None,
+        sequence_launch.forward,
+        _facts(q, q_factor, mask, problem),
+        q,
+        strides,
+        mask is not None,
+        (),
+        {3: "block_n", 4: "block_n"},  # k and v
+        keys=False,
+    )
 
 
 def _plan_backward(
@@ -257,31 +356,34 @@ def _plan_backward(
     problem: Problem,
     factor_grad: bool,
     strides: tuple[int, ...],
+    described: bool,
 ) -> tuple[windows._Launch, windows._Launch]:
     from ..kernels import sequence_bwd, sequence_launch
 
-    batch, heads, tokens, head_dim = q.shape
-    facts = _facts(q, q_factor, mask, problem)
+    facts, has_mask = _facts(q, q_factor, mask, problem), mask is not None
     dq, dk, dv, grad, out, rest = *(strides[3 * i : 3 * i + 3] for i in range(5)), strides[15:]
-    kernels = (
-        (sequence_bwd._sequence_attention_bwd_query_kernel, sequence_launch.grad_query, (*dq, *grad, *out, *rest)),
-        (sequence_bwd._sequence_attention_bwd_key_kernel, sequence_launch.grad_key, (*dk, *dv, *grad, *rest)),
+    queries = _plan(
+        sequence_bwd._sequence_attention_bwd_query_kernel,
+        sequence_launch.DESCRIBED_QUERY if described else None,
+        sequence_launch.grad_query,
+        facts,
+        q,
+        (*dq, *grad, *out, *rest),
+        has_mask,
+        (factor_grad,),
+        {6: "block_n", 7: "block_n"},  # k and v
+        keys=False,
     )
-    launches = []
-    for kernel, shape_of, kernel_strides in kernels:
-        shape = shape_of(**facts.shape)
-        rows = shape.block_m if shape_of is sequence_launch.grad_query else shape.block_n
-        launches.append(
-            windows._Launch(
-                kernel,
-                (-(-tokens // rows) * batch * heads,),
-                (
-                    *kernel_strides, *facts.numbers, head_dim, facts.rank, facts.pattern, mask is not None,
-                    _has_edges(facts, tokens, shape.block_m, shape.block_n), factor_grad, *facts.precision,
-                    shape.block_m, shape.block_n, shape.block_d, shape.block_r,
-                ),
-                num_warps=shape.num_warps,
-                num_stages=shape.num_stages,
-            )
-        )  # fmt: skip
-    return launches[0], launches[1]
+    keys = _plan(
+        sequence_bwd._sequence_attention_bwd_key_kernel,
+        sequence_launch.DESCRIBED_KEY if described else None,
+        sequence_launch.grad_key,
+        facts,
+        q,
+        (*dk, *dv, *grad, *rest),
+        has_mask,
+        (factor_grad,),
+        {4: "block_m", 5: "block_m"},  # grad and q
+        keys=True,
+    )
+    return queries, keys
