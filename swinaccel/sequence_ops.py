@@ -7,16 +7,18 @@ for every later call of that kind.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import torch_sequence
 from .backends import triton_sequence as backend
 from .backends.triton_sequence import Problem
 from .config import env_strict
-from .ops import KernelError
+from .ops import KernelError, _is_observed
 
 logger = logging.getLogger("swinaccel")
 
@@ -57,7 +59,9 @@ def sequence_attention(
     problem: Problem,
 ) -> Tensor:
     """As `reference.sequence_attention`, by the Triton kernels; see `backends.triton_sequence.forward`."""
-    return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
+    if _is_observed() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
+    return _Direct.apply(q, k, v, q_factor, k_factor, mask, *problem)[0]
 
 
 def _forward(
@@ -179,12 +183,29 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    return _gradients(torch.ops.swinaccel.sequence_attention_backward, ctx, grad)
+
+
+def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> tuple:
     factor_grad = any(ctx.needs_input_grad[3:5])
-    saved = ctx.saved_tensors
-    grads = torch.ops.swinaccel.sequence_attention_backward(grad, *saved, *ctx.problem, factor_grad)
-    grads = [*grads, None, None][:5]
-    wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    grads = [*backward(grad, *ctx.saved_tensors, *ctx.problem, factor_grad), None, None][:5]
+    wanted = (found if needed else None for found, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return *wanted, None, None, None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The operators without the dispatcher and its autograd, which take longer than the rest of a short call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
+        return _gradients(_backward, ctx, grad)
 
 
 for _key in ("CUDA", "CPU"):

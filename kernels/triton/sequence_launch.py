@@ -6,6 +6,9 @@ ones that fits the shared memory.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import power_of_two
 
@@ -127,3 +130,14 @@ def _first(
 def sequences_per_group(*, span: int, head_dim: int, element_size: int, num_sequences: int) -> int:
     """How many sequences (batch and head) take turns tile by tile, where a tile sees up to `span` keys."""
     return max(1, min(num_sequences, _CACHE // max(1, 2 * span * head_dim * element_size)))
+
+
+def describe(tensor: Any, rows: int) -> TensorDescriptor:
+    """The descriptor of a tensor (batch, heads, tokens, D) for tiles of `rows` tokens.
+
+    It has rows as long as the step from token to token: they hold a token's one head where heads come first in memory,
+    all of its heads where tokens do, and q and v too of a packed projection.
+    """
+    (batch, head, token, _), (batches, heads, tokens, width) = tensor.stride(), tensor.shape
+    length = ((batches - 1) * batch + (heads - 1) * head) // token + tokens
+    return TensorDescriptor(tensor, [length, token], [token, 1], [rows, width])

@@ -241,7 +241,7 @@ def _has_copy_engine(device: torch.device) -> bool:
 
 
 def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor) -> bool:
-    """Whether the tensors that pass through a pipeline may be described: see `_Descriptors`."""
+    """Whether the tensors that pass through a pipeline may be described: see `sequence_launch.describe`."""
     from ..kernels.sequence_launch import DESCRIBED_HEAD_DIM
 
     first = tensors[0]
@@ -259,11 +259,7 @@ def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor)
 
 
 class _Descriptors(windows._Launch):
-    """A launch that gives some of its tensors as descriptors.
-
-    A tensor (batch, heads, tokens, D) is described as rows as long as the step from token to token: they hold a token's
-    one head where heads come first in memory, all of its heads where tokens do, and q and v too of a packed projection.
-    """
+    """A launch that gives some of its tensors as descriptors."""
 
     __slots__ = ("blocks",)
 
@@ -272,15 +268,12 @@ class _Descriptors(windows._Launch):
         self.blocks = blocks  # place among the tensors -> rows of a tile
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
+        from ..kernels.sequence_launch import describe
 
         kind = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
         given: list[Any] = list(tensors)
         for place, rows in self.blocks.items():
-            tensor = given[place]
-            (batch, head, token, _), (batches, heads, tokens, width) = tensor.stride(), tensor.shape
-            length = ((batches - 1) * batch + (heads - 1) * head) // token + tokens
-            given[place] = TensorDescriptor(tensor, [length, token], [token, 1], [rows, width])
+            given[place] = describe(given[place], rows)
         runner = self.runners.get(kind)
         if runner is not None:
             runner(*given, *self.arguments)
