@@ -30,13 +30,17 @@ class SmallLaunch:
 
 @dataclass(frozen=True)
 class LargeLaunch:
-    """Launch of the large-window kernel: query tile, key tile, warps, pipeline stages."""
+    """Launch of a large-window kernel: query tile, key tile, warps, pipeline stages, registers of a thread at most.
+
+    Fewer registers let more programs share a multiprocessor, which hides the latency of their short loops.
+    """
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,8 @@ def bias_chunk(*, tiles: int, windows: int, batch: int) -> Chunk:
 def large_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeBackwardLaunch:
     """Launches of the three backward kernels for windows of more than SMALL_WINDOW tokens."""
     block_d = power_of_two(head_dim)
-    wide = element_size == 2 and block_d <= 64
 
-    def fit(block_m: int, block_n: int, num_warps: int, num_stages: int) -> LargeLaunch:
+    def fit(block_m: int, block_n: int, num_stages: int, max_registers: int | None = None) -> LargeLaunch:
         def needed(tiles: int) -> int:
             return tiles * (block_m + block_n) * block_d * element_size + block_m * block_n * (4 + element_size)
 
@@ -139,8 +142,12 @@ def large_backward(*, tokens: int, head_dim: int, element_size: int, shared_memo
             block_m, block_n = max(16, block_m // 2), max(16, block_n // 2)
         while num_stages > 1 and needed(2 * num_stages) > shared_memory:
             num_stages -= 1
-        return LargeLaunch(block_m, block_n, block_d, num_warps, num_stages)
+        return LargeLaunch(block_m, block_n, block_d, 4, num_stages, max_registers)
 
-    if not wide:
-        return LargeBackwardLaunch(fit(32, 32, 4, 1), fit(32, 32, 4, 1), fit(64, 64, 8, 1))
-    return LargeBackwardLaunch(fit(64, 64, 4, 3), fit(128, 64, 4, 3), fit(64, 128, 8, 3))
+    if element_size == 4 or block_d > 64:
+        return LargeBackwardLaunch(fit(32, 32, 1), fit(32, 32, 1), fit(32, 32, 1))
+    if block_d > 32:
+        return LargeBackwardLaunch(fit(64, 32, 2), fit(32, 64, 2), fit(64, 32, 2))
+    if tokens % 64 == 0:
+        return LargeBackwardLaunch(fit(64, 64, 3, 168), fit(32, 64, 3, 128), fit(64, 32, 3, 168))
+    return LargeBackwardLaunch(fit(64, 32, 3, 128), fit(32, 64, 3, 128), fit(64, 32, 3, 128))

@@ -316,7 +316,7 @@ def _window_attention_bwd_query_kernel(
     q = load_tokens(qkv_ptr + offs_image, offs_token, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
     grad_out = load_tokens(grad_out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
     out = load_tokens(out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
-    lse = tl.load(lse_ptr + part * N + offs_m, mask=real, other=float("inf"))
+    lse = tl.load(lse_ptr + part * N + offs_m, mask=offs_m < N, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
     tl.store(delta_ptr + part * N + offs_m, delta, mask=offs_m < N)
     query, factor = q, scale * LOG2E
@@ -328,7 +328,7 @@ def _window_attention_bwd_query_kernel(
 
     masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
+    mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     residual = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
@@ -356,19 +356,19 @@ def _window_attention_bwd_query_kernel(
         p = tl.exp2(scores)
         if HAS_DROPOUT:
             grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
-        grad_scores = (p * (grad_p - delta[:, None])).to(q.dtype)
-        grad_q = tl.dot(grad_scores, key, grad_q, input_precision=PRECISION)
+        grad_scores = p * (grad_p - delta[:, None])
+        grad_q = tl.dot(grad_scores.to(q.dtype), key, grad_q, input_precision=PRECISION)
+        residual += tl.sum(grad_scores, axis=1)
         if COSINE:
-            mean += tl.sum(p * product, axis=1)
-            residual += tl.sum(grad_scores.to(tl.float32), axis=1)
+            mean_key = tl.dot(p.to(q.dtype), key, mean_key, input_precision=PRECISION)
 
     grad_q *= scale
     if COSINE:
-        # A row of dS sums to zero, but for what rounding (of O in delta, and of dS) left: that share of the row's mean
-        # score would drown the gradient of logit_scale, where scores differ less than they are large.
-        grad_q, along = _through_norm(q, grad_q)
-        grad_scale = tl.sum(along - residual * mean * LN2, axis=0)  # the products held log2(e)
-        grad_scale = _logit_scale_gradient(grad_scale, logit_scale_ptr, head)
+        # A row of dS sums to zero, but for what the rounding of O has left in delta. That much of the row's mean key
+        # is taken out here: it would drown the gradient of logit_scale, a sum of large terms that cancel.
+        _, along = _through_norm(q, grad_q - residual[:, None] * mean_key * scale)
+        grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
+        grad_q, _ = _through_norm(q, grad_q)
         tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
     _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
 
@@ -473,8 +473,19 @@ def _window_attention_bwd_key_kernel(
     masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    # Vectors are not pipelined by the compiler: each is loaded one turn ahead.
+    lse_ptr += part * N
+    delta_ptr += part * N
+    lse = tl.load(lse_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=float("inf"))
+    delta = tl.load(delta_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=0.0)
+    if COSINE:
+        query_norm_ptr += part * N
+        norm_m = tl.load(query_norm_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=0.0)
     for first in tl.range(0, N, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
+        ahead = offs_m + BLOCK_M
+        next_lse = tl.load(lse_ptr + ahead, mask=ahead < N, other=float("inf"))
+        next_delta = tl.load(delta_ptr + ahead, mask=ahead < N, other=0.0)
         row_m, col_m, real_m = locate_tokens(
             offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
             roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
@@ -483,15 +494,13 @@ def _window_attention_bwd_key_kernel(
         offs_out = row_m * stride_out_row + col_m * stride_out_col
         query = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
         grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
-        lse = tl.load(lse_ptr + part * N + offs_m, mask=real_m, other=float("inf"))
-        delta = tl.load(delta_ptr + part * N + offs_m, mask=real_m, other=0.0)
         bias = tile_bias(
             offs_m[None, :], offs_n[:, None], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
             stride_dense_row, head, N, BIAS,
         )  # fmt: skip
         if COSINE:
-            norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=real_m, other=0.0) * (scale * LOG2E)
-            query = (query.to(tl.float32) * norm_m[:, None]).to(query.dtype)
+            query = (query.to(tl.float32) * (norm_m * (scale * LOG2E))[:, None]).to(query.dtype)
+            norm_m = tl.load(query_norm_ptr + ahead, mask=ahead < N, other=0.0)
         product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         scores = product * factor + (bias - lse[None, :])
@@ -509,6 +518,7 @@ def _window_attention_bwd_key_kernel(
         grad_v = tl.dot(kept.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_scores.to(k.dtype), query, grad_k, input_precision=PRECISION)
+        lse, delta = next_lse, next_delta
 
     if COSINE:
         grad_k, _ = _through_norm(k, grad_k * LN2)  # the queries held log2(e)
@@ -522,6 +532,20 @@ def _window_attention_bwd_key_kernel(
         tl.store(grad_padding_ptr + offs_pad + 2 * num_heads * HEAD_DIM, grad_pad_v, mask=offs_d < HEAD_DIM)
     _store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, real, offs_d, HEAD_DIM)
     _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
+
+
+@triton.jit
+def _load_vectors(
+    lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr, part, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr
+):
+    """Log-sum-exp, delta and, for cosine attention, inverse norms of a tile's queries and keys."""
+    lse = tl.load(lse_ptr + part * N + offs_m, mask=offs_m < N, other=float("inf"))
+    delta = tl.load(delta_ptr + part * N + offs_m, mask=offs_m < N, other=0.0)
+    norm_m, norm_n = tl.zeros(offs_m.shape, tl.float32), tl.zeros(offs_n.shape, tl.float32)
+    if COSINE:
+        norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=offs_m < N, other=0.0)
+        norm_n = tl.load(key_norm_ptr + part * N + offs_n, mask=offs_n < N, other=0.0)
+    return lse, delta, norm_m, norm_n
 
 
 @triton.jit
@@ -626,9 +650,19 @@ def _window_attention_bwd_bias_kernel(
             bias, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
             mask_value, WINDOW_H, WINDOW_W, MASK,
         )  # fmt: skip
-        for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
+        # Vectors are not pipelined by the compiler: each is loaded one image ahead.
+        last = tl.minimum(first + IMAGES, batch) - 1
+        part = (tl.cast(first, tl.int64) * num_windows + window) * num_heads + head
+        lse, delta, norm_m, norm_n = _load_vectors(
+            lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr, part, offs_m, offs_n, N, COSINE
+        )
+        for image in tl.range(first, last + 1):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
             part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
+            ahead = (tl.cast(tl.minimum(image + 1, last), tl.int64) * num_windows + window) * num_heads + head
+            next_lse, next_delta, next_norm_m, next_norm_n = _load_vectors(
+                lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr, ahead, offs_m, offs_n, N, COSINE
+            )
             q = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
             k = load_tokens(k_ptr + offs_image, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
             v = load_tokens(v_ptr + offs_image, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
@@ -636,19 +670,16 @@ def _window_attention_bwd_bias_kernel(
                 grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch, offs_out, real_m, real_m, pad_v_ptr,
                 offs_d, HEAD_DIM, False,
             )  # fmt: skip
-            lse = tl.load(lse_ptr + part * N + offs_m, mask=real_m, other=float("inf"))
-            delta = tl.load(delta_ptr + part * N + offs_m, mask=real_m, other=0.0)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if COSINE:  # on the product, in fp32: q and k stay in shared memory
-                norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=real_m, other=0.0) * factor
-                norm_n = tl.load(key_norm_ptr + part * N + offs_n, mask=offs_n < N, other=0.0)
-                product *= norm_m[:, None] * norm_n[None, :]
+                product *= (norm_m * factor)[:, None] * norm_n[None, :]
             else:
                 product *= factor
             if HAS_DROPOUT:
                 grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
             grad_bias += tl.exp2(product + (start - lse[:, None])) * (grad_p - delta[:, None])
+            lse, delta, norm_m, norm_n = next_lse, next_delta, next_norm_m, next_norm_n
 
     offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
     tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_m < N)[:, None] & (offs_n < N)[None, :])

@@ -211,7 +211,8 @@ def _walk_keys(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Finite at the start: a caller's mask may rule out a whole tile with -inf, but must not make it NaN.
+    maximum = tl.full((BLOCK_M,), -1e30, tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         row, col, real = locate_tokens(
@@ -237,8 +238,6 @@ def _walk_keys(
         )  # fmt: skip
 
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        if MASK == MASK_TENSOR:  # a caller's mask may rule out a whole tile with -inf, but not make it NaN
-            new_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         p = tl.exp2(scores - new_maximum[:, None])
         correction = tl.exp2(maximum - new_maximum)
         total = total * correction + tl.sum(p, axis=1)
@@ -374,7 +373,8 @@ def _window_attention_fwd_kernel(
                 )  # fmt: skip
 
     if HAS_LSE:
-        tl.store(lse_ptr + part * N + offs_m, lse, mask=offs_m < N)
+        # Infinite where the query is padding: the backward takes its weights for zero.
+        tl.store(lse_ptr + part * N + offs_m, tl.where(real, lse, float("inf")), mask=offs_m < N)
 
     offs_out = row * stride_out_row + col * stride_out_col
     tl.store(

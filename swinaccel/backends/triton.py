@@ -407,7 +407,10 @@ class _Backward:
         def plan(kernel: Any, one: launch.LargeLaunch, grid: tuple[int, ...], *sizes: int, images: Any = ()) -> _Launch:
             numbers = (*problem.image_strides, rows * cols, cols, *sizes, heads, *problem.places, *problem.constants)
             shape = (problem.precision, one.block_m, one.block_n, one.block_d, *images)
-            return _Launch(kernel, grid, (*numbers, *shape), num_warps=one.num_warps, num_stages=one.num_stages)
+            registers = {"maxnreg": one.max_registers} if one.max_registers and torch.version.hip is None else {}
+            return _Launch(
+                kernel, grid, (*numbers, *shape), num_warps=one.num_warps, num_stages=one.num_stages, **registers
+            )
 
         parts = heads * windows * batch
         tiles = -(-tokens // large.query.block_m)
