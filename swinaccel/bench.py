@@ -43,7 +43,8 @@ class Variant:
         latency_ms: median over the rounds, for one batch.
         p10_ms, p90_ms: a tenth of the rounds was faster, and slower, than these.
         images_per_s: batch / median.
-        peak_memory_mib: at the height of a call, with parameters; None where the device does not count it.
+        peak_memory_mib: at the height of a call, with parameters and the optimizer's state; None where the device
+            does not count it.
         speedup: the original's median over this one's.
         difference: largest difference to the original's output, relative to its largest value.
         error: why it did not run, and everything above is None; None otherwise.
@@ -66,7 +67,8 @@ class BenchResult:
 
     Attributes:
         variants: in the order in which they are shown; the first is the original.
-        batch, dtype: of the inputs.
+        batch, dtype: of the inputs; the dtype of autocast, too, where there is one.
+        mode: "inference" or "training".
         device, torch, triton: where they ran; triton is None where it is not installed.
         threads: of PyTorch, on the CPU.
         rounds: samples behind each median.
@@ -76,6 +78,7 @@ class BenchResult:
     variants: tuple[Variant, ...]
     batch: int
     dtype: str
+    mode: str
     device: str
     torch: str
     triton: str | None
@@ -113,7 +116,7 @@ class BenchResult:
 
         triton = f", triton {self.triton}" if self.triton else ""
         table = Table(
-            title=f"{self.device}, torch {self.torch}{triton}, {self.dtype}, batch {self.batch}",
+            title=f"{self.device}, torch {self.torch}{triton}, {self.dtype}, batch {self.batch}, {self.mode}",
             box=box.SIMPLE,
             title_justify="left",
         )
@@ -139,7 +142,12 @@ class BenchResult:
         notes = [f"{row.name} failed: {row.error}" for row in self.variants if row.error is not None]
         notes.append(
             f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles."
-            " Difference: to the original's output, relative to its largest value."
+            " Difference: to the original's output, relative to its largest value"
+            + (
+                " (of the first step; torch.compile draws random numbers of its own)."
+                if self.mode == "training"
+                else "."
+            )
         )
         return Group(table, Text("\n".join(notes)))
 
@@ -169,7 +177,8 @@ class BenchResult:
             axes.text((row.p90_ms or 0.0) + 0.015 * top, position, f"{row.speedup:.2f}x", va="center")
         axes.set_xlim(0, 1.12 * top)
         axes.invert_yaxis()
-        axes.set_xlabel(f"ms per batch of {self.batch}, {self.dtype}, {self.device} (less is better)")
+        call = "training step" if self.mode == "training" else "batch"
+        axes.set_xlabel(f"ms per {call} of {self.batch}, {self.dtype}, {self.device} (less is better)")
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
 
@@ -179,17 +188,21 @@ def run(
     inputs: Iterable[Any],
     *,
     rounds: int | None = None,
+    train: bool = False,
+    autocast: torch.dtype | None = None,
     compile: bool | None = None,
     compile_mode: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> BenchResult:
-    """Measure a model's inference as it is and accelerated, and with what else could make it faster.
+    """Measure a model as it is and accelerated, and with what else could make it faster.
 
     Args:
-        model: accelerated or not; it is left as it is. It is run in eval mode.
+        model: accelerated or not; it is left as it is. It is run in eval mode, or copies of it are trained.
         inputs: what it is called with; the first tensor's first axis is the batch.
         rounds: how often each variant is sampled; unless given, as often as about 20 seconds allow, 10 to 50 times.
+        train: a call is a training step: forward, the mean square of all outputs as loss, backward, AdamW.
+        autocast: run forward and loss under autocast to this dtype, as training usually does.
         compile: measure the torch.compile variants too; on CUDA devices, unless given.
         compile_mode: `mode` of torch.compile, such as "reduce-overhead" or "max-autotune".
         progress: called with what happens now, the steps done, and the steps in all.
@@ -207,8 +220,8 @@ def run(
     device = tensors[0].device
     is_cuda = device.type == "cuda"
     compile = is_cuda if compile is None else compile
-    with _compiler_room() if compile else nullcontext(), torch.no_grad():
-        makers, accelerated = _variants(model, compile, compile_mode, options)
+    with _compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train):
+        makers, accelerated = _variants(model, compile, compile_mode, options, train, autocast)
         tick = _Ticker(progress, len(makers) + (rounds or 10))
         runners: dict[str, _Runner] = {}
         errors: dict[str, str] = {}
@@ -248,7 +261,8 @@ def run(
             for name in makers
         ),
         batch=batch,
-        dtype=str(next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)).split(".")[-1],
+        dtype=_dtypes(tensors, autocast),
+        mode="training" if train else "inference",
         device=_device_name(device),
         torch=torch.__version__,
         triton=_version("triton"),
@@ -259,20 +273,34 @@ def run(
 
 
 def _variants(
-    model: nn.Module, compile: bool, mode: str | None, options: dict[str, Any]
+    model: nn.Module,
+    compile: bool,
+    mode: str | None,
+    options: dict[str, Any],
+    train: bool,
+    autocast: torch.dtype | None,
 ) -> tuple[dict[str, Callable[[], Callable[..., Any]]], nn.Module]:
     """What makes each variant, by its name; and the accelerated one."""
+
+    def twin() -> nn.Module:
+        return _trained_twin(model) if train else _twin(model)
+
     # Accelerated first: a dispatcher that comes onto a class after a compiled run makes that compile again.
-    accelerated, both = (api.accelerate(_twin(model), **options) for _ in range(2))
-    makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": lambda: _twin(model)}
+    accelerated, both = (api.accelerate(twin(), **options) for _ in range(2))
+    makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": twin}
     other = _other_attention(model)
     if other is not None:
-        makers[other[0]] = other[1]
+        name, choose = other
+        makers[name] = lambda: choose(twin())
     if compile:
-        makers["torch.compile"] = lambda: torch.compile(_twin(model), mode=mode)
+        makers["torch.compile"] = lambda: torch.compile(twin(), mode=mode)
     makers["accelerated"] = lambda: accelerated
     if compile:
         makers["accelerated + torch.compile"] = lambda: torch.compile(both, mode=mode)
+    if train:
+        return {name: lambda make=make: _Step(make(), autocast) for name, make in makers.items()}, accelerated  # type: ignore[misc]
+    if autocast is not None:
+        return {name: lambda make=make: _under(make(), autocast) for name, make in makers.items()}, accelerated  # type: ignore[misc]
     return makers, accelerated
 
 
@@ -282,14 +310,47 @@ def _twin(model: nn.Module) -> nn.Module:
     return api.restore(copy.deepcopy(model, shared)).eval()
 
 
-def _other_attention(model: nn.Module) -> tuple[str, Callable[[], nn.Module]] | None:
-    """The attention that the model's library offers besides the one in use: its name, and a maker of it."""
+def _trained_twin(model: nn.Module) -> nn.Module:
+    """A copy with parameters of its own, unaccelerated and in train mode."""
+    return api.restore(copy.deepcopy(model)).train()
+
+
+def _under(model: Callable[..., Any], autocast: torch.dtype) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        with torch.autocast(inputs[0].device.type, autocast):
+            return model(*inputs)
+
+    return call
+
+
+class _Step:
+    """A training step of one model, with its optimizer."""
+
+    def __init__(self, model: Any, autocast: torch.dtype | None) -> None:
+        self.model, self.autocast = model, autocast
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        is_cuda = self.parameters[0].device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=is_cuda)
+
+    def __call__(self, *inputs: Any) -> list[Tensor]:
+        device = inputs[0].device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            outputs = [tensor for tensor in _flat(self.model(*inputs)) if tensor.is_floating_point()]
+            loss = torch.stack([output.float().square().mean() for output in outputs]).sum()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return [output.detach() for output in outputs]
+
+
+def _other_attention(model: nn.Module) -> tuple[str, Callable[[nn.Module], nn.Module]] | None:
+    """The attention that the model's library offers besides the one in use: its name, and what chooses it."""
     if any(getattr(module, "fused_attn", None) is False for module in model.modules()):  # timm
-        return "SDPA", lambda: _timm_fused(_twin(model))
+        return "SDPA", _timm_fused
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if getattr(model, "_supports_sdpa", False) and implementation in ("sdpa", "eager"):  # Hugging Face
         name, value = ("SDPA", "sdpa") if implementation == "eager" else ("eager attention", "eager")
-        return name, lambda: _huggingface_attention(_twin(model), value)
+        return name, lambda twin: _huggingface_attention(twin, value)
     return None
 
 
@@ -314,6 +375,8 @@ class _Runner:
         self.call, self.inputs, self.device = call, inputs, device
         self.is_cuda = device.type == "cuda"
         self.own_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        if isinstance(call, _Step):
+            self.own_bytes += 2 * sum(t.nbytes for t in call.parameters)  # the optimizer's moments
         self.samples: list[float] = []
         self.calls_per_sample = 1
         self.sample_ms = 0.0
@@ -322,6 +385,7 @@ class _Runner:
 
     def warm_up(self) -> list[Tensor]:
         """Compile, load and settle; the output of a call."""
+        torch.manual_seed(0)  # drop-path of a training step: the same for all that draw in the original's order
         outputs = [tensor.clone() for tensor in _flat(self.call(*self.inputs))]
         for _ in range(4 if self.is_cuda else 0):
             self.call(*self.inputs)
@@ -403,6 +467,11 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
             error = ((one - other).abs().max() / other.abs().max().clamp_min(1e-30)).item()
             worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
+
+
+def _dtypes(tensors: list[Tensor], autocast: torch.dtype | None) -> str:
+    dtype = str(next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)).split(".")[-1]
+    return dtype if autocast is None else f"{dtype}, autocast to {str(autocast).split('.')[-1]}"
 
 
 def _synchronize(device: torch.device) -> None:

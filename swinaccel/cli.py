@@ -132,6 +132,10 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Samples of each variant. Default: 10 to 50, for about 20 s.")
     ] = None,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Measure training steps; parameters are fp32, and --dtype is that of autocast."),
+    ] = False,
     compile: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="With the torch.compile variants. Default: on CUDA only."),
@@ -142,17 +146,21 @@ def bench(
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the medians into an image.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure inference: original, its library's other attention, torch.compile, accelerated, and both."""
+    """Measure inference or training: original, its library's other attention, torch.compile, accelerated, and both."""
     with _work(as_json) as out:
         options = _options(backend, bias, bias_energy)
-        loaded = _load(model, pretrained, dtype, device, size)
+        loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         from . import bench as benchmark
+
+        autocast = _autocast(dtype, loaded) if train else None
 
         with _progress() as progress:
             result = benchmark.run(
                 loaded.model,
                 loaded.example_inputs(batch),
                 rounds=rounds,
+                train=train,
+                autocast=autocast,
                 compile=compile,
                 compile_mode=compile_mode,
                 progress=progress,
@@ -272,6 +280,16 @@ def _load(model: str, pretrained: bool, dtype: str | None, device: str | None, s
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     with _status(f"loading {model}"):
         return models.load(model, pretrained, dtype, device, size)
+
+
+def _autocast(dtype: str | None, loaded: Loaded) -> torch.dtype | None:
+    """The dtype of autocast in training: what was asked for, bfloat16 on CUDA; None where that is float32."""
+    import torch
+
+    from .models import as_dtype
+
+    wanted = as_dtype(dtype or ("bfloat16" if _parameter(loaded).is_cuda else "float32"))
+    return wanted if wanted in (torch.bfloat16, torch.float16) else None
 
 
 def _place(loaded: Loaded) -> dict[str, str]:

@@ -114,3 +114,16 @@ def test_memory_and_compile_on_a_gpu():
         assert row.error is None
         assert row.peak_memory_mib > 0
         assert row.difference < 2e-2
+
+
+def test_training_steps():
+    model = helpers.timm_v1()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = bench.run(model, IMAGES, rounds=2, train=True, autocast=torch.bfloat16, backend="torch")
+    assert [row.name for row in result.variants] == ["original", "SDPA", "accelerated"]
+    assert all(row.error is None for row in result.variants)
+    assert result["accelerated"].difference < 0.1
+    assert (result.mode, result.dtype) == ("training", "float32, autocast to bfloat16")
+    assert [entry.fallbacks for entry in result.report] == [0] * 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -61,7 +61,7 @@ def test_hooks_inside_the_attention(kind, part):
 def test_attention_dropout():
     model = swinaccel.accelerate(block(attn_drop=0.1), backend="torch")
     run(model.train())
-    assert reason_of(model) == "attention dropout is active"
+    assert reason_of(model) == "attention dropout is active, and the torch backend has none"
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -559,10 +559,9 @@ def test_verify_needs_inputs():
         swinaccel.verify(block())
 
 
-@pytest.mark.parametrize("interpreted", [False, True], ids=["plain-pytorch", "kernels"])
-def test_recorded_gradients_run_the_original_by_default(interpreted, monkeypatch):
-    """Neither the kernels, which have no backward, nor the torch backend, which trains slower, unless asked for."""
-    monkeypatch.setattr("swinaccel.dispatch.env_interpret", lambda: interpreted)
+def test_recorded_gradients_run_the_original_where_only_pytorch_would_serve(monkeypatch):
+    """The torch backend trains slower than the originals, unless it was asked for."""
+    monkeypatch.setattr("swinaccel.dispatch.env_interpret", lambda: False)
     x = X.clone().requires_grad_()
     model = block()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
@@ -572,3 +571,11 @@ def test_recorded_gradients_run_the_original_by_default(interpreted, monkeypatch
     (entry,) = swinaccel.report(model)
     assert entry.fallbacks == entry.calls == 1
     assert "gradients are recorded" in entry.reason
+
+
+def test_mask_with_a_gradient():
+    model = block()
+    model.attn_mask = model.attn_mask.clone().requires_grad_()
+    swinaccel.accelerate(model, backend="triton")
+    model.to(helpers.TRITON_DEVICE)(X.to(helpers.TRITON_DEVICE))
+    assert reason_of(model) == "the mask has a gradient"
