@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from operator import mul
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _INPUTS = (
     "Tensor qkv, Tensor? k, Tensor? v, Tensor? table, Tensor? index, Tensor? padding, Tensor? mask,"
     " Tensor? logit_scale, Tensor? seed"
 )
-_OPTIONS = "int num_heads, int[2] window, int[2] shift, bool roll_first, float mask_value, float scale, float dropout"
+_OPTIONS = "int num_heads, int[] window, int[] shift, bool roll_first, float mask_value, float scale, float dropout"
 _library.define(
     f"shifted_window_attention({_INPUTS}, {_OPTIONS}, bool for_backward, Tensor[]? factors) -> (Tensor, Tensor)"
 )
@@ -86,12 +87,13 @@ def shifted_window_attention(
     """Shifted-window attention from image to image, as `reference.shifted_window_attention`, by the Triton kernels.
 
     Args:
-        qkv: (B, H, W, 3 * heads * D) packed as q, k, v, or the three (B, H, W, heads * D) apart.
+        qkv: (B, H, W, 3 * heads * D) packed as q, k, v, or the three (B, H, W, heads * D) or (B, H, W, heads, D)
+            apart; images of volumes have their depth before H.
         factors: see `backends.triton.shifted_window_attention`; not used where gradients are recorded.
         dropout: probability at which an attention weight is dropped; drawn from PyTorch's generator.
     Returns:
-        (B, H, W, heads * D), dtype of qkv; softmax and sums in fp32. Differentiable in qkv, table, padding and
-        logit_scale.
+        (B, H, W, heads * D), or (B, H, W, heads, D) as q; dtype of qkv, softmax and sums in fp32. Differentiable in
+        qkv, table, padding and logit_scale.
     """
     packed, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
     for_backward = torch.is_grad_enabled() and any(
@@ -115,7 +117,7 @@ def _is_observed() -> bool:
 
 
 def _geometry(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_first: bool) -> Geometry:
-    return Geometry((qkv.shape[1], qkv.shape[2]), (window[0], window[1]), (shift[0], shift[1]), roll_first)
+    return Geometry(tuple(qkv.shape[1 : 1 + len(window)]), tuple(window), tuple(shift), roll_first)
 
 
 def _forward(
@@ -141,12 +143,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if geometry is None:
         geometry = _geometry(qkv, window, shift, roll_first)
+    strides = qkv.stride()
     if (
-        qkv.stride(-1) != 1
-        or max(qkv.stride()[1:3]) * max(qkv.shape[1:3]) >= 2**30  # offsets within an image have 32 bits
-        or (k is not None and not qkv.stride() == k.stride() == v.stride())  # type: ignore[union-attr]
+        strides[-1] != 1
+        or sum(map(mul, strides[1:], qkv.shape[1:])) >= 2**31  # offsets within an image have 32 bits
+        or (k is not None and not strides == k.stride() == v.stride())  # type: ignore[union-attr]
+        or (strides[-2] % qkv.shape[-1] and backend.are_heads_apart(qkv, geometry))  # the kernels count in heads
     ):
-        qkv, k, v = qkv.contiguous(), _contiguous(k), _contiguous(v)
+        qkv, k, v = (None if t is None else _dense(t, geometry) for t in (qkv, k, v))  # type: ignore[assignment]
     options: dict[str, Any] = {
         "num_heads": num_heads,
         "table": table,
@@ -170,17 +174,32 @@ def _forward(
             for_backward=for_backward,
         )
     except Exception as error:
-        q, k, v = qkv.chunk(3, dim=-1) if k is None or v is None else (qkv, k, v)
-        _note_failure(error, q, geometry, num_heads, logit_scale is not None, dropout)
-        out = reference.shifted_window_attention(q, k, v, geometry, **options).to(q.dtype).contiguous()
-        return out, torch.empty(_lse_shape(qkv, geometry, num_heads, q.shape[-1], for_backward), device=q.device)
+        head_dim = _head_dim(qkv, k, num_heads, geometry)
+        _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
+        out = _dense(_reference(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
+        return out, torch.empty(_lse_shape(qkv, geometry, num_heads, head_dim, for_backward), device=qkv.device)
 
 
-def _note_failure(
-    error: Exception, q: Tensor, geometry: Geometry, num_heads: int, cosine: bool, dropout: float
-) -> None:
+def _head_dim(qkv: Tensor, k: Tensor | None, num_heads: int, geometry: Geometry) -> int:
+    if backend.are_heads_apart(qkv, geometry):
+        return qkv.shape[-1]
+    return qkv.shape[-1] // num_heads // (3 if k is None else 1)
+
+
+def _reference(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry, options: dict[str, Any]) -> Tensor:
+    """The same in plain PyTorch, for tokens of every form."""
+    if k is None or v is None:
+        q, k, v = qkv.chunk(3, dim=-1)
+        return reference.shifted_window_attention(q, k, v, geometry, **options)
+    if not backend.are_heads_apart(qkv, geometry):
+        return reference.shifted_window_attention(qkv, k, v, geometry, **options)
+    out = reference.shifted_window_attention(qkv.flatten(-2), k.flatten(-2), v.flatten(-2), geometry, **options)
+    return out.unflatten(-1, qkv.shape[-2:])
+
+
+def _note_failure(error: Exception, q: Tensor, geometry: Geometry, head_dim: int, cosine: bool, dropout: float) -> None:
     """Remember that a kernel failed on such a problem; raise where plain PyTorch cannot stand in for it now."""
-    problem = _problem(q.device, q.dtype, geometry, q.shape[-1] // num_heads, cosine)
+    problem = _problem(q.device, q.dtype, geometry, head_dim, cosine)
     reason = f"the Triton kernel failed: {_first_line(error)}"
     if reason not in _failures.values():
         logger.warning("%s; the original runs instead", reason)
@@ -189,8 +208,8 @@ def _note_failure(
         raise KernelError(reason) from error
 
 
-def _lse_shape(qkv: Tensor, geometry: Geometry, num_heads: int, channels: int, for_backward: bool) -> tuple[int, ...]:
-    if not for_backward or backend.is_small(qkv.device, qkv.dtype, geometry.tokens, channels // num_heads):
+def _lse_shape(qkv: Tensor, geometry: Geometry, num_heads: int, head_dim: int, for_backward: bool) -> tuple[int, ...]:
+    if not for_backward or backend.is_small(qkv.device, qkv.dtype, geometry.tokens, head_dim):
         return (0,)
     return (qkv.shape[0], geometry.num_windows, num_heads, geometry.tokens)
 
@@ -230,12 +249,13 @@ def _backward(
     }
     try:
         gradients: Sequence[Tensor | None] = backend.shifted_window_attention_backward(
-            grad.contiguous(), out, lse, qkv.contiguous(), _contiguous(k), _contiguous(v), geometry, **options,
-            dropout=dropout, seed=seed, grad_table=grad_table,
+            _dense(grad, geometry), out, lse, _dense(qkv, geometry), None if k is None else _dense(k, geometry),
+            None if v is None else _dense(v, geometry), geometry, **options, dropout=dropout, seed=seed,
+            grad_table=grad_table,
         )  # fmt: skip
     except Exception as error:
-        q = qkv if k is not None else qkv[..., : qkv.shape[-1] // 3]
-        _note_failure(error, q, geometry, num_heads, logit_scale is not None, dropout)
+        head_dim = _head_dim(qkv, k, num_heads, geometry)
+        _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         gradients = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=False)
     return tuple(qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -256,10 +276,7 @@ def _reference_gradients(
         if not create_graph:
             inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
         qkv, k, v, *rest = inputs  # type: ignore[assignment]
-        q, k, v = qkv.chunk(3, dim=-1) if k is None or v is None else (qkv, k, v)
-        out = reference.shifted_window_attention(
-            q, k, v, geometry, **{**options, **dict(zip(names, rest, strict=True))}
-        )
+        out = _reference(qkv, k, v, geometry, {**options, **dict(zip(names, rest, strict=True))})
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create_graph, allow_unused=True))
         return [next(found) if t is not None and t.requires_grad else None for t in inputs]
@@ -308,6 +325,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _dense(image: Tensor, geometry: Geometry) -> Tensor:
+    """An image in memory as outputs are: without gaps, an axis for the heads before the last one of the image."""
+    if not backend.are_heads_apart(image, geometry):
+        return image.contiguous()
+    return image.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
 def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
     """SwinV2's bias table (T, heads) by one kernel, as `backends.triton.position_table`; None where that failed."""
     if _POSITION in _failures:
@@ -335,20 +359,20 @@ def _first_line(error: Exception) -> str:
 def _fake(qkv: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     num_heads, window, shift, roll_first = rest[6:10]
     for_backward = rest[13]
-    channels = qkv.shape[-1] if k is not None else qkv.shape[-1] // 3
     geometry = _geometry(qkv, window, shift, roll_first)
-    shape = _lse_shape(qkv, geometry, num_heads, channels, for_backward)
-    out = qkv.new_empty((*qkv.shape[:-1], channels))
+    shape = _lse_shape(qkv, geometry, num_heads, _head_dim(qkv, k, num_heads, geometry), for_backward)
+    out = backend.empty_image(qkv, geometry, k is None)
     return out, qkv.new_empty(shape, dtype=torch.float32 if for_backward else qkv.dtype)
 
 
 def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     qkv, k, v, table, _, padding, _, logit_scale = rest[:8]
     grad_table = rest[-1]
-    wanted = (qkv, k, v, table if grad_table else None, padding, logit_scale)
-    return tuple(
-        qkv.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted
-    )
+    geometry = _geometry(qkv, *rest[10:13])
+    tokens = [None if t is None else backend.empty_image(t, geometry, False) for t in (qkv, k, v)]
+    wanted = (table if grad_table else None, padding, logit_scale)
+    others = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
+    return tuple(qkv.new_empty(0) if t is None else t for t in (*tokens, *others))
 
 
 def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:

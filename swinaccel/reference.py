@@ -22,13 +22,13 @@ def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str =
         (M, N, N), fp32.
     Source: Liu et al. 2021, arXiv:2103.14030, section 3.2; slices as in the official code, on the padded grid.
     """
-    regions = torch.zeros(geometry.padded, device=device)
-    count = 0
-    for rows in _slices(geometry.window[0], geometry.shift[0]):
-        for cols in _slices(geometry.window[1], geometry.shift[1]):
-            regions[rows, cols] = count
-            count += 1
-    windows = partition(regions[None, :, :, None], geometry).squeeze(-1)  # (M, N)
+    regions = torch.zeros((), device=device)
+    for length, window, shift in zip(geometry.padded, geometry.window, geometry.shift, strict=True):
+        along = torch.zeros(length, device=device)
+        for number, part in enumerate(_slices(window, shift)):
+            along[part] = number
+        regions = 3 * regions[..., None] + along  # one axis more; nine regions in the end, or 27 of volumes
+    windows = partition(regions[None, ..., None], geometry).squeeze(-1)  # (M, N)
     return (windows[:, :, None] != windows[:, None, :]).float() * value
 
 
@@ -37,18 +37,21 @@ def _slices(window: int, shift: int) -> tuple[slice, slice, slice]:
 
 
 def partition(image: Tensor, geometry: Geometry) -> Tensor:
-    """(B, H, W, C) of padded size to (B * M, N, C), windows row-major within an image."""
-    batch, _, _, channels = image.shape
-    (rows, cols), (window_h, window_w) = geometry.grid, geometry.window
-    tiles = image.reshape(batch, rows, window_h, cols, window_w, channels)
-    return tiles.transpose(2, 3).reshape(-1, geometry.tokens, channels)
+    """(B, H, W, C) of padded size to (B * M, N, C), windows row-major within an image; (B, depth, H, W, C) likewise."""
+    batch, *_, channels = image.shape
+    axes = len(geometry.grid)
+    sides = [side for pair in zip(geometry.grid, geometry.window, strict=True) for side in pair]
+    tiles = image.reshape(batch, *sides, channels)  # (B, windows, rows of one, windows, columns of one, C)
+    windows_first = (*range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2))
+    return tiles.permute(0, *windows_first, 2 * axes + 1).reshape(-1, geometry.tokens, channels)
 
 
 def reverse(windows: Tensor, geometry: Geometry) -> Tensor:
     """(B * M, N, C) to (B, H, W, C) of padded size; undoes `partition`."""
-    (rows, cols), (window_h, window_w) = geometry.grid, geometry.window
-    tiles = windows.reshape(-1, rows, cols, window_h, window_w, windows.shape[-1])
-    return tiles.transpose(2, 3).reshape(-1, *geometry.padded, windows.shape[-1])
+    axes = len(geometry.grid)
+    tiles = windows.reshape(-1, *geometry.grid, *geometry.window, windows.shape[-1])
+    interleaved = [axis for number in range(1, axes + 1) for axis in (number, axes + number)]
+    return tiles.permute(0, *interleaved, 2 * axes + 1).reshape(-1, *geometry.padded, windows.shape[-1])
 
 
 def cut(image: Tensor, geometry: Geometry, padding: Tensor | None = None) -> Tensor:
@@ -56,28 +59,31 @@ def cut(image: Tensor, geometry: Geometry, padding: Tensor | None = None) -> Ten
 
     Padding tokens hold `padding` (C,), or zeros.
     """
+    missing = [0, 0]  # of the last axis first: before it, after it
+    for length, padded in zip(reversed(geometry.size), reversed(geometry.padded), strict=True):
+        missing += [0, padded - length]
 
     def pad(image: Tensor) -> Tensor:
-        (height, width), (padded_h, padded_w) = geometry.size, geometry.padded
-        real = F.pad(image.new_ones(1, height, width, 1), (0, 0, 0, padded_w - width, 0, padded_h - height))
-        image = F.pad(image, (0, 0, 0, padded_w - width, 0, padded_h - height))
+        real = F.pad(image.new_ones(1, *geometry.size, 1), missing)
+        image = F.pad(image, missing)
         return image if padding is None else torch.where(real.bool(), image, padding.to(image.dtype))
 
-    shifts = (-geometry.shift[0], -geometry.shift[1])
-    if geometry.roll_first:
-        image = pad(torch.roll(image, shifts, dims=(1, 2)))
-    else:
-        image = torch.roll(pad(image), shifts, dims=(1, 2))
+    shifts, axes = [-shift for shift in geometry.shift], _axes(geometry)
+    image = pad(torch.roll(image, shifts, axes)) if geometry.roll_first else torch.roll(pad(image), shifts, axes)
     return partition(image, geometry)
 
 
 def join(windows: Tensor, geometry: Geometry) -> Tensor:
     """Undo `cut`: (B * M, N, C) to (B, H, W, C), padding dropped."""
     image = reverse(windows, geometry)
-    height, width = geometry.size
+    real = (slice(None), *(slice(length) for length in geometry.size))
     if geometry.roll_first:
-        return torch.roll(image[:, :height, :width], geometry.shift, dims=(1, 2))
-    return torch.roll(image, geometry.shift, dims=(1, 2))[:, :height, :width]
+        return torch.roll(image[real], geometry.shift, _axes(geometry))
+    return torch.roll(image, geometry.shift, _axes(geometry))[real]
+
+
+def _axes(geometry: Geometry) -> tuple[int, ...]:
+    return tuple(range(1, len(geometry.size) + 1))
 
 
 def attention(
@@ -147,7 +153,7 @@ def shifted_window_attention(
     """Shifted-window attention from image to image.
 
     Args:
-        q, k, v: (B, H, W, heads * D).
+        q, k, v: (B, H, W, heads * D), or (B, depth, H, W, heads * D).
         geometry: window, shift and their order.
         num_heads: heads.
         table, index: (T, heads) and (N, N), the relative position bias; both or neither.
@@ -156,7 +162,7 @@ def shifted_window_attention(
         mask_value: what the implied mask adds between regions.
         scale, logit_scale, dropout: as in `attention`.
     Returns:
-        (B, H, W, heads * D).
+        (B, H, W, heads * D), as q.
     """
     pads = padding.chunk(3) if padding is not None else (None, None, None)
     q, k, v = (split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True))

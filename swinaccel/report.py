@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
-from .spec import Pair
+from .spec import Axes
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Entry:
         family: who recognised it.
         status: "accelerated" or "original".
         reason: why it, or its last call that did so, runs the original; None otherwise.
-        window, shift: (rows, columns), now.
+        window, shift: (rows, columns) or (depth, rows, columns), now.
         num_heads, head_dim: of its attention.
         bias: the form in use, such as "table" or "factors, rank 16, error 1.2e-03"; None before the first call.
         calls, fallbacks: calls so far, and how many of them ran the original. Compiled calls are not counted.
@@ -29,8 +29,8 @@ class Entry:
     family: str
     status: str
     reason: str | None
-    window: Pair
-    shift: Pair
+    window: Axes
+    shift: Axes
     num_heads: int
     head_dim: int
     bias: str | None = None

@@ -2,7 +2,8 @@
 of it does (Section).
 
 Axis letters, used everywhere: B images, H and W image rows and columns, C channels, N tokens per window, D head
-dim, T rows of the relative position bias table, R rank of bias factors, M windows per image.
+dim, T rows of the relative position bias table, R rank of bias factors, M windows per image. Images of volumes and
+videos are (B, depth, H, W, C), and have three numbers wherever flat ones have two.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-Pair = tuple[int, int]
+Axes = tuple[int, ...]  # one number for each axis of an image: (rows, columns) or (depth, rows, columns)
 SHIFT_MASK_VALUE = -100.0  # every Swin adds -100, and never -inf, between regions of a shifted window
 
 
@@ -22,14 +23,14 @@ class WindowSpec:
 
     Attributes:
         family: the family that recognised the module.
-        window, shift: (rows, columns) at the time of the look; both are read again at every call.
+        window, shift: along each axis, at the time of the look; both are read again at every call.
         num_heads, head_dim: of the attention.
         cosine: scaled cosine attention (SwinV2) rather than scaled dot product.
     """
 
     family: str
-    window: Pair
-    shift: Pair
+    window: Axes
+    shift: Axes
     num_heads: int
     head_dim: int
     cosine: bool
@@ -40,44 +41,54 @@ class Geometry:
     """Where the windows of one call lie.
 
     Attributes:
-        size: (H, W) of the image.
-        window: (rows, columns) of a window.
-        shift: how far the image is rolled up and left, after every clamping of the original.
+        size: of the image, (H, W) or (depth, H, W); so many axes has everything else here.
+        window: of a window.
+        shift: how far the image is rolled towards its beginning, after every clamping of the original.
         roll_first: timm rolls and then pads; everyone else pads and then rolls.
-        grid: windows per axis, the last ones padded at the bottom and the right.
-        padded: (rows, columns) that the windows cover.
+        grid: windows per axis, the last ones padded at the end.
+        padded: what the windows cover.
         roll: the shift as a roll of the axis that is rolled, in [0, length).
         tokens: N, tokens per window.
         num_windows: M, windows per image.
     """
 
-    size: Pair
-    window: Pair
-    shift: Pair = (0, 0)
+    size: Axes
+    window: Axes
+    shift: Axes = ()
     roll_first: bool = False
 
     # What follows from them, worked out once: these are read many times a call.
-    grid: Pair = field(init=False, compare=False, repr=False)
-    padded: Pair = field(init=False, compare=False, repr=False)
-    roll: Pair = field(init=False, compare=False, repr=False)
+    grid: Axes = field(init=False, compare=False, repr=False)
+    padded: Axes = field(init=False, compare=False, repr=False)
+    roll: Axes = field(init=False, compare=False, repr=False)
     tokens: int = field(init=False, compare=False, repr=False)
     num_windows: int = field(init=False, compare=False, repr=False)
     is_padded: bool = field(init=False, compare=False, repr=False)
     is_shifted: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        (height, width), (window_h, window_w) = self.size, self.window
-        rows, cols = -(-height // window_h), -(-width // window_w)
-        padded = rows * window_h, cols * window_w
-        length = self.size if self.roll_first else padded
+        size, window, shift = self.size, self.window, self.shift or (0,) * len(self.size)
+        grid = tuple([-(-length // side) for length, side in zip(size, window, strict=True)])
+        padded = tuple([count * side for count, side in zip(grid, window, strict=True)])
+        is_shifted = any(shift)
+        roll = shift
+        if is_shifted:
+            lengths = size if self.roll_first else padded
+            roll = tuple([step % max(1, length) for step, length in zip(shift, lengths, strict=True)])
         assign = object.__setattr__
-        assign(self, "grid", (rows, cols))
+        assign(self, "shift", shift)
+        assign(self, "grid", grid)
         assign(self, "padded", padded)
-        assign(self, "roll", (self.shift[0] % max(1, length[0]), self.shift[1] % max(1, length[1])))
-        assign(self, "tokens", window_h * window_w)
-        assign(self, "num_windows", rows * cols)
-        assign(self, "is_padded", padded != self.size)
-        assign(self, "is_shifted", self.shift != (0, 0))
+        assign(self, "roll", roll)
+        assign(self, "tokens", _product(window))
+        assign(self, "num_windows", _product(grid))
+        assign(self, "is_padded", padded != size)
+        assign(self, "is_shifted", is_shifted)
+
+
+def _product(numbers: Axes) -> int:
+    product = numbers[-1] * numbers[-2]
+    return product if len(numbers) == 2 else product * numbers[0]
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, shift_region
+from .tiles import LOG2E, place_window, shift_region
 
 
 @triton.jit
@@ -49,8 +49,7 @@ def _reduce_bias_kernel(
     grad_bias_ptr,  # (heads, N, N), fp32
     index_ptr,  # (N, N), int64
     num_heads,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: one offset between query and key, and one head. Adds up its pairs, which share a row of the table.
@@ -58,18 +57,31 @@ def _reduce_bias_kernel(
     That they share it is what a relative position bias is, but it is the live index that decides: a pair whose row
     is another one goes there by itself.
     """
-    N: tl.constexpr = WINDOW_H * WINDOW_W
-    down = tl.program_id(0) // (2 * WINDOW_W - 1) - (WINDOW_H - 1)
-    right = tl.program_id(0) % (2 * WINDOW_W - 1) - (WINDOW_W - 1)
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    right = tl.program_id(0) % (2 * WINDOW[2] - 1) - (WINDOW[2] - 1)
+    down = tl.program_id(0) // (2 * WINDOW[2] - 1)
+    deeper = 0
+    if WINDOW[0] > 1:
+        deeper = down // (2 * WINDOW[1] - 1) - (WINDOW[0] - 1)
+        down = down % (2 * WINDOW[1] - 1)
+    down -= WINDOW[1] - 1
     head = tl.program_id(1)
-    corner = tl.maximum(down, 0) * WINDOW_W + tl.maximum(right, 0)  # the first query that has such a key
-    distance = down * WINDOW_W + right
+    corner = tl.maximum(down, 0) * WINDOW[2] + tl.maximum(right, 0)  # the first query that has such a key
+    distance = down * WINDOW[2] + right
+    if WINDOW[0] > 1:
+        corner += tl.maximum(deeper, 0) * (WINDOW[1] * WINDOW[2])
+        distance += deeper * (WINDOW[1] * WINDOW[2])
     row = tl.load(index_ptr + corner * N + corner - distance)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        key_row, key_col = offs // WINDOW_W - down, offs % WINDOW_W - right
-        inside = (offs < N) & (key_row >= 0) & (key_row < WINDOW_H) & (key_col >= 0) & (key_col < WINDOW_W)
+        in_row, inside = offs // WINDOW[2], offs < N
+        if WINDOW[0] > 1:
+            key_depth = in_row // WINDOW[1] - deeper
+            in_row = in_row % WINDOW[1]
+            inside = inside & (key_depth >= 0) & (key_depth < WINDOW[0])
+        key_row, key_col = in_row - down, offs % WINDOW[2] - right
+        inside = inside & (key_row >= 0) & (key_row < WINDOW[1]) & (key_col >= 0) & (key_col < WINDOW[2])
         pair = offs * N + offs - distance
         grad = tl.load(grad_bias_ptr + tl.cast(head, tl.int64) * (N * N) + pair, mask=inside, other=0.0)
         live = tl.load(index_ptr + pair, mask=inside, other=0)
@@ -83,30 +95,31 @@ def _reduce_bias_kernel(
 def _check_mask_kernel(
     unusual_ptr,  # (windows, CHECKS), int32
     mask_ptr,  # (windows, N, N)
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
     mask_value,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     CHECKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: whether its share of one window's mask is anything but what the shift implies."""
-    ENTRIES: tl.constexpr = WINDOW_H * WINDOW_W * WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     window = tl.program_id(0)
-    last_row = window // windows_w == windows_h - 1
-    last_col = window % windows_w == windows_w - 1
+    windows, shift = (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w)
+    place = place_window(window, windows, VOLUME)
     unusual = tl.zeros((BLOCK,), tl.int32)
-    for first in tl.range(tl.program_id(1) * BLOCK, ENTRIES, CHECKS * BLOCK):
+    for first in tl.range(tl.program_id(1) * BLOCK, N * N, CHECKS * BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        query, key = offs // (WINDOW_H * WINDOW_W), offs % (WINDOW_H * WINDOW_W)
-        region_q = shift_region(query, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
-        region_k = shift_region(key, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        region_q = shift_region(offs // N, place, windows, shift, WINDOW)
+        region_k = shift_region(offs % N, place, windows, shift, WINDOW)
         implied = tl.where(region_q != region_k, mask_value, 0.0)
-        value = tl.load(mask_ptr + window.to(tl.int64) * ENTRIES + offs, mask=offs < ENTRIES, other=0.0)
-        unusual |= ((value.to(tl.float32) != implied) & (offs < ENTRIES)).to(tl.int32)
+        value = tl.load(mask_ptr + window.to(tl.int64) * (N * N) + offs, mask=offs < N * N, other=0.0)
+        unusual |= ((value.to(tl.float32) != implied) & (offs < N * N)).to(tl.int32)
     tl.store(unusual_ptr + window * CHECKS + tl.program_id(1), tl.max(unusual, axis=0))
 
 

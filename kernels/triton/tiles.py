@@ -1,8 +1,12 @@
 """What every window kernel shares: where a window's tokens lie in the image, and how a tile of them is read.
 
-Axis words: a *window* holds ``WINDOW_H * WINDOW_W`` tokens, numbered row-major by ``n``. The image is never
+Axis words: images are (depth, rows, columns), and so is whatever comes in threes: the image's ``size``, the grid of
+``windows``, ``shift``, ``roll``, a window's ``place`` in the grid, and ``WINDOW``, its tokens, numbered row-major by
+``n``. Flat images are one token deep, and where VOLUME is not set nothing is computed of a depth. The image is never
 shifted, padded or partitioned in memory: these functions turn (window, n) into an address instead. Offsets within
 one image, and within one head's bias, are 32 bits wide; where an image begins is a 64-bit offset.
+
+Heads of a token need not be neighbours: they lie ``stride_head * HEAD_DIM`` apart.
 """
 
 import triton
@@ -25,61 +29,88 @@ BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the f
 
 
 @triton.jit
-def locate_tokens(
-    n,
-    window_row,
-    window_col,
-    height,
-    width,
-    padded_height,
-    padded_width,
-    roll_h,
-    roll_w,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-):
-    """Image row and column of the tokens ``n`` of one window, and whether they exist (are no padding).
+def place_window(window, windows, VOLUME: tl.constexpr):
+    """Depth, row and column of a window in the grid of windows, which are numbered row-major."""
+    depth = window * 0
+    row = window // windows[2]
+    if VOLUME:
+        depth = row // windows[1]
+        row = row % windows[1]
+    return depth, row, window % windows[2]
+
+
+@triton.jit
+def _locate(n, place, length, windows, roll, WINDOW: tl.constexpr, ROLL_FIRST: tl.constexpr):
+    """Along one axis, where in the image the n-th of a window lies, and whether it exists (is no padding).
 
     The shifted window is cut from the rolled image. Most libraries pad and then roll, so the roll wraps around
     the padded size; timm rolls and then pads (ROLL_FIRST), so it wraps around the image's own size.
     """
-    row = window_row * WINDOW_H + n // WINDOW_W
-    col = window_col * WINDOW_W + n % WINDOW_W
-    inside = n < WINDOW_H * WINDOW_W
+    at = place * WINDOW + n
     if ROLL_FIRST:
-        real = inside & (row < height) & (col < width)
-        row += roll_h
-        col += roll_w
-        row = tl.where(row >= height, row - height, row)
-        col = tl.where(col >= width, col - width, col)
+        real = at < length
+        at += roll
+        at = tl.where(at >= length, at - length, at)
     else:
-        row += roll_h
-        col += roll_w
-        row = tl.where(row >= padded_height, row - padded_height, row)
-        col = tl.where(col >= padded_width, col - padded_width, col)
-        real = inside & (row < height) & (col < width)
-    return row, col, real
+        at += roll
+        at = tl.where(at >= windows * WINDOW, at - windows * WINDOW, at)
+        real = at < length
+    return at, real
 
 
 @triton.jit
-def shift_region(
-    n,
-    last_row,
-    last_col,
-    shift_h,
-    shift_w,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-):
+def locate_tokens(n, place, size, windows, roll, WINDOW: tl.constexpr, ROLL_FIRST: tl.constexpr):
+    """Image (depth, row, column) of the tokens ``n`` of one window, and whether they exist (are no padding).
+
+    Args:
+        place: of the window in the grid, by `place_window`.
+        size, windows, roll: of the image, along its three axes.
+    """
+    in_row = n // WINDOW[2]
+    depth = place[0]  # of windows one token deep, which have no depth to roll or to pad
+    inside = n < WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if WINDOW[0] > 1:
+        in_row = in_row % WINDOW[1]
+        in_depth = n // (WINDOW[1] * WINDOW[2])
+        depth, real = _locate(in_depth, place[0], size[0], windows[0], roll[0], WINDOW[0], ROLL_FIRST)
+        inside = inside & real
+    row, real_row = _locate(in_row, place[1], size[1], windows[1], roll[1], WINDOW[1], ROLL_FIRST)
+    col, real_col = _locate(n % WINDOW[2], place[2], size[2], windows[2], roll[2], WINDOW[2], ROLL_FIRST)
+    return (depth, row, col), inside & real_row & real_col
+
+
+@triton.jit
+def token_offsets(token, stride):
+    """Where tokens lie within an image of these strides."""
+    return token[0] * stride[0] + token[1] * stride[1] + token[2] * stride[2]
+
+
+@triton.jit
+def shift_region(n, place, windows, shift, WINDOW: tl.constexpr):
     """Region number of the tokens ``n``; tokens of different regions were brought together by the roll only.
 
-    Of the nine regions of the shift mask, a window holds up to four, and more than one only in the last row or
-    column of windows, where the last ``shift`` rows (columns) come from the image's other side.
+    Along each axis, a window holds up to two of the shift mask's regions, and more than one only where it is the
+    last, whose last ``shift`` tokens come from the image's other side.
     """
-    wrapped_row = last_row & (n // WINDOW_W >= WINDOW_H - shift_h)
-    wrapped_col = last_col & (n % WINDOW_W >= WINDOW_W - shift_w)
-    return wrapped_row.to(tl.int32) * 2 + wrapped_col.to(tl.int32)
+    in_row = n // WINDOW[2]
+    if WINDOW[0] > 1:
+        in_row = in_row % WINDOW[1]
+    wrapped_row = (place[1] == windows[1] - 1) & (in_row >= WINDOW[1] - shift[1])
+    wrapped_col = (place[2] == windows[2] - 1) & (n % WINDOW[2] >= WINDOW[2] - shift[2])
+    region = wrapped_row.to(tl.int32) * 2 + wrapped_col.to(tl.int32)
+    if WINDOW[0] > 1:
+        wrapped = (place[0] == windows[0] - 1) & (n // (WINDOW[1] * WINDOW[2]) >= WINDOW[0] - shift[0])
+        region += wrapped.to(tl.int32) * 4
+    return region
+
+
+@triton.jit
+def is_divided(place, windows, shift, WINDOW: tl.constexpr):
+    """Whether a window holds tokens of more than one region."""
+    divided = ((place[1] == windows[1] - 1) & (shift[1] > 0)) | ((place[2] == windows[2] - 1) & (shift[2] > 0))
+    if WINDOW[0] > 1:
+        divided = divided | ((place[0] == windows[0] - 1) & (shift[0] > 0))
+    return divided
 
 
 @triton.jit
@@ -164,23 +195,20 @@ def add_mask(
     offs_n,
     mask_ptr,
     window,
-    windows_h,
-    windows_w,
-    shift_h,
-    shift_w,
+    place,
+    windows,
+    shift,
     mask_value,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """Scores in log2 units plus their window's mask; `offs_m` and `offs_n` as for `tile_bias`."""
     if MASK == MASK_REGIONS:
-        last_row, last_col = window // windows_w == windows_h - 1, window % windows_w == windows_w - 1
-        region_m = shift_region(offs_m, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
-        region_n = shift_region(offs_n, last_row, last_col, shift_h, shift_w, WINDOW_H, WINDOW_W)
+        region_m = shift_region(offs_m, place, windows, shift, WINDOW)
+        region_n = shift_region(offs_n, place, windows, shift, WINDOW)
         scores += tl.where(region_m != region_n, mask_value * LOG2E, 0.0)
     elif MASK == MASK_TENSOR:
-        N: tl.constexpr = WINDOW_H * WINDOW_W
+        N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
         inside = (offs_m < N) & (offs_n < N)
         mask_ptr += tl.cast(window, tl.int64) * (N * N)
         scores += tl.load(mask_ptr + (offs_m * N + offs_n), mask=inside, other=0.0).to(tl.float32) * LOG2E
@@ -203,4 +231,4 @@ def dropout_factor(seed_ptr, dropout, part, offs_m, offs_n, N: tl.constexpr):
     low, high = (part & 0xFFFFFFFF).to(tl.int32), (part >> 32).to(tl.int32)
     zero = counter * 0
     random, _, _, _ = tl.philox(tl.load(seed_ptr), counter, zero + low, zero + high, zero)
-    return tl.where(tl.uint_to_uniform_float(random) >= dropout, 1.0 / (1.0 - dropout), 0.0)
+    return tl.where(tl.uint_to_uniform_float(random) >= dropout, 1.0 / tl.maximum(1.0 - dropout, 1e-6), 0.0)

@@ -27,10 +27,13 @@ from .tiles import (
     cosine_scale,
     dropout_factor,
     inverse_norm,
+    is_divided,
     load_tokens,
     locate_tokens,
+    place_window,
     scaled_query,
     tile_bias,
+    token_offsets,
 )
 
 
@@ -75,8 +78,8 @@ def _window_attention_bwd_small_kernel(
     grad_bias_ptr,  # (parts, heads, N, N), fp32
     grad_padding_ptr,  # (parts, 3 * heads * HEAD_DIM), fp32, zero at the start
     grad_logit_scale_ptr,  # (parts, heads), fp32
-    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
-    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
@@ -86,28 +89,36 @@ def _window_attention_bwd_small_kernel(
     logit_scale_ptr,  # (heads,)
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
+    stride_qkv_depth,
     stride_qkv_row,
     stride_qkv_col,
+    stride_qkv_head,
     stride_out_batch,
+    stride_out_depth,
     stride_out_row,
     stride_out_col,
+    stride_out_head,
     stride_table_row,
     stride_table_head,
     batch,
     num_heads,
+    depth,
     height,
     width,
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
+    roll_d,
     roll_h,
     roll_w,
     scale,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PACKED: tl.constexpr,
     COSINE: tl.constexpr,
@@ -124,8 +135,12 @@ def _window_attention_bwd_small_kernel(
     WINDOWS: tl.constexpr,
 ):
     """One program: one head, WINDOWS window positions, up to IMAGES images of each."""
-    N: tl.constexpr = WINDOW_H * WINDOW_W
-    num_windows = windows_h * windows_w
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
+    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
+    num_windows = windows_d * windows_h * windows_w
     head = tl.program_id(0) % num_heads
     group = tl.program_id(0) // num_heads
     first = tl.program_id(1) * IMAGES
@@ -133,7 +148,6 @@ def _window_attention_bwd_small_kernel(
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_head = head * HEAD_DIM
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -143,7 +157,7 @@ def _window_attention_bwd_small_kernel(
         scale = cosine_scale(logit_scale_ptr, head)
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + offs_head
+    pad_q_ptr = padding_ptr + head * HEAD_DIM
     pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
 
@@ -152,20 +166,17 @@ def _window_attention_bwd_small_kernel(
     grad_pad_v = tl.zeros((BLOCK_D,), tl.float32)
     grad_scale = 0.0
     for window in tl.range(group * WINDOWS, tl.minimum((group + 1) * WINDOWS, num_windows)):
-        row, col, real = locate_tokens(
-            offs_n, window // windows_w, window % windows_w, height, width, windows_h * WINDOW_H,
-            windows_w * WINDOW_W, roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-        )  # fmt: skip
+        place = place_window(window, windows, VOLUME)
+        token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
         padding = (offs_n < N) & (real == 0)
-        offs_token = row * stride_qkv_row + col * stride_qkv_col + offs_head
-        offs_out = row * stride_out_row + col * stride_out_col + offs_head
+        offs_token = token_offsets(token, stride_qkv) + head * stride_qkv_head * HEAD_DIM
+        offs_out = token_offsets(token, stride_out) + head * stride_out_head * HEAD_DIM
         start = tile_bias(
             offs_n[:, None], offs_n[None, :], table_ptr, index_ptr, table_ptr, stride_table_row, stride_table_head,
             0, 0, head, N, BIAS,
         )  # fmt: skip
         start = add_mask(
-            start, offs_n[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
-            mask_value, WINDOW_H, WINDOW_W, MASK,
+            start, offs_n[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
         )  # fmt: skip
         for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
@@ -220,11 +231,10 @@ def _window_attention_bwd_small_kernel(
 
 
 @triton.jit
-def _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK: tl.constexpr):
-    """Whether a window has a mask: of shifted windows only those of the last row and column do."""
+def _is_masked(place, windows, shift, WINDOW: tl.constexpr, MASK: tl.constexpr):
+    """Whether a window has a mask: of shifted windows only those with tokens of more than one region do."""
     if MASK == MASK_REGIONS:
-        last_row, last_col = window // windows_w == windows_h - 1, window % windows_w == windows_w - 1
-        return (last_row & (shift_h > 0)) | (last_col & (shift_w > 0))
+        return is_divided(place, windows, shift, WINDOW)
     return MASK == MASK_TENSOR
 
 
@@ -234,10 +244,10 @@ def _window_attention_bwd_query_kernel(
     grad_logit_scale_ptr,  # (batch * windows * TILES, heads), fp32
     delta_ptr,  # (batch, windows, heads, N), fp32: rowsum(dO ∘ O), for the other two kernels
     query_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the queries, likewise
-    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
-    out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
+    out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
-    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
@@ -246,27 +256,35 @@ def _window_attention_bwd_query_kernel(
     dense_ptr,  # (heads, rows, cols), log2 units
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
+    stride_qkv_depth,
     stride_qkv_row,
     stride_qkv_col,
+    stride_qkv_head,
     stride_out_batch,
+    stride_out_depth,
     stride_out_row,
     stride_out_col,
+    stride_out_head,
     stride_dense_head,
     stride_dense_row,
     num_heads,
+    depth,
     height,
     width,
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
+    roll_d,
     roll_h,
     roll_w,
     scale,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PACKED: tl.constexpr,
     COSINE: tl.constexpr,
@@ -281,34 +299,34 @@ def _window_attention_bwd_query_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dQ, and with it logit_scale's. One program: BLOCK_M queries of one window and head of one image."""
-    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
+    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     tile = tl.program_id(0) % TILES
     part = (tl.program_id(0) // TILES).to(tl.int64)
     head = (part % num_heads).to(tl.int32)
-    num_windows = windows_h * windows_w
+    num_windows = windows_d * windows_h * windows_w
     window = ((part // num_heads) % num_windows).to(tl.int32)
     image = part // num_heads // num_windows
-    window_row, window_col = window // windows_w, window % windows_w
+    place = place_window(window, windows, VOLUME)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    row, col, real = locate_tokens(
-        offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-    )  # fmt: skip
-    offs_head = head * HEAD_DIM
-    offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row * stride_qkv_row + col * stride_qkv_col
-    offs_out = row * stride_out_row + col * stride_out_col
-    grad_out_ptr += image * stride_out_batch + offs_head
-    out_ptr += image * stride_out_batch + offs_head
+    token, real = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
+    offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
+    offs_token = token_offsets(token, stride_qkv)
+    offs_out = token_offsets(token, stride_out)
+    grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
+    out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + offs_head
+    pad_q_ptr = padding_ptr + head * HEAD_DIM
     pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
 
@@ -326,18 +344,15 @@ def _window_attention_bwd_query_kernel(
         tl.store(query_norm_ptr + part * N + offs_m, norm, mask=offs_m < N)
         query, factor = (q.to(tl.float32) * (norm * (scale * LOG2E))[:, None]).to(q.dtype), 1.0
 
-    masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
+    masked = _is_masked(place, windows, shift, WINDOW, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     residual = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        row_n, col_n, real_n = locate_tokens(
-            offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-        )  # fmt: skip
+        token_n, real_n = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
         padding = (offs_n < N) & (real_n == 0)
-        offs_key = row_n * stride_qkv_row + col_n * stride_qkv_col
+        offs_key = token_offsets(token_n, stride_qkv)
         k = load_tokens(k_ptr + offs_image, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
         v = load_tokens(v_ptr + offs_image, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
         bias = tile_bias(
@@ -350,8 +365,8 @@ def _window_attention_bwd_query_kernel(
         scores = product * factor + (bias - lse[:, None])
         if masked:
             scores = add_mask(
-                scores, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
-                mask_value, WINDOW_H, WINDOW_W, MASK,
+                scores, offs_m[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
+                MASK,
             )  # fmt: skip
         p = tl.exp2(scores)
         if HAS_DROPOUT:
@@ -380,11 +395,11 @@ def _window_attention_bwd_key_kernel(
     grad_v_ptr,
     grad_padding_ptr,  # (batch * windows * TILES, 3 * heads * HEAD_DIM), fp32, zero at the start
     key_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the keys, for the bias kernel
-    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
     delta_ptr,  # (batch, windows, heads, N), fp32
     query_norm_ptr,  # (batch, windows, heads, N), fp32
-    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
@@ -393,27 +408,35 @@ def _window_attention_bwd_key_kernel(
     dense_ptr,  # (heads, rows, cols), log2 units
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
+    stride_qkv_depth,
     stride_qkv_row,
     stride_qkv_col,
+    stride_qkv_head,
     stride_out_batch,
+    stride_out_depth,
     stride_out_row,
     stride_out_col,
+    stride_out_head,
     stride_dense_head,
     stride_dense_row,
     num_heads,
+    depth,
     height,
     width,
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
+    roll_d,
     roll_h,
     roll_w,
     scale,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PACKED: tl.constexpr,
     COSINE: tl.constexpr,
@@ -431,26 +454,26 @@ def _window_attention_bwd_key_kernel(
 
     Scores are transposed here, (keys, queries), so that both products take them from registers as they are.
     """
-    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
+    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) % TILES
     part = (tl.program_id(0) // TILES).to(tl.int64)
     head = (part % num_heads).to(tl.int32)
-    num_windows = windows_h * windows_w
+    num_windows = windows_d * windows_h * windows_w
     window = ((part // num_heads) % num_windows).to(tl.int32)
     image = part // num_heads // num_windows
-    window_row, window_col = window // windows_w, window % windows_w
+    place = place_window(window, windows, VOLUME)
 
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    row, col, real = locate_tokens(
-        offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-    )  # fmt: skip
+    token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
     padding = (offs_n < N) & (real == 0)
-    offs_head = head * HEAD_DIM
-    offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row * stride_qkv_row + col * stride_qkv_col
+    offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
+    offs_token = token_offsets(token, stride_qkv)
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -458,7 +481,7 @@ def _window_attention_bwd_key_kernel(
         grad_v_ptr = grad_qkv_ptr + 2 * num_heads * HEAD_DIM
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
-    pad_k_ptr = padding_ptr + offs_head + num_heads * HEAD_DIM
+    pad_k_ptr = padding_ptr + (head + num_heads) * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
     k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
     v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
@@ -469,8 +492,8 @@ def _window_attention_bwd_key_kernel(
         tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
         key, factor = (k.to(tl.float32) * norm[:, None]).to(k.dtype), 1.0
 
-    grad_out_ptr += image * stride_out_batch + offs_head
-    masked = _is_masked(window, windows_h, windows_w, shift_h, shift_w, MASK)
+    grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
+    masked = _is_masked(place, windows, shift, WINDOW, MASK)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Vectors are not pipelined by the compiler: each is loaded one turn ahead.
@@ -486,12 +509,9 @@ def _window_attention_bwd_key_kernel(
         ahead = offs_m + BLOCK_M
         next_lse = tl.load(lse_ptr + ahead, mask=ahead < N, other=float("inf"))
         next_delta = tl.load(delta_ptr + ahead, mask=ahead < N, other=0.0)
-        row_m, col_m, real_m = locate_tokens(
-            offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-        )  # fmt: skip
-        offs_query = row_m * stride_qkv_row + col_m * stride_qkv_col
-        offs_out = row_m * stride_out_row + col_m * stride_out_col
+        token_m, real_m = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
+        offs_query = token_offsets(token_m, stride_qkv)
+        offs_out = token_offsets(token_m, stride_out)
         query = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
         grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
         bias = tile_bias(
@@ -506,8 +526,8 @@ def _window_attention_bwd_key_kernel(
         scores = product * factor + (bias - lse[None, :])
         if masked:
             scores = add_mask(
-                scores, offs_m[None, :], offs_n[:, None], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
-                mask_value, WINDOW_H, WINDOW_W, MASK,
+                scores, offs_m[None, :], offs_n[:, None], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
+                MASK,
             )  # fmt: skip
         p = tl.exp2(scores)
         kept = p
@@ -551,12 +571,12 @@ def _load_vectors(
 @triton.jit
 def _window_attention_bwd_bias_kernel(
     grad_bias_ptr,  # (parts, heads, N, N), fp32
-    grad_out_ptr,  # (batch, height, width, heads * HEAD_DIM)
+    grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
     delta_ptr,  # (batch, windows, heads, N), fp32
     query_norm_ptr,  # (batch, windows, heads, N), fp32
     key_norm_ptr,  # (batch, windows, heads, N), fp32
-    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
@@ -565,28 +585,36 @@ def _window_attention_bwd_bias_kernel(
     dense_ptr,  # (heads, rows, cols), log2 units
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
+    stride_qkv_depth,
     stride_qkv_row,
     stride_qkv_col,
+    stride_qkv_head,
     stride_out_batch,
+    stride_out_depth,
     stride_out_row,
     stride_out_col,
+    stride_out_head,
     stride_dense_head,
     stride_dense_row,
     batch,
     num_heads,
+    depth,
     height,
     width,
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
+    roll_d,
     roll_h,
     roll_w,
     scale,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PACKED: tl.constexpr,
     COSINE: tl.constexpr,
@@ -603,19 +631,23 @@ def _window_attention_bwd_bias_kernel(
     WINDOWS: tl.constexpr,
 ):
     """dB. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images."""
-    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
+    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = TILES_N * ((N + BLOCK_M - 1) // BLOCK_M)
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES
-    num_windows = windows_h * windows_w
+    num_windows = windows_d * windows_h * windows_w
     partial = tl.program_id(2) * tl.cdiv(num_windows, WINDOWS) + tl.program_id(1)
     first = tl.program_id(2) * IMAGES
 
     offs_m = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_head = head * HEAD_DIM
+    offs_head = head * stride_qkv_head * HEAD_DIM
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
@@ -624,7 +656,7 @@ def _window_attention_bwd_bias_kernel(
         factor = cosine_scale(logit_scale_ptr, head) * LOG2E
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
-    pad_k_ptr = padding_ptr + offs_head + num_heads * HEAD_DIM
+    pad_k_ptr = padding_ptr + (head + num_heads) * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
     bias = tile_bias(
         offs_m[:, None], offs_n[None, :], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head, stride_dense_row,
@@ -633,22 +665,15 @@ def _window_attention_bwd_bias_kernel(
 
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for window in tl.range(tl.program_id(1) * WINDOWS, tl.minimum((tl.program_id(1) + 1) * WINDOWS, num_windows)):
-        window_row, window_col = window // windows_w, window % windows_w
-        row_m, col_m, real_m = locate_tokens(
-            offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-        )  # fmt: skip
-        row_n, col_n, real_n = locate_tokens(
-            offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-        )  # fmt: skip
+        place = place_window(window, windows, VOLUME)
+        token_m, real_m = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
+        token_n, real_n = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
         padding = (offs_n < N) & (real_n == 0)
-        offs_query = row_m * stride_qkv_row + col_m * stride_qkv_col + offs_head
-        offs_out = row_m * stride_out_row + col_m * stride_out_col + offs_head
-        offs_key = row_n * stride_qkv_row + col_n * stride_qkv_col + offs_head
+        offs_query = token_offsets(token_m, stride_qkv) + offs_head
+        offs_out = token_offsets(token_m, stride_out) + head * stride_out_head * HEAD_DIM
+        offs_key = token_offsets(token_n, stride_qkv) + offs_head
         start = add_mask(
-            bias, offs_m[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w,
-            mask_value, WINDOW_H, WINDOW_W, MASK,
+            bias, offs_m[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
         )  # fmt: skip
         # Vectors are not pipelined by the compiler: each is loaded one image ahead.
         last = tl.minimum(first + IMAGES, batch) - 1

@@ -22,10 +22,13 @@ from .tiles import (
     cosine_scale,
     dropout_factor,
     inverse_norm,
+    is_divided,
     load_tokens,
     locate_tokens,
+    place_window,
     scaled_query,
     tile_bias,
+    token_offsets,
 )
 
 STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a kind of window
@@ -41,8 +44,8 @@ def _scores(q, k, start, COSINE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _window_attention_fwd_small_kernel(
-    out_ptr,  # (batch, height, width, heads * HEAD_DIM)
-    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
@@ -52,28 +55,36 @@ def _window_attention_fwd_small_kernel(
     logit_scale_ptr,  # (heads,)
     seed_ptr,  # (1,), int64, of attention dropout
     stride_qkv_batch,
+    stride_qkv_depth,
     stride_qkv_row,
     stride_qkv_col,
+    stride_qkv_head,
     stride_out_batch,
+    stride_out_depth,
     stride_out_row,
     stride_out_col,
+    stride_out_head,
     stride_table_row,
     stride_table_head,
     batch,
     num_heads,
+    depth,
     height,
     width,
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
+    roll_d,
     roll_h,
     roll_w,
     scale,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PACKED: tl.constexpr,
     COSINE: tl.constexpr,
@@ -88,24 +99,25 @@ def _window_attention_fwd_small_kernel(
     IMAGES: tl.constexpr,
 ):
     """One program: one window position and head of up to IMAGES images."""
-    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
+    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     tl.static_assert(N <= BLOCK_N)
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     pid = tl.program_id(0)
     head = pid % num_heads  # fastest: neighbouring heads share cache lines of the image
     window = pid // num_heads
-    window_row = window // windows_w
-    window_col = window % windows_w
+    num_windows = windows_d * windows_h * windows_w
+    place = place_window(window, windows, VOLUME)
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    row, col, real = locate_tokens(
-        offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-    )  # fmt: skip
+    token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
     padding = (offs_n < N) & (real == 0)
-    offs_token = row * stride_qkv_row + col * stride_qkv_col + head * HEAD_DIM
-    offs_out = row * stride_out_row + col * stride_out_col + head * HEAD_DIM
+    offs_token = token_offsets(token, stride_qkv) + head * stride_qkv_head * HEAD_DIM
+    offs_out = token_offsets(token, stride_out) + head * stride_out_head * HEAD_DIM
 
     # Bias and mask, the start value of the score product, are the same for all images.
     start = tile_bias(
@@ -113,8 +125,7 @@ def _window_attention_fwd_small_kernel(
         head, N, BIAS,
     )  # fmt: skip
     start = add_mask(
-        start, offs_n[:, None], offs_n[None, :], mask_ptr, window, windows_h, windows_w, shift_h, shift_w, mask_value,
-        WINDOW_H, WINDOW_W, MASK,
+        start, offs_n[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
     )  # fmt: skip
 
     if PACKED:
@@ -137,7 +148,7 @@ def _window_attention_fwd_small_kernel(
         p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         total = tl.sum(p, axis=1)
         if HAS_DROPOUT:
-            part = (tl.cast(image, tl.int64) * (windows_h * windows_w) + window) * num_heads + head
+            part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
             p *= dropout_factor(seed_ptr, dropout, part, offs_n[:, None], offs_n[None, :], N)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         tl.store(
@@ -161,8 +172,7 @@ def _walk_keys(
     q_factor_ptr,
     k_factor_ptr,
     seed_ptr,
-    stride_row,
-    stride_col,
+    stride_qkv,
     stride_table_row,
     stride_table_head,
     stride_dense_head,
@@ -170,19 +180,15 @@ def _walk_keys(
     offs_m,
     head,
     window,
+    place,
     part,
-    windows_h,
-    windows_w,
-    height,
-    width,
-    shift_h,
-    shift_w,
-    roll_h,
-    roll_w,
+    size,
+    windows,
+    shift,
+    roll,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COSINE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -201,9 +207,8 @@ def _walk_keys(
     Returns:
         (BLOCK_M, BLOCK_D) and the scores' log-sum-exp (BLOCK_M,), log2 units; both fp32.
     """
-    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     offs_d = tl.arange(0, BLOCK_D)
-    window_row, window_col = window // windows_w, window % windows_w
     if BIAS == BIAS_FACTORS:
         offs_r = tl.arange(0, RANK)
         offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
@@ -215,12 +220,9 @@ def _walk_keys(
     maximum = tl.full((BLOCK_M,), -1e30, tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        row, col, real = locate_tokens(
-            offs_n, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-            roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-        )  # fmt: skip
+        token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
         padding = (offs_n < N) & (real == 0)
-        offs_token = row * stride_row + col * stride_col
+        offs_token = token_offsets(token, stride_qkv)
         k = load_tokens(k_ptr, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
         v = load_tokens(v_ptr, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
 
@@ -234,7 +236,7 @@ def _walk_keys(
             start = tl.dot(q_factor, tl.trans(k_factor), start, input_precision=PRECISION)
         scores = add_mask(
             _scores(q, k, start, COSINE, PRECISION), offs_m[:, None], offs_n[None, :], mask_ptr, window,
-            windows_h, windows_w, shift_h, shift_w, mask_value, WINDOW_H, WINDOW_W, MASK,
+            place, windows, shift, mask_value, WINDOW, MASK,
         )  # fmt: skip
 
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -250,8 +252,8 @@ def _walk_keys(
 
 @triton.jit
 def _window_attention_fwd_kernel(
-    out_ptr,  # (batch, height, width, heads * HEAD_DIM)
-    qkv_ptr,  # (batch, height, width, 3 * heads * HEAD_DIM); without PACKED q alone, and k and v have its strides
+    out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr,
     v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
@@ -267,29 +269,37 @@ def _window_attention_fwd_kernel(
     seed_ptr,  # (1,), int64, of attention dropout
     lse_ptr,  # (batch, windows, heads, N), fp32: log-sum-exp of the scores, for the backward
     stride_qkv_batch,
+    stride_qkv_depth,
     stride_qkv_row,
     stride_qkv_col,
+    stride_qkv_head,
     stride_out_batch,
+    stride_out_depth,
     stride_out_row,
     stride_out_col,
+    stride_out_head,
     stride_table_row,
     stride_table_head,
     stride_dense_head,
     stride_dense_row,
     num_heads,
+    depth,
     height,
     width,
+    windows_d,
     windows_h,
     windows_w,
+    shift_d,
     shift_h,
     shift_w,
+    roll_d,
     roll_h,
     roll_w,
     scale,
     mask_value,
     dropout,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOLUME: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PACKED: tl.constexpr,
     COSINE: tl.constexpr,
@@ -311,33 +321,33 @@ def _window_attention_fwd_kernel(
     What differs between windows (whether a mask applies, and which; whether factors are fresh) is decided here, once,
     so that the walk over the keys of most windows has nothing to decide.
     """
-    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
+    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     pid = tl.program_id(0).to(tl.int64)
     tile = (pid % TILES).to(tl.int32)
     head = ((pid // TILES) % num_heads).to(tl.int32)
-    num_windows = windows_h * windows_w
+    num_windows = windows_d * windows_h * windows_w
     window = ((pid // TILES // num_heads) % num_windows).to(tl.int32)
     image = pid // TILES // num_heads // num_windows
-    window_row, window_col = window // windows_w, window % windows_w
+    place = place_window(window, windows, VOLUME)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    row, col, real = locate_tokens(
-        offs_m, window_row, window_col, height, width, windows_h * WINDOW_H, windows_w * WINDOW_W,
-        roll_h, roll_w, WINDOW_H, WINDOW_W, ROLL_FIRST,
-    )  # fmt: skip
+    token, real = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
     padding = (offs_m < N) & (real == 0)
-    offs_head = head * HEAD_DIM
-    offs_image = image * stride_qkv_batch + offs_head
-    offs_token = row * stride_qkv_row + col * stride_qkv_col
+    offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
+    offs_token = token_offsets(token, stride_qkv)
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + offs_head
+    pad_q_ptr = padding_ptr + head * HEAD_DIM
     pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
     q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
@@ -348,8 +358,7 @@ def _window_attention_fwd_kernel(
     # The kind of this window: its mask (MASK_NONE, MASK_REGIONS, MASK_TENSOR), or STALE_FACTORS.
     kind = 0
     if MASK != MASK_NONE:
-        last_row, last_col = window_row == windows_h - 1, window_col == windows_w - 1
-        kind = ((last_row & (shift_h > 0)) | (last_col & (shift_w > 0))).to(tl.int32)
+        kind = is_divided(place, windows, shift, WINDOW).to(tl.int32)
     if MASK == MASK_TENSOR:
         unusual = tl.max(tl.load(unusual_ptr + window * CHECKS + tl.arange(0, CHECKS)), axis=0)
         kind = tl.where(unusual != 0, 2, kind)
@@ -364,10 +373,9 @@ def _window_attention_fwd_kernel(
             if kind == KIND:
                 out, lse = _walk_keys(
                     q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, table_ptr, index_ptr, mask_ptr,
-                    dense_ptr, q_factor_ptr, k_factor_ptr, seed_ptr, stride_qkv_row, stride_qkv_col, stride_table_row,
-                    stride_table_head, stride_dense_head, stride_dense_row, offs_m, head, window, part, windows_h,
-                    windows_w, height, width, shift_h, shift_w, roll_h, roll_w, mask_value, dropout,
-                    WINDOW_H, WINDOW_W, HEAD_DIM, COSINE,
+                    dense_ptr, q_factor_ptr, k_factor_ptr, seed_ptr, stride_qkv, stride_table_row, stride_table_head,
+                    stride_dense_head, stride_dense_row, offs_m, head, window, place, part, size, windows, shift, roll,
+                    mask_value, dropout, WINDOW, HEAD_DIM, COSINE,
                     BIAS_TABLE if KIND == STALE_FACTORS else BIAS, MASK if KIND == STALE_FACTORS else KIND,
                     HAS_PAD, ROLL_FIRST, HAS_DROPOUT, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
@@ -376,9 +384,9 @@ def _window_attention_fwd_kernel(
         # Infinite where the query is padding: the backward takes its weights for zero.
         tl.store(lse_ptr + part * N + offs_m, tl.where(real, lse, float("inf")), mask=offs_m < N)
 
-    offs_out = row * stride_out_row + col * stride_out_col
+    offs_out = token_offsets(token, stride_out) + head * stride_out_head * HEAD_DIM
     tl.store(
-        out_ptr + image * stride_out_batch + offs_head + (offs_out[:, None] + offs_d[None, :]),
+        out_ptr + image * stride_out_batch + (offs_out[:, None] + offs_d[None, :]),
         out.to(out_ptr.dtype.element_ty),
         mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
     )

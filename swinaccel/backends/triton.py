@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -37,10 +38,10 @@ def unsupported_reason(
     if interpret and dtype == torch.bfloat16:
         return "Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies"
     if geometry.tokens > MAX_TOKENS:
-        return f"a window of {geometry.window[0]}x{geometry.window[1]} holds more than {MAX_TOKENS} tokens"
+        return f"a window of {'x'.join(map(str, geometry.window))} holds more than {MAX_TOKENS} tokens"
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is larger than {MAX_HEAD_DIM}"
-    if geometry.size[0] * geometry.size[1] * 3 * num_heads * head_dim >= 2**31:
+    if math.prod(geometry.size) * 3 * num_heads * head_dim >= 2**31:
         return "q, k and v of one image are 2^31 numbers or more"
     return None
 
@@ -109,6 +110,24 @@ def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: in
     )
 
 
+def _three(numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """One number for each of (depth, rows, columns); flat images have that one for their depth."""
+    return numbers if len(numbers) == 3 else (depth, *numbers)
+
+
+def are_heads_apart(tokens: Tensor, geometry: Geometry) -> bool:
+    """Whether tokens are (B, H, W, heads, D), with an axis of their own for the heads, rather than (B, H, W, C)."""
+    return tokens.dim() == len(geometry.size) + 3
+
+
+def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
+    """What the output is written to: (B, H, W, heads * D), or (B, H, W, heads, D) with the heads before W in memory."""
+    shape = tokens.shape
+    if are_heads_apart(tokens, geometry):
+        return tokens.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
+    return tokens.new_empty((*shape[:-1], shape[-1] // 3 if packed else shape[-1]))
+
+
 class _Problem(NamedTuple):
     """What the launches of one attention problem depend on, and the key that they are kept under."""
 
@@ -164,20 +183,40 @@ class _Problem(NamedTuple):
 
     @property
     def image_strides(self) -> tuple[int, ...]:
-        """Of the token images, (batch, row, column), those of q, k, v first."""
-        height, width = self.geometry.size
-        return (*self.strides[:3], height * width * self.channels, width * self.channels, self.channels)
+        """Of the token images, (batch, depth, row, column, head), those of q, k, v first.
+
+        From head to head the kernels count in heads, so that neighbours, which are one apart, are nothing to compute.
+        """
+        height, width = self.geometry.size[-2:]
+        axes, rows = len(self.geometry.size), width * self.channels
+        col, head = (self.head_dim, width) if self.heads_apart else (self.channels, 1)
+        out = (math.prod(self.geometry.size) * self.channels, height * rows, rows, col, head)
+        token_head = self.strides[axes + 1] // self.head_dim if self.heads_apart else 1
+        return (self.strides[0], *_three(self.strides[1 : axes + 1], 0), token_head, *out)
+
+    @property
+    def heads_apart(self) -> bool:
+        return len(self.strides) == len(self.geometry.size) + 3
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        return _three(self.geometry.window, 1)
+
+    @property
+    def is_volume(self) -> bool:
+        return len(self.geometry.size) == 3
 
     @property
     def places(self) -> tuple[Any, ...]:
         geometry = self.geometry
         numbers = (self.scale, self.mask_value, self.dropout)
-        return (*geometry.size, *geometry.grid, *geometry.shift, *geometry.roll, *numbers)
+        sizes = (*_three(geometry.size, 1), *_three(geometry.grid, 1))
+        return (*sizes, *_three(geometry.shift, 0), *_three(geometry.roll, 0), *numbers)
 
     @property
     def constants(self) -> tuple[Any, ...]:
         flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
-        shape = (*self.geometry.window, self.head_dim, self.packed, self.cosine)
+        shape = (self.window, self.is_volume, self.head_dim, self.packed, self.cosine)
         return (*shape, self.bias_mode, self.mask_mode, *flags)
 
     def dense(self, block_m: int, block_n: int) -> tuple[tuple[int, int, int], torch.dtype]:
@@ -240,8 +279,11 @@ class _Forward:
             self.check = _Launch(
                 bias_kernels._check_mask_kernel,
                 (geometry.num_windows, _CHECKS),
-                (*geometry.grid, *geometry.shift, problem.mask_value, *geometry.window, _CHECKS, 1024),
-            )
+                (
+                    *_three(geometry.grid, 1), *_three(geometry.shift, 0), problem.mask_value, problem.window,
+                    problem.is_volume, _CHECKS, 1024,
+                ),
+            )  # fmt: skip
         if problem.for_backward:
             self.lse_shape = (problem.batch, geometry.num_windows, problem.num_heads, tokens)  # type: ignore[assignment]
         self.attention = _Launch(
@@ -271,6 +313,12 @@ def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) 
     )
 
 
+def _channels(qkv: Tensor, k: Tensor | None, geometry: Geometry) -> int:
+    if are_heads_apart(qkv, geometry):
+        return qkv.shape[-1] * qkv.shape[-2]
+    return qkv.shape[-1] // 3 if k is None else qkv.shape[-1]
+
+
 def shifted_window_attention(
     qkv: Tensor,
     k: Tensor | None,
@@ -293,7 +341,8 @@ def shifted_window_attention(
     """As `reference.shifted_window_attention`, by one kernel.
 
     Args:
-        qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1.
+        qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
+            axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D; so has the output.
         index, mask, padding, logit_scale: contiguous.
         factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias in log2 units, and the table and index
             that they were computed from; where those differ from the live ones, the live table is used.
@@ -311,9 +360,8 @@ def shifted_window_attention(
                 mask_value=mask_value, scale=scale, logit_scale=logit_scale, factors=factors, dropout=dropout,
                 seed=seed, for_backward=for_backward,
             )  # fmt: skip
-    batch, height, width, channels = qkv.shape
-    channels = channels // 3 if k is None else channels
-    out = torch.empty((batch, height, width, channels), dtype=qkv.dtype, device=device)
+    batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
+    out = empty_image(qkv, geometry, k is None)
     if not geometry.is_padded:
         padding = None
     problem = _Problem(
@@ -370,8 +418,8 @@ class _Backward:
         self.bias: Any = None
         self.reduce = _Launch(
             bias_kernels._reduce_bias_kernel,
-            ((2 * geometry.window[0] - 1) * (2 * geometry.window[1] - 1), heads),
-            (heads, *geometry.window, 64 if self.is_small else 256),
+            (math.prod(2 * side - 1 for side in geometry.window), heads),
+            (heads, problem.window, 64 if self.is_small else 256),
             num_warps=2,
         )
         options: dict[str, int] = {
@@ -465,9 +513,9 @@ def shifted_window_attention_backward(
     """Gradients of `shifted_window_attention` with `for_backward`.
 
     Args:
-        grad_out: (B, H, W, heads * D), contiguous.
+        grad_out: in memory as `empty_image` makes it, and so are tokens with an axis for the heads.
         out, lse: what the forward gave; small windows need no out.
-        qkv, k, v: contiguous, as everything else.
+        qkv, k, v: else contiguous, as everything.
         grad_table: whether the table's gradient is wanted, the only one that costs much.
     """
     device = qkv.device
@@ -478,8 +526,7 @@ def shifted_window_attention_backward(
                 padding=padding, mask=mask, mask_value=mask_value, scale=scale, logit_scale=logit_scale,
                 dropout=dropout, seed=seed, grad_table=grad_table,
             )  # fmt: skip
-    batch, _, _, channels = qkv.shape
-    channels = channels // 3 if k is None else channels
+    batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
     pad = padding if geometry.is_padded else None
     grad_table = grad_table and table is not None
     problem = _Problem(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import Pair
+from ..spec import Axes
 
 
-def pair(value: object) -> Pair | None:
+def pair(value: object) -> Axes | None:
     """(int, int) of an int or of two of them; None of anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
@@ -20,12 +20,12 @@ def pair(value: object) -> Pair | None:
     return None
 
 
-def is_table(table: object, index: object, window: Pair, num_heads: int) -> bool:
+def is_table(table: object, index: object, window: Axes, num_heads: int) -> bool:
     """Whether these are the relative position bias table and index of a window, with no room for extra tokens."""
     return has_table_rows(table, window, num_heads) and is_index(index, window[0] * window[1])
 
 
-def has_table_rows(table: object, window: Pair, num_heads: int) -> bool:
+def has_table_rows(table: object, window: Axes, num_heads: int) -> bool:
     rows = (2 * window[0] - 1) * (2 * window[1] - 1)
     return isinstance(table, Tensor) and tuple(table.shape) == (rows, num_heads)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import SHIFT_MASK_VALUE, Geometry, Pair, Section, WindowSpec
+from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from ._common import (
     drop_rate,
     has_table_rows,
@@ -26,7 +26,7 @@ from ._common import (
 )
 
 
-def attention_spec(family: str, attn: Any, shift: Pair = (0, 0), has_index: bool = True) -> WindowSpec | None:
+def attention_spec(family: str, attn: Any, shift: Axes = (0, 0), has_index: bool = True) -> WindowSpec | None:
     """What an official window attention is, by structure; None for anything else.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from ._common import drop_rate, is_plain_linear, pair, zero_token
 from ._official import attention_section, attention_spec
 
@@ -33,7 +33,7 @@ class Timm:
         spec = self.attention_spec(module.attn, shift)
         return spec if spec is not None and spec.window == window else None
 
-    def attention_spec(self, attn: Any, shift: tuple[int, int]) -> WindowSpec | None:
+    def attention_spec(self, attn: Any, shift: Axes) -> WindowSpec | None:
         return attention_spec(self.name, attn, shift)
 
     def attention(self, module: Any) -> nn.Module:
@@ -65,7 +65,7 @@ class TimmCr(Timm):
     name = "timm_cr"
     method = "_shifted_window_attn"
 
-    def attention_spec(self, attn: Any, shift: tuple[int, int]) -> WindowSpec | None:
+    def attention_spec(self, attn: Any, shift: Axes) -> WindowSpec | None:
         window, heads = pair(attn.window_size), attn.num_heads
         if window is None or attn.logit_scale.numel() != heads:
             return None
