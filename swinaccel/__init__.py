@@ -5,6 +5,7 @@
 See `accelerate`, and https://github.com/swinaccel/swinaccel for the rest.
 """
 
+from . import functional
 from .api import accelerate, accelerated, disabled, plan, report, restore
 from .config import AccelConfig
 from .dispatch import FallbackError
@@ -21,6 +22,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "disabled",
+    "functional",
     "plan",
     "report",
     "restore",

@@ -6,26 +6,276 @@ elsewhere, forward and backward, eagerly and under torch.compile.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import sequence_ops
-from .backends import torch_sequence
+from . import ops, reference, sequence_ops
+from .backends import torch_sequence, torch_windows
 from .backends.triton_sequence import Problem
-from .config import env_interpret
+from .checks import (
+    check_axes,
+    check_bias,
+    check_device,
+    check_dropout,
+    check_factors,
+    check_logit_scale,
+    check_mask,
+    check_number,
+    check_positive,
+    check_qkv,
+    check_table,
+    check_tensor,
+)
+from .config import env_interpret, env_strict
 from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
+from .spec import SHIFT_MASK_VALUE, Geometry
 
 __all__ = [
     "BiasFactors",
     "alibi_factors",
     "block_sliding_window_attention",
+    "cosine_window_attention",
     "factored_bias_attention",
     "factorize_bias",
+    "shifted_window_attention",
     "squared_distance_factors",
+    "window_attention",
 ]
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q kᵀ · scale + bias + mask) v within windows: Swin's attention, on windows that are cut already.
+
+    Differentiable in q, k, v and bias. The kernels take windows of up to 1024 tokens and a head_dim of up to 128;
+    larger ones run in PyTorch. Where windows are still to be cut from an image, see `shifted_window_attention`.
+
+    Args:
+        q, k, v: (windows, heads, N, D), one dtype, any strides; the output projection's view of q, k and v is as good
+            as contiguous ones.
+        bias: (heads, N, N), added to the scores, natural units, any floating dtype.
+        mask: (M, N, N), 0 or a large negative (Swin's is -100), added to the scores of all heads; window i uses row
+            i mod M. It takes no gradient. A query whose whole row is -inf has no defined output.
+        scale: multiplies q kᵀ; D^-0.5 without.
+        dropout: probability at which an attention weight is dropped, from PyTorch's generator. It is dropped whenever
+            it is given: pass 0.0 in evaluation.
+    Returns:
+        (windows, heads, N, D), dtype of q (autocast's under autocast). Softmax and sums in fp32, or fp64.
+    Raises:
+        TypeError, ValueError: for arguments of another kind or shape; the message names the argument.
+    Source: Liu et al. 2021, arXiv:2103.14030, eq. 4; Flash Window Attention, arXiv:2501.06480.
+    """
+    return _attend_windows(q, k, v, None, bias, mask, scale, dropout)
+
+
+def cosine_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(cos(q, k) · exp(min(logit_scale, ln 100)) + bias + mask) v within windows: SwinV2's attention.
+
+    Vectors are divided by max(‖x‖, 1e-12), as `torch.nn.functional.normalize` does. Differentiable in q, k, v,
+    logit_scale and bias; above its clamp logit_scale has no gradient.
+
+    Args:
+        q, k, v, bias, mask, dropout: as for `window_attention`.
+        logit_scale: (heads,) or (heads, 1, 1), before its clamp and exp, any floating dtype.
+    Returns:
+        (windows, heads, N, D), dtype of q (autocast's under autocast).
+    Raises:
+        TypeError, ValueError: for arguments of another kind or shape; the message names the argument.
+    Source: Liu et al. 2022, arXiv:2111.09883, eq. 2.
+    """
+    if logit_scale is None:
+        raise TypeError("logit_scale must be a tensor; got None")
+    return _attend_windows(q, k, v, logit_scale, bias, mask, None, dropout)
+
+
+def shifted_window_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    window_size: int | tuple[int, ...],
+    num_heads: int,
+    shift_size: int | tuple[int, ...] = 0,
+    *,
+    table: Tensor | None = None,
+    index: Tensor | None = None,
+    bias: Tensor | None = None,
+    padding: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_value: float = SHIFT_MASK_VALUE,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    dropout: float = 0.0,
+    roll_first: bool = False,
+) -> Tensor:
+    """Attention within the shifted windows of an image, from image to image.
+
+    Stands in for pad, roll, partition, attention, reverse, roll back and crop, and on a GPU does none of those in
+    memory. Differentiable in qkv, table, bias, padding and logit_scale.
+
+    Args:
+        qkv: (B, H, W, 3 * heads * D), as one projection gives q, k and v, or the three (B, H, W, heads * D) apart.
+            Volumes and videos have their depth before H, and three axes in all that follows.
+        window_size: tokens of a window, (rows, columns) or one number for every axis. Images that it does not divide
+            are padded at the end of the axis.
+        num_heads: heads, which lie side by side in the last axis of q, of k and of v.
+        shift_size: how far windows are shifted, likewise, 0 or more and less than window_size.
+        table, index: the relative position bias as parameters hold it: (rows, heads), natural units, and (N, N) int64,
+            the row for (query, key) of a window, numbered row by row; every entry less than the table's rows. Or
+        bias: (heads, N, N), the same as one tensor; with neither there is none.
+        padding: (3 * heads * D,), what a padding token has for q, k and v; where a projection makes them of zeros, its
+            bias. Zeros without.
+        mask: (M, N, N) for the M windows of an image, row by row, added to the scores in place of what the shift
+            implies. It takes no gradient.
+        mask_value: what the shift's own mask adds between tokens that only the shift made neighbours; 0 for no mask.
+        scale: multiplies q kᵀ; D^-0.5 without. Not to be given with logit_scale.
+        logit_scale: (heads,) or (heads, 1, 1): cosine attention, as in `cosine_window_attention`.
+        dropout: as for `window_attention`.
+        roll_first: shift the image and then pad it, as timm does; else pad and then shift, as everyone else.
+    Returns:
+        (B, H, W, heads * D), dtype of qkv (autocast's under autocast).
+    Raises:
+        TypeError, ValueError: for arguments of another kind or shape; the message names the argument.
+    Source: Liu et al. 2021, arXiv:2103.14030, section 3.2; Liu et al. 2022, arXiv:2111.09883, eq. 2.
+    """
+    parts = _check_images(qkv)
+    check_positive("num_heads", num_heads)
+    first, packed = parts[0], len(parts) == 1
+    channels, axes = first.shape[-1] // 3 if packed else first.shape[-1], first.dim() - 2
+    if channels < 1 or channels % num_heads or (packed and first.shape[-1] % 3):
+        wanted = "(B, H, W, 3 * num_heads * head_dim)" if packed else "(B, H, W, num_heads * head_dim)"
+        raise ValueError(f"qkv must have shape {wanted}, num_heads {num_heads}; got {tuple(first.shape)}")
+    window = check_axes("window_size", window_size, 1, axes)
+    shift = check_axes("shift_size", shift_size, 0, axes)
+    if not all(step < side for step, side in zip(shift, window, strict=True)):
+        raise ValueError(f"shift_size must be less than window_size, {window}; got {shift_size!r}")
+    geometry = Geometry(tuple(first.shape[1:-1]), window, shift, roll_first)
+    tokens, head_dim = geometry.tokens, channels // num_heads
+
+    if bias is not None:
+        if table is not None or index is not None:
+            raise ValueError("bias must not be given together with table and index; got both")
+        check_bias(first, bias, num_heads, tokens, "qkv")
+    elif table is not None or index is not None:
+        index = check_table(first, table, index, num_heads, tokens)
+    if padding is not None:
+        check_tensor("padding", padding)
+        if padding.shape != (3 * channels,):
+            raise ValueError(f"padding must have shape ({3 * channels},), q, k and v; got {tuple(padding.shape)}")
+        check_device("padding", padding, first, "qkv")
+    if mask is not None:
+        check_mask(first, mask, tokens, "bias", geometry.num_windows, "qkv")
+    check_number("mask_value", mask_value)
+    if not isinstance(roll_first, bool):
+        raise TypeError(f"roll_first must be True or False; got {roll_first!r}")
+    dropout = check_dropout(dropout)
+    if logit_scale is not None:
+        logit_scale = check_logit_scale(first, logit_scale, num_heads, "qkv")
+        if scale is not None:
+            raise ValueError(f"scale must be None where logit_scale is given; got {scale!r}")
+    if scale is not None:
+        check_number("scale", scale, "None or a number")
+    number = head_dim**-0.5 if scale is None else float(scale)
+
+    parts = _autocast(*parts)
+    options: dict[str, Any] = {
+        "num_heads": num_heads, "padding": padding, "mask": mask, "mask_value": float(mask_value), "scale": number,
+        "logit_scale": logit_scale, "dropout": dropout,
+    }  # fmt: skip
+    if _window_reason(parts[0], geometry, num_heads, head_dim, logit_scale is not None) is None:
+        given = parts[0] if packed else parts
+        out = _try_kernels(given, geometry, table=table if bias is None else bias, index=index, **options)
+        if out is not None:
+            return out
+    if table is not None and index is not None:
+        bias = reference.bias_from_table(table, index)
+    q, k, v = parts[0].chunk(3, dim=-1) if packed else parts
+    return torch_windows.shifted_window_attention(q, k, v, geometry, bias=bias, **options)
+
+
+def _attend_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    check_qkv(q, k, v, "windows, heads, tokens, head_dim")
+    windows, heads, tokens, head_dim = q.shape
+    if bias is not None:
+        check_bias(q, bias, heads, tokens)
+    if mask is not None:
+        check_mask(q, mask, tokens, "bias")
+    if logit_scale is not None:
+        logit_scale = check_logit_scale(q, logit_scale, heads)
+    if scale is not None:
+        check_number("scale", scale, "None or a number")
+    dropout, number = check_dropout(dropout), head_dim**-0.5 if scale is None else float(scale)
+    period = 1 if mask is None else mask.shape[0]
+    if mask is not None and windows % period:
+        mask, period = mask[torch.arange(windows, device=mask.device) % period], windows
+
+    q, k, v = _autocast(q, k, v)
+    geometry = Geometry((period, tokens), (1, max(1, tokens)))  # as an image with one window a row
+    if _window_reason(q, geometry, heads, head_dim, logit_scale is not None) is None:
+        images = tuple(t.transpose(1, 2).unflatten(0, (-1, period)) for t in (q, k, v))
+        # Heads that are neighbours, as in a view of the projection, may stay so: the output then is such a view too.
+        are_neighbours = q.stride(1) == head_dim and q.stride(3) == 1
+        if are_neighbours:
+            images = tuple(image.flatten(-2) for image in images)
+        out = _try_kernels(
+            images, geometry, num_heads=heads, table=bias, mask=mask, mask_value=0.0, scale=number,
+            logit_scale=logit_scale, dropout=dropout,
+        )  # fmt: skip
+        if out is not None:
+            if are_neighbours:
+                out = out.unflatten(-1, (heads, head_dim))
+            return out.flatten(0, 1).transpose(1, 2)
+    return torch_windows.attention(
+        q, k, v, bias=bias, mask=mask, scale=number, logit_scale=logit_scale, dropout=dropout
+    )  # fmt: skip
+
+
+def _check_images(qkv: Any) -> tuple[Tensor, ...]:
+    """qkv as one packed tensor or three."""
+    parts = tuple(qkv) if isinstance(qkv, (tuple, list)) else (qkv,)
+    if len(parts) not in (1, 3) or (len(parts) == 1 and not isinstance(qkv, Tensor)):
+        raise TypeError(f"qkv must be a tensor or three of them; got {_kind(qkv)}")
+    for part in parts:
+        check_tensor("qkv", part)
+        if part.dim() not in (4, 5):
+            raise ValueError(
+                f"qkv must have shape (B, H, W, channels), or (B, depth, H, W, channels); got {tuple(part.shape)}"
+            )
+        if part.shape != parts[0].shape:
+            raise ValueError(
+                f"qkv must be three tensors of one shape; got {', '.join(str(tuple(p.shape)) for p in parts)}"
+            )
+        if part.dtype != parts[0].dtype:
+            raise TypeError(f"qkv must be three tensors of one dtype; got {', '.join(str(p.dtype) for p in parts)}")
+        check_device("qkv's three", part, parts[0], "the first one")
+    return parts
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 def factored_bias_attention(
@@ -52,11 +302,11 @@ def factored_bias_attention(
         (batch, heads, N, D), dtype of q. A query that the mask leaves without keys gets zeros.
     Source: FlashBias, Wu et al. 2025, arXiv:2505.12044.
     """
-    _check_qkv(q, k, v)
-    q_factor, k_factor = _check_factors(q, q_factor, k_factor)
+    check_qkv(q, k, v)
+    q_factor, k_factor = check_factors(q, q_factor, k_factor)
     rank = q_factor.shape[-1]
     if mask is not None:
-        _check_mask(q, mask)
+        check_mask(q, mask, q.shape[2], "factors")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False; got {causal!r}")
     q, k, v = _autocast(q, k, v)
@@ -86,9 +336,9 @@ def block_sliding_window_attention(
     Returns:
         (batch, heads, N, D), dtype of q.
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     for name, value in (("block_size", block_size), ("window_blocks", window_blocks)):
-        _check_positive(name, value)
+        check_positive(name, value)
     q, k, v = _autocast(q, k, v)
     q, factor = _positive_scale(q, scale)
     if _unsupported(q, 0, q.dtype) is not None:
@@ -98,70 +348,38 @@ def block_sliding_window_attention(
     )  # fmt: skip
 
 
-# Shared by the functions: what they accept, and where it runs.
+# Shared by the functions: where they run.
 
 
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {value.dtype}")
+def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, cosine: bool) -> str | None:
+    """Why the window kernels cannot serve a call, or None."""
+    if q.numel() == 0:
+        return "there is nothing to compute"
+    if not torch.compiler.is_compiling():
+        if type(q) not in (Tensor, torch.nn.Parameter):
+            return f"q is a {type(q).__name__}"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "the call is inside a torch.func transform"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
+        if ops.has_failures():
+            failed = ops.failure(q.device, q.dtype, geometry, head_dim, cosine)
+            if failed is not None and not env_strict():
+                return failed
+    interpret = q.device.type == "cpu" and env_interpret()
+    return ops.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, interpret)
 
 
-def _check_device(name: str, value: Tensor, q: Tensor) -> None:
-    if value.device != q.device:
-        raise ValueError(f"{name} must be on q's device, {q.device}; got {value.device}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more; got {value}")
-
-
-def _check_qkv(q: Any, k: Any, v: Any) -> None:
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, value)
-        if value.dim() != 4:
-            raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim); got {tuple(value.shape)}")
-        if value.shape != q.shape:
-            raise ValueError(f"{name} must have q's shape, {tuple(q.shape)}; got {tuple(value.shape)}")
-        if value.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype, {q.dtype}; got {value.dtype}")
-        _check_device(name, value, q)
-    if q.shape[-1] < 1:
-        raise ValueError(f"q must have a head_dim of 1 or more; got {tuple(q.shape)}")
-
-
-def _check_factors(q: Tensor, q_factor: Any, k_factor: Any) -> list[Tensor]:
-    """The two, with the heads of q."""
-    batch, heads, tokens, _ = q.shape
-    found = []
-    for name, value in (("q_factor", q_factor), ("k_factor", k_factor)):
-        _check_tensor(name, value)
-        sizes = value.shape[:-1]
-        fits = value.dim() in (3, 4) and sizes[-1] == tokens and sizes[-2] in (1, heads)
-        if not fits or sizes[:-2] not in ((), (batch,)):
-            raise ValueError(
-                f"{name} must have shape (heads, tokens, rank) or (batch, heads, tokens, rank) with the sizes of q, "
-                f"{tuple(q.shape)}; got {tuple(value.shape)}"
-            )
-        _check_device(name, value, q)
-        found.append(value.expand(*sizes[:-2], heads, -1, -1))
-    if q_factor.shape[-1] != k_factor.shape[-1]:
-        raise ValueError(f"k_factor must have q_factor's rank, {q_factor.shape[-1]}; got {k_factor.shape[-1]}")
-    return found
-
-
-def _check_mask(q: Tensor, mask: Any) -> None:
-    _check_tensor("mask", mask)
-    tokens = q.shape[2]
-    if mask.dim() != 3 or mask.shape[0] < 1 or mask.shape[1:] != (tokens, tokens):
-        raise ValueError(f"mask must have shape (masks, {tokens}, {tokens}), 1 mask or more; got {tuple(mask.shape)}")
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("mask takes no gradient: detach it, or give what is to be learned as factors")
-    _check_device("mask", mask, q)
+def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
+    """What the kernels give; None where one failed that plain PyTorch can stand in for."""
+    if torch.compiler.is_compiling():
+        return ops.shifted_window_attention(qkv, geometry, **options)
+    try:
+        return ops.shifted_window_attention(qkv, geometry, **options)
+    except ops.KernelError:
+        if env_strict():
+            raise
+        return None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -177,10 +395,7 @@ def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """q and a scale above 0, which the kernels rely on, with the product that was asked for."""
     if scale is None:
         return q, q.shape[-1] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale must be None or a number; got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite; got {scale!r}")
+    check_number("scale", scale, "None or a number")
     if scale > 0:
         return q, float(scale)
     return (-q, -float(scale)) if scale < 0 else (q * 0, 1.0)

@@ -156,7 +156,7 @@ def shifted_window_attention(
         q, k, v: (B, H, W, heads * D), or (B, depth, H, W, heads * D).
         geometry: window, shift and their order.
         num_heads: heads.
-        table, index: (T, heads) and (N, N), the relative position bias; both or neither.
+        table, index: (T, heads) and (N, N), the relative position bias; or (heads, N, N), the same, without index.
         padding: (3 * heads * D,), q, k and v of a padding token; zeros without.
         mask: (M, N, N), in place of the mask that the shift implies.
         mask_value: what the implied mask adds between regions.
@@ -168,7 +168,7 @@ def shifted_window_attention(
     q, k, v = (split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True))
     if mask is None and geometry.is_shifted and mask_value:
         mask = shift_mask(geometry, mask_value, device=q.device)
-    bias = None if table is None or index is None else bias_from_table(table, index)
+    bias = table if table is None or index is None else bias_from_table(table, index)
     out = attention(q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout)
     return join(out.transpose(1, 2).flatten(2), geometry)
 

@@ -313,6 +313,18 @@ def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) 
     )
 
 
+def _as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A bias (heads, N, N), which has no index, as a table with a row for every query and key.
+
+    The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
+    """
+    if table is None or index is not None:
+        return table, index
+    tokens = table.shape[-1]
+    pairs = torch.arange(tokens * tokens, dtype=torch.int32, device=table.device)
+    return table.flatten(1).t(), pairs.view(tokens, tokens)
+
+
 def _channels(qkv: Tensor, k: Tensor | None, geometry: Geometry) -> int:
     if are_heads_apart(qkv, geometry):
         return qkv.shape[-1] * qkv.shape[-2]
@@ -344,6 +356,7 @@ def shifted_window_attention(
         qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
             axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D; so has the output.
         index, mask, padding, logit_scale: contiguous.
+        table: (T, heads); without index the bias itself, (heads, N, N).
         factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias in log2 units, and the table and index
             that they were computed from; where those differ from the live ones, the live table is used.
         dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
@@ -361,6 +374,7 @@ def shifted_window_attention(
                 seed=seed, for_backward=for_backward,
             )  # fmt: skip
     batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
+    table, index = _as_table(table, index)
     out = empty_image(qkv, geometry, k is None)
     if not geometry.is_padded:
         padding = None
@@ -528,6 +542,8 @@ def shifted_window_attention_backward(
             )  # fmt: skip
     batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
     pad = padding if geometry.is_padded else None
+    is_dense = table is not None and index is None
+    table, index = _as_table(table, index)
     grad_table = grad_table and table is not None
     problem = _Problem(
         device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, pad is not None,
@@ -567,7 +583,7 @@ def shifted_window_attention_backward(
         grad_qkv,
         grad_k,
         grad_v,
-        None if grad_bias is None else _reduce_bias(grad_bias, table, index, backward),
+        None if grad_bias is None else _reduce_bias(grad_bias, table, None if is_dense else index, backward),
         None if padding is None else _sum_parts(grad_pad, padding),
         None if grad_scale is None else grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype),  # type: ignore[union-attr]
     )
@@ -578,10 +594,13 @@ def _sum_parts(parts: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, backward: _Backward) -> Tensor:
-    """From the dense bias gradients of all parts (parts, heads, N, N) to the table's (T, heads)."""
+    """From the dense bias gradients of all parts (parts, heads, N, N) to the table's (T, heads), or without index
+    to that of a bias which is dense itself.
+    """
     assert table is not None
-    assert index is not None
     grad_bias = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    if index is None:
+        return grad_bias.to(table.dtype)
     grad_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
     if torch.are_deterministic_algorithms_enabled():  # the kernel is, unless the index is an unusual one
         grad_table.index_put_((index.view(-1),), grad_bias.flatten(1).t(), accumulate=True)

@@ -1,0 +1,143 @@
+"""What the functions of `functional` accept. Each check names the argument, what was given and what would do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {value.dtype}")
+
+
+def check_device(name: str, value: Tensor, q: Tensor, of: str = "q") -> None:
+    if value.device != q.device:
+        raise ValueError(f"{name} must be on {of}'s device, {q.device}; got {value.device}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more; got {value}")
+
+
+def check_qkv(q: Any, k: Any, v: Any, axes: str = "batch, heads, tokens, head_dim") -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, value)
+        if value.dim() != 4:
+            raise ValueError(f"{name} must have shape ({axes}); got {tuple(value.shape)}")
+        if value.shape != q.shape:
+            raise ValueError(f"{name} must have q's shape, {tuple(q.shape)}; got {tuple(value.shape)}")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype, {q.dtype}; got {value.dtype}")
+        check_device(name, value, q)
+    if q.shape[-1] < 1:
+        raise ValueError(f"q must have a head_dim of 1 or more; got {tuple(q.shape)}")
+
+
+def check_factors(q: Tensor, q_factor: Any, k_factor: Any) -> list[Tensor]:
+    """The two, with the heads of q."""
+    batch, heads, tokens, _ = q.shape
+    found = []
+    for name, value in (("q_factor", q_factor), ("k_factor", k_factor)):
+        check_tensor(name, value)
+        sizes = value.shape[:-1]
+        fits = value.dim() in (3, 4) and sizes[-1] == tokens and sizes[-2] in (1, heads)
+        if not fits or sizes[:-2] not in ((), (batch,)):
+            raise ValueError(
+                f"{name} must have shape (heads, tokens, rank) or (batch, heads, tokens, rank) with the sizes of q, "
+                f"{tuple(q.shape)}; got {tuple(value.shape)}"
+            )
+        check_device(name, value, q)
+        found.append(value.expand(*sizes[:-2], heads, -1, -1))
+    if q_factor.shape[-1] != k_factor.shape[-1]:
+        raise ValueError(f"k_factor must have q_factor's rank, {q_factor.shape[-1]}; got {k_factor.shape[-1]}")
+    return found
+
+
+def check_mask(q: Tensor, mask: Any, tokens: int, instead: str, count: int | None = None, of: str = "q") -> None:
+    """A mask (M, N, N), of `count` rows where that is given; `instead` says what takes gradients in its place."""
+    check_tensor("mask", mask)
+    wanted = f"(masks, {tokens}, {tokens}), 1 mask or more" if count is None else f"({count}, {tokens}, {tokens})"
+    if mask.dim() != 3 or mask.shape[0] < 1 or mask.shape[1:] != (tokens, tokens):
+        raise ValueError(f"mask must have shape {wanted}; got {tuple(mask.shape)}")
+    if count is not None and mask.shape[0] != count:
+        raise ValueError(f"mask must have shape {wanted}, one for each window of an image; got {tuple(mask.shape)}")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"mask takes no gradient: detach it, or give what is to be learned as {instead}")
+    check_device("mask", mask, q, of)
+
+
+def check_bias(q: Tensor, bias: Any, heads: int, tokens: int, of: str = "q") -> None:
+    check_tensor("bias", bias)
+    if bias.shape != (heads, tokens, tokens):
+        raise ValueError(
+            f"bias must have shape (heads, tokens, tokens), {(heads, tokens, tokens)}; got {tuple(bias.shape)}"
+        )
+    check_device("bias", bias, q, of)
+
+
+def check_table(q: Tensor, table: Any, index: Any, heads: int, tokens: int) -> Tensor:
+    """The index of a table (T, heads), with its two axes."""
+    for name, one, other, other_name in (("table", table, index, "index"), ("index", index, table, "table")):
+        if one is None:
+            raise ValueError(f"{name} must be given where {other_name} is; got None and a {type(other).__name__}")
+    check_tensor("table", table)
+    if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != heads:
+        raise ValueError(f"table must have shape (rows, heads), {heads} heads; got {tuple(table.shape)}")
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index must be a tensor; got {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be torch.int64; got {index.dtype}")
+    if tuple(index.shape) not in ((tokens, tokens), (tokens * tokens,)):
+        raise ValueError(
+            f"index must have shape ({tokens}, {tokens}), or ({tokens * tokens},), for a window of {tokens} tokens; "
+            f"got {tuple(index.shape)}"
+        )
+    for name, value in (("table", table), ("index", index)):
+        check_device(name, value, q, "qkv")
+    return index.view(tokens, tokens)
+
+
+def check_logit_scale(q: Tensor, logit_scale: Any, heads: int, of: str = "q") -> Tensor:
+    """The same, (heads,)."""
+    check_tensor("logit_scale", logit_scale)
+    if tuple(logit_scale.shape) not in ((heads,), (heads, 1, 1)):
+        raise ValueError(
+            f"logit_scale must have shape ({heads},) or ({heads}, 1, 1), one number a head; "
+            f"got {tuple(logit_scale.shape)}"
+        )
+    check_device("logit_scale", logit_scale, q, of)
+    return logit_scale.reshape(heads)
+
+
+def check_dropout(dropout: Any) -> float:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout must be a number; got {dropout!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1); got {dropout!r}")
+    return float(dropout)
+
+
+def check_number(name: str, value: Any, wanted: str = "a number") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name} must be {wanted}; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")
+
+
+def check_axes(name: str, value: Any, least: int, count: int = 2) -> tuple[int, ...]:
+    """One integer for each of `count` axes, from as many or from one for all of them."""
+    axes = (value,) * count if isinstance(value, int) else value
+    if not isinstance(axes, (tuple, list)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in axes):
+        raise TypeError(f"{name} must be an integer or {count} of them; got {value!r}")
+    if len(axes) != count or min(axes) < least:
+        raise ValueError(f"{name} must be {count} integers of {least} or more; got {value!r}")
+    return tuple(axes)
