@@ -209,8 +209,6 @@ def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x
         return "attention dropout is active, and the torch backend has none"
     if config.backend != "torch" and _records_gradients(attention, x):
         return "gradients are recorded, and only on GPUs is training accelerated"
-    if not torch_backend.mask_is_implied(section):
-        return "the mask buffer is not the mask that window and shift imply"
     return None
 
 

@@ -81,13 +81,13 @@ def test_trap_13_swinir_shift_is_that_of_the_size_it_was_made_for(backend):
     check(model, tokens(16, 16), (16, 16), backend=backend)
 
 
-def test_trap_09_swinir_edited_mask_counts_at_its_own_size_alone():
+@both_backends
+def test_trap_09_swinir_edited_mask_counts_at_its_own_size_alone(backend):
     model = swinir()
     with torch.no_grad():
         model.attn_mask[3] = 0
-    check_fallback(model, tokens(8, 8), (8, 8), reason="the mask")
-    check(model, tokens(8, 8), (8, 8), backend="triton")
-    check(model, tokens(8, 12), (8, 12))
+    check(model, tokens(8, 8), (8, 8), backend=backend)
+    check(model, tokens(8, 12), (8, 12), backend=backend)
 
 
 def test_swinir_that_does_not_divide_raises_as_before():
@@ -126,8 +126,8 @@ def test_trap_17_hat_honours_the_mask_and_the_index_it_is_given():
         plain = model(x, size, index, mask)
         mask[0, 1, 2], index = -3.0, index.flip(0)
         assert helpers.difference(model(x, size, index, mask), plain) > 1e-3
-    check(model, x, size, index, mask, backend="triton")
-    check_fallback(model, x, size, index, mask, reason="the mask", backend="torch")
+    for backend in helpers.BACKENDS:
+        check(model, x, size, index, mask, backend=backend)
     check(model, x, size, index, None)
 
 
@@ -199,10 +199,7 @@ def test_trap_17_detection_mask_is_an_argument(backend):
     """A shifted block honours what it is given, or none; an unshifted one ignores it."""
     x, mask = tokens(8, 8), detection_mask((8, 8))
     mask[0, 1, 2] = -4.0
-    if backend == "triton":
-        check(detection((8, 8)), x, mask, backend=backend)
-    else:
-        check_fallback(detection((8, 8)), x, mask, reason="the mask", backend=backend)
+    check(detection((8, 8)), x, mask, backend=backend)
     check(detection((8, 8)), x, None, backend=backend)
     check(detection((8, 8), shift=0), x, mask, backend=backend)
 
@@ -289,18 +286,17 @@ def test_attention_without_a_mask(window, kind, backend):
     check(model, torch.randn(6, n, 16), backend=backend, count=1)
 
 
+@both_backends
 @kinds
-def test_attention_with_any_mask(kind):
+def test_attention_with_any_mask(kind, backend):
     """Window i of a batch has row i mod M of the mask."""
     model, mask = attention(kind), torch.randn(3, 16, 16)
     x = torch.randn(2, 1, 16, 16).expand(2, 3, 16, 16).flatten(0, 1).clone()
-    found = check(model, x, mask, backend="triton")
+    found = check(model, x, mask, backend=backend)
     assert helpers.difference(found[1], found[0]) > 1e-3
     assert not torch.equal(found[3], found[0])
-    check(model, x, backend="triton", arguments={"mask": mask})
-    check(model, x, torch.zeros(3, 16, 16))
-    _, found, expected = helpers.both(model, x, mask)
-    helpers.assert_close(found, expected)
+    check(model, x, backend=backend, arguments={"mask": mask.to(helpers.DEVICES[backend])})
+    check(model, x, torch.zeros(3, 16, 16), backend=backend)
 
 
 def test_attention_takes_keywords():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import warnings
@@ -9,11 +10,12 @@ import warnings
 import helpers
 import pytest
 import torch
-from helpers import BACKENDS, TRITON_DEVICE, check_fallback
+from helpers import BACKENDS, TRITON_DEVICE, check, check_fallback
 from torch import nn
 
 import swinaccel
 from swinaccel import ops
+from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import triton as triton_backend
 
 X = torch.randn(2, 8, 8, 16)
@@ -146,10 +148,44 @@ def test_mask_of_another_size():
     check_fallback(model, X, reason="the mask (1, 16, 16) belongs to another image size")
 
 
-def test_edited_mask_on_the_torch_backend():
+@pytest.mark.parametrize("edit", ["one-entry", "zeros", "random", "some-inf", "half"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_edited_mask_on_the_torch_backend(batch, edit):
+    """Window by window, where it is not what the shift implies."""
     model = block()
+    x = torch.randn(batch, *X.shape[1:])
+    mask = model.attn_mask
+    if edit == "one-entry":
+        mask[0, 0, 0] = 1.0
+    elif edit == "zeros":
+        mask.zero_()
+    elif edit == "random":
+        mask.copy_(3 * torch.randn(mask.shape))
+    elif edit == "some-inf":
+        mask[-1, :, ::3] = float("-inf")
+    else:
+        model.attn_mask = (mask / 20).half()
+    check(model, x)
+
+
+def test_edited_mask_of_no_images():
+    model = swinaccel.accelerate(block(), backend="torch")
     model.attn_mask[0, 0, 0] = 1.0
-    check_fallback(model, X, reason="not the mask that window and shift imply")
+    assert run(model, X[:0]).shape == (0, 8, 8, 16)
+
+
+def test_training_after_inference_mode_on_the_torch_backend():
+    """What is kept between calls may be saved for a backward, whatever the mode it was made in."""
+    torch_backend._order.cache_clear()
+    torch_backend._shift_masks.cache_clear()
+    model = swinaccel.accelerate(block(), backend="torch")
+    with torch.inference_mode():
+        model(X)
+    leaf = X.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    with swinaccel.disabled():
+        (expected,) = torch.autograd.grad(model(other := X.clone().requires_grad_()).square().sum(), other)
+    helpers.assert_close(leaf.grad, expected)
 
 
 def test_index_of_another_form():
@@ -441,9 +477,10 @@ def test_one_warning_for_each_reason():
             for _ in range(3):
                 run(model)
         models[0].attn._forward_hooks.clear()
-        models[0].attn_mask[0, 0, 0] = 9.0
+        models[0].attn_mask = torch.zeros(1, 16, 16)
         for _ in range(3):
-            run(models[0])
+            with contextlib.suppress(RuntimeError):
+                run(models[0])
     texts = [str(warning.message) for warning in caught if "swinaccel" in str(warning.message)]
     assert len(texts) == 2
     assert all(text.startswith("swinaccel: the original runs, because ") for text in texts)

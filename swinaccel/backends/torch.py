@@ -2,12 +2,14 @@
 
 What makes it faster than the originals there: the image is gathered into windows before the projection (C channels
 move, not 3C, and shift, pad and partition are one copy), the windows are sorted by their shift mask, of which there
-are only four, so that each kind runs through one `scaled_dot_product_attention` whose bias and mask are one small
-broadcast tensor, and the position bias is transformed as a table, before it is expanded.
+are only two along each axis, so that each kind runs through one `scaled_dot_product_attention` whose bias and mask are
+one small broadcast tensor, and the position bias is transformed as a table, before it is expanded. A mask that is
+another one than the shift implies is added to the bias, window by window.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -37,22 +39,22 @@ class _Order(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
-    height, width = geometry.size
-    count = batch * height * width
-    rows = torch.arange(count, device=device).view(batch, height, width, 1)
+    with torch.inference_mode(False):  # it may be saved for a backward later
+        return _make_order(geometry, batch, masked, device)
+
+
+def _make_order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
+    count = batch * math.prod(geometry.size)
+    rows = torch.arange(count, device=device).view(batch, *geometry.size, 1)
     # Numbered from one, zero is what padding leaves behind.
     windows = reference.cut(rows + 1, geometry).view(batch, *geometry.grid, geometry.tokens)
-    if masked:
-        last_row, last_col = geometry.grid[0] - 1, geometry.grid[1] - 1
-        kinds = [
-            (windows[:, :last_row, :last_col], None),
-            (windows[:, :last_row, last_col:], last_col),
-            (windows[:, last_row:, :last_col], last_row * geometry.grid[1]),
-            (windows[:, last_row:, last_col:], geometry.num_windows - 1),
-        ]
-    else:
-        kinds = [(windows, None)]
-    kinds = [(part, row) for part, row in kinds if part.numel()] or kinds[:1]
+    kinds: list[tuple[Tensor, int | None]] = []
+    for kind in _kinds(geometry) if masked else ():
+        place = slice(None), *kind.place
+        part = windows[place]
+        if part.numel():
+            kinds.append((part, kind.row if kind.is_masked else None))
+    kinds = kinds or [(windows, None)]
     tokens = torch.cat([part.reshape(-1) for part, _ in kinds])
     scatter = torch.empty(count + 1, dtype=torch.long, device=device)
     scatter[tokens] = torch.arange(tokens.numel(), device=device)
@@ -61,18 +63,43 @@ def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -
     return _Order(gather, scatter[1:].clone(), groups)
 
 
+class _Kind(NamedTuple):
+    """Windows with one shift mask: their place in the grid, and the mask's row in `_shift_masks`."""
+
+    place: tuple[slice, ...] = ()
+    row: int = 0
+    is_masked: bool = False
+
+
+def _kinds(geometry: Geometry) -> list[_Kind]:
+    """Along a shifted axis the last windows are masked, and the others are not."""
+    kinds = [_Kind()]
+    for count, shift in zip(geometry.grid, geometry.shift, strict=True):
+        sides = [(slice(-1), 0, False), (slice(-1, None), min(count, 2) - 1, True)]
+        kinds = [
+            _Kind((*kind.place, side), kind.row * min(count, 2) + number, kind.is_masked or is_last)
+            for kind, (side, number, is_last) in itertools.product(kinds, sides if shift else [(slice(None), 0, False)])
+        ]
+    return kinds
+
+
 @lru_cache(maxsize=64)
-def _shift_mask(geometry: Geometry, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return reference.shift_mask(geometry, value, device=device).to(dtype)
+def _shift_masks(geometry: Geometry, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(kinds, N, N): the masks of an image of two windows along each axis, which are all that there are."""
+    sides = [min(count, 2) * side for count, side in zip(geometry.grid, geometry.window, strict=True)]
+    with torch.inference_mode(False):
+        few = Geometry(tuple(sides), geometry.window, geometry.shift)
+        return reference.shift_mask(few, value, device=device).to(dtype)
 
 
-def mask_is_implied(section: Section) -> bool:
+def _is_implied(section: Section) -> bool:
     """Whether the mask tensor of a call is, now, exactly the one that its shift implies (or zeros without one)."""
     mask, geometry = section.mask, section.geometry
     if mask is None:
         return True
-    implied = _shift_mask(geometry, section.mask_value if geometry.is_shifted else 0.0, mask.dtype, mask.device)
-    return torch.equal(mask, implied)
+    implied = _shift_masks(geometry, section.mask_value if geometry.is_shifted else 0.0, mask.dtype, mask.device)
+    windows = mask.view(*geometry.grid, *mask.shape[1:])
+    return all(bool((windows[kind.place] == implied[kind.row]).all()) for kind in _kinds(geometry))
 
 
 def _bias(section: Section) -> Tensor:
@@ -101,7 +128,7 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
     """The whole section, projections included.
 
     Args:
-        section: the live facts; its mask, if any, is the implied one.
+        section: the live facts.
         x: (B, H, W, C), what `section.project` takes.
         fill: (C,), what a padding token holds in `x`; zeros without.
     Returns:
@@ -109,7 +136,8 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
     """
     geometry = section.geometry
     batch = x.shape[0]
-    masked = geometry.is_shifted and bool(section.mask_value)
+    is_implied = _is_implied(section)
+    masked = is_implied and geometry.is_shifted and bool(section.mask_value)
     order = _order(geometry, batch, masked, x.device)
     rows = x.reshape(-1, x.shape[-1])
     if geometry.is_padded:
@@ -128,15 +156,20 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
         scale = 1.0
 
     bias = _bias(section).to(_accurate(q.dtype))
-    if len(order.groups) == 1 and order.groups[0][1] is None:
-        out = _attend(q, k, v, bias, scale)
+    if not is_implied and batch:
+        assert section.mask is not None
+        start = bias + section.mask.to(bias.dtype)[:, None]  # (M, heads, N, N)
+        images = zip(*(part.unflatten(0, (batch, -1)) for part in (q, k, v)), strict=True)
+        out = torch.cat([_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images])
+    elif len(order.groups) == 1 and order.groups[0][1] is None:
+        out = _attend(q, k, v, bias[None], scale)
     else:
-        mask = _shift_mask(geometry, section.mask_value, bias.dtype, bias.device)
+        mask = _shift_masks(geometry, section.mask_value, bias.dtype, bias.device)
         parts, first = [], 0
         for count, row in order.groups:
             window = slice(first, first + count)
             start = bias if row is None else bias + mask[row]
-            parts.append(_attend(q[window], k[window], v[window], start, scale))
+            parts.append(_attend(q[window], k[window], v[window], start[None], scale))
             first += count
         out = torch.cat(parts)
     out = section.output(out)
@@ -144,6 +177,6 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, scale: float) -> Tensor:
-    """(windows, heads, N, D) to (windows, N, heads * D), scores starting from (heads, N, N)."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=start.unsqueeze(0), scale=scale)
+    """(windows, heads, N, D) to (windows, N, heads * D), scores starting from (1 or windows, heads, N, N)."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
     return out.transpose(1, 2).flatten(2)
