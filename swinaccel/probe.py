@@ -20,7 +20,13 @@ from .families import Family, examples
 from .spec import Section, WindowSpec
 
 # Homes of the surveyed implementations, whose instances differ in nothing but what their family reads.
-_SURVEYED = ("timm.models.swin_transformer", "torchvision.models.swin_transformer", "transformers.models.")
+_SURVEYED = (
+    "timm.models.swin_transformer",
+    "torchvision.models.swin_transformer",
+    "torchvision.models.video.swin_transformer",
+    "transformers.models.",
+    "monai.networks.nets.swin_unetr",
+)
 _TOLERANCE = 1e-6
 
 _verdicts: dict[tuple, str | None] = {}

@@ -19,7 +19,8 @@ from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
 from .restoration import Hat, SwinIR
 from .timm import Timm, TimmCr
-from .torchvision import Torchvision
+from .torchvision import Torchvision, Torchvision3d
+from .video import Video
 from .window_attention import WindowAttention
 
 Attend = Callable[[Tensor], Tensor]
@@ -60,6 +61,7 @@ FAMILIES: list[Family] = [
     Timm(),
     TimmCr(),
     Torchvision(),
+    Torchvision3d(),
     HuggingFaceSwin(),
     HuggingFaceSwinLegacy(),
     Microsoft(),
@@ -67,6 +69,7 @@ FAMILIES: list[Family] = [
     Hat(),
     Detection(),
     ShiftWindowMSA(),
+    Video(),
     WindowAttention(),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..spec import Axes
 
 
-def pair(value: object) -> Axes | None:
+def pair(value: object) -> tuple[int, int] | None:
     """(int, int) of an int or of two of them; None of anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
@@ -20,13 +21,20 @@ def pair(value: object) -> Axes | None:
     return None
 
 
+def sides(value: object) -> Axes | None:
+    """Lengths along the axes of an image: `pair`, or (int, int, int) of three; None of anything else."""
+    if isinstance(value, (tuple, list)) and len(value) == 3 and all(isinstance(v, int) for v in value):
+        return tuple(value)
+    return pair(value)
+
+
 def is_table(table: object, index: object, window: Axes, num_heads: int) -> bool:
     """Whether these are the relative position bias table and index of a window, with no room for extra tokens."""
-    return has_table_rows(table, window, num_heads) and is_index(index, window[0] * window[1])
+    return has_table_rows(table, window, num_heads) and is_index(index, math.prod(window))
 
 
 def has_table_rows(table: object, window: Axes, num_heads: int) -> bool:
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+    rows = math.prod(2 * side - 1 for side in window)
     return isinstance(table, Tensor) and tuple(table.shape) == (rows, num_heads)
 
 

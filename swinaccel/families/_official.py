@@ -7,6 +7,7 @@ and V1's scores. Libraries differ in the block: where height, width and mask com
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,25 +20,25 @@ from ._common import (
     is_index,
     is_plain_linear,
     is_position_mlp,
-    pair,
     position_bias,
     separate_bias,
+    sides,
     zero_token,
 )
 
 
-def attention_spec(family: str, attn: Any, shift: Axes = (0, 0), has_index: bool = True) -> WindowSpec | None:
+def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index: bool = True) -> WindowSpec | None:
     """What an official window attention is, by structure; None for anything else.
 
     Args:
         has_index: the attention keeps the index of its position biases; HAT's is given it at each call.
     """
-    window, heads = pair(getattr(attn, "window_size", None)), getattr(attn, "num_heads", None)
+    window, heads = sides(getattr(attn, "window_size", None)), getattr(attn, "num_heads", None)
     if window is None or not isinstance(heads, int):
         return None
     if not all(isinstance(getattr(attn, name, None), nn.Module) for name in ("qkv", "proj", "attn_drop", "proj_drop")):
         return None
-    if has_index and not is_index(attn.relative_position_index, window[0] * window[1]):
+    if has_index and not is_index(attn.relative_position_index, math.prod(window)):
         return None
     cosine = hasattr(attn, "logit_scale")
     if hasattr(attn, "cpb_mlp"):
@@ -47,7 +48,7 @@ def attention_spec(family: str, attn: Any, shift: Axes = (0, 0), has_index: bool
             return None
     elif cosine or not has_table_rows(attn.relative_position_bias_table, window, heads):
         return None
-    return WindowSpec(family, window, shift, heads, attn.proj.in_features // heads, cosine)
+    return WindowSpec(family, window, shift or (0,) * len(window), heads, attn.proj.in_features // heads, cosine)
 
 
 def attention_section(
@@ -61,7 +62,7 @@ def attention_section(
 
     Args:
         mask, mask_value: as in `Section`.
-        index: of the position biases, where the attention does not keep it.
+        index: of the position biases, where it is not the one that the attention keeps.
     """
     heads, tokens = attn.num_heads, geometry.tokens
     index = attn.relative_position_index if index is None else index
@@ -93,6 +94,13 @@ def attention_section(
         return Section(table=lambda: mlp(coords).view(-1, heads), sources=(*mlp.parameters(), coords), **common)
     table = attn.relative_position_bias_table
     return Section(table=lambda: table, sources=(table,), **common)
+
+
+def flash_reason(attn: Any) -> str | None:
+    """Why the attention must run itself where its flash path (MONAI's) may be taken, or None."""
+    if getattr(attn, "use_flash_attention", False) and drop_rate(attn.attn_drop) > 0:
+        return "dropout is active, and its flash path leaves it out"
+    return None
 
 
 def _dropout(attn: Any) -> float:

@@ -1,7 +1,8 @@
-"""torchvision's `ShiftedWindowAttention` and `ShiftedWindowAttentionV2`, (B, H, W, C) in and out.
+"""torchvision's `ShiftedWindowAttention`, its V2, (B, H, W, C) in and out, and its 3D, (B, depth, H, W, C).
 
-Window and shift live on the attention module as lists that all blocks share; the shift, not the window, is clamped
-at run time, axis by axis. Both projections are read as weights past their modules, and V2 zeroes the k part of the
+Window and shift live on the attention module as lists that all blocks share. At run time the shift is clamped, axis
+by axis, and of volumes the window as well, which then reads the first rows and columns of the index as if they were
+those of a smaller window. Both projections are read as weights past their modules, and V2 zeroes the k part of the
 qkv bias at every call, so the values there mean nothing.
 """
 
@@ -13,17 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import Geometry, Section, WindowSpec
-from ._common import is_position_mlp, is_table, pair, position_bias
+from ..spec import Axes, Geometry, Section, WindowSpec
+from ._common import is_position_mlp, is_table, position_bias, sides
+from ._shrinking import example_sizes, prefix, shrinking_geometry
 
 
 class Torchvision:
     name = "torchvision"
     method = "forward"
+    axes, form = 2, "(B, H, W, C)"
 
     def match(self, module: Any) -> WindowSpec | None:
-        window, shift = pair(getattr(module, "window_size", None)), pair(getattr(module, "shift_size", None))
-        if window is None or shift is None or not callable(getattr(module, "get_relative_position_bias", None)):
+        window, shift = sides(getattr(module, "window_size", None)), sides(getattr(module, "shift_size", None))
+        if window is None or shift is None or not len(window) == len(shift) == self.axes:
+            return None
+        if not callable(getattr(module, "get_relative_position_bias", None)):
             return None
         if not isinstance(module.attention_dropout, float) or not isinstance(module.dropout, float):
             return None
@@ -39,15 +44,9 @@ class Torchvision:
         return module
 
     def section(self, module: Any, x: Tensor) -> Section | str:
-        if x.dim() != 4:
-            return f"torchvision's window attention takes (B, H, W, C), not {x.dim()} axes"
-        heads, window = module.num_heads, tuple(module.window_size)
-        unclamped = Geometry((x.shape[1], x.shape[2]), window)
-        shift_h, shift_w = module.shift_size
-        if window[0] >= unclamped.padded[0]:
-            shift_h = 0
-        if window[1] >= unclamped.padded[1]:
-            shift_w = 0
+        if x.dim() != self.axes + 2:
+            return f"torchvision's window attention takes {self.form}, not {x.dim()} axes"
+        heads, geometry = module.num_heads, self.geometry(tuple(x.shape[1:-1]), module.window_size, module.shift_size)
         cosine = hasattr(module, "logit_scale")
         if cosine:
             bias = {
@@ -61,7 +60,7 @@ class Torchvision:
                 "scale": (x.shape[-1] // heads) ** -0.5,
             }
         return Section(
-            geometry=Geometry(unclamped.size, window, (shift_h, shift_w)),
+            geometry=geometry,
             num_heads=heads,
             head_dim=x.shape[-1] // heads,
             project=lambda y: F.linear(y, module.qkv.weight, _qkv_bias(module, cosine)),
@@ -69,17 +68,35 @@ class Torchvision:
                 F.linear(y, module.proj.weight, module.proj.bias), p=module.dropout, training=module.training
             ),
             padding=lambda: _qkv_bias(module, cosine),
-            index=module.relative_position_index.view(window[0] * window[1], -1),
+            index=prefix(module.relative_position_index, module.window_size, geometry),
             dropout=module.attention_dropout if module.training else 0.0,
             **bias,
         )
 
+    def geometry(self, size: Axes, window: list[int], shift: list[int]) -> Geometry:
+        shift = [0 if side >= length else step for length, side, step in zip(size, window, shift, strict=True)]
+        return Geometry(size, tuple(window), tuple(shift))
+
     def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)
 
-    def example(self, module: Any) -> tuple[Any, ...]:
+    def example(self, module: Any) -> Any:
         height, width = (2 * size - 1 for size in module.window_size)  # padded on both axes
         return (torch.Size((2, height, width, module.qkv.in_features)),)
+
+
+class Torchvision3d(Torchvision):
+    """ShiftedWindowAttention3d."""
+
+    name = "torchvision3d"
+    axes, form = 3, "(B, depth, H, W, C)"
+
+    def geometry(self, size: Axes, window: list[int], shift: list[int]) -> Geometry:
+        return shrinking_geometry(size, window, shift)
+
+    def example(self, module: Any) -> Any:
+        sizes = example_sizes(module.window_size)
+        return [(torch.Size((1, *size, module.qkv.in_features)),) for size in sizes]
 
 
 def _qkv_bias(module: Any, cosine: bool) -> Tensor | None:

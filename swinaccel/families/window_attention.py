@@ -1,12 +1,13 @@
 """The official `WindowAttention` by itself, where the block around it is not known: (windows, N, C) in and out.
 
 It is handed windows that its block has cut and rolled, with the mask that belongs to them. Windows stacked on each
-other are an image one window wide, so nothing is moved: M windows of a mask are one image, and without a mask each
-window is one.
+other are an image one window wide (and high, of volumes), so nothing is moved: M windows of a mask are one image, and
+without a mask each window is one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import strange_mask
-from ._common import drop_rate, positional_names
-from ._official import attention_section, attention_spec
+from ._common import positional_names
+from ._official import attention_section, attention_spec, flash_reason
 
 
 class WindowAttention:
@@ -34,28 +35,26 @@ class WindowAttention:
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = _arguments(module, args, kwargs)
-        (rows, cols), windows = module.window_size, 1
-        if x.dim() != 3 or x.shape[1] != rows * cols:
-            return f"the input {tuple(x.shape)} is not of windows of {rows * cols} tokens"
-        if getattr(module, "use_flash_attention", False) and drop_rate(module.attn_drop) > 0:
-            return "dropout is active, and its flash path leaves it out"  # MONAI's
-        reason = strange_mask(mask, x)
+        (first, *rest), windows = module.window_size, 1
+        if x.dim() != 3 or x.shape[1] != first * math.prod(rest):
+            return f"the input {tuple(x.shape)} is not of windows of {first * math.prod(rest)} tokens"
+        reason = flash_reason(module) or strange_mask(mask, x)
         if reason is None and mask is not None:
             windows = mask.shape[0]
             if windows == 0 or x.shape[0] % windows:
                 reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
-        geometry = Geometry((windows * rows, cols), (rows, cols))
+        geometry = Geometry((windows * first, *rest), (first, *rest))
         return reason or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
         x, mask = _arguments(module, args, kwargs)
-        rows, cols = module.window_size
+        first, *rest = module.window_size
         windows = 1 if mask is None else mask.shape[0]
-        image = x.reshape(x.shape[0] // windows, windows * rows, cols, x.shape[2])
+        image = x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2])
         return attend(image).reshape(*x.shape[:2], -1)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        tokens = module.window_size[0] * module.window_size[1]
+        tokens = math.prod(module.window_size)
         x = torch.Size((6, tokens, module.qkv.in_features))
         return [(x, torch.Size((3, tokens, tokens))), (x, None)]
 
