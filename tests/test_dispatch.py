@@ -168,12 +168,6 @@ def test_edited_mask_on_the_torch_backend(batch, edit):
     check(model, x)
 
 
-def test_edited_mask_of_no_images():
-    model = swinaccel.accelerate(block(), backend="torch")
-    model.attn_mask[0, 0, 0] = 1.0
-    assert run(model, X[:0]).shape == (0, 8, 8, 16)
-
-
 def test_training_after_inference_mode_on_the_torch_backend():
     """What is kept between calls may be saved for a backward, whatever the mode it was made in."""
     torch_backend._order.cache_clear()
