@@ -5,7 +5,7 @@
 See `accelerate`, and https://github.com/swinaccel/swinaccel for the rest.
 """
 
-from . import functional
+from . import functional, nn
 from .api import accelerate, accelerated, disabled, plan, report, restore
 from .config import AccelConfig
 from .dispatch import FallbackError
@@ -23,6 +23,7 @@ __all__ = [
     "accelerated",
     "disabled",
     "functional",
+    "nn",
     "plan",
     "report",
     "restore",

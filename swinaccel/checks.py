@@ -118,11 +118,11 @@ def check_logit_scale(q: Tensor, logit_scale: Any, heads: int, of: str = "q") ->
     return logit_scale.reshape(heads)
 
 
-def check_dropout(dropout: Any) -> float:
+def check_dropout(dropout: Any, name: str = "dropout") -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout must be a number; got {dropout!r}")
+        raise TypeError(f"{name} must be a number; got {dropout!r}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1); got {dropout!r}")
+        raise ValueError(f"{name} must lie in [0, 1); got {dropout!r}")
     return float(dropout)
 
 

@@ -15,7 +15,7 @@ PACKAGE, KERNELS = ROOT / "swinaccel", ROOT / "kernels" / "triton"
 # What a module of the package may import from it. Modules that are not listed are leaves on top (the command line
 # and the like), and nothing may import them.
 ALLOWED = {
-    "__init__": {"api", "config", "dispatch", "functional", "report", "verify"},
+    "__init__": {"api", "config", "dispatch", "functional", "nn", "report", "verify"},
     "api": {"config", "dispatch", "families", "patching", "probe", "report", "spec"},
     "config": set(),
     "spec": set(),
@@ -35,6 +35,7 @@ ALLOWED = {
     "factors": {"bias"},
     "backends.torch_windows": {"backends.torch", "reference", "spec"},
     "checks": set(),
+    "nn": {"checks", "functional"},
     "verify": {"api", "report"},
     "functional": {
         "backends",
