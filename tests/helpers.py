@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -229,12 +230,12 @@ def poisoned_empty(monkeypatch: Any) -> Any:
 # Kernel problems.
 
 
-def position_index(window: tuple[int, int]) -> Tensor:
+def position_index(window: tuple[int, ...]) -> Tensor:
     return microsoft_models.position_index(window)
 
 
-def table_rows(window: tuple[int, int]) -> int:
-    return (2 * window[0] - 1) * (2 * window[1] - 1)
+def table_rows(window: tuple[int, ...]) -> int:
+    return math.prod(2 * side - 1 for side in window)
 
 
 def oracle(qkv: Any, geometry: Geometry, **options: Any) -> Tensor:

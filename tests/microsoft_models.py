@@ -26,12 +26,13 @@ def from_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     return tiles.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
 
 
-def position_index(window: tuple[int, int]) -> Tensor:
+def position_index(window: tuple[int, ...]) -> Tensor:
     """(N, N): row of the bias table for (query, key)."""
-    rows, cols = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
-    down = rows[:, None] - rows[None, :] + window[0] - 1
-    across = cols[:, None] - cols[None, :] + window[1] - 1
-    return down * (2 * window[1] - 1) + across
+    index = torch.zeros((), dtype=torch.long)
+    for place, side in zip(torch.meshgrid(*map(torch.arange, window), indexing="ij"), window, strict=True):
+        along = place.flatten()
+        index = index * (2 * side - 1) + along[:, None] - along[None, :] + side - 1
+    return index
 
 
 def log_coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> Tensor:
@@ -49,7 +50,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.dim, self.window_size, self.num_heads = dim, window_size, num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+        rows = math.prod(2 * side - 1 for side in window_size)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         self.register_buffer("relative_position_index", position_index(window_size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

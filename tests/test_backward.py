@@ -11,7 +11,7 @@ import torch
 from helpers import TRITON_DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kernels import DTYPES, HEAD_DIMS, Case
+from test_kernels import DTYPES, HEAD_DIMS, HEADS_APART, VOLUMES, WINDOWS, Case, heads_apart
 from torch import Tensor
 
 from swinaccel import ops, reference
@@ -138,7 +138,7 @@ SMALL_AND_LARGE = pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["smal
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *VOLUMES], ids=str)
 def test_geometry(case, cosine):
     run(Case(**{**vars(case), "cosine": cosine}))
 
@@ -158,11 +158,36 @@ def test_head_dims(window, dim):
         Case((9, 8), (13, 24), (6, 6), dim=32),
         Case((9, 8), (13, 24), (6, 6), dim=32, cosine=True),
         Case((4, 4), (9, 9), (2, 2), dim=10, roll_first=True, batch=2),
+        Case((3, 4, 4), (4, 5, 8), (1, 2, 2), batch=2),
+        Case((5, 4, 4), (6, 4, 6), (2, 0, 2), cosine=True),
     ],
     ids=str,
 )
 def test_low_precision(case, dtype):
     run(case, dtype)
+
+
+@pytest.mark.parametrize("kind", ["heads-first", "heads-last", "packed-in-memory", "different-strides"])
+@pytest.mark.parametrize("case", HEADS_APART, ids=str)
+def test_an_axis_for_the_heads(case, kind):
+    qkv, options = case.make(torch.float32)
+    grad = torch.randn(*qkv.shape[:-1], case.heads * case.dim).to(TRITON_DEVICE)
+    _, exact = reference_gradients(qkv, case.geometry, grad, exactly, **options)
+    leaf, options = leaves(qkv, options)
+    out = ops.shifted_window_attention(heads_apart(leaf, case, kind), case.geometry, **options)
+    out.flatten(-2).backward(grad)
+    for name, tensor in named(leaf, options).items():
+        helpers.assert_close(tensor.grad.double(), exact[name])
+
+
+@pytest.mark.parametrize("window", [(2, 3, 3), (5, 4, 4)], ids=["small", "large"])
+def test_index_of_a_larger_window(window):
+    """Its first rows and columns: pairs of one offset then have rows of many others, and all of those get theirs."""
+    whole = tuple(side + 1 for side in window)
+    case = Case(window, tuple(side + 1 for side in window), (1, 1, 1), heads=1)
+    tokens = case.geometry.tokens
+    index = helpers.position_index(whole)[:tokens, :tokens].to(TRITON_DEVICE)
+    run(case, index=index, table=torch.randn(helpers.table_rows(whole), 1).to(TRITON_DEVICE))
 
 
 @SMALL_AND_LARGE
@@ -469,7 +494,7 @@ def test_second_derivatives_with_dropout_are_refused():
 @given(data=st.data())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_problem(data):
-    window = data.draw(st.tuples(st.integers(1, 10), st.integers(2, 10)), "window")
+    window = data.draw(WINDOWS, "window")
     size = tuple(data.draw(st.integers(1, 2 * axis), "size") for axis in window)
     shift = tuple(data.draw(st.integers(0, axis - 1), "shift") for axis in window)
     case = Case(

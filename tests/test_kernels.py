@@ -25,9 +25,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Case:
     """One attention problem; what is not given is random, and padding tokens hold something where there are any."""
 
-    window: tuple[int, int]
-    size: tuple[int, int]
-    shift: tuple[int, int] = (0, 0)
+    window: tuple[int, ...]
+    size: tuple[int, ...]
+    shift: tuple[int, ...] = ()
     roll_first: bool = False
     heads: int = 2
     dim: int = 16
@@ -42,7 +42,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.window)), "of", "x".join(map(str, self.size))]
-        parts += [f"shift{self.shift[0]}.{self.shift[1]}"] if any(self.shift) else []
+        parts += ["shift" + ".".join(map(str, self.shift))] if any(self.shift) else []
         parts += [f"dim{self.dim}"] if self.dim != 16 else []
         parts += [f"batch{self.batch}"] if self.batch != 1 else []
         parts += ["rollfirst"] if self.roll_first else []
@@ -50,7 +50,7 @@ class Case:
         return "-".join(parts)
 
     def make(self, dtype: torch.dtype, device: str = TRITON_DEVICE, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
-        """qkv (B, H, W, 3 * heads * D), packed, and the options that go with it."""
+        """qkv (B, H, W, 3 * heads * D) or with a depth before H, packed, and the options that go with it."""
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
@@ -133,11 +133,23 @@ LARGE = [
     Case((24, 24), (24, 25), (12, 12), heads=1),
     Case((32, 32), (32, 32), heads=1),
 ]
+# Of three axes: (depth, rows, columns).
+VOLUMES = [
+    Case((2, 3, 3), (4, 6, 5), (1, 1, 1)),
+    Case((2, 3, 3), (3, 4, 7), (1, 0, 2), roll_first=True, batch=3),
+    Case((1, 3, 2), (4, 5, 4), (0, 1, 1), heads=1),
+    Case((3, 1, 4), (3, 3, 9), (0, 0, 2)),
+    Case((2, 2, 2), (2, 2, 2), (1, 1, 1)),
+    Case((2, 3, 2), (1, 5, 4), (1, 1, 1)),
+    Case((2, 7, 7), (3, 7, 9), (1, 0, 3), heads=1, dim=8),
+    Case((5, 4, 4), (6, 4, 6), (2, 0, 2), batch=2),
+    Case((3, 5, 5), (4, 6, 7), (1, 2, 2), heads=1, roll_first=True),
+]
 HEAD_DIMS = (8, 10, 24, 30, 32, 44, 80, 128)
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
-@pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *LARGE, *VOLUMES], ids=str)
 def test_geometry(case, cosine):
     run(Case(**{**vars(case), "cosine": cosine}))
 
@@ -184,6 +196,8 @@ def test_images_of_one_program_do_not_mix(monkeypatch):
         Case((12, 12), (13, 24), (6, 6), dim=32),
         Case((12, 12), (13, 24), (6, 6), dim=32, cosine=True),
         Case((4, 4), (9, 9), (2, 2), dim=10, roll_first=True, batch=2),
+        Case((3, 4, 4), (4, 5, 8), (1, 2, 2), batch=2),
+        Case((5, 4, 4), (6, 4, 6), (2, 0, 2), cosine=True),
     ],
     ids=str,
 )
@@ -238,6 +252,8 @@ MASKED = [
     Case((4, 4), (8, 12), (2, 1)),
     Case((9, 8), (18, 16), (4, 4), heads=1),
     Case((4, 4), (9, 9), (2, 2), True),
+    Case((2, 3, 3), (4, 5, 6), (1, 0, 2)),
+    Case((5, 4, 4), (10, 4, 6), (2, 1, 0), heads=1),
 ]
 
 
@@ -381,6 +397,28 @@ def test_strided_tokens(window, kind):
     compare(strided, case.geometry, **options)
 
 
+HEADS_APART = [
+    Case((1, 6), (5, 6), batch=2, heads=3),  # five windows of six tokens
+    Case((1, 70), (2, 70)),
+    Case((4, 4), (5, 6), (1, 2), batch=2),
+    Case((2, 3, 3), (3, 4, 5), (1, 1, 0)),
+    Case((5, 4, 4), (6, 4, 6), (2, 0, 2), heads=3, dim=10),
+]
+
+
+def heads_apart(qkv: Tensor, case: Case, kind: str) -> tuple[Tensor, ...]:
+    """q, k and v with an axis for their heads, in memory as `kind` says."""
+    tokens = [part.unflatten(-1, (case.heads, case.dim)) for part in qkv.chunk(3, dim=-1)]
+    if kind == "packed-in-memory":
+        return tuple(tokens)
+    if kind == "odd-gap":
+        return tuple(torch.nn.functional.pad(part, (0, 3))[..., :-3] for part in tokens)
+    if kind == "heads-last":
+        return tuple(part.contiguous() for part in tokens)
+    first = tuple(part.transpose(-3, -2).contiguous().transpose(-3, -2) for part in tokens)
+    return first if kind == "heads-first" else (first[0], tokens[1].contiguous(), first[2])
+
+
 @pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])
 @pytest.mark.parametrize("kind", ["contiguous", "slices", "different-strides"])
 def test_separate_q_k_v(window, kind):
@@ -393,6 +431,18 @@ def test_separate_q_k_v(window, kind):
         k, v = k.contiguous(), v.transpose(1, 2).contiguous().transpose(1, 2)
     found = compare((q, k, v), case.geometry, **options)
     helpers.assert_close(attend(qkv, case.geometry, **options), found, 1e-6)
+
+
+@pytest.mark.parametrize("case", HEADS_APART, ids=str)
+@pytest.mark.parametrize("kind", ["heads-first", "heads-last", "packed-in-memory", "odd-gap", "different-strides"])
+def test_an_axis_for_the_heads(case, kind):
+    """(B, H, W, heads, D) with the heads anywhere in memory: windows that were cut already are read in place."""
+    qkv, options = case.make(torch.float32)
+    tokens = heads_apart(qkv, case, kind)
+    found = attend(tokens, case.geometry, **options)
+    assert found.shape == tokens[0].shape
+    assert found.transpose(-3, -2).is_contiguous()
+    helpers.assert_close(found.flatten(-2), attend(qkv, case.geometry, **options), 1e-6)
 
 
 @pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])
@@ -457,10 +507,13 @@ def test_operator_is_registered():
     torch.library.opcheck(torch.ops.swinaccel.shifted_window_attention.default, arguments, test_utils=checks)
 
 
+WINDOWS = st.tuples(st.integers(1, 10), st.integers(2, 10)) | st.tuples(*[st.integers(1, 5)] * 2, st.integers(2, 5))
+
+
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_problem(data):
-    window = data.draw(st.tuples(st.integers(1, 10), st.integers(2, 10)), "window")
+    window = data.draw(WINDOWS, "window")
     size = tuple(data.draw(st.integers(1, 2 * axis), "size") for axis in window)
     shift = tuple(data.draw(st.integers(0, axis - 1), "shift") for axis in window)
     case = Case(

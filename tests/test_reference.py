@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import helpers
@@ -91,6 +92,26 @@ def test_microsoft(size, v2):
     close(found.flatten(1, 2), block.attend(image.flatten(1, 2)))
 
 
+@pytest.mark.parametrize("size", [(5, 9, 6), (2, 3, 9), (4, 8, 8), (1, 4, 5)], ids=str)
+@torch.no_grad()
+def test_torchvision_3d(size):
+    """Window and shift are clamped axis by axis; the bias of a smaller window is the first of the larger one's."""
+    from torchvision.models.video import swin_transformer as library
+
+    attn = helpers.randomize(library.ShiftedWindowAttention3d(16, [2, 4, 4], [1, 2, 2], 2)).double()
+    window = tuple(min(side, axis) for side, axis in zip((2, 4, 4), size, strict=True))
+    shift = tuple(step if axis > side else 0 for step, side, axis in zip((1, 2, 2), (2, 4, 4), size, strict=True))
+    image = torch.randn(2, *size, 16, dtype=torch.float64)
+    tokens = math.prod(window)
+    options = {
+        "table": attn.relative_position_bias_table,
+        "index": attn.relative_position_index[:tokens, :tokens],
+        "scale": 8**-0.5,
+    }
+    found = oracle(image, Geometry(size, window, shift), attn.qkv.weight, attn.qkv.bias, attn.proj, 2, **options)
+    close(found, attn(image))
+
+
 def packed(q, k, v):
     biases = [torch.zeros(part.out_features).to(q.weight) if part.bias is None else part.bias for part in (q, k, v)]
     return torch.cat([part.weight for part in (q, k, v)]), torch.cat(biases)
@@ -167,14 +188,19 @@ def test_hugging_face_swinv2(size):
 # Parts.
 
 
-@pytest.mark.parametrize("shift", [(0, 0), (2, 2), (0, 3), (1, 0)], ids=str)
-@pytest.mark.parametrize("size", [(8, 8), (9, 5), (4, 4)], ids=str)
+SHIFTED = [
+    *itertools.product([(8, 8), (9, 5), (4, 4)], [(0, 0), (2, 2), (0, 3), (1, 0)]),
+    *itertools.product([(8, 9, 5), (4, 4, 8), (4, 4, 4)], [(2, 1, 3), (0, 2, 0), (0, 0, 0)]),
+]
+
+
+@pytest.mark.parametrize(("size", "shift"), SHIFTED, ids=str)
 def test_mask_separates_what_the_roll_brought_together(size, shift):
     """From the definition: two tokens of a window belong together where they are neighbours without the roll, too."""
-    geometry = Geometry(size, (4, 4), shift)
+    geometry = Geometry(size, (4,) * len(size), shift)
     padded = geometry.padded
     places = torch.stack(torch.meshgrid(*map(torch.arange, padded), indexing="ij"), -1)
-    rolled = torch.roll(places, (-shift[0], -shift[1]), (0, 1))
+    rolled = torch.roll(places, [-step for step in shift], tuple(range(len(size))))
     windows = reference.partition(rolled[None].double(), geometry)
     near = (windows[:, :, None] - windows[:, None, :]).abs() < 4
     together = near.all(-1)
@@ -187,12 +213,21 @@ def test_mask_separates_what_the_roll_brought_together(size, shift):
 
 
 @pytest.mark.parametrize("roll_first", [False, True], ids=["pad-roll", "roll-pad"])
-@pytest.mark.parametrize("shift", [(0, 0), (2, 1), (3, 3)], ids=str)
-@pytest.mark.parametrize("size", [(8, 8), (9, 11), (3, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 1), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (9, 11), (3, 5), (1, 1), (5, 8, 6), (1, 3, 9)], ids=str)
 def test_join_undoes_cut(size, shift, roll_first):
-    geometry = Geometry(size, (4, 4), shift, roll_first)
+    geometry = Geometry(size, (4,) * len(size), shift[: len(size)], roll_first)
     image = torch.randn(2, *size, 3)
     assert torch.equal(reference.join(reference.cut(image, geometry, torch.ones(3)), geometry), image)
+
+
+def test_cut_takes_windows_row_by_row():
+    """Token by token, from the definition."""
+    geometry = Geometry((4, 4, 6), (2, 2, 3))
+    image = torch.randn(2, 4, 4, 6, 3)
+    windows = reference.cut(image, geometry).view(2, 2, 2, 2, 2, 2, 3, 3)
+    assert torch.equal(windows[1, 1, 0, 1, 0, 1, 2], image[1, 2, 1, 5])
+    assert torch.equal(windows[0, 0, 1, 0, 1, 0, 1], image[0, 1, 2, 1])
 
 
 def test_cut_marks_padding():

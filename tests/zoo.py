@@ -1,7 +1,7 @@
 """Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
 
 The census of the README (docs/supported.py) and the tests run the same list. Nothing is downloaded; what is no
-package comes from the stand-ins of microsoft_models.py and descendant_models.py.
+package comes from the stand-ins of microsoft_models.py, descendant_models.py and video_models.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import descendant_models as descendants
 import microsoft_models as official
 import torch
+import video_models as videos
 from torch import Tensor, nn
 
 
@@ -94,6 +95,24 @@ for _name, _size in (("swin_b", 224), ("swin_v2_b", 256)):
             {"block": kinds.SwinTransformerBlockV2, "downsample_layer": kinds.PatchMergingV2} if "v2" in name else {}
         )
         return Call(kinds.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], **blocks), (images(batch, 44, 36),))
+
+
+@entry("torchvision", "swin3d_b")
+def _torchvision_video(real: bool, batch: int) -> Call:
+    kinds = library("torchvision.models.video.swin_transformer")
+    if real:
+        return Call(kinds.swin3d_b(), (torch.randn(batch, 3, 16, 224, 224),))
+    model = kinds.SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 4], [2, 4, 4], num_classes=5)
+    return Call(model, (torch.randn(batch, 3, 6, 44, 36),))
+
+
+@entry("MONAI", "SwinUNETR")
+def _swin_unetr(real: bool, batch: int) -> Call:
+    library("einops")  # what MONAI needs for it, and does not say before the first call
+    side, width = (96, 48) if real else (64, 12)
+    kinds = library("monai.networks.nets.swin_unetr")
+    model = kinds.SwinUNETR(1, 3, feature_size=width, **({} if real else {"window_size": 5}))
+    return Call(model, (torch.randn(batch, 1, side, side, side),))
 
 
 # Hugging Face: backbones.
@@ -377,6 +396,12 @@ def _hat(real: bool, batch: int) -> Call:
 def _detection(real: bool, batch: int) -> Call:
     dim, heads, size, window = (192, 6, (100, 168), 7) if real else (16, 2, (9, 10), 4)
     return Call(descendants.DetectionStage(dim, heads, window), (tokens(batch, size, dim), *size))
+
+
+@entry("Video Swin", "block of three axes")
+def _video(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (96, 3, (16, 56, 56), (8, 7, 7)) if real else (16, 2, (5, 9, 6), (2, 4, 4))
+    return Call(videos.BasicLayer(dim, heads, window), (torch.randn(batch, dim, *size),))
 
 
 for _title, _options in (("mmdet", {}), ("mmpretrain", {"pad_small_map": False}), ("mmpretrain V2", {"v2": True})):
