@@ -336,7 +336,6 @@ def _window_attention_bwd_query_kernel(
     out = load_tokens(out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
     lse = tl.load(lse_ptr + part * N + offs_m, mask=offs_m < N, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + part * N + offs_m, delta, mask=offs_m < N)
     query, factor = q, scale * LOG2E
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
@@ -374,16 +373,15 @@ def _window_attention_bwd_query_kernel(
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(q.dtype), key, grad_q, input_precision=PRECISION)
         residual += tl.sum(grad_scores, axis=1)
-        if COSINE:
-            mean_key = tl.dot(p.to(q.dtype), key, mean_key, input_precision=PRECISION)
+        mean_key = tl.dot(p.to(q.dtype), key, mean_key, input_precision=PRECISION)
 
-    grad_q *= scale
+    # A row of dS sums to zero, but for what the rounding of O has left in delta: it is taken out of dQ here, and of
+    # delta for the kernels that follow.
+    tl.store(delta_ptr + part * N + offs_m, delta + residual, mask=offs_m < N)
+    grad_q = (grad_q - residual[:, None] * mean_key) * scale
     if COSINE:
-        # A row of dS sums to zero, but for what the rounding of O has left in delta. That much of the row's mean key
-        # is taken out here: it would drown the gradient of logit_scale, a sum of large terms that cancel.
-        _, along = _through_norm(q, grad_q - residual[:, None] * mean_key * scale)
+        grad_q, along = _through_norm(q, grad_q)
         grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
-        grad_q, _ = _through_norm(q, grad_q)
         tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
     _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
 
