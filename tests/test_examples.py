@@ -17,6 +17,16 @@ CASES = {
         ("12 of 12 window attentions accelerated", "(passed)", "speed-up"),
     ),
     "scoped.py": ((), ("0 of 4 modules", "2 of 4 modules", "4 of 4 modules", "differ by")),
+    "window_attention.py": (
+        (),
+        ("14x14 windows, head_dim 30", "gradients of the bias", "one seed True, for another False"),
+    ),
+    "cosine_window_attention.py": ((), ("gradients of logit_scale", "takes no gradient: True", "all finite: True")),
+    "own_model.py": ((), ("V1: loss", "V2: loss", "logit_scale, q_bias, v_bias")),
+    "finetune.py": (
+        ("--compare", "--steps", "4", "--batch", "4"),
+        ("4 window attentions", "original's", "median step", "losses differ by"),
+    ),
     "block_sliding_window.py": ((), ("3136 tokens", "with a dense mask", "the last 5 tokens look at 152 of 495")),
     "flash_bias.py": ((), ("'energy': 0.995", "ALiBi: rank 2", "squared distances: rank 5")),
     "new_variant.py": ((), ("no window attention found", "its forward is not that of careless", "2 of 2", "differ by")),
