@@ -299,6 +299,32 @@ def test_forms_of_the_operands(tokens, kind, backend):
         compare(inputs, attend, exact)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "projection"])
+@SMALL_AND_LARGE
+def test_nothing_is_copied_or_kept(tokens, kind, monkeypatch):
+    """The kernels read q, k and v where they are, the output lies as q does, and no score outlives the call."""
+    read: list[int] = []
+    direct = ops.shifted_window_attention
+    monkeypatch.setattr(
+        ops,
+        "shifted_window_attention",
+        lambda qkv, *args, **options: read.extend(t.data_ptr() for t in qkv) or direct(qkv, *args, **options),
+    )
+    inputs = Case(tokens, windows=4, masks=2, heads=2).make()
+    if kind == "projection":
+        packed = torch.stack([inputs[name].transpose(1, 2) for name in "qkv"], 2)
+        inputs |= dict(zip("qkv", packed.permute(2, 0, 3, 1, 4), strict=True))
+    leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias")}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = functional.window_attention(**leaves, mask=inputs["mask"])
+    assert read == [leaves[name].data_ptr() for name in "qkv"]
+    assert (out if kind == "contiguous" else out.transpose(1, 2)).is_contiguous()
+    given = {value.data_ptr() for value in (*leaves.values(), inputs["mask"])}
+    beyond = sum(t.numel() for t in kept if t is not None and t.data_ptr() not in given)
+    assert beyond == (0 if tokens < 64 else out.numel() + 4 * 2 * tokens)  # the output and its log-sum-exp
+
+
 @BOTH
 @SMALL_AND_LARGE
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=5))[1::6], ids=str)
@@ -340,7 +366,7 @@ def test_what_the_kernels_do_not_take(case, backend, monkeypatch):
 
 
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @BOTH
 def test_any_problem(data, backend):
     masks = data.draw(st.integers(0, 3), "masks")
@@ -361,7 +387,7 @@ def test_any_problem(data, backend):
 
 def dropped(tokens: int, rate: float, seed: int, device: str, cosine: bool = False) -> tuple[Tensor, Tensor]:
     """Weights after dropout, and before; the values are unit vectors."""
-    inputs = Case(tokens, heads=2, dim=tokens, masks=2, cosine=cosine).make(device=device)
+    inputs = Case(tokens, heads=2 if tokens < 64 else 1, dim=tokens, masks=2, cosine=cosine).make(device=device)
     inputs["mask"] = 0.01 * inputs["mask"]
     inputs["v"] = torch.eye(tokens, device=device).expand_as(inputs["v"])
     torch.manual_seed(seed)
@@ -375,7 +401,7 @@ def test_dropout_drops_at_its_rate(tokens, backend):
     kept = found != 0
     assert abs(0.7 - kept.float().mean().item()) < 4 * (0.21 / kept.numel()) ** 0.5
     helpers.assert_close(found, weights * kept / 0.7, 1e-5)
-    for axis in range(4):
+    for axis in [axis for axis in range(4) if kept.shape[axis] > 1]:
         assert 0.2 < (kept != kept.roll(1, axis)).float().mean().item() < 0.6, axis
 
 
@@ -393,7 +419,7 @@ def test_dropout_follows_the_generator(tokens, backend):
 def test_gradients_with_dropout(tokens, cosine, backend):
     """Against plain PyTorch with the very weights dropped."""
     kept = dropped(tokens, 0.4, 7, backend, cosine)[0] != 0
-    inputs = Case(tokens, heads=2, dim=tokens, masks=2, cosine=cosine).make(device=backend)
+    inputs = Case(tokens, heads=2 if tokens < 64 else 1, dim=tokens, masks=2, cosine=cosine).make(device=backend)
     inputs["mask"] = 0.01 * inputs["mask"]
 
     def attend(**leaves: Any) -> Tensor:
@@ -401,7 +427,7 @@ def test_gradients_with_dropout(tokens, cosine, backend):
         return call(**leaves, dropout=0.4)
 
     def exact(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
-        places = torch.eye(tokens, dtype=v.dtype, device=v.device).expand(2, 2, -1, -1)
+        places = torch.eye(tokens, dtype=v.dtype, device=v.device).expand(2, kept.shape[1], -1, -1)
         return (oracle(q, k, places, **rest) * kept / 0.6) @ v
 
     compare(inputs, attend, exact)
@@ -552,11 +578,10 @@ def test_compiles_into_one_graph(backend):
         return out + image.view(-1, 16, 2, 12).transpose(1, 2)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for windows in (4, 8):
-        inputs = Case(16, windows, heads=2, masks=2, cosine=True).make(device=backend)
-        found = differentiate(compiled, inputs, WINDOWS)
-        for name, expected in differentiate(both, inputs, WINDOWS).items():
-            helpers.assert_close(found[name], expected, 1e-5)
+    inputs = Case(16, 4, heads=2, masks=2, cosine=True).make(device=backend)
+    found = differentiate(compiled, inputs, WINDOWS)
+    for name, expected in differentiate(both, inputs, WINDOWS).items():
+        helpers.assert_close(found[name], expected, 1e-5)
 
 
 @BOTH
