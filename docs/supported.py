@@ -10,7 +10,7 @@ Each line says how many window attentions were found, how many are accelerated, 
 original all the same, and how far the outputs are apart, relative to the original's size. In low precision both are
 measured against fp64, and what is shown is how many times the original's own error that of the accelerated model is.
 The list is tests/zoo.py's; its last lines are models that are to be left alone. What is no package to install stands
-for itself in code of the same structure (tests/descendant_models.py).
+for itself in code of the same structure (tests/descendant_models.py and its like).
 """
 
 from __future__ import annotations

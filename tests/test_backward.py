@@ -138,7 +138,7 @@ SMALL_AND_LARGE = pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["smal
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
-@pytest.mark.parametrize("case", [*CASES, *VOLUMES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *VOLUMES[:6], VOLUMES[-2]], ids=str)
 def test_geometry(case, cosine):
     run(Case(**{**vars(case), "cosine": cosine}))
 
@@ -167,8 +167,8 @@ def test_low_precision(case, dtype):
     run(case, dtype)
 
 
-@pytest.mark.parametrize("kind", ["heads-first", "heads-last", "packed-in-memory", "different-strides"])
-@pytest.mark.parametrize("case", HEADS_APART, ids=str)
+@pytest.mark.parametrize("kind", ["heads-first", "different-strides"])
+@pytest.mark.parametrize("case", HEADS_APART[:4], ids=str)
 def test_an_axis_for_the_heads(case, kind):
     qkv, options = case.make(torch.float32)
     grad = torch.randn(*qkv.shape[:-1], case.heads * case.dim).to(TRITON_DEVICE)
@@ -180,7 +180,7 @@ def test_an_axis_for_the_heads(case, kind):
         helpers.assert_close(tensor.grad.double(), exact[name])
 
 
-@pytest.mark.parametrize("window", [(2, 3, 3), (5, 4, 4)], ids=["small", "large"])
+@pytest.mark.parametrize("window", [(2, 3, 3), (2, 17, 2)], ids=["small", "large"])
 def test_index_of_a_larger_window(window):
     """Its first rows and columns: pairs of one offset then have rows of many others, and all of those get theirs."""
     whole = tuple(side + 1 for side in window)
