@@ -336,12 +336,12 @@ def _gradients(
         }  # fmt: skip
         geometry = geometry or _geometry(qkv, window, shift, roll_first)
         found = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=True)
-    elif geometry is None or _is_observed():
-        found = torch.ops.swinaccel.shifted_window_attention_backward(
-            grad, out, lse, *inputs, *ctx.options, needs_grad[3]
-        )
     else:
-        found = _backward(grad, out, lse, *inputs, *ctx.options, needs_grad[3], geometry=geometry)
+        arguments: tuple[Any, ...] = (grad, out, lse, *inputs, *ctx.options, needs_grad[3])
+        if geometry is None or _is_observed():
+            found = torch.ops.swinaccel.shifted_window_attention_backward(*arguments)
+        else:
+            found = _backward(*arguments, geometry)
     grad_qkv, grad_k, grad_v, grad_table, grad_padding, grad_logit_scale = found
     gradients = (grad_qkv, grad_k, grad_v, grad_table, None, grad_padding, None, grad_logit_scale)
     needed = [gradient if needs else None for gradient, needs in zip(gradients, needs_grad, strict=False)]
