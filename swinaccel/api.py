@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -45,7 +46,11 @@ def accelerate(model: Model, **options: Any) -> Model:
         _insist(model, found)
     for module, family, _, entry in found:
         if entry.status == "accelerated":
-            patching.mark(module, patching.encode(family, config))
+            patching.mark(module, patching.encode(family, _with_surroundings(module, family, config)))
+    around = dict(_surroundings(model, config))
+    for module, kind in around.items():
+        patching.mark(module, patching.encode(kind, config))
+    patching.unmark(module for module in model.modules() if patching.is_around(module) and module not in around)
     return model
 
 
@@ -195,6 +200,39 @@ def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
 
 def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:
     return Entry(name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts)
+
+
+def _with_surroundings(module: nn.Module, family: Any, config: AccelConfig) -> AccelConfig:
+    """The options of one instance: with `fuse="attention"` where its block is not known to be what it looks like."""
+    if config.fuse == "auto" and hasattr(family, "block"):
+        method = getattr(family, "block_method", None)
+        if _is_known(module, family, method or family.method, None if method is None else family.method):
+            return config
+    return dataclasses.replace(config, fuse="attention")
+
+
+def _surroundings(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, families.Surrounding]]:
+    """Modules around accelerated attention that get a dispatcher of their own; a filter is asked of attention only."""
+    if config.fuse != "auto" or not any(map(patching.marked, model.modules())):
+        return
+    for module in model.modules():
+        kind = families.surrounding(module)
+        if kind is None:
+            continue
+        attention = getattr(kind.block(module), "attention", None)
+        if config.filter is not None if attention is None else patching.marked(attention) is None:
+            continue
+        if _is_known(module, kind, kind.method, None):
+            yield module, kind
+
+
+def _is_known(module: nn.Module, family: Any, method: str, attention: str | None) -> bool:
+    cls = type(module)
+    if patching.foreign_reason(module, method) is not None:
+        return False
+    inner = None if attention is None else patching.original(cls, attention)
+    with patching.switched_off():  # attention inside runs its own forward
+        return probe.doubt_around(module, family, patching.original(cls, method), inner) is None
 
 
 def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:

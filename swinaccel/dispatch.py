@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bias, ops
+from . import bias, fusion, ops
 from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
+from .layout import Merging
 from .spec import Section
 
 Attend = Callable[[Tensor], Tensor]
@@ -68,8 +69,16 @@ def run(
     if isinstance(plan, str):
         return _fall_back(plan, module, original, config, stats, args, kwargs)
     section, attend = plan
+    block: Any = None
+    tokens = None
+    if hasattr(family, "block") and not hasattr(family, "block_method"):  # else the block has its own dispatcher
+        block = _surroundings(family, module, config, x)
+        tokens = None if block is None else _tokens(family, module, x, args, kwargs)
     try:
-        result = family.forward(module, attend, *args, **kwargs)
+        if tokens is None:
+            result = family.forward(module, attend, *args, **kwargs)
+        else:
+            result = fusion.forward(block, attend, *tokens)
     except ops.KernelError as error:
         return _fall_back(str(error), module, original, config, stats, args, kwargs)
     if ops.has_failures() and stats is not None:
@@ -77,6 +86,45 @@ def run(
         if failed is not None:
             return _fall_back(failed, module, original, config, stats, args, kwargs)
     return result
+
+
+def run_around(
+    family: Any,
+    module: nn.Module,
+    original: Callable[..., Any],
+    config: AccelConfig,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """One call of a module around accelerated attention, which has a dispatcher of its own: fused, or the original."""
+    x = _first_tensor(args, kwargs)
+    if _context_reason(x) is None:
+        facts = _surroundings(family, module, config, x)
+        if facts is not None:
+            tokens = _tokens(family, module, x, args, kwargs)
+            if tokens is not None and isinstance(facts, Merging):
+                return fusion.merge(facts, *tokens)
+            if tokens is not None:
+                return fusion.forward(facts, family.attend(module), *tokens)
+    return original(module, *args, **kwargs)
+
+
+def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor) -> Any:
+    """The facts of a block or patch merging whose norms, sums and MLP may be fused in this call, or None."""
+    if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x):
+        return None
+    return fusion.fitting(family, module, x) if _backend(config, x.device) == "triton" else None
+
+
+def _tokens(family: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call is about, or None where it is not a call that the original would take."""
+    try:
+        tokens, size = family.tokens(module, *args, **kwargs)
+    except (AttributeError, TypeError, ValueError, KeyError):
+        return None
+    if tokens is not x or x.dim() != (4 if size is None else 3):
+        return None
+    return (x, size) if size is None or x.shape[1] == size[0] * size[1] else None
 
 
 def _fall_back(

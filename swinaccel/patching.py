@@ -26,7 +26,7 @@ from torch import nn
 
 from . import dispatch
 from .config import AccelConfig, env_disabled
-from .families import Family, by_name
+from .families import AROUND, Family, Surrounding, by_name
 
 MARKER = "_swinaccel"
 
@@ -41,8 +41,12 @@ _stats: weakref.WeakKeyDictionary[nn.Module, dispatch.Stats] = weakref.WeakKeyDi
 
 @dataclass(frozen=True)
 class _Marked:
-    family: Family
+    family: Any  # or a surrounding
     config: AccelConfig
+
+    @property
+    def is_around(self) -> bool:
+        return self.family in AROUND
 
 
 _parsed: dict[str, _Marked | None] = {}
@@ -67,7 +71,7 @@ def _is_off() -> bool:
     return _off_anywhere > 0 if torch.compiler.is_compiling() else _off.get()
 
 
-def encode(family: Family, config: AccelConfig) -> str:
+def encode(family: Family | Surrounding, config: AccelConfig) -> str:
     """The marker of an instance."""
     text = json.dumps({"family": family.name, "options": json.loads(config.to_json())}, sort_keys=True)
     _decode(text)
@@ -118,9 +122,16 @@ def marked(module: nn.Module) -> tuple[Family, AccelConfig] | None:
     if text is None:
         return None
     found = _decode(text)
-    if found is None or (owner(type(module), found.family.method), found.family.method) not in _installed:
+    if found is None or found.is_around or _keys(module, found)[0] not in _installed:
         return None
     return found.family, found.config
+
+
+def is_around(module: nn.Module) -> bool:
+    """Whether a module is marked for what is around its attention alone."""
+    text = marker(module)
+    found = None if text is None else _decode(text)
+    return found is not None and found.is_around
 
 
 def stats(module: nn.Module) -> dispatch.Stats:
@@ -136,10 +147,19 @@ def mark(module: nn.Module, text: str) -> None:
     if found is None:
         return
     with _lock:
-        key = owner(type(module), found.family.method), found.family.method
-        _install(*key)
-        _known.setdefault(key, weakref.WeakSet()).add(module)
+        for key in _keys(module, found):
+            _install(*key)
+            _known.setdefault(key, weakref.WeakSet()).add(module)
         module.__dict__[MARKER] = text
+
+
+def _keys(module: Any, found: _Marked) -> list[tuple[type, str]]:
+    """What an instance with such a marker needs a dispatcher on: its family's method, and that of the whole block."""
+    methods = [found.family.method]
+    around = getattr(found.family, "block_method", None)
+    if around is not None and found.config.fuse == "auto":
+        methods.append(around)
+    return [(owner(type(module), method), method) for method in methods]
 
 
 def unmark(modules: Iterable[nn.Module]) -> None:
@@ -163,14 +183,15 @@ def _copied(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
         if classes.intersection(type(instance).__mro__) and MARKER in instance.__dict__:
             content = _decode(instance.__dict__[MARKER])
             if content is not None:
-                found.add((owner(type(instance), content.family.method), content.family.method))
+                found.update(_keys(instance, content))
     return found
 
 
 def _install(cls: type, method: str) -> None:
     if (cls, method) in _installed:
         return
-    _installed[cls, method] = wrapt.wrap_object(cls, method, cast(Any, _dispatcher))
+    factory = functools.partial(_dispatcher, name=method)
+    _installed[cls, method] = wrapt.wrap_object(cls, method, cast(Any, factory))
     setattr(cls, MARKER, None)
 
 
@@ -183,7 +204,7 @@ def _remove(key: tuple[type, str]) -> None:
         delattr(cls, MARKER)
 
 
-def _dispatcher(method: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function that takes the method's place: unmarked instances run `method`, marked ones `dispatch.run`."""
     checkpoints = method.__code__.co_name == "forward_with_checkpointing"
     partial = functools.partial
@@ -201,8 +222,13 @@ def _dispatcher(method: Callable[..., Any]) -> Callable[..., Any]:
         found = _parsed.get(text)
         if found is None:
             return method(self, *args, **kwargs)
+        family = found.family
+        if found.is_around or name != family.method:
+            if found.config.fuse != "auto" or torch.compiler.is_compiling():
+                return method(self, *args, **kwargs)
+            return dispatch.run_around(family, self, method, found.config, args, kwargs)
         counted = None if torch.compiler.is_compiling() else stats(self)
-        return dispatch.run(found.family, self, method, found.config, counted, args, kwargs)
+        return dispatch.run(family, self, method, found.config, counted, args, kwargs)
 
     # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
     function = types.FunctionType(dispatcher.__code__, method.__globals__, closure=dispatcher.__closure__)

@@ -9,14 +9,16 @@ difference), runs both ways.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, reference
-from .families import Family, examples
+from . import dispatch, fusion, reference
+from .families import Family, Surrounding, examples
+from .layout import Block
 from .spec import Section, WindowSpec
 
 # Homes of the surveyed implementations, whose instances differ in nothing but what their family reads.
@@ -47,17 +49,70 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Callabl
     return _verdicts[key]
 
 
+def doubt_around(
+    module: nn.Module, family: Family | Surrounding, original: Callable[..., Any], attention: Callable[..., Any] | None
+) -> str | None:
+    """Why what this kind of module does around its attention is not what its family takes it for, or None.
+
+    Args:
+        module, original: as for `doubt`, with the method that runs the whole module.
+        attention: its class's own method for the attention, where it is another one.
+    """
+    surveyed = type(module).__module__.startswith(_SURVEYED)
+    parts = tuple((name, type(part), () if surveyed else _settings(part)) for name, part in module.named_modules())
+    tensors = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+    key = ("around", family.name, original, parts, tensors)
+    if key not in _verdicts:
+        _verdicts[key] = _probe_around(module, family, original, attention)
+    return _verdicts[key]
+
+
+def _settings(part: nn.Module) -> tuple:
+    return tuple(
+        (name, repr(value))
+        for name, value in sorted(vars(part).items())
+        if isinstance(value, (bool, int, float, str, tuple, list)) and name != "training"
+    )
+
+
+def _probe_around(
+    module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
+) -> str | None:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            twin = _random_twin(module)
+            for example in examples(family, twin):
+                args = tuple(
+                    torch.randn(arg, dtype=torch.float64) if isinstance(arg, torch.Size) else arg for arg in example
+                )
+                facts, (x, size) = family.block(twin), family.tokens(twin, *args)
+                if not isinstance(facts, Block):
+                    found = fusion.merge_reference(facts, x, size)
+                else:
+                    if attention is not None:
+                        attend: Any = functools.partial(attention, twin)
+                    elif hasattr(family, "attend"):
+                        attend = family.attend(twin)
+                    else:
+                        attend = functools.partial(_attend, family.section(twin, *args))
+                    found = fusion.reference(facts, attend, x, size)
+                reason = _difference(family.name, _parts(original(twin, *args)), _parts(found))
+                if reason is not None:
+                    return reason
+                fusion.trust(twin, facts)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        return f"the probe of its forward failed ({type(error).__name__}: {text[0] if text else ''})"
+    return None
+
+
 def _kind(module: nn.Module, family: Family, spec: WindowSpec, original: Callable[..., Any]) -> tuple:
     parts = tuple((name, type(part)) for name, part in module.named_modules())
     tensors = tuple(name for name, _ in module.named_parameters()) + tuple(name for name, _ in module.named_buffers())
     settings: tuple = ()
     if not type(module).__module__.startswith(_SURVEYED):
-        settings = tuple(
-            (name, repr(value))
-            for part in (module, *family.attention(module).modules())
-            for name, value in sorted(vars(part).items())
-            if isinstance(value, (bool, int, float, str, tuple, list)) and name != "training"
-        )
+        settings = tuple(map(_settings, (module, *family.attention(module).modules())))
     return family.name, original, parts, tensors, spec.window, any(spec.shift), settings
 
 
@@ -87,20 +142,24 @@ def _compare(twin: nn.Module, family: Family, original: Callable[..., Any], args
         return section
     expected = _parts(original(twin, *args))
     found = _parts(family.forward(twin, lambda x: _attend(section, x), *args))
+    return _difference(family.name, expected, found)
+
+
+def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...]) -> str | None:
     if len(expected) != len(found):
-        return f"its forward gives {len(expected)} outputs where {family.name} gives {len(found)}"
+        return f"its forward gives {len(expected)} outputs where {name} gives {len(found)}"
     for place, (one, other) in enumerate(zip(expected, found, strict=True)):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             if one is not other:
-                return f"its forward gives other outputs than {family.name}"
+                return f"its forward gives other outputs than {name}"
             continue
         if place and torch.equal(one, other):  # a loss may be zero; where the output is, nothing is shown
             continue
         if one.shape != other.shape:
-            return f"its forward gives {tuple(one.shape)} where {family.name} gives {tuple(other.shape)}"
+            return f"its forward gives {tuple(one.shape)} where {name} gives {tuple(other.shape)}"
         difference = (one - other).abs().max() / one.abs().max()
         if not difference <= _TOLERANCE:
-            return f"its forward is not that of {family.name}: outputs differ by {difference:.1e} of their size"
+            return f"its forward is not that of {name}: outputs differ by {difference:.1e} of their size"
     return None
 
 

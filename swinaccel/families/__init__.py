@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..layout import Block, Merging, Tokens
 from ..spec import Section, WindowSpec
+from .around import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
 from .huggingface import HuggingFaceSwin
 from .huggingface_legacy import HuggingFaceSwinLegacy
@@ -28,6 +30,9 @@ Attend = Callable[[Tensor], Tensor]
 
 class Family(Protocol):
     """How one library's window attention is recognised, read and repeated.
+
+    A family whose module is a whole block may also have `block` and `tokens`, as a `Surrounding`; where the method
+    that runs the block is another than `method`, also its name `block_method`, and `attend`.
 
     Attributes:
         name: short, shown in reports and carried in markers.
@@ -56,6 +61,28 @@ class Family(Protocol):
         """
 
 
+class Surrounding(Protocol):
+    """A module around window attention that holds no section of its own: a block, a patch merging.
+
+    A block also has `attend(module)`, what stands for its attention: (B, H, W, C) to the same.
+    """
+
+    name: str
+    method: str
+
+    def match(self, module: nn.Module) -> bool:
+        """Whether a module looks like one."""
+
+    def block(self, module: nn.Module) -> Block | Merging:
+        """What a module consists of."""
+
+    def tokens(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tokens:
+        """What a call with these arguments is about."""
+
+    def example(self, module: nn.Module) -> tuple[Any, ...] | list[tuple[Any, ...]]:
+        """As a family's."""
+
+
 # A module is the first's that recognises it: attention by itself comes last.
 FAMILIES: list[Family] = [
     Timm(),
@@ -74,7 +101,10 @@ FAMILIES: list[Family] = [
 ]
 
 
-def examples(family: Family, module: nn.Module) -> list[tuple[Any, ...]]:
+AROUND: list[Surrounding] = [TorchvisionBlock(), PatchMerging()]
+
+
+def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
     """Every call that shows what a module of this family does."""
     found = family.example(module)
     return found if isinstance(found, list) else [found]
@@ -92,6 +122,18 @@ def match(module: nn.Module) -> tuple[Family, WindowSpec] | None:
     return None
 
 
-def by_name(name: str) -> Family | None:
-    """The family of that name, or None (a marker may come from another version)."""
-    return next((family for family in FAMILIES if family.name == name), None)
+def surrounding(module: nn.Module) -> Surrounding | None:
+    """Which surrounding of window attention a module looks like, if any."""
+    for kind in AROUND:
+        try:
+            if kind.match(module):
+                return kind
+        except Exception:  # as above
+            continue
+    return None
+
+
+def by_name(name: str) -> Any:
+    """The family or surrounding of that name, or None (a marker may come from another version)."""
+    everything: list[Any] = [*FAMILIES, *AROUND]
+    return next((family for family in everything if family.name == name), None)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layout import Block
 from ..spec import Geometry, WindowSpec
 from ._common import positional_names
 from ._official import attention_spec
@@ -38,6 +39,13 @@ def block_forward(module: Any, attend: Any, x: Tensor, size: Any) -> Any:
         out, loss = module.mlp(module.norm2(x))
         return x + module.drop_path(out), loss
     return x + module.drop_path(module.mlp(module.norm2(x)))
+
+
+def block_facts(module: Any) -> Block:
+    """The same, as facts."""
+    attn, mlp = module.attn, module.mlp
+    post_norm = hasattr(attn, "logit_scale")
+    return Block(attn, module.norm1, module.norm2, (mlp,), mlp.fc1, mlp.act, mlp.fc2, post_norm)
 
 
 def strange_mask(mask: Any, x: Tensor) -> str | None:

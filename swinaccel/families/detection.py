@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._block import block_forward, block_spec, strange_mask
+from ._block import block_facts, block_forward, block_spec, strange_mask
 from ._common import pair, positional_names
 from ._official import attention_section, attention_spec
 
@@ -51,6 +52,12 @@ class Detection:
 
     def forward(self, module: Any, attend: Any, x: Tensor, mask_matrix: Any) -> Tensor:
         return block_forward(module, attend, x, (module.H, module.W))
+
+    def block(self, module: Any) -> Block:
+        return block_facts(module)
+
+    def tokens(self, module: Any, x: Tensor, mask_matrix: Any) -> Tokens:
+        return x, (module.H, module.W)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         window = module.window_size

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import Block, Tokens
 from ..spec import Geometry, Section, WindowSpec
 from ._common import (
     is_plain_linear,
@@ -108,6 +109,15 @@ class HuggingFaceSwin:
         residual = hidden_states
         hidden_states = module.mlp(module.layernorm_after(hidden_states))
         return module.dropout(hidden_states) + residual, None
+
+    def block(self, module: Any) -> Block:
+        mlp = module.mlp
+        norms = module.layernorm_before, module.layernorm_after
+        parts = mlp.fc1, mlp.activation_fn, mlp.fc2
+        return Block(module.attention, *norms, (mlp,), *parts, post_norm=False, give=lambda out: (out, None))
+
+    def tokens(self, module: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any) -> Tokens:
+        return hidden_states, tuple(input_dimensions)
 
     def example(self, module: Any) -> tuple[Any, ...]:
         return layer_example(module, module.attention.o_proj.out_features)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
 from ._common import drop_rate, is_index, is_position_mlp, pair, position_bias, positional_names
 from .huggingface import layer_example, separate_padding, separate_projections, square_geometry
@@ -102,6 +103,17 @@ class HuggingFaceSwinLegacy:
             return (x + module.drop_path(module.layernorm_after(mlp)),)
         x = x + module.drop_path(attend(module.layernorm_before(x).view(image)).view(x.shape))
         return (x + module.output(module.intermediate(module.layernorm_after(x))),)
+
+    def block(self, module: Any) -> Block:
+        attention, first, last = module.attention, module.intermediate, module.output
+        norms = module.layernorm_before, module.layernorm_after
+        parts = first.dense, first.intermediate_act_fn, last.dense
+        post_norm = hasattr(attention.self, "logit_scale")
+        return Block(attention, *norms, (first, last), *parts, post_norm, lambda out: (out,))
+
+    def tokens(self, module: Any, *args: Any, **kwargs: Any) -> Tokens:
+        arguments = _named(module, args, kwargs)
+        return arguments["hidden_states"], tuple(arguments["input_dimensions"])
 
     def example(self, module: Any) -> tuple[Any, ...]:
         return layer_example(module, module.attention.self.query.in_features)

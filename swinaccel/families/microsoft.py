@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._block import block_forward, block_spec, undivided
+from ._block import block_facts, block_forward, block_spec, undivided
 from ._common import pair
 from ._official import attention_section
 
@@ -42,6 +43,12 @@ class Microsoft:
 
     def forward(self, module: Any, attend: Any, x: Tensor) -> Any:
         return block_forward(module, attend, x, module.input_resolution)
+
+    def block(self, module: Any) -> Block:
+        return block_facts(module)
+
+    def tokens(self, module: Any, x: Tensor) -> Tokens:
+        return x, tuple(module.input_resolution)
 
     def example(self, module: Any) -> tuple[Any, ...]:
         height, width = module.input_resolution

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._block import block_forward, block_spec, strange_mask, undivided
+from ._block import block_facts, block_forward, block_spec, strange_mask, undivided
 from ._common import is_index, pair
 from ._official import attention_section
 
@@ -54,6 +55,12 @@ class SwinIR:
 
     def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any) -> Tensor:
         return block_forward(module, attend, x, x_size)
+
+    def block(self, module: Any) -> Block:
+        return block_facts(module)
+
+    def tokens(self, module: Any, x: Tensor, x_size: Any) -> Tokens:
+        return x, tuple(x_size)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         def call(size: Any) -> tuple[Any, ...]:

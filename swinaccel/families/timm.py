@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
+from ._block import block_facts
 from ._common import drop_rate, is_plain_linear, pair, zero_token
 from ._official import attention_section, attention_spec
 
@@ -23,6 +25,7 @@ class Timm:
 
     name = "timm"
     method = "_attn"
+    block_method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         window, shift = pair(getattr(module, "window_size", None)), pair(getattr(module, "shift_size", None))
@@ -54,6 +57,15 @@ class Timm:
 
     def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)
+
+    def block(self, module: Any) -> Block:
+        return block_facts(module)
+
+    def tokens(self, module: Any, x: Tensor) -> Tokens:
+        return x, None
+
+    def attend(self, module: Any) -> Any:
+        return getattr(module, self.method)
 
     def example(self, module: Any) -> tuple[Any, ...]:
         return (torch.Size((2, *module.input_resolution, module.dim)),)

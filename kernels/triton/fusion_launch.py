@@ -1,0 +1,44 @@
+"""Launches of what stands around the attention. Chosen by measurement on an H200 (docs/benchmarks.md)."""
+
+from typing import NamedTuple
+
+from .launch import power_of_two
+
+_NUMBERS = 2048  # that a program holds of each tensor
+GELU_BLOCK = 2048
+NORM_WARPS, MERGE_WARPS, GELU_WARPS = 4, 2, 4
+
+MLP_CHANNELS = 256  # at most; beyond, and where channels leave room in their tile, products of their own are faster
+
+
+class RowsLaunch(NamedTuple):
+    """Rows of a program, and the channels that it has room for."""
+
+    rows: int
+    block_c: int
+
+
+class MlpLaunch(NamedTuple):
+    """Launch of the kernel for all that follows the attention."""
+
+    block_m: int
+    block_c: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+
+
+def rows(channels: int) -> RowsLaunch:
+    block_c = power_of_two(channels)
+    return RowsLaunch(max(1, _NUMBERS // block_c), block_c)
+
+
+def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) -> MlpLaunch | None:
+    """Launch for C channels and as many hidden ones, or None where products of their own are to be preferred."""
+    block_m, block_c, block_h = 64, power_of_two(channels), 32 if channels > 96 else 64
+    is_wide = channels > 128
+    if channels > MLP_CHANNELS or (is_wide and channels != block_c) or channels % 16 or hidden % block_h:
+        return None
+    own, stage = (block_m * block_c + block_m * block_h) * element_size, 2 * block_h * block_c * element_size
+    num_stages = min(2 if is_wide else 3, (shared_memory - own) // stage)
+    return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None

@@ -1,0 +1,97 @@
+"""The MLP of a block: its activation, and, for few channels, all that follows the attention in one kernel.
+
+GELU is x · Φ(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415), written as max(x, 0) − |x| · erfc(|x| / √2) / 2, which
+cancels nothing. With h = |x| / 2, erfc is p(h) to the power of −16, p of degree 6 fitted so that the result errs by
+5e-7 at most, in fp32: far below what 16 bits resolve, in sixteen instructions.
+"""
+
+import triton
+import triton.language as tl
+
+from .pointwise import normalised
+
+
+@triton.jit
+def gelu(x):
+    """x · Φ(x) of fp32 numbers, for results in 16 bits."""
+    h = tl.minimum(tl.abs(x) * 0.5, 16.0)
+    p = 4.053060256e-04 * h + 1.324298792e-03
+    p = p * h + 9.554697899e-04
+    p = p * h + 2.599453181e-02
+    p = p * h + 8.462919295e-02
+    p = p * h + 9.972827137e-02
+    p = p * h + 1.0
+    p *= p
+    p *= p
+    p *= p
+    p *= p
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - h * tl.rsqrt(p * p)
+
+
+@triton.jit
+def _gelu_kernel(
+    x_ptr,  # (numbers,), replaced
+    numbers,
+    BLOCK: tl.constexpr,
+):
+    """GELU in place."""
+    x_ptr += tl.cast(tl.program_id(0), tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    inside = offs < numbers - tl.cast(tl.program_id(0), tl.int64) * BLOCK
+    x = tl.load(x_ptr + offs, mask=inside, other=0.0)
+    tl.store(x_ptr + offs, gelu(x.to(tl.float32)).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _mlp_kernel(
+    out_ptr,  # (rows, C)
+    x_ptr,  # (rows, C)
+    branch_ptr,  # (rows, C): the attention's output; with PRE_NORM only
+    norm_weight_ptr,  # (C,) or None
+    norm_bias_ptr,  # (C,) or None
+    weight1_ptr,  # (HIDDEN, C)
+    bias1_ptr,  # (HIDDEN,) or None
+    weight2_ptr,  # (C, HIDDEN)
+    bias2_ptr,  # (C,) or None
+    rows,
+    eps,
+    C: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRE_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """All of a block after its attention. One program: BLOCK_M rows, whose hidden channels pass by in tiles.
+
+    With PRE_NORM total + mlp(norm(total)) of total = x + branch, else x + norm(mlp(x)).
+    """
+    tl.static_assert(C <= BLOCK_C)
+    tl.static_assert(HIDDEN % BLOCK_H == 0)
+    start = tl.cast(tl.program_id(0), tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_h = tl.arange(0, BLOCK_H)
+    inside_c = offs_c < C
+    inside = (start + offs_m < rows)[:, None] & inside_c[None, :]
+    offs = offs_m[:, None] * C + offs_c[None, :]
+    x = tl.load(x_ptr + start * C + offs, mask=inside, other=0.0)
+    if PRE_NORM:
+        acc = x.to(tl.float32) + tl.load(branch_ptr + start * C + offs, mask=inside, other=0.0).to(tl.float32)
+        y = normalised(acc, norm_weight_ptr, norm_bias_ptr, offs_c, eps, C).to(x.dtype)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        y = x
+    if bias2_ptr is not None:
+        acc += tl.load(bias2_ptr + offs_c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+    for h in tl.range(0, HIDDEN, BLOCK_H):
+        weight1 = tl.load(weight1_ptr + (h + offs_h)[:, None] * C + offs_c[None, :], mask=inside_c[None, :], other=0.0)
+        hidden = tl.dot(y, tl.trans(weight1))
+        if bias1_ptr is not None:
+            hidden += tl.load(bias1_ptr + h + offs_h).to(tl.float32)[None, :]
+        offs_weight2 = offs_c[:, None] * HIDDEN + (h + offs_h)[None, :]
+        weight2 = tl.load(weight2_ptr + offs_weight2, mask=inside_c[:, None], other=0.0)
+        acc = tl.dot(gelu(hidden).to(y.dtype), tl.trans(weight2), acc)
+    if not PRE_NORM:
+        acc = x.to(tl.float32) + normalised(acc, norm_weight_ptr, norm_bias_ptr, offs_c, eps, C)
+    tl.store(out_ptr + start * C + offs, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,167 @@
+"""Launches what stands around the attention: norms with residual sums, GELU, the MLP of few channels.
+
+All tensors are contiguous, on one device and of one dtype, and no gradient is recorded. Any failure to compile or
+launch is a `LaunchError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton as windows
+
+Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
+
+_launches: dict[tuple, Any] = {}
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be compiled or launched."""
+
+
+def _launch(key: tuple, make: Callable[[], Any], like: Tensor, *tensors: Tensor | None) -> None:
+    """Run the launch that is kept under a key, on the device of `like`."""
+    try:
+        launch = _launches.get(key)
+        if launch is None:
+            if len(_launches) >= 4096:
+                _launches.clear()
+            launch = _launches[key] = make()
+        if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
+            with torch.cuda.device(like.device):
+                launch(*tensors)
+        else:
+            launch(*tensors)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise LaunchError(f"{type(error).__name__}: {text[0][:160] if text else ''}") from error
+
+
+def _norm(mode: int, x: Tensor, branch: Tensor | None, affine: Affine, total_bias: Tensor | None) -> tuple[Any, Tensor]:
+    channels, (weight, bias, eps) = x.shape[-1], affine
+    rows = x.numel() // channels if channels else 0
+    out = torch.empty_like(x)
+    total = torch.empty_like(x) if mode == 1 else None
+
+    def make() -> Any:
+        from ..kernels import fusion_launch, pointwise
+
+        shape = fusion_launch.rows(channels)
+        return windows._Launch(
+            pointwise._norm_kernel,
+            (-(-rows // shape.rows),),
+            (rows, eps, channels, mode, shape.block_c, shape.rows),
+            num_warps=fusion_launch.NORM_WARPS,
+        )
+
+    if rows:
+        key = (x.device, rows, channels, eps, mode)
+        _launch(key, make, x, out, total, x, branch, weight, bias, total_bias)
+    return total, out
+
+
+def norm(x: Tensor, affine: Affine) -> Tensor:
+    """Layer norm of the last axis; statistics in fp32."""
+    return _norm(0, x, None, affine, None)[1]
+
+
+def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
+    return _norm(1, x, branch, affine, total_bias)
+
+
+def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
+    """x + the layer norm of branch, which is not rounded before."""
+    return _norm(2, x, branch, affine, None)[1]
+
+
+def merge_norm(x: Tensor, affine: Affine) -> Tensor:
+    """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): the layer norm of each four neighbours."""
+    (batch, height, width, channels), (weight, bias, eps) = x.shape, affine
+    out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
+    rows = out.numel() // out.shape[-1] if channels else 0
+
+    def make() -> Any:
+        from ..kernels import fusion_launch, pointwise
+
+        shape = fusion_launch.rows(4 * channels)
+        return windows._Launch(
+            pointwise._merge_norm_kernel,
+            (-(-rows // shape.rows),),
+            (rows, height, width, eps, channels, shape.block_c, shape.rows),
+            num_warps=fusion_launch.MERGE_WARPS,
+        )
+
+    if rows:
+        _launch(("merge", x.device, x.shape, eps), make, x, out, x, weight, bias)
+    return out
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """Exact GELU in place, of 16-bit numbers."""
+    numbers = x.numel()
+
+    def make() -> Any:
+        from ..kernels import fusion_launch, mlp
+
+        block = fusion_launch.GELU_BLOCK
+        return windows._Launch(
+            mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS
+        )
+
+    if numbers:
+        _launch(("gelu", x.device, numbers), make, x, x)
+    return x
+
+
+def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
+    """How `mlp` would run, or None where products of their own are to be preferred."""
+    key = ("mlp launch", device, dtype, channels, hidden, windows.shared_memory_override)
+    if key not in _launches:
+        from ..kernels import fusion_launch
+
+        _launches[key] = fusion_launch.mlp(
+            channels=channels,
+            hidden=hidden,
+            element_size=dtype.itemsize,
+            shared_memory=windows.shared_memory_override or windows._device_shared_memory(device),
+        )
+    return _launches[key]
+
+
+def mlp(
+    x: Tensor,
+    branch: Tensor | None,
+    affine: Affine,
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """All of a block after its attention, where `mlp_launch` has a launch.
+
+    Args:
+        branch: the attention's output: with total = x + branch, total + mlp(norm(total)). None: x + norm(mlp(x)).
+        fc1, fc2: weight and bias.
+    """
+    (hidden, channels), (weight, bias, eps) = fc1[0].shape, affine
+    rows, out = x.numel() // channels, torch.empty_like(x)
+
+    def make() -> Any:
+        from ..kernels import mlp
+
+        shape = mlp_launch(x.device, x.dtype, channels, hidden)
+        return windows._Launch(
+            mlp._mlp_kernel,
+            (-(-rows // shape.block_m),),
+            (rows, eps, channels, hidden, branch is not None, shape.block_m, shape.block_c, shape.block_h),
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )
+
+    if rows:
+        key = ("mlp", x.device, x.dtype, rows, channels, hidden, eps, branch is None, windows.shared_memory_override)
+        _launch(key, make, x, out, x, branch, weight, bias, *fc1, *fc2)
+    return out

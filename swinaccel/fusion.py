@@ -1,0 +1,353 @@
+"""A whole block in inference: its attention with norms, residual sums and MLP around it in few kernels.
+
+That a class of blocks is built as its family says is proven by `probe` before; here it is decided, at each call and
+from live modules, whether these are plain enough to be stood in for. Where they are not, and where anything about
+dtypes is not obviously the same, the answer is no, and the block runs its own forward around the attention alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import types
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .backends import triton_fusion as kernels
+from .layout import Attend, Block, Merging
+
+logger = logging.getLogger("swinaccel")
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_HALVES = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALVES, torch.float32)
+
+# (type, names of its children) of blocks and what they hold, as they were when they were proven.
+_trusted: set[tuple[type, tuple[str, ...]]] = set()
+_harmless: dict[tuple, bool] = {}  # signature of a module without tensors -> whether it is what it should be
+
+smallest = 1 << 20  # numbers in x; below, the host takes longer to launch these kernels than PyTorch's own
+_failed = False  # a kernel did not compile or fit: whole blocks run their own forwards from then on
+
+
+def trust(module: nn.Module, facts: Block | Merging) -> None:
+    """Take the children of a proven block, by their names, for what it consists of."""
+    for holder in (module, *(facts.holders if isinstance(facts, Block) else ())):
+        _trusted.add((type(holder), tuple(holder._modules)))
+
+
+def forget_failures() -> None:
+    """Try the kernels again."""
+    global _failed
+    _failed = False
+
+
+def is_worth(x: Tensor) -> bool:
+    """Whether a call's time is that of its kernels, or, in a CUDA graph, will be: short kernels wait for the host."""
+    return x.numel() >= smallest or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def fitting(family: Any, module: nn.Module, x: Tensor) -> Any:
+    """The facts of a module that may be fused in a call about x, or None where it holds a surprise or is watched."""
+    dtype = x.dtype
+    if _failed or dtype not in _DTYPES or not x.is_contiguous():
+        return None
+    if dtype == torch.bfloat16 and not x.is_cuda:
+        return None  # Triton's interpreter does not multiply it
+    if torch.is_autocast_enabled(x.device.type) or _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
+        return None  # autocast has dtypes of its own between the layers
+    records = torch.is_grad_enabled()
+    if records and x.requires_grad:
+        return None
+    looked = _looks.get(module)
+    if looked is None or not looked.holds(module):
+        try:
+            looked = _looks[module] = _Look(module, family.block(module))
+        except (AttributeError, TypeError, KeyError, _Unfit):
+            return None
+    return looked.facts if looked.suits(x, records) else None
+
+
+class _Unfit(Exception):
+    """A module is not plain enough to be stood in for."""
+
+
+class _Look:
+    """A close look at a module that turned out to be plain, and what tells later calls that all of it still holds."""
+
+    __slots__ = ("channels", "children", "facts", "holders", "tensors", "watched")
+
+    def __init__(self, module: nn.Module, facts: Block | Merging) -> None:
+        self.facts = facts
+        norms: tuple[tuple[Any, int], ...]
+        linears: tuple[tuple[Any, int, int], ...]
+        if isinstance(facts, Block):
+            (hidden, channels), self.holders = facts.fc1.weight.shape, [(one, _children(one)) for one in facts.holders]
+            norms = (facts.norm1, channels), (facts.norm2, channels)
+            linears = (facts.fc1, channels, hidden), (facts.fc2, hidden, channels)
+            named = [facts.norm1, facts.norm2, facts.fc1, facts.fc2, facts.activation, facts.attention, *facts.holders]
+            _demand(_is_gelu(facts.activation))
+        else:
+            (width, channels), self.holders = facts.reduction.weight.shape, []
+            norms = ((facts.norm, width if facts.post_norm else channels),)
+            linears = ((facts.reduction, channels, width),)
+            named = [facts.norm, facts.reduction]
+        self.channels = channels if isinstance(facts, Block) else channels // 4
+        for norm, size in norms:
+            _demand(type(norm) is nn.LayerNorm and norm.normalized_shape == (size,))
+        for linear, fan_in, fan_out in linears:
+            _demand(type(linear) is nn.Linear and tuple(linear.weight.shape) == (fan_out, fan_in))
+            _demand(linear.bias is None or linear.bias.numel() == fan_out)
+        self.children = _children(module)
+        idle = []
+        for holder in (module, *(holder for holder, _ in self.holders)):
+            _demand(not holder._parameters and (type(holder), tuple(holder._modules)) in _trusted)
+            for child in holder._modules.values():
+                if child is not None and not any(child is one for one in named):
+                    _demand(_is_idle(child))
+                    idle.append(child)
+        settled = [norm for norm, _ in norms] + idle + ([facts.activation] if isinstance(facts, Block) else [])
+        others = [linear for linear, *_ in linears] + [holder for holder, _ in self.holders]
+        # Settings of modules whose forward is a matter of them: compared as a whole, and by identity first.
+        self.watched: list[tuple[Any, type, dict[str, Any] | None]] = [
+            (one, type(one), dict(one.__dict__)) for one in settled
+        ]
+        self.watched += [(one, type(one), None) for one in others]
+        self.tensors = []
+        for one in (*(norm for norm, _ in norms), *(linear for linear, *_ in linears)):
+            for name in ("weight", "bias"):
+                tensor = one._parameters[name]
+                _demand(tensor is None or type(tensor) in _PLAIN_TENSORS)
+                self.tensors.append((one, name, tensor, None if tensor is None else tensor.shape))
+        _demand(self.holds(module))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether module, submodules, their settings and parameters are those that were looked at, and unhooked."""
+        if _children(module) != self.children or module._parameters:
+            return False
+        for holder, children in self.holders:
+            if _children(holder) != children or holder._parameters:
+                return False
+        for one, kind, settings in self.watched:
+            now = one.__dict__
+            if type(one) is not kind or any(_hooks(now)) or "forward" in now:
+                return False
+            if settings is not None and now != settings:
+                return False
+        return all(one.__dict__["_parameters"].get(name) is tensor for one, name, tensor, _ in self.tensors)
+
+    def suits(self, x: Tensor, records: bool) -> bool:
+        """Whether the parameters are like x, and none of them wants a gradient where gradients are recorded."""
+        dtype, device = x.dtype, x.get_device()
+        for _, _, tensor, shape in self.tensors:
+            if tensor is not None and not (
+                tensor.dtype is dtype
+                and tensor.get_device() == device
+                and tensor.shape == shape
+                and tensor.is_contiguous()
+                and not (records and tensor.requires_grad)
+            ):
+                return False
+        return x.shape[-1] == self.channels
+
+
+_looks: weakref.WeakKeyDictionary[nn.Module, _Look] = weakref.WeakKeyDictionary()
+_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _children(module: nn.Module) -> tuple[nn.Module | None, ...]:
+    return tuple(module._modules.values())
+
+
+def _demand(holds: bool) -> None:
+    if not holds:
+        raise _Unfit
+
+
+def _is_gelu(module: Any) -> bool:
+    if type(module) is nn.GELU:
+        return module.approximate == "none"
+    return _is_proven(module, _does_gelu)
+
+
+def _is_idle(module: Any) -> bool:
+    """Whether a module gives back what it is given."""
+    if type(module) is nn.Identity:
+        return True
+    if module.training:
+        return False
+    return type(module) is nn.Dropout or _is_proven(module, _does_nothing)
+
+
+def _is_proven(module: Any, test: Any) -> bool:
+    """Whether a module without tensors and children passes a test, which is made once for each kind and settings."""
+    if module._parameters or module._buffers or module._modules:
+        return False
+    settings = tuple([(name, value) for name, value in module.__dict__.items() if name[0] != "_"])
+    key = (test, type(module), settings)
+    try:
+        found = _harmless.get(key)
+    except TypeError:  # a setting that is no plain value
+        return False
+    if found is None:
+        plain = all(isinstance(value, _PLAIN_VALUES) for _, value in settings)
+        found = _harmless[key] = plain and _passes(module, test)
+    return found
+
+
+_PLAIN_VALUES = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+
+
+def _passes(module: Any, test: Any) -> bool:
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            return test(module)
+    except Exception:
+        return False
+
+
+def _does_nothing(module: Any) -> bool:
+    examples = [torch.randn(shape, dtype=torch.float32, device="cpu") for shape in ((64, 3, 4), (64, 2, 3, 4))]
+    return all(torch.equal(module(x.clone()), x) for x in examples)
+
+
+def _does_gelu(module: Any) -> bool:
+    values = torch.linspace(-12, 12, 4096, dtype=torch.float32, device="cpu").view(1, 4, -1)
+    return all(torch.equal(module(x.clone()), F.gelu(x)) for x in (values, values.bfloat16(), values.double()))
+
+
+def forward(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Any:
+    """What a block returns whose facts are `fitting`.
+
+    Args:
+        attend: (B, H, W, C) to the same.
+        x, size: see `layout.Tokens`.
+    """
+    y = x if block.post_norm else _norm(x, block.norm1)
+    branch = _branch(attend, y, size)
+    if not _is_like(branch, x):
+        out = _rest(block, x, branch)
+    else:
+        out = _rest_post(block, x, branch) if block.post_norm else _rest_pre(block, x, branch)
+    return out if block.give is None else block.give(out)
+
+
+def reference(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Any:
+    """The same by the block's own modules, in any dtype and on any device."""
+    out = _rest(block, x, _branch(attend, x if block.post_norm else block.norm1(x), size))
+    return out if block.give is None else block.give(out)
+
+
+def _branch(attend: Attend, y: Tensor, size: tuple[int, int] | None) -> Tensor:
+    return attend(y) if size is None else attend(y.view(y.shape[0], *size, y.shape[2])).view(y.shape)
+
+
+def _is_like(branch: Any, x: Tensor) -> bool:
+    """Whether the attention gave what plain projections give."""
+    return (
+        type(branch) in _PLAIN_TENSORS
+        and branch.dtype is x.dtype
+        and branch.shape == x.shape
+        and branch.device == x.device
+        and branch.is_contiguous()
+        and not (branch.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _rest(block: Block, x: Tensor, branch: Tensor) -> Tensor:
+    """What follows the attention, by the modules themselves."""
+    if block.post_norm:
+        x = x + block.norm1(branch)
+        return x + block.norm2(block.fc2(block.activation(block.fc1(x))))
+    x = x + branch
+    return x + block.fc2(block.activation(block.fc1(block.norm2(x))))
+
+
+def _affine(norm: Any) -> kernels.Affine:
+    return norm.weight, norm.bias, norm.eps
+
+
+def _fail(error: kernels.LaunchError) -> None:
+    global _failed
+    _failed = True
+    logger.warning("the Triton kernel failed: %s; only attention is accelerated from now on", error)
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    try:
+        return kernels.norm(x, _affine(norm))
+    except kernels.LaunchError as error:
+        _fail(error)
+        return norm(x)
+
+
+def _fits_one_kernel(block: Block, x: Tensor) -> bool:
+    return kernels.mlp_launch(x.device, x.dtype, *reversed(block.fc1.weight.shape)) is not None
+
+
+def _hidden(block: Block, x: Tensor) -> Tensor:
+    """activation(fc1(x)) as a matrix."""
+    hidden = F.linear(x.view(-1, x.shape[-1]), block.fc1.weight, block.fc1.bias)
+    return kernels.gelu_(hidden) if hidden.dtype in _HALVES else F.gelu(hidden)
+
+
+def _rest_post(block: Block, x: Tensor, branch: Tensor) -> Tensor:
+    fc1, fc2 = block.fc1, block.fc2
+    try:
+        total = kernels.norm_add(x, branch, _affine(block.norm1))
+        if _fits_one_kernel(block, x):
+            return kernels.mlp(total, None, _affine(block.norm2), (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
+        out = F.linear(_hidden(block, total), fc2.weight, fc2.bias).view(x.shape)
+        return kernels.norm_add(total, out, _affine(block.norm2))
+    except kernels.LaunchError as error:
+        _fail(error)
+        return _rest(block, x, branch)
+
+
+def _rest_pre(block: Block, x: Tensor, branch: Tensor) -> Tensor:
+    fc1, fc2 = block.fc1, block.fc2
+    try:
+        if _fits_one_kernel(block, x):
+            return kernels.mlp(x, branch, _affine(block.norm2), (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
+        total, y = kernels.add_norm(x, branch, _affine(block.norm2), fc2.bias)
+        # The second product adds to the sum, which holds its bias already, where it lies.
+        return total.view(-1, x.shape[-1]).addmm_(_hidden(block, y), fc2.weight.t()).view(x.shape)
+    except kernels.LaunchError as error:
+        _fail(error)
+        return _rest(block, x, branch)
+
+
+def merge(merging: Merging, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """What a patch merging returns whose facts are `fitting`; `x` and `size` as in `layout.Tokens`."""
+    image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
+    reduction, affine = merging.reduction, _affine(merging.norm)
+    try:
+        if merging.post_norm:
+            out = kernels.norm(F.linear(merged(image), reduction.weight, reduction.bias), affine)
+        else:
+            out = F.linear(kernels.merge_norm(image, affine), reduction.weight, reduction.bias)
+    except kernels.LaunchError as error:
+        _fail(error)
+        return merge_reference(merging, x, size)
+    return out if size is None else out.flatten(1, 2)
+
+
+def merge_reference(merging: Merging, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """The same by its own modules."""
+    y = merged(x if size is None else x.view(x.shape[0], *size, x.shape[2]))
+    out = merging.norm(merging.reduction(y)) if merging.post_norm else merging.reduction(merging.norm(y))
+    return out if size is None else out.flatten(1, 2)
+
+
+def merged(x: Tensor) -> Tensor:
+    """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C)."""
+    batch, height, width, channels = x.shape
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    parts = x.view(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+    return parts.permute(0, 1, 3, 4, 2, 5).flatten(3)

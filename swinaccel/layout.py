@@ -1,0 +1,51 @@
+"""How a block is built around its attention, and a patch merging, as their families say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Attend = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Block:
+    """x + attention(norm1(x)), x + mlp(norm2(x)); with `post_norm` (V2) x + norm1(attention(x)), x + norm2(mlp(x)).
+
+    Here mlp is fc2(activation(fc1(x))). Every other module in the block and in `holders` must do nothing: dropouts,
+    drop-paths. The fields of type Any are modules of whatever kind; whether they are plain is for `fusion` to see.
+
+    Attributes:
+        attention: what holds the section.
+        holders: the modules that hold the rest of the MLP.
+        give: makes what the block returns out of the result, where that is not the result.
+    """
+
+    attention: Any
+    norm1: Any
+    norm2: Any
+    holders: tuple[Any, ...]
+    fc1: Any
+    activation: Any
+    fc2: Any
+    post_norm: bool
+    give: Callable[[Tensor], Any] | None = None
+
+
+@dataclass(slots=True)
+class Merging:
+    """reduction(norm(merged)), or with `post_norm` (V2) norm(reduction(merged)): 2 x 2 tokens become one.
+
+    The four follow each other left column first, top to bottom; beyond an odd height or width they are zeros.
+    """
+
+    norm: Any
+    reduction: Any
+    post_norm: bool
+
+
+# x and the (H, W) of its tokens, where it holds them in one axis; None in place of these where it has both axes.
+Tokens = tuple[Tensor, tuple[int, int] | None]

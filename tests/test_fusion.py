@@ -1,0 +1,502 @@
+"""Whole blocks in inference (`fuse="auto"`): kernels against plain PyTorch, blocks against their originals, and
+everything that must leave a block to its own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TRITON_DEVICE
+from test_families import MODELS
+from torch import nn
+
+import swinaccel
+from swinaccel import fusion, patching
+from swinaccel.backends import triton as windows
+from swinaccel.backends import triton_fusion as kernels
+
+HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
+DTYPES = [*HALVES, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def whole_blocks(monkeypatch):
+    """The small problems of tests are worth it too."""
+    monkeypatch.setattr(fusion, "smallest", 0)
+    yield
+    assert not fusion._failed
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that ran, in order."""
+    names = []
+
+    def spy(name):
+        plain = getattr(kernels, name)
+
+        def run(*args):
+            names.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(kernels, name, run)
+
+    for name in ("norm", "add_norm", "norm_add", "merge_norm", "gelu_", "mlp"):
+        spy(name)
+    return names
+
+
+def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(TRITON_DEVICE, dtype)
+
+
+def exact(*tensors):
+    return [None if tensor is None else tensor.double().cpu() for tensor in tensors]
+
+
+def compare(found, original, expected):
+    if found.dtype == torch.float32:  # sums in another order
+        helpers.assert_close(found.double().cpu(), expected, 1e-6)
+    else:
+        helpers.assert_no_worse(found, original, expected, found.dtype)
+
+
+# Kernels.
+
+
+@pytest.mark.parametrize("affine", ["affine", "weight", "plain"])
+@pytest.mark.parametrize(("rows", "channels"), [(37, 24), (5, 180), (9, 1024)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(dtype, rows, channels, affine, poisoned):
+    x, branch = (2 + random(3, rows, channels, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight = None if affine == "plain" else 1 + random(channels, dtype=dtype, scale=0.3)
+    bias = random(channels, dtype=dtype, seed=2) if affine == "affine" else None
+    extra = random(channels, dtype=dtype, seed=3)
+
+    def layer_norm(y, weight, bias):
+        return F.layer_norm(y, (channels,), weight, bias, 1e-5)
+
+    given = (weight, bias, 1e-5)
+    ex, ebranch, eweight, ebias, eextra = exact(x, branch, weight, bias, extra)
+    compare(kernels.norm(x, given), layer_norm(x, weight, bias), layer_norm(ex, eweight, ebias))
+    total, out = kernels.add_norm(x, branch, given, extra)
+    compare(total, x + branch + extra, ex + ebranch + eextra)
+    compare(out, layer_norm(x + branch, weight, bias), layer_norm(ex + ebranch, eweight, ebias))
+    assert torch.equal(kernels.add_norm(x, branch, given, None)[0], (x.float() + branch.float()).to(dtype))
+    compare(
+        kernels.norm_add(x, branch, given),
+        x + layer_norm(branch, weight, bias),
+        ex + layer_norm(ebranch, eweight, ebias),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 8), (1, 5, 7, 24), (2, 1, 3, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging(dtype, shape, poisoned):
+    x, weight = random(*shape, dtype=dtype), 1 + random(4 * shape[-1], dtype=dtype, scale=0.3)
+
+    def merge(x, weight):
+        return F.layer_norm(fusion.merged(x), weight.shape, weight, None, 1e-5)
+
+    compare(kernels.merge_norm(x, (weight, None, 1e-5)), merge(x, weight), merge(*exact(x, weight)))
+
+
+def test_merged_takes_the_left_column_first():
+    x = torch.arange(6.0).view(1, 2, 3, 1)
+    assert fusion.merged(x).tolist() == [[[[0, 3, 1, 4], [2, 5, 0, 0]]]]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gelu(dtype):
+    x = torch.cat((torch.linspace(-13, 13, 5001), torch.tensor([0.0, 3e4, -3e4, 1e-7]))).to(TRITON_DEVICE, dtype)
+    expected = F.gelu(x.double().cpu())
+    found = kernels.gelu_(x.clone())
+    compare(found, F.gelu(x), expected)
+    assert (found.double().cpu() - expected).abs().max() <= 1.01 * torch.finfo(dtype).eps / 2 * 3e4
+    small = x.double().cpu().abs() < 6
+    close = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6
+    assert ((found.double().cpu() - expected).abs() <= close)[small].all()
+
+
+def test_gelu_of_what_is_not_finite():
+    x = torch.tensor([float("nan"), float("inf"), 1.0], device=TRITON_DEVICE, dtype=torch.float16)
+    found = kernels.gelu_(x.clone())
+    assert found[0].isnan()
+    assert found[1] == float("inf")
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(("rows", "channels"), [(70, 32), (64, 48), (3, 256)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_mlp_in_one_kernel(dtype, rows, channels, biases, pre_norm, poisoned):
+    x, branch = (random(rows, channels, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight, bias = 1 + random(channels, dtype=dtype, scale=0.3), random(channels, dtype=dtype, seed=2)
+    weight1 = random(4 * channels, channels, dtype=dtype, scale=1.5 / channels**0.5)
+    weight2 = random(channels, 4 * channels, dtype=dtype, scale=1.5 / channels**0.5)
+    bias1 = random(4 * channels, dtype=dtype) if biases else None
+    bias2 = random(channels, dtype=dtype, seed=5) if biases else None
+
+    def block(x, branch, weight, bias, weight1, bias1, weight2, bias2):
+        def mlp(y):
+            return F.linear(F.gelu(F.linear(y, weight1, bias1)), weight2, bias2)
+
+        if not pre_norm:
+            return x + F.layer_norm(mlp(x), (channels,), weight, bias)
+        return x + branch + mlp(F.layer_norm(x + branch, (channels,), weight, bias))
+
+    inputs = (x, branch, weight, bias, weight1, bias1, weight2, bias2)
+    given = branch if pre_norm else None
+    found = kernels.mlp(x, given, (weight, bias, 1e-5), (weight1, bias1), (weight2, bias2))
+    compare(found, block(*inputs), block(*exact(*inputs)))
+
+
+def test_launches_fit_smaller_devices(monkeypatch):
+    from swinaccel.kernels import fusion_launch
+
+    for limit in (232448, 166912, 101376, 65536):
+        for channels in (64, 96, 128, 192, 256, 512):
+            shape = fusion_launch.mlp(channels=channels, hidden=4 * channels, element_size=2, shared_memory=limit)
+            if shape is not None:
+                per_stage = 4 * shape.block_h * shape.block_c
+                assert 2 * shape.block_m * (shape.block_c + shape.block_h) + shape.num_stages * per_stage <= limit
+    monkeypatch.setattr(windows, "shared_memory_override", 16384)
+    assert kernels.mlp_launch(torch.device(TRITON_DEVICE), torch.float16, 128, 512) is None
+
+
+# Models.
+
+
+def accelerated(model, **options):
+    return swinaccel.accelerate(copy.deepcopy(model).to(TRITON_DEVICE), backend="triton", **options)
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model(x.to(TRITON_DEVICE))
+
+
+WHOLE = {
+    "timm-v1": ["norm", "add_norm"] * 2 + ["merge_norm"] + ["norm", "add_norm"],
+    "timm-v2": ["norm_add", "norm_add"] * 2 + ["norm"] + ["norm_add", "norm_add"],
+    "torchvision-v1-padded": ["norm", "add_norm"] * 2 + ["merge_norm"] + ["norm", "add_norm"] * 2,
+    "torchvision-v2": ["norm_add", "norm_add"] * 2 + ["norm"] + ["norm_add", "norm_add"] * 2,
+    "hf-swin-padded": ["norm", "add_norm"] * 2 + ["merge_norm"] + ["norm", "add_norm"] * 2,
+    "hf-swinv2": ["norm_add", "norm_add"] * 2 + ["norm"] + ["norm_add", "norm_add"] * 2,
+    "hf-donut": ["norm", "add_norm"] * 2 + ["merge_norm"] + ["norm", "add_norm"] * 2,
+    "microsoft-v1": ["norm", "add_norm"] * 2,
+    "microsoft-v2": ["norm_add", "norm_add"] * 2,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_model_equals_its_original(name, launched):
+    make, example, count = MODELS[name]
+    model, x = make(), example()[:1]
+    twin = accelerated(model)
+    found = outputs(twin, x)
+    assert launched == WHOLE[name]
+    helpers.assert_accelerated(twin, count)
+    helpers.assert_close(found, outputs(model.to(TRITON_DEVICE), x))
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "torchvision-v2", "microsoft-v1"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision(name, dtype, launched):
+    make, example, count = MODELS[name]
+    model, x = make(), example()
+    expected = helpers.tensors(outputs(copy.deepcopy(model).double().to(TRITON_DEVICE), x.double()))[0]
+    model, x = model.to(TRITON_DEVICE, dtype), x.to(dtype)
+    twin = accelerated(model)
+    found, own = (helpers.tensors(outputs(one, x))[0] for one in (twin, model))
+    assert launched.count("mlp") == count
+    assert found.dtype == own.dtype
+    error, originals = ((one.double() - expected).abs().mean() for one in (found, own))
+    assert error <= 1.5 * originals  # of a handful of numbers, so that the mean itself is noisy
+
+
+def block(**options):
+    return helpers.timm_block((8, 8), shift=2, **options)
+
+
+X = torch.randn(2, 8, 8, 16, generator=torch.Generator().manual_seed(3))
+
+
+def test_one_entry_for_each_attention():
+    make, example, count = MODELS["torchvision-v1"]
+    twin = accelerated(make())
+    outputs(twin, example())
+    helpers.assert_accelerated(twin, count)
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "torchvision-v2", "hf-swin", "microsoft-v1"])
+def test_restore_is_exact(name):
+    model = MODELS[name][0]()
+    before = {part: dict(vars(part)) for part in model.modules()}
+    classes = {type(part): dict(vars(type(part))) for part in model.modules()}
+    swinaccel.accelerate(model, backend="triton")
+    assert any(patching.marker(part) for part in model.modules())
+    swinaccel.restore(model)
+    assert all(dict(vars(part)) == attributes for part, attributes in before.items())
+    assert all(dict(vars(cls)) == attributes for cls, attributes in classes.items())
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "torchvision-v1", "hf-swin"])
+def test_attention_only(name, launched):
+    make, example, count = MODELS[name]
+    model, x = make(), example()[:1]
+    twin = accelerated(model)
+    swinaccel.accelerate(twin, backend="triton", fuse="attention")
+    helpers.assert_close(outputs(twin, x), outputs(model.to(TRITON_DEVICE), x))
+    assert launched == []
+    helpers.assert_accelerated(twin, count)
+
+
+class Scaled(nn.Module):
+    """Does nothing where its factor is one."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def hook(part, kind):
+    return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
+
+
+def replace(part, make):
+    owner, _, name = part.rpartition(".")
+    return lambda model: setattr(model.get_submodule(owner), name, make(model.get_submodule(part)))
+
+
+class OddNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def odd_norm(norm):
+    odd = OddNorm(16).to(norm.weight.device)
+    odd.load_state_dict(norm.state_dict())
+    return odd
+
+
+def own_forward(model):
+    plain = model.mlp.fc1.forward
+    model.mlp.fc1.forward = lambda x: plain(x) + 1
+
+
+def scale(model):
+    model.drop_path1 = Scaled(1.0)
+    outputs(model, X)
+    model.drop_path1.factor = 2.0
+
+
+UNUSUAL = {
+    "hook-norm": hook("norm1", "forward_hook"),
+    "hook-mlp": hook("mlp", "forward_pre_hook"),
+    "hook-fc2": hook("mlp.fc2", "forward_hook"),
+    "hook-drop-path": hook("drop_path2", "forward_hook"),
+    "hook-activation": hook("mlp.act", "full_backward_hook"),
+    "norm": replace("norm2", odd_norm),
+    "activation": replace("mlp.act", lambda _: nn.ReLU()),
+    "tanh": replace("mlp.act", lambda _: nn.GELU("tanh")),
+    "mlp-norm": replace("mlp.norm", lambda _: nn.LayerNorm(64).to(TRITON_DEVICE)),
+    "drop-path": replace("drop_path1", lambda _: Scaled(2.0)),
+    "drop-path-setting": scale,
+    "forward": own_forward,
+    "parameter": lambda model: model.register_parameter("gamma", nn.Parameter(torch.ones(16, device=TRITON_DEVICE))),
+    "child": lambda model: model.add_module("adapter", nn.Identity()),
+    "parametrized": lambda model: torch.nn.utils.parametrizations.weight_norm(model.mlp.fc1),
+    "training": lambda model: model.drop_path1.train() and model.mlp.drop1.train(),
+}
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_unusual_blocks_run_their_own_forward(change, v2, launched):
+    """Also where the change comes after calls that were fused; the attention stays accelerated."""
+    model = accelerated(block(v2=v2))
+    outputs(model, X)
+    assert launched
+    UNUSUAL[change](model)
+    launched.clear()
+    found = outputs(model, X)
+    assert launched == []
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, X))
+    (entry,) = swinaccel.report(model)
+    assert entry.fallbacks == 0
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_edits_are_followed(v2, launched):
+    model = accelerated(block(v2=v2))
+    outputs(model, X)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data + 0.1
+    model.norm1.eps = 0.1
+    model.norm2 = nn.LayerNorm(16, elementwise_affine=False)
+    model.mlp.fc2 = nn.Linear(64, 16, bias=False).to(TRITON_DEVICE)
+    launched.clear()
+    found = outputs(model, X)
+    assert len(launched) == 2
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, X))
+    model.half()
+    launched.clear()
+    assert outputs(model, X.half()).dtype == torch.float16
+    assert "mlp" in launched
+
+
+def test_recorded_gradients_are_the_originals(launched):
+    model, plain = accelerated(block()), block().to(TRITON_DEVICE)
+    gradients = []
+    for one in (model, plain):
+        x = X.clone().to(TRITON_DEVICE).requires_grad_()
+        one(x).square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in one.parameters())])
+    assert launched == []
+    helpers.assert_close(gradients[0], gradients[1], 1e-4)
+    for parameter in model.parameters():  # and frozen, but for one
+        parameter.requires_grad_(parameter is model.mlp.fc2.bias)
+    assert model(X.to(TRITON_DEVICE)).requires_grad
+    assert launched == []
+    model.requires_grad_(False)
+    model(X.to(TRITON_DEVICE))
+    assert launched
+    model.attn.qkv.weight.requires_grad_()
+    assert model(X.to(TRITON_DEVICE)).requires_grad
+
+
+def test_autocast_runs_the_block_itself(launched):
+    model = accelerated(block())
+    with torch.autocast(TRITON_DEVICE, torch.float16 if TRITON_DEVICE == "cuda" else torch.bfloat16):
+        found = outputs(model, X)
+        with swinaccel.disabled():
+            assert found.dtype == outputs(model, X).dtype
+    assert launched == []
+
+
+def test_other_layouts_of_memory(launched):
+    model = accelerated(block())
+    x = X.transpose(1, 2)
+    found = outputs(model, x)
+    assert launched == []
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, x))
+
+
+def test_short_calls_are_not_worth_it(monkeypatch, launched):
+    monkeypatch.setattr(fusion, "smallest", 1 << 20)
+    outputs(accelerated(block()), X)
+    assert launched == []
+
+
+def test_layer_scale_is_no_known_block(launched):
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    class LayerScaled(SwinTransformerBlock):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.gamma = nn.Parameter(torch.ones(16))
+
+        def forward(self, x):
+            x = x + self.gamma * self._attn(self.norm1(x))
+            return x + self.gamma * self.mlp(self.norm2(x))
+
+    plain = LayerScaled(dim=16, input_resolution=(8, 8), num_heads=2, window_size=4, shift_size=2)
+    model = accelerated(helpers.randomize(plain))
+    found = outputs(model, X)
+    assert launched == []
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, X))
+    helpers.assert_accelerated(model, 1)
+
+
+def test_block_of_another_order_is_no_known_block(launched):
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    class Swapped(SwinTransformerBlock):
+        def forward(self, x):
+            x = x + self._attn(self.norm2(x))
+            return x + self.mlp(self.norm1(x))
+
+    plain = Swapped(dim=16, input_resolution=(8, 8), num_heads=2, window_size=4, shift_size=2)
+    model = accelerated(helpers.randomize(plain))
+    found = outputs(model, X)
+    assert launched == []
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, X))
+
+
+def test_merging_in_another_order_is_not_known(launched):
+    model = helpers.timm_v1(window=4, img_size=64)
+    merging = next(part for part in model.modules() if type(part).__name__ == "PatchMerging")
+
+    class Rows(type(merging)):
+        def forward(self, x):
+            parts = [x[:, row::2, col::2] for row in (0, 1) for col in (0, 1)]
+            return self.reduction(self.norm(torch.cat(parts, -1)))
+
+    merging.__class__ = Rows
+    twin = accelerated(model)
+    x = torch.randn(1, 3, 64, 64)
+    helpers.assert_close(outputs(twin, x), outputs(model.to(TRITON_DEVICE), x))
+    assert "norm" in launched
+    assert "merge_norm" not in launched
+
+
+def test_a_filter_is_asked_of_attention_only():
+    model = MODELS["torchvision-v1"][0]()
+    swinaccel.accelerate(model, backend="triton", filter=lambda name, module: name.startswith("features.1"))
+    marked = [name for name, part in model.named_modules() if patching.marker(part)]
+    assert marked == ["features.1.0", "features.1.0.attn", "features.1.1", "features.1.1.attn"]
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_kernels_that_fail(v2, monkeypatch, caplog):
+    model = accelerated(block(v2=v2))
+
+    def fail(*_):
+        raise kernels.LaunchError("no registers")
+
+    for name in ("norm", "add_norm", "norm_add", "mlp"):
+        monkeypatch.setattr(kernels, name, fail)
+    found = outputs(model, X)
+    again = outputs(model, X)
+    assert [record.message for record in caplog.records if "no registers" in record.message]
+    fusion.forget_failures()
+    with swinaccel.disabled():
+        expected = outputs(model, X)
+    helpers.assert_close(found, expected)
+    helpers.assert_close(again, expected)
+
+
+def test_compiled_blocks_are_the_compilers(launched):
+    model = accelerated(block())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(X.to(TRITON_DEVICE))
+    assert launched == []
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, X))
+
+
+def test_nothing_keeps_a_block_alive():
+    import gc
+    import weakref
+
+    model = accelerated(block())
+    outputs(model, X)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
