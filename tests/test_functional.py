@@ -142,7 +142,7 @@ def compare(inputs: dict[str, Any], attend: Any = call, exact: Any = oracle, nam
         elif one.dtype == torch.float32:
             # Of a gradient that vanishes, what is left of its terms is no more than their roundings.
             error = (one.double() - expected).abs().max()
-            allowed = max(helpers.FP32 * expected.abs().max().clamp_min(0.1), 2 * own)
+            allowed = max(helpers.FP32 * expected.abs().max().clamp_min(1.0), 2 * own)
             assert error <= allowed, f"{name} is off by {error:.1e}, {allowed:.1e} is allowed"
         elif expected.numel() < 16:  # too few for statistics
             allowed = 6 * max(own, torch.finfo(one.dtype).eps * expected.abs().max())
