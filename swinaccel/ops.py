@@ -302,13 +302,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, geometry: Geometry, *arguments: Any) -> Tensor:
-        out, lse = _forward(*arguments, geometry=geometry)
+        run: Any = _forward
+        out, lse = run(*arguments, geometry=geometry)
         _save(ctx, arguments, out, lse)
         ctx.geometry = geometry
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_gradients(ctx, grad, ctx.needs_input_grad[1:], ctx.geometry))
 
 
@@ -341,7 +342,8 @@ def _gradients(
         if geometry is None or _is_observed():
             found = torch.ops.swinaccel.shifted_window_attention_backward(*arguments)
         else:
-            found = _backward(*arguments, geometry)
+            run: Any = _backward
+            found = run(*arguments, geometry)
     grad_qkv, grad_k, grad_v, grad_table, grad_padding, grad_logit_scale = found
     gradients = (grad_qkv, grad_k, grad_v, grad_table, None, grad_padding, None, grad_logit_scale)
     needed = [gradient if needs else None for gradient, needs in zip(gradients, needs_grad, strict=False)]
