@@ -122,6 +122,29 @@ def _geometry(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_fir
     return Geometry(tuple(qkv.shape[1 : 1 + len(window)]), tuple(window), tuple(shift), roll_first)
 
 
+def _options(
+    num_heads: int,
+    table: Tensor | None,
+    index: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    mask_value: float,
+    scale: float,
+    logit_scale: Tensor | None,
+) -> dict[str, Any]:
+    """What the backend's functions and the reference's take by name."""
+    return {
+        "num_heads": num_heads,
+        "table": table,
+        "index": _contiguous(index),
+        "padding": _contiguous(padding),
+        "mask": _contiguous(mask),
+        "mask_value": mask_value,
+        "scale": scale,
+        "logit_scale": _contiguous(logit_scale),
+    }
+
+
 def _forward(
     qkv: Tensor,
     k: Tensor | None,
@@ -142,7 +165,7 @@ def _forward(
     for_backward: bool,
     factors: Sequence[Tensor] | None,
     geometry: Geometry | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     if geometry is None:
         geometry = _geometry(qkv, window, shift, roll_first)
     strides = qkv.stride()
@@ -153,16 +176,7 @@ def _forward(
         or (strides[-2] % qkv.shape[-1] and backend.are_heads_apart(qkv, geometry))  # the kernels count in heads
     ):
         qkv, k, v = (None if t is None else _dense(t, geometry) for t in (qkv, k, v))  # type: ignore[assignment]
-    options: dict[str, Any] = {
-        "num_heads": num_heads,
-        "table": table,
-        "index": _contiguous(index),
-        "padding": _contiguous(padding),
-        "mask": _contiguous(mask),
-        "mask_value": mask_value,
-        "scale": scale,
-        "logit_scale": _contiguous(logit_scale),
-    }
+    options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
     try:
         return backend.shifted_window_attention(
             qkv,
@@ -176,6 +190,11 @@ def _forward(
             for_backward=for_backward,
         )
     except Exception as error:
+        if backend.retry_with_defaults():
+            return _forward(
+                qkv, k, v, table, index, padding, mask, logit_scale, seed, num_heads, window, shift, roll_first,
+                mask_value, scale, dropout, for_backward, factors, geometry,
+            )  # fmt: skip
         head_dim = _head_dim(qkv, k, num_heads, geometry)
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         out = _dense(_reference(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
@@ -202,7 +221,7 @@ def _reference(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geomet
 def _note_failure(error: Exception, q: Tensor, geometry: Geometry, head_dim: int, cosine: bool, dropout: float) -> None:
     """Remember that a kernel failed on such a problem; raise where plain PyTorch cannot stand in for it now."""
     problem = _problem(q.device, q.dtype, geometry, head_dim, cosine)
-    reason = f"the Triton kernel failed: {_first_line(error)}"
+    reason = f"the Triton kernel failed: {backend.first_line(error)}"
     if reason not in _failures.values():
         logger.warning("%s; the original runs instead", reason)
     _failures[problem] = reason
@@ -241,16 +260,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     if geometry is None:
         geometry = _geometry(qkv, window, shift, roll_first)
-    options: dict[str, Any] = {
-        "num_heads": num_heads,
-        "table": table,
-        "index": _contiguous(index),
-        "padding": _contiguous(padding),
-        "mask": _contiguous(mask),
-        "mask_value": mask_value,
-        "scale": scale,
-        "logit_scale": _contiguous(logit_scale),
-    }
+    options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
     try:
         gradients: Sequence[Tensor | None] = backend.shifted_window_attention_backward(
             _dense(grad, geometry), out, lse, _dense(qkv, geometry), None if k is None else _dense(k, geometry),
@@ -258,6 +268,11 @@ def _backward(
             grad_table=grad_table,
         )  # fmt: skip
     except Exception as error:
+        if backend.retry_with_defaults():
+            return _backward(
+                grad, out, lse, qkv, k, v, table, index, padding, mask, logit_scale, seed, num_heads, window, shift,
+                roll_first, mask_value, scale, dropout, grad_table, geometry,
+            )  # fmt: skip
         head_dim = _head_dim(qkv, k, num_heads, geometry)
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         gradients = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=False)
@@ -331,10 +346,7 @@ def _gradients(
                 "swinaccel cannot differentiate twice through attention dropout; run that step inside "
                 "swinaccel.disabled()"
             )
-        options = {
-            "num_heads": num_heads, "table": table, "index": index, "padding": padding, "mask": mask,
-            "mask_value": mask_value, "scale": scale, "logit_scale": logit_scale,
-        }  # fmt: skip
+        options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         geometry = geometry or _geometry(qkv, window, shift, roll_first)
         found = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=True)
     else:
@@ -374,15 +386,16 @@ def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, 
     try:
         return backend.position_table(coords, hidden_weight, hidden_bias, weight)
     except Exception as error:
-        _failures[_POSITION] = f"the Triton kernel failed: {_first_line(error)}"
+        _failures[_POSITION] = f"the Triton kernel failed: {backend.first_line(error)}"
         logger.warning("%s; PyTorch computes the bias table instead", _failures[_POSITION])
         hidden = torch.relu(coords.view(-1, 2).float() @ hidden_weight.float().t() + hidden_bias.float())
         return 16 * torch.sigmoid(hidden @ weight.float().t())
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As an operator returns it, which has no way to return nothing."""
+    out, lse = _forward(*arguments)
+    return out, arguments[0].new_empty(0) if lse is None else lse
 
 
 def _fake(qkv: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -409,7 +422,7 @@ def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Ten
 
 
 for _key in ("CUDA", "CPU"):
-    _library.impl("shifted_window_attention", _forward, _key)
+    _library.impl("shifted_window_attention", _operator, _key)
     _library.impl("shifted_window_attention_backward", _backward, _key)
     _library.impl("position_table", _position_table, _key)
 torch.library.register_fake("swinaccel::shifted_window_attention", _fake, lib=_library)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import torch_sequence
 from .backends import triton_sequence as backend
+from .backends.triton import first_line
 from .backends.triton_sequence import Problem
 from .config import env_strict
 from .ops import KernelError, _is_observed
@@ -138,8 +139,7 @@ def _kind(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Prob
 
 
 def _note(key: tuple, error: Exception) -> None:
-    lines = str(error).strip().splitlines() or [""]
-    reason = f"the Triton kernel failed: {type(error).__name__}: {lines[0][:160]}"
+    reason = f"the Triton kernel failed: {first_line(error)}"
     if env_strict():
         raise KernelError(reason) from error
     if reason not in _failures.values():

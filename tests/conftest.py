@@ -75,3 +75,9 @@ def poisoned(monkeypatch):
     """Memory that a kernel leaves unwritten reads as NaN."""
     with helpers.poisoned_empty(monkeypatch):
         yield
+
+
+@pytest.fixture
+def strict_kernels(monkeypatch, poisoned):
+    """A kernel that fails raises, where plain PyTorch would take its place and pass for it; see also `poisoned`."""
+    monkeypatch.setenv("SWINACCEL_STRICT", "1")

@@ -9,9 +9,9 @@ import helpers
 import pytest
 import torch
 from helpers import TRITON_DEVICE
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_kernels import DTYPES, HEAD_DIMS, HEADS_APART, VOLUMES, WINDOWS, Case, heads_apart
+from test_kernels import DTYPES, GPU_CASES, HEAD_DIMS, HEADS_APART, VOLUMES, Case, draw_case, heads_apart
 from torch import Tensor
 
 from swinaccel import ops, reference
@@ -21,10 +21,7 @@ from swinaccel.spec import Geometry
 PARAMETERS = ("table", "padding", "logit_scale")  # differentiable, beside the tokens
 
 
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch, poisoned):
-    """A kernel that fails raises, where it would be replaced by the reference and pass for it; see also `poisoned`."""
-    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict_kernels")
 
 
 def leaves(qkv: Any, options: dict[str, Any], change: Any = lambda t: t) -> tuple[Any, dict[str, Any]]:
@@ -105,8 +102,9 @@ def compare(qkv: Any, geometry: Geometry, **options: Any) -> dict[str, Tensor]:
 
 
 def assert_no_worse(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> None:
-    if exact.numel() < 16:  # too few for statistics: see test_error_of_logit_scale_over_many_draws
-        allowed = 6 * max((plain.double() - exact).abs().max(), torch.finfo(found.dtype).eps * exact.abs().max())
+    if exact.numel() < 16:  # too few for statistics, for which see test_error_of_logit_scale_over_many_draws
+        own = (plain.double() - exact).abs().max()
+        allowed = max(6 * own, 16 * torch.finfo(found.dtype).eps * exact.abs().max())
         assert (found.double() - exact).abs().max() <= allowed, name
         return
     try:
@@ -165,6 +163,14 @@ def test_head_dims(window, dim):
 )
 def test_low_precision(case, dtype):
     run(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_keys_and_values_with_a_mean(dtype):
+    """Of dS, whose rows sum to zero, the rounding of the output must not make rows that do not: dQ has no mean of K."""
+    qkv, options = Case((9, 8), (9, 16), heads=2).make(dtype)
+    qkv[..., 32:] += 4.0
+    compare(qkv, Case((9, 8), (9, 16), heads=2).geometry, **options)
 
 
 @pytest.mark.parametrize("kind", ["heads-first", "different-strides"])
@@ -494,20 +500,8 @@ def test_second_derivatives_with_dropout_are_refused():
 @given(data=st.data())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_problem(data):
-    window = data.draw(WINDOWS, "window")
-    size = tuple(data.draw(st.integers(1, 2 * axis), "size") for axis in window)
-    shift = tuple(data.draw(st.integers(0, axis - 1), "shift") for axis in window)
-    case = Case(
-        window,
-        size,
-        shift,
-        roll_first=data.draw(st.booleans(), "roll_first"),
-        heads=data.draw(st.integers(1, 3), "heads"),
-        dim=data.draw(st.integers(1, 40), "dim"),
-        batch=data.draw(st.integers(1, 3), "batch"),
-        cosine=data.draw(st.booleans(), "cosine"),
-        mask_value=data.draw(st.sampled_from([-100.0, -200.0, 0.0, 3.0]), "mask_value"),
-    )
+    case = draw_case(data, 40)
+    assume(not (case.cosine and case.dim == 1))  # the gradients of q and k vanish there, and are nothing but roundings
     qkv, options = case.make(torch.float32, seed=data.draw(st.integers(0, 9), "seed"))
     if data.draw(st.booleans(), "separate"):
         qkv = tuple(part.contiguous() for part in qkv.chunk(3, dim=-1))
@@ -519,26 +513,7 @@ def test_any_problem(data):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(window, size, shift, roll_first, heads=3, dim=dim, batch=batch, cosine=cosine)
-        for (window, size, shift), (roll_first, cosine), dim, batch in itertools.product(
-            [
-                ((7, 7), (56, 56), (3, 3)),
-                ((7, 7), (37, 50), (3, 3)),
-                ((8, 8), (64, 64), (4, 4)),
-                ((12, 12), (50, 48), (6, 6)),
-                ((16, 16), (64, 64), (8, 8)),
-                ((24, 24), (48, 50), (12, 12)),
-            ],
-            [(False, False), (True, True)],
-            [32, 30, 128],
-            [1, 9],
-        )
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_full_sizes(case, dtype):
     run(case, dtype)
 
@@ -549,7 +524,7 @@ def test_full_sizes(case, dtype):
 def test_error_of_logit_scale_over_many_draws(window, dtype):
     case = Case(window, (48, 48), (4, 4), heads=8, dim=32, batch=4, cosine=True)
     errors: list[list[Tensor]] = [[], []]
-    for seed in range(6):
+    for seed in range(24):
         qkv, options = case.make(dtype, seed=seed)
         grad = torch.randn(4, 48, 48, 256, device="cuda").to(dtype)
         _, found = gradients(qkv, case.geometry, grad, **options)

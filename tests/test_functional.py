@@ -142,7 +142,8 @@ def compare(inputs: dict[str, Any], attend: Any = call, exact: Any = oracle, nam
         elif one.dtype == torch.float32:
             # Of a gradient that vanishes, what is left of its terms is no more than their roundings.
             error = (one.double() - expected).abs().max()
-            allowed = max(helpers.FP32 * expected.abs().max().clamp_min(1.0), 2 * own)
+            times = 6 if expected.numel() < 16 else 2  # of few values, two largest errors are not alike
+            allowed = max(helpers.FP32 * expected.abs().max().clamp_min(1.0), times * own)
             assert error <= allowed, f"{name} is off by {error:.1e}, {allowed:.1e} is allowed"
         elif expected.numel() < 16:  # too few for statistics
             allowed = 6 * max(own, torch.finfo(one.dtype).eps * expected.abs().max())
@@ -240,6 +241,23 @@ def test_infinite_masks(tokens, backend):
 
 @BOTH
 @SMALL_AND_LARGE
+def test_masks_of_large_finite_values(tokens, backend):
+    """What stands in for -inf is a number: a query that sees nothing else takes the mean of all keys."""
+    inputs = Case(tokens, masks=1).make(device=backend)
+    inputs["mask"].zero_()
+    inputs["mask"][0, :, ::2] = torch.finfo(torch.float32).min
+    inputs["mask"][0, 3] = torch.finfo(torch.float32).min
+    grad = torch.randn_like(inputs["q"])
+    grad[:, :, 3] = 0  # of a log-sum-exp of this size, no digits are left to recompute the weights from
+    found = differentiate(call, inputs, ("q", "k", "v"), grad)
+    expected = differentiate(oracle, inputs, ("q", "k", "v"), grad)  # fp64 would tell those scores apart
+    helpers.assert_close(found["out"][:, :, 3], inputs["v"].mean(2), 1e-5)
+    for name in expected:
+        helpers.assert_close(found[name], expected[name], 1e-4)
+
+
+@BOTH
+@SMALL_AND_LARGE
 def test_normalisation(tokens, backend):
     """By max(‖x‖, 1e-12): a constant below, no sum under the root; and nothing is divided by zero."""
     inputs = Case(tokens, cosine=True).make(device=backend)
@@ -332,12 +350,12 @@ def test_nothing_is_copied_or_kept(tokens, kind, monkeypatch):
 def test_subsets_of_gradients(tokens, needed, backend):
     inputs = Case(tokens, cosine=True).make(device=backend)
     grad = torch.randn(2, 1, tokens, 12, device=backend)
-    exact = differentiate(oracle, inputs, WINDOWS, grad, change=exactly)
+    every = differentiate(call, inputs, WINDOWS, grad)
     leaves = {name: inputs[name].clone().requires_grad_(n) for name, n in zip(WINDOWS, needed, strict=True)}
     call(**{**inputs, **leaves}).backward(grad)
     for name, needs in zip(WINDOWS, needed, strict=True):
         if needs:
-            helpers.assert_close(leaves[name].grad.double(), exact[name])
+            helpers.assert_close(leaves[name].grad, every[name])
         else:
             assert leaves[name].grad is None, name
 

@@ -71,10 +71,7 @@ class Case:
         return qkv, {**options, **self.options}
 
 
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch, poisoned):
-    """A kernel that fails raises, where it would be replaced by the reference and pass for it; see also `poisoned`."""
-    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict_kernels")
 
 
 def attend(qkv: Any, geometry: Geometry, **options: Any) -> Tensor:
@@ -300,7 +297,7 @@ def test_mask_tensor_that_rules_out_the_first_keys(window):
     mask = torch.zeros(1, tokens, tokens, device=TRITON_DEVICE)
     mask[:, :, : tokens - 2] = float("-inf")
     run(case, mask=mask)
-    mask[:, :, tokens - 2 :] = -300.0  # all that is left lies far below what exp2 can tell from zero
+    mask[:, :, tokens - 2 :] = -120.0  # all that is left lies below what exp2 can tell from zero
     run(case, mask=mask)
 
 
@@ -510,23 +507,26 @@ def test_operator_is_registered():
 WINDOWS = st.tuples(st.integers(1, 10), st.integers(2, 10)) | st.tuples(*[st.integers(1, 5)] * 2, st.integers(2, 5))
 
 
-@given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_problem(data):
+def draw_case(data: Any, largest_dim: int) -> Case:
+    """Any small problem, of images or of volumes."""
     window = data.draw(WINDOWS, "window")
-    size = tuple(data.draw(st.integers(1, 2 * axis), "size") for axis in window)
-    shift = tuple(data.draw(st.integers(0, axis - 1), "shift") for axis in window)
-    case = Case(
+    return Case(
         window,
-        size,
-        shift,
+        tuple(data.draw(st.integers(1, 2 * axis), "size") for axis in window),
+        tuple(data.draw(st.integers(0, axis - 1), "shift") for axis in window),
         roll_first=data.draw(st.booleans(), "roll_first"),
         heads=data.draw(st.integers(1, 3), "heads"),
-        dim=data.draw(st.integers(1, 48), "dim"),
+        dim=data.draw(st.integers(1, largest_dim), "dim"),
         batch=data.draw(st.integers(1, 3), "batch"),
         cosine=data.draw(st.booleans(), "cosine"),
         mask_value=data.draw(st.sampled_from([-100.0, -200.0, 0.0, 3.0]), "mask_value"),
     )
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_problem(data):
+    case = draw_case(data, 48)
     qkv, options = case.make(torch.float32, seed=data.draw(st.integers(0, 9), "seed"))
     if data.draw(st.booleans(), "explicit mask"):
         options["mask"] = reference.shift_mask(case.geometry, -5.0).to(TRITON_DEVICE)

@@ -130,9 +130,7 @@ def compare(case: Case, backend: str, dtype: torch.dtype = torch.float32, factor
 
 
 @pytest.fixture(autouse=True)
-def _strict(monkeypatch, poisoned):
-    """A kernel that fails raises, where plain PyTorch would take its place and pass for it; see also `poisoned`."""
-    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+def _slate(strict_kernels):
     sequence_ops.forget_failures()
 
 
@@ -788,20 +786,6 @@ def test_groups_of_sequences(monkeypatch, small_tiles):
 
     monkeypatch.setattr(sequence_launch, "sequences_per_group", lambda **facts: 2)
     compare(Case(20, block_size=8, window_blocks=2, batch=1, heads=3), "triton")
-
-
-def test_precision_follows_pytorch():
-    exact = backend._factor_precision
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert exact(torch.float32, torch.float32) == "ieee"
-        assert exact(torch.float16, torch.float16) == "ieee"
-        assert exact(torch.float16, torch.float32) == "tf32x3"
-        torch.set_float32_matmul_precision("high")
-        assert exact(torch.float32, torch.float32) == "tf32x3"
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # On the GPU all of the above runs compiled; what follows is only worth it there.

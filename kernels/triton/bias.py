@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, place_window, shift_region
+from .tiles import place_window, shift_region
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _expand_bias_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program: a tile of HEADS heads; table[index] · log2(e), -inf in columns beyond the window.
+    """One program: a tile of HEADS heads; table[index], -inf in columns beyond the window.
 
     The index is the larger read by far, and all heads share it.
     """
@@ -37,7 +37,7 @@ def _expand_bias_kernel(
     for head in tl.range(first, tl.minimum(first + HEADS, num_heads)):
         bias = tl.load(table_ptr + index * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
         # The dense form may be narrower than the table: keep its range, an fp16 infinity would make NaN of it.
-        bias = tl.minimum(tl.maximum(bias.to(tl.float32) * LOG2E, -LIMIT), LIMIT)
+        bias = tl.minimum(tl.maximum(bias.to(tl.float32), -LIMIT), LIMIT)
         bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
         offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
         tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)

@@ -41,6 +41,7 @@ class LargeLaunch:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,27 @@ def small(
     return SmallLaunch(block_n, block_d, images, num_warps, num_stages)
 
 
-def large(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeLaunch:
-    """Launch for windows of more than SMALL_WINDOW tokens."""
+def large(
+    *, tokens: int, head_dim: int, batch: int, positions: int, element_size: int, shared_memory: int
+) -> LargeLaunch:
+    """Launch for windows of more than SMALL_WINDOW tokens; `positions` is windows per image times heads."""
     block_d = power_of_two(head_dim)
-    fits = tokens % 128 == 0 and element_size == 2 and block_d <= 64
-    block_m, block_n = 128 if fits else 64, 32
-    stage = 2 * block_n * block_d * element_size
-    scratch = block_m * block_d * element_size + block_m * block_n * 4
-    num_stages = max(1, min(3, (shared_memory - scratch) // stage))
-    return LargeLaunch(block_m, block_n, block_d, 4, num_stages)
+    block_m, block_n, num_stages = 64, 32, 3
+    programs = -(-tokens // block_m) * positions * batch
+    pairs = element_size == 2 and block_d <= 32 and batch > 1 and programs >= 2 * _PROGRAMS_WANTED
+    images = 2 if pairs else 1
+
+    def needed() -> int:
+        """q; in fp32 also the output, on its way to memory; in each stage k, v and, at worst, bias and a mask."""
+        own = block_m * block_d * (8 if element_size == 4 else element_size)
+        stage = images * 2 * block_n * block_d * element_size + block_m * block_n * (4 + element_size)
+        return images * own + num_stages * stage
+
+    while num_stages > 1 and needed() > shared_memory:
+        num_stages -= 1
+    while block_m > 16 and needed() > shared_memory:
+        block_m, block_n = block_m // 2, max(16, block_n // 2)
+    return LargeLaunch(block_m, block_n, block_d, 4, num_stages, 128 if pairs else None, images)
 
 
 def is_small_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> bool:
@@ -149,5 +162,5 @@ def large_backward(*, tokens: int, head_dim: int, element_size: int, shared_memo
     if block_d > 32:
         return LargeBackwardLaunch(fit(64, 32, 2), fit(32, 64, 2), fit(64, 32, 2))
     if tokens % 64 == 0:
-        return LargeBackwardLaunch(fit(64, 64, 3, 168), fit(32, 64, 3, 128), fit(64, 32, 3, 168))
+        return LargeBackwardLaunch(fit(64, 64, 3, 168), fit(64, 64, 3, 168), fit(64, 32, 3, 168))
     return LargeBackwardLaunch(fit(64, 32, 3, 128), fit(32, 64, 3, 128), fit(64, 32, 3, 128))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .sequence_fwd import (
+    FACTOR_PRECISION,
     load_mask,
     load_passing,
     load_rows,
@@ -28,8 +29,8 @@ from .sequence_fwd import (
     store_rows,
     visible_keys,
     visible_queries,
+    weights_of,
 )
-from .tiles import LOG2E
 
 
 @triton.jit
@@ -68,7 +69,6 @@ def _walk_keys(
     AT_EDGE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -84,14 +84,14 @@ def _walk_keys(
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
-        scores = scores_of(q, k, q_factor, k_factor, 1.0 / scale, RANK, PRECISION, FACTOR_PRECISION)
+        scores = scores_of(q, k, q_factor, k_factor, 1.0 / scale, RANK, PRECISION)
         offs_n = first + tl.arange(0, BLOCK_N)
         if HAS_MASK:
             scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
         if AT_EDGE:
             visible = (offs_n[None, :] >= first_key[:, None]) & (offs_n[None, :] < end_key[:, None])
             scores = tl.where(visible, scores, float("-inf"))
-        p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
+        p = weights_of(scores, scale, lse[:, None], HAS_MASK)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -156,7 +156,6 @@ def _sequence_attention_bwd_query_kernel(
     DESCRIBED: tl.constexpr,  # k_ptr and v_ptr are descriptors
     FACTOR_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -212,7 +211,7 @@ def _sequence_attention_bwd_query_kernel(
                 dq, dq_factor, mean_factor, miss, q, q_factor, grad, lse, delta, k_ptr, v_ptr, k_factor_ptr, mask_ptr,
                 k_row, k_col, v_row, v_col, stride_k_token, stride_v_token, stride_kf_token, part_start, part_end,
                 offs_m, first_key, end_key, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1,
-                DESCRIBED, PRECISION, FACTOR_PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
+                DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
@@ -259,7 +258,6 @@ def _walk_queries(
     AT_EDGE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -292,13 +290,13 @@ def _walk_queries(
         q_factor = q
         if RANK > 0:
             q_factor = load_rows(q_factor_ptr, first, stride_qf_token, num_tokens, RANK, BLOCK_M, BLOCK_R, AT_EDGE)
-        scores = scores_of(k, q, k_factor, q_factor, 1.0 / scale, RANK, PRECISION, FACTOR_PRECISION)
+        scores = scores_of(k, q, k_factor, q_factor, 1.0 / scale, RANK, PRECISION)
         if HAS_MASK:
             scores += tl.trans(load_mask(mask_ptr, offs_m, offs_n, num_tokens)) * (1.0 / scale)
         if AT_EDGE:
             visible = (offs_m[None, :] >= first_query[:, None]) & (offs_m[None, :] < end_query[:, None])
             scores = tl.where(visible, scores, float("-inf"))
-        p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
+        p = weights_of(scores, scale, lse[None, :], HAS_MASK)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -362,7 +360,6 @@ def _sequence_attention_bwd_key_kernel(
     DESCRIBED: tl.constexpr,  # q_ptr and grad_ptr are descriptors
     FACTOR_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -413,7 +410,7 @@ def _sequence_attention_bwd_key_kernel(
                 dk, dv, dk_factor, k, v, k_factor, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_factor_ptr, mask_ptr, q_row,
                 q_col, grad_row, grad_col, stride_q_token, stride_grad_token, stride_qf_token, part_start, part_end,
                 offs_n, first_query, end_query, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1,
-                DESCRIBED, PRECISION, FACTOR_PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
+                DESCRIBED, PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dk_ptr += sequence_offset(sequence, num_heads, stride_dk_batch, stride_dk_head)

@@ -25,12 +25,16 @@ import triton.language as tl
 
 from .tiles import LOG2E
 
+# How a product of factors is computed. Positions are factors too, and TF32 would round them like half precision; three
+# TF32 products in place of one of fp32 ("tf32x3") give wrong numbers on Hopper, others at each run, in Triton 3.6.
+FACTOR_PRECISION = tl.constexpr("ieee")
+
 # Which keys a query sees.
 PATTERN_ALL = tl.constexpr(0)
 PATTERN_CAUSAL = tl.constexpr(1)  # those up to itself
 PATTERN_BLOCKS = tl.constexpr(2)  # its own block of `block_size` tokens and the `window_blocks - 1` before it
 
-LOWEST = tl.constexpr(-3.0e38)  # finite, so that its difference to a score of -inf is not NaN
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that its difference to a score of -inf is not NaN; log2 units
 
 
 @triton.jit
@@ -170,7 +174,6 @@ def scores_of(
     inverse_scale,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
 ):
     """rows · colsᵀ plus the bias of their factors over the scale; fp32."""
     if RANK > 0:
@@ -180,10 +183,19 @@ def scores_of(
 
 
 @triton.jit
+def weights_of(scores, scale, lse, HAS_MASK: tl.constexpr):
+    """The softmax again, from its log-sum-exp in log2 units."""
+    exponents = scores * (scale * LOG2E) - lse
+    if HAS_MASK:  # a sum of a mask's large numbers has no digits left: see `_walk_keys`
+        exponents = tl.minimum(exponents, 0.0)
+    return tl.exp2(exponents)
+
+
+@triton.jit
 def _walk_keys(
     acc,  # (BLOCK_M, BLOCK_D), fp32
     total,  # (BLOCK_M,)
-    maximum,  # (BLOCK_M,), log2 units
+    maximum,  # (BLOCK_M,)
     q,  # (BLOCK_M, BLOCK_D)
     q_factor,  # (BLOCK_M, BLOCK_R)
     k_ptr,  # of this sequence, as the next three; or k's and v's descriptors, and where it starts in them
@@ -210,7 +222,6 @@ def _walk_keys(
     AT_EDGE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -224,16 +235,19 @@ def _walk_keys(
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
-        scores = scores_of(q, k, q_factor, k_factor, 1.0 / scale, RANK, PRECISION, FACTOR_PRECISION)
+        scores = scores_of(q, k, q_factor, k_factor, 1.0 / scale, RANK, PRECISION)
         offs_n = first + tl.arange(0, BLOCK_N)
         if HAS_MASK:
             scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
         if AT_EDGE:
             visible = (offs_n[None, :] >= first_key[:, None]) & (offs_n[None, :] < end_key[:, None])
             scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * exponent)
-        p = tl.exp2(scores * exponent - new_maximum[:, None])
-        correction = tl.exp2(maximum - new_maximum)
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        if HAS_MASK:  # its numbers may be so large that what a fused multiply-add does not round is more than a score
+            p = tl.exp2((scores - new_maximum[:, None]) * exponent)
+        else:
+            p = tl.exp2(scores * exponent - (new_maximum * exponent)[:, None])
+        correction = tl.exp2((maximum - new_maximum) * exponent)
         total = total * correction + tl.sum(p, axis=1)
         v = load_passing(
             v_ptr, v_row, v_col, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
@@ -286,7 +300,6 @@ def _sequence_attention_fwd_kernel(
     HAS_EDGES: tl.constexpr,
     DESCRIBED: tl.constexpr,  # k_ptr and v_ptr are descriptors
     PRECISION: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -328,7 +341,7 @@ def _sequence_attention_fwd_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    maximum = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    maximum = tl.zeros((BLOCK_M,), tl.float32) + LOWEST / tl.maximum(scale * LOG2E, 1.0)
     # The tiles before, within and behind the interval that all queries of this program see.
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
@@ -337,7 +350,7 @@ def _sequence_attention_fwd_kernel(
             acc, total, maximum = _walk_keys(
                 acc, total, maximum, q, q_factor, k_ptr, v_ptr, k_factor_ptr, mask_ptr, k_row, k_col, v_row, v_col,
                 stride_k_token, stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key,
-                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, PART != 1, DESCRIBED, PRECISION, FACTOR_PRECISION,
+                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, PART != 1, DESCRIBED, PRECISION,
                 BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
@@ -345,5 +358,5 @@ def _sequence_attention_fwd_kernel(
     out = acc * tl.where(seen, 1.0 / total, 0.0)[:, None]
     out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
     store_rows(out_ptr, out, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
-    lse = tl.where(seen, maximum + tl.log2(total), float("inf"))
+    lse = tl.where(seen, maximum * (scale * LOG2E) + tl.log2(total), float("inf"))
     tl.store(lse_ptr + sequence.to(tl.int64) * num_tokens + offs_m, lse, mask=offs_m < num_tokens)

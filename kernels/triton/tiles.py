@@ -148,10 +148,10 @@ def cosine_scale(logit_scale_ptr, head):
 
 @triton.jit
 def scaled_query(q, scale, COSINE: tl.constexpr):
-    """q (normalised for cosine attention) times scale and log2(e), in q's own dtype."""
+    """q (normalised for cosine attention) times scale, in q's own dtype."""
     if COSINE:
-        return (q.to(tl.float32) * (inverse_norm(q) * (scale * LOG2E))[:, None]).to(q.dtype)
-    return (q.to(tl.float32) * (scale * LOG2E)).to(q.dtype)
+        return (q.to(tl.float32) * (inverse_norm(q) * scale)[:, None]).to(q.dtype)
+    return (q.to(tl.float32) * scale).to(q.dtype)
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def tile_bias(
     N: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Relative position bias of a tile of scores, log2 units, and -inf for keys beyond the window; fp32.
+    """Relative position bias of a tile of scores, and -inf for keys beyond the window; fp32.
 
     Args:
         offs_m, offs_n: queries and keys, as a column and a row, or as a row and a column for transposed scores.
@@ -181,7 +181,7 @@ def tile_bias(
         if BIAS == BIAS_TABLE:
             row = tl.load(index_ptr + offs_m * N + offs_n, mask=inside, other=0)
             bias = tl.load(table_ptr + row * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
-            bias = bias.to(tl.float32) * LOG2E
+            bias = bias.to(tl.float32)
         else:
             bias = tl.zeros(inside.shape, tl.float32)
         bias = tl.where(offs_n < N, bias, float("-inf"))
@@ -202,16 +202,18 @@ def add_mask(
     WINDOW: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Scores in log2 units plus their window's mask; `offs_m` and `offs_n` as for `tile_bias`."""
+    """Scores plus their window's mask; `offs_m` and `offs_n` as for `tile_bias`."""
     if MASK == MASK_REGIONS:
         region_m = shift_region(offs_m, place, windows, shift, WINDOW)
         region_n = shift_region(offs_n, place, windows, shift, WINDOW)
-        scores += tl.where(region_m != region_n, mask_value * LOG2E, 0.0)
+        scores += tl.where(region_m != region_n, tl.cast(mask_value, tl.float32), 0.0)
     elif MASK == MASK_TENSOR:
         N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
         inside = (offs_m < N) & (offs_n < N)
         mask_ptr += tl.cast(window, tl.int64) * (N * N)
-        scores += tl.load(mask_ptr + (offs_m * N + offs_n), mask=inside, other=0.0).to(tl.float32) * LOG2E
+        mask = tl.load(mask_ptr + (offs_m * N + offs_n), mask=inside, other=0.0).to(tl.float32)
+        # Large finite values, as stand in for -inf elsewhere, are drawn in to where scaling keeps them finite.
+        scores += tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
     return scores
 
 

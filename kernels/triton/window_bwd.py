@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    LN2,
     LOG2E,
     LOG_100,
     MASK_REGIONS,
@@ -53,6 +52,17 @@ def _through_norm(x, grad):
     along = tl.sum(unit * grad, axis=1)
     clamped = inverse > 0.9999e12  # where ε replaces the norm, that is a constant
     return (grad - tl.where(clamped[:, None], 0.0, unit * along[:, None])) * inverse[:, None], along
+
+
+@triton.jit
+def _gradient_unit(scale, COSINE: tl.constexpr):
+    """What P and dS are multiplied by: dS meets its product in 16 bits, and in fp16 small numbers are coarse.
+
+    Cosine attention's scale is large, and comes after the product in the originals: their dS there is of this size.
+    """
+    if COSINE:  # the power of two below, so that nothing is rounded
+        return (tl.maximum(scale, 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.full((), 1.0, tl.float32)
 
 
 @triton.jit
@@ -155,6 +165,7 @@ def _window_attention_bwd_small_kernel(
         grad_v_ptr = grad_qkv_ptr + 2 * num_heads * HEAD_DIM
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
+    unit = _gradient_unit(scale, COSINE)
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
     pad_q_ptr = padding_ptr + head * HEAD_DIM
@@ -190,8 +201,8 @@ def _window_attention_bwd_small_kernel(
 
             query, key = scaled_query(q, scale, COSINE), _normalised(k, COSINE)
             scores = tl.dot(query, tl.trans(key), start, input_precision=PRECISION)
-            p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-            p *= (1.0 / tl.sum(p, axis=1))[:, None]
+            p = tl.exp2((scores - tl.max(scores, axis=1)[:, None]) * LOG2E)
+            p *= (unit / tl.sum(p, axis=1))[:, None]
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
@@ -200,13 +211,15 @@ def _window_attention_bwd_small_kernel(
                 kept = p * factor
                 grad_p *= factor
             grad_v = tl.dot(tl.trans(kept.to(v.dtype)), grad_out, input_precision=PRECISION)
-            grad_scores = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None])
+            grad_scores = p * (grad_p - (tl.sum(p * grad_p, axis=1) / unit)[:, None])
             if GRAD_BIAS:
                 grad_bias += grad_scores
             grad_scores = grad_scores.to(q.dtype)
-            grad_q = tl.dot(grad_scores, key, input_precision=PRECISION) * scale
-            grad_k = tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION) * LN2  # query holds log2(e)
+            grad_q = tl.dot(grad_scores, key, input_precision=PRECISION) * (scale / unit)
+            grad_k = tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION)  # query holds the scale
             if COSINE:
+                grad_k *= 1.0 / unit
+                grad_v *= 1.0 / unit
                 grad_q, along = _through_norm(q, grad_q)
                 grad_k, _ = _through_norm(k, grad_k)
                 grad_scale += tl.sum(along, axis=0)
@@ -218,6 +231,7 @@ def _window_attention_bwd_small_kernel(
             _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
 
     if GRAD_BIAS:
+        grad_bias *= 1.0 / unit
         grad_bias_ptr += (tl.cast(partial, tl.int64) * num_heads + head) * (N * N)
         offs_bias = offs_n[:, None] * N + offs_n[None, :]
         tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_n < N)[:, None] & (offs_n < N)[None, :])
@@ -228,6 +242,15 @@ def _window_attention_bwd_small_kernel(
         offs_pad = (tl.cast(partial, tl.int64) * 3 * num_heads + head) * HEAD_DIM + offs_d
         tl.store(grad_padding_ptr + offs_pad + num_heads * HEAD_DIM, grad_pad_k, mask=offs_d < HEAD_DIM)
         tl.store(grad_padding_ptr + offs_pad + 2 * num_heads * HEAD_DIM, grad_pad_v, mask=offs_d < HEAD_DIM)
+
+
+@triton.jit
+def _weights(scores, lse, MASK: tl.constexpr):
+    """P, times 2^l where the log-sum-exp (log2 units) was lowered by l."""
+    exponents = scores * LOG2E - lse
+    if MASK == MASK_TENSOR:  # the sum of a mask's large numbers has no digits left, and may be a little below them
+        exponents = tl.minimum(exponents, 8.0)
+    return tl.exp2(exponents)
 
 
 @triton.jit
@@ -253,7 +276,7 @@ def _window_attention_bwd_query_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols), log2 units
+    dense_ptr,  # (heads, rows, cols)
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
     stride_qkv_depth,
@@ -336,12 +359,14 @@ def _window_attention_bwd_query_kernel(
     out = load_tokens(out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
     lse = tl.load(lse_ptr + part * N + offs_m, mask=offs_m < N, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
-    query, factor = q, scale * LOG2E
+    query, factor = q, scale
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
         norm = inverse_norm(q)
         tl.store(query_norm_ptr + part * N + offs_m, norm, mask=offs_m < N)
-        query, factor = (q.to(tl.float32) * (norm * (scale * LOG2E))[:, None]).to(q.dtype), 1.0
+        query, factor = (q.to(tl.float32) * (norm * scale)[:, None]).to(q.dtype), 1.0
+    unit = _gradient_unit(scale, COSINE)
+    lse -= tl.log2(unit)
 
     masked = _is_masked(place, windows, shift, WINDOW, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -361,13 +386,13 @@ def _window_attention_bwd_query_kernel(
         key = _normalised(k, COSINE)
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-        scores = product * factor + (bias - lse[:, None])
+        scores = product * factor + bias
         if masked:
             scores = add_mask(
                 scores, offs_m[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
                 MASK,
             )  # fmt: skip
-        p = tl.exp2(scores)
+        p = _weights(scores, lse[:, None], MASK)
         if HAS_DROPOUT:
             grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
         grad_scores = p * (grad_p - delta[:, None])
@@ -377,8 +402,9 @@ def _window_attention_bwd_query_kernel(
 
     # A row of dS sums to zero, but for what the rounding of O has left in delta: it is taken out of dQ here, and of
     # delta for the kernels that follow.
+    residual *= 1.0 / unit
     tl.store(delta_ptr + part * N + offs_m, delta + residual, mask=offs_m < N)
-    grad_q = (grad_q - residual[:, None] * mean_key) * scale
+    grad_q = (grad_q - residual[:, None] * mean_key) * (scale / unit)
     if COSINE:
         grad_q, along = _through_norm(q, grad_q)
         grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
@@ -403,7 +429,7 @@ def _window_attention_bwd_key_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols), log2 units
+    dense_ptr,  # (heads, rows, cols)
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
     stride_qkv_depth,
@@ -483,12 +509,14 @@ def _window_attention_bwd_key_kernel(
     pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
     k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
     v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
-    key, factor = k, scale * LOG2E
+    key, factor = k, scale
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
         norm = inverse_norm(k)
         tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
         key, factor = (k.to(tl.float32) * norm[:, None]).to(k.dtype), 1.0
+    unit = _gradient_unit(scale, COSINE)
+    log_unit = tl.log2(unit)
 
     grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
     masked = _is_masked(place, windows, shift, WINDOW, MASK)
@@ -504,30 +532,25 @@ def _window_attention_bwd_key_kernel(
         norm_m = tl.load(query_norm_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=0.0)
     for first in tl.range(0, N, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        ahead = offs_m + BLOCK_M
-        next_lse = tl.load(lse_ptr + ahead, mask=ahead < N, other=float("inf"))
-        next_delta = tl.load(delta_ptr + ahead, mask=ahead < N, other=0.0)
         token_m, real_m = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
         offs_query = token_offsets(token_m, stride_qkv)
         offs_out = token_offsets(token_m, stride_out)
-        query = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
-        grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
-        bias = tile_bias(
+        start = tile_bias(
             offs_m[None, :], offs_n[:, None], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
             stride_dense_row, head, N, BIAS,
         )  # fmt: skip
-        if COSINE:
-            query = (query.to(tl.float32) * (norm_m * (scale * LOG2E))[:, None]).to(query.dtype)
-            norm_m = tl.load(query_norm_ptr + ahead, mask=ahead < N, other=0.0)
-        product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-        scores = product * factor + (bias - lse[None, :])
         if masked:
-            scores = add_mask(
-                scores, offs_m[None, :], offs_n[:, None], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
+            start = add_mask(
+                start, offs_m[None, :], offs_n[:, None], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
                 MASK,
             )  # fmt: skip
-        p = tl.exp2(scores)
+        query = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+        grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+        if COSINE:
+            query = (query.to(tl.float32) * (norm_m * scale)[:, None]).to(query.dtype)
+        product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        p = _weights(product * factor + start, (lse - log_unit)[None, :], MASK)
         kept = p
         if HAS_DROPOUT:
             dropped = dropout_factor(seed_ptr, dropout, part, offs_m[None, :], offs_n[:, None], N)
@@ -536,10 +559,15 @@ def _window_attention_bwd_key_kernel(
         grad_v = tl.dot(kept.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_scores.to(k.dtype), query, grad_k, input_precision=PRECISION)
-        lse, delta = next_lse, next_delta
+        ahead = offs_m + BLOCK_M
+        lse = tl.load(lse_ptr + ahead, mask=ahead < N, other=float("inf"))
+        delta = tl.load(delta_ptr + ahead, mask=ahead < N, other=0.0)
+        if COSINE:
+            norm_m = tl.load(query_norm_ptr + ahead, mask=ahead < N, other=0.0)
 
     if COSINE:
-        grad_k, _ = _through_norm(k, grad_k * LN2)  # the queries held log2(e)
+        grad_v *= 1.0 / unit
+        grad_k, _ = _through_norm(k, grad_k * (1.0 / unit))  # the queries held the scale
     else:
         grad_k *= scale
     if HAS_PAD:
@@ -580,7 +608,7 @@ def _window_attention_bwd_bias_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols), log2 units
+    dense_ptr,  # (heads, rows, cols)
     seed_ptr,  # (1,), int64
     stride_qkv_batch,
     stride_qkv_depth,
@@ -649,9 +677,9 @@ def _window_attention_bwd_bias_kernel(
     if PACKED:
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
         v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
-    factor = scale * LOG2E
+    factor = scale
     if COSINE:
-        factor = cosine_scale(logit_scale_ptr, head) * LOG2E
+        factor = cosine_scale(logit_scale_ptr, head)
     if not HAS_PAD:
         padding_ptr = qkv_ptr  # never read
     pad_k_ptr = padding_ptr + (head + num_heads) * HEAD_DIM
@@ -701,7 +729,7 @@ def _window_attention_bwd_bias_kernel(
                 product *= factor
             if HAS_DROPOUT:
                 grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
-            grad_bias += tl.exp2(product + (start - lse[:, None])) * (grad_p - delta[:, None])
+            grad_bias += _weights(product + start, lse[:, None], MASK) * (grad_p - delta[:, None])
             lse, delta, norm_m, norm_n = next_lse, next_delta, next_norm_m, next_norm_n
 
     offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_m[:, None] * N + offs_n[None, :]

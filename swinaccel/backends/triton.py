@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Geometry
+from . import tuned
 
 MAX_TOKENS, MAX_HEAD_DIM = 1024, 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,11 +66,17 @@ def _precision(dtype: torch.dtype) -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def first_line(error: Exception) -> str:
+    """What an error is, in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
 class _Launch:
     """A kernel with all but its tensors decided: compiled once for each kind of those, and then only run.
 
     Triton's own launch path looks at every argument of every call again; here the integers are part of the key
-    under which a launch is kept, so that only dtypes and alignment of the tensors are left to look at.
+    under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
     """
 
     __slots__ = ("arguments", "grid", "kernel", "options", "runners")
@@ -79,15 +86,42 @@ class _Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.runners: dict[tuple, Any] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        kind = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-        runner = self.runners.get(kind)
-        if runner is None:
-            compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
-            if compiled is not None:  # the interpreter compiles nothing
-                self.runners[kind] = compiled[self.grid]
+    def __call__(self, first: Tensor, *tensors: Tensor | None) -> None:
+        index = first.get_device()  # -1 on the CPU
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):  # Triton launches on the current device, whatever its tensors say
+                self._run(index, (first, *tensors))
         else:
-            runner(*tensors, *self.arguments)
+            self._run(index, (first, *tensors))
+
+    def _run(self, index: int, tensors: tuple[Tensor | None, ...]) -> None:
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        kind = tuple(
+            [
+                None if pointer is None else (t.dtype, t.get_device(), not pointer & 15)  # type: ignore[union-attr]
+                for t, pointer in zip(tensors, pointers)  # noqa: B905 strict costs as much as one more tensor
+            ]
+        )
+        run, takes_pointers = self.runners.get(kind, _NOT_COMPILED)
+        if run is not None:
+            run(*(pointers if takes_pointers else self._passed(tensors)), *self.arguments)
+            return
+        compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            from ..kernels.run import runner
+
+            # Triton asks the driver of each tensor's memory whether its GPU sees it. Of a pointer it does not ask, and
+            # need not where all tensors are on the one device.
+            takes_pointers = type(self) is _Launch and all(one is None or one[1] == index >= 0 for one in kind)
+            stream_of = torch._C._cuda_getCurrentRawStream if index >= 0 else None
+            self.runners[kind] = runner(compiled, self.grid, stream_of, index), takes_pointers
+
+    def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        """What the kernel is given for its tensors."""
+        return tensors
+
+
+_NOT_COMPILED = (None, False)
 
 
 _launches: dict[tuple, Any] = {}
@@ -228,6 +262,31 @@ class _Problem(NamedTuple):
         return (self.num_heads, rows, cols), torch.float32 if self.dtype == torch.float32 else torch.float16
 
 
+def forget_launches() -> None:
+    """Plan all launches again; what is compiled stays so."""
+    _launches.clear()
+
+
+def retry_with_defaults() -> bool:
+    """After a failure: whether tuned launches were in use. They no longer are, and all are planned again."""
+    distrusted = tuned.distrust()
+    if distrusted:
+        forget_launches()
+    return distrusted
+
+
+def _chosen(kernel: str, problem: _Problem, default: Any, grad_bias: bool = False) -> Any:
+    """The launch of a kernel, the default one or a tuned one; asked when a problem is first seen."""
+    if problem.shared_memory is not None:  # another device is assumed
+        return default
+    return tuned.launch(kernel, problem, default, grad_bias)
+
+
+def _registers(large: Any) -> dict[str, int]:
+    """The launch option that holds the compiler to so many registers; AMD's has none."""
+    return {"maxnreg": large.max_registers} if large.max_registers and torch.version.hip is None else {}
+
+
 class _Forward:
     """The launches of one forward, and what it needs allocated."""
 
@@ -246,7 +305,7 @@ class _Forward:
         self.lse_shape = (0,)
         table_strides = problem.table_strides or (0, 0)
         if self.is_small:
-            small = launch.small(
+            default = launch.small(
                 tokens=tokens,
                 head_dim=problem.head_dim,
                 batch=problem.batch,
@@ -254,6 +313,7 @@ class _Forward:
                 element_size=problem.dtype.itemsize,
                 shared_memory=shared_memory,
             )
+            small = _chosen("small", problem, default)
             self.attention: Any = _Launch(
                 window_fwd._window_attention_fwd_small_kernel,
                 (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
@@ -268,9 +328,12 @@ class _Forward:
         large = launch.large(
             tokens=tokens,
             head_dim=problem.head_dim,
+            batch=problem.batch,
+            positions=geometry.num_windows * problem.num_heads,
             element_size=problem.dtype.itemsize,
             shared_memory=shared_memory,
         )
+        large = _chosen("large", problem, large)
         self.dense = problem.dense(large.block_m, large.block_n)
         _, rows, cols = self.dense[0]
         if problem.bias_mode == tiles.BIAS_DENSE.value:
@@ -288,14 +351,15 @@ class _Forward:
             self.lse_shape = (problem.batch, geometry.num_windows, problem.num_heads, tokens)  # type: ignore[assignment]
         self.attention = _Launch(
             window_fwd._window_attention_fwd_kernel,
-            (rows // large.block_m * problem.num_heads * geometry.num_windows * problem.batch,),
+            (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
             (
-                *problem.image_strides, *table_strides, rows * cols, cols, problem.num_heads, *problem.places,
-                *problem.constants, problem.for_backward, problem.precision, problem.rank or 16, _CHECKS,
-                large.block_m, large.block_n, large.block_d,
+                *problem.image_strides, *table_strides, rows * cols, cols, problem.batch, problem.num_heads,
+                *problem.places, *problem.constants, problem.for_backward, problem.precision, problem.rank or 16,
+                _CHECKS, large.block_m, large.block_n, large.block_d, large.images,
             ),
             num_warps=large.num_warps,
             num_stages=large.num_stages,
+            **_registers(large),
         )  # fmt: skip
 
 
@@ -326,9 +390,10 @@ def _as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None
 
 
 def _channels(qkv: Tensor, k: Tensor | None, geometry: Geometry) -> int:
-    if are_heads_apart(qkv, geometry):
-        return qkv.shape[-1] * qkv.shape[-2]
-    return qkv.shape[-1] // 3 if k is None else qkv.shape[-1]
+    channels = qkv.shape[-1]
+    if k is None:
+        return channels // 3
+    return channels * qkv.shape[-2] if are_heads_apart(qkv, geometry) else channels
 
 
 def shifted_window_attention(
@@ -349,7 +414,7 @@ def shifted_window_attention(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     for_backward: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As `reference.shifted_window_attention`, by one kernel.
 
     Args:
@@ -357,35 +422,28 @@ def shifted_window_attention(
             axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D; so has the output.
         index, mask, padding, logit_scale: contiguous.
         table: (T, heads); without index the bias itself, (heads, N, N).
-        factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias in log2 units, and the table and index
+        factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias, and the table and index
             that they were computed from; where those differ from the live ones, the live table is used.
         dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
         for_backward: keep what the backward needs.
     Returns:
-        (B, H, W, heads * D), and the log-sum-exp of the scores (B, M, heads, N) in log2 units, or an empty tensor
-        where no backward needs it.
+        (B, H, W, heads * D), and where `for_backward` the log-sum-exp of the scores (B, M, heads, N) in log2 units,
+        which is empty for small windows.
     """
-    device = qkv.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return shifted_window_attention(
-                qkv, k, v, geometry, num_heads=num_heads, table=table, index=index, padding=padding, mask=mask,
-                mask_value=mask_value, scale=scale, logit_scale=logit_scale, factors=factors, dropout=dropout,
-                seed=seed, for_backward=for_backward,
-            )  # fmt: skip
-    batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
-    table, index = _as_table(table, index)
-    out = empty_image(qkv, geometry, k is None)
+    device, dtype = qkv.device, qkv.dtype
+    if index is None:
+        table, index = _as_table(table, index)
     if not geometry.is_padded:
         padding = None
-    problem = _Problem(
-        device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, padding is not None,
-        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
-        0 if factors is None else factors[0].shape[-1], dropout, for_backward, _precision(qkv.dtype),
-        shared_memory_override,
+    facts = (  # a plain tuple is made in a quarter of the time
+        device, dtype, qkv.shape[0], qkv.stride(), geometry, num_heads, _channels(qkv, k, geometry), k is None,
+        padding is not None, None if table is None else table.stride(), mask is not None, mask_value, scale,
+        logit_scale is not None, 0 if factors is None else factors[0].shape[-1], dropout, for_backward,
+        _precision(dtype), shared_memory_override,
     )  # fmt: skip
-    forward = _launches.get(problem) or _keep(problem, _Forward(problem))
-    lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else qkv.new_empty(0)
+    forward = _launches.get(facts) or _keep(facts, _Forward(_Problem(*facts)))
+    out = empty_image(qkv, geometry, k is None)
+    lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else None
     if out.numel() == 0:
         return out, lse
     if forward.is_small:
@@ -442,7 +500,8 @@ class _Backward:
             "shared_memory": problem.shared_memory or _device_shared_memory(problem.device),
         }
         if self.is_small:
-            small = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
+            default = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
+            small = _chosen("small_backward", problem, default, grad_bias)
             parts = -(-windows // small.windows) * -(-batch // small.images)
             self.small: Any = _Launch(
                 window_bwd._window_attention_bwd_small_kernel,
@@ -459,7 +518,8 @@ class _Backward:
             self.scale_shape: tuple[int, ...] = (parts, heads)
             self.padding_shape = (parts, 3 * problem.channels)
             return
-        large = launch.large_backward(tokens=tokens, **options)
+        kinds = zip(launch.LargeBackwardLaunch._fields, launch.large_backward(tokens=tokens, **options), strict=True)
+        large = launch.LargeBackwardLaunch(*(_chosen(kind, problem, one, grad_bias) for kind, one in kinds))
         blocks = [(one.block_m, one.block_n) for one in large]
         self.dense = problem.dense(max(m for m, _ in blocks), max(n for _, n in blocks))
         _, rows, cols = self.dense[0]
@@ -469,10 +529,8 @@ class _Backward:
         def plan(kernel: Any, one: launch.LargeLaunch, grid: tuple[int, ...], *sizes: int, images: Any = ()) -> _Launch:
             numbers = (*problem.image_strides, rows * cols, cols, *sizes, heads, *problem.places, *problem.constants)
             shape = (problem.precision, one.block_m, one.block_n, one.block_d, *images)
-            registers = {"maxnreg": one.max_registers} if one.max_registers and torch.version.hip is None else {}
-            return _Launch(
-                kernel, grid, (*numbers, *shape), num_warps=one.num_warps, num_stages=one.num_stages, **registers
-            )
+            options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **_registers(one)}
+            return _Launch(kernel, grid, (*numbers, *shape), **options)
 
         parts = heads * windows * batch
         tiles = -(-tokens // large.query.block_m)
@@ -533,13 +591,6 @@ def shifted_window_attention_backward(
         grad_table: whether the table's gradient is wanted, the only one that costs much.
     """
     device = qkv.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return shifted_window_attention_backward(
-                grad_out, out, lse, qkv, k, v, geometry, num_heads=num_heads, table=table, index=index,
-                padding=padding, mask=mask, mask_value=mask_value, scale=scale, logit_scale=logit_scale,
-                dropout=dropout, seed=seed, grad_table=grad_table,
-            )  # fmt: skip
     batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
     pad = padding if geometry.is_padded else None
     is_dense = table is not None and index is None

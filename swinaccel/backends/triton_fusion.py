@@ -7,6 +7,7 @@ launch is a `LaunchError`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,29 +17,18 @@ from . import triton as windows
 
 Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
 
-_launches: dict[tuple, Any] = {}
-
 
 class LaunchError(RuntimeError):
     """A kernel could not be compiled or launched."""
 
 
-def _launch(key: tuple, make: Callable[[], Any], like: Tensor, *tensors: Tensor | None) -> None:
-    """Run the launch that is kept under a key, on the device of `like`."""
+def _launch(key: tuple, make: Callable[[], Any], *tensors: Tensor | None) -> None:
+    """Run the launch that is kept under a key."""
     try:
-        launch = _launches.get(key)
-        if launch is None:
-            if len(_launches) >= 4096:
-                _launches.clear()
-            launch = _launches[key] = make()
-        if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
-            with torch.cuda.device(like.device):
-                launch(*tensors)
-        else:
-            launch(*tensors)
+        launch = windows._launches.get(key) or windows._keep(key, make())
+        launch(*tensors)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise LaunchError(f"{type(error).__name__}: {text[0][:160] if text else ''}") from error
+        raise LaunchError(windows.first_line(error)) from error
 
 
 def _norm(mode: int, x: Tensor, branch: Tensor | None, affine: Affine, total_bias: Tensor | None) -> tuple[Any, Tensor]:
@@ -59,8 +49,8 @@ def _norm(mode: int, x: Tensor, branch: Tensor | None, affine: Affine, total_bia
         )
 
     if rows:
-        key = (x.device, rows, channels, eps, mode)
-        _launch(key, make, x, out, total, x, branch, weight, bias, total_bias)
+        key = ("norm", x.device, rows, channels, eps, mode)
+        _launch(key, make, out, total, x, branch, weight, bias, total_bias)
     return total, out
 
 
@@ -97,7 +87,7 @@ def merge_norm(x: Tensor, affine: Affine) -> Tensor:
         )
 
     if rows:
-        _launch(("merge", x.device, x.shape, eps), make, x, out, x, weight, bias)
+        _launch(("merge", x.device, x.shape, eps), make, out, x, weight, bias)
     return out
 
 
@@ -114,23 +104,21 @@ def gelu_(x: Tensor) -> Tensor:
         )
 
     if numbers:
-        _launch(("gelu", x.device, numbers), make, x, x)
+        _launch(("gelu", x.device, numbers), make, x)
     return x
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
     """How `mlp` would run, or None where products of their own are to be preferred."""
-    key = ("mlp launch", device, dtype, channels, hidden, windows.shared_memory_override)
-    if key not in _launches:
-        from ..kernels import fusion_launch
+    shared_memory = windows.shared_memory_override or windows._device_shared_memory(device)
+    return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
-        _launches[key] = fusion_launch.mlp(
-            channels=channels,
-            hidden=hidden,
-            element_size=dtype.itemsize,
-            shared_memory=windows.shared_memory_override or windows._device_shared_memory(device),
-        )
-    return _launches[key]
+
+@lru_cache(maxsize=256)
+def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: int) -> Any:
+    from ..kernels import fusion_launch
+
+    return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
 
 
 def mlp(
@@ -163,5 +151,5 @@ def mlp(
 
     if rows:
         key = ("mlp", x.device, x.dtype, rows, channels, hidden, eps, branch is None, windows.shared_memory_override)
-        _launch(key, make, x, out, x, branch, weight, bias, *fc1, *fc2)
+        _launch(key, make, out, x, branch, weight, bias, *fc1, *fc2)
     return out

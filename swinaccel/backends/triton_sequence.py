@@ -82,11 +82,10 @@ def forward(
     strides = _strides(out, q, k, v, q_factor, k_factor)
     described = _describable(q_factor, mask, k, v)
     key = ("sequence", *_key(q, q_factor, mask, problem), strides, described)
-    with _on(q.device):
-        launch = windows._launches.get(key) or windows._keep(
-            key, _plan_forward(q, q_factor, mask, problem, strides, described)
-        )
-        launch(out, lse, q, k, v, q_factor, k_factor, mask)
+    launch = windows._launches.get(key) or windows._keep(
+        key, _plan_forward(q, q_factor, mask, problem, strides, described)
+    )
+    launch(out, lse, q, k, v, q_factor, k_factor, mask)
     return out, lse
 
 
@@ -128,23 +127,17 @@ def backward(
         strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
         described = _describable(q_factor, mask, grad, q, k, v)
         key = ("sequence backward", *_key(q, q_factor, mask, problem), factor_grad, strides, described)
-        with _on(q.device):
-            launches = windows._launches.get(key) or windows._keep(
-                key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described)
-            )
-            dq_part, dk_part = parts if parts else (None, None)
-            launches[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
-            launches[1](dk, dv, dk_part, delta, grad, q, k, v, lse, q_factor, k_factor, mask)
+        launches = windows._launches.get(key) or windows._keep(
+            key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described)
+        )
+        dq_part, dk_part = parts if parts else (None, None)
+        launches[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
+        launches[1](dk, dv, dk_part, delta, grad, q, k, v, lse, q_factor, k_factor, mask)
     sums = (
         (part.sum(0) if factor.dim() == 3 else part).to(factor.dtype)
         for part, factor in zip(parts, factors, strict=True)
     )
     return dq, dk, dv, *sums
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, whatever its tensors say."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def _rows(tensor: Any) -> Any:
@@ -169,16 +162,6 @@ def _key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Probl
     )  # fmt: skip
 
 
-def _factor_precision(dtype: torch.dtype, factor_dtype: torch.dtype) -> str:
-    """How a product of factors is computed.
-
-    Positions are factors too, and TF32 would round them like half precision: where scores need not be exact in fp32,
-    three TF32 products stand in for one of fp32.
-    """
-    exact = torch.version.hip is not None or (dtype == torch.float32 and windows._precision(dtype) == "ieee")
-    return "ieee" if exact or factor_dtype != torch.float32 else "tf32x3"
-
-
 class _Facts(NamedTuple):
     """What the plans of all three kernels have in common."""
 
@@ -186,7 +169,7 @@ class _Facts(NamedTuple):
     numbers: tuple[float, ...]  # arguments of the kernels: sizes and scale
     pattern: int
     rank: int
-    precision: tuple[str, str]
+    precision: str
     blocks: tuple[int, int]  # 0, 0 where the pattern has none
 
 
@@ -219,7 +202,7 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
         (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
         pattern.value,
         rank,
-        (windows._precision(q.dtype), _factor_precision(q.dtype, factor_dtype)),
+        windows._precision(q.dtype),
         (block_size, window_blocks) if problem.block_size else (0, 0),
     )
 
@@ -267,20 +250,13 @@ class _Descriptors(windows._Launch):
         super().__init__(*args, **options)
         self.blocks = blocks  # place among the tensors -> rows of a tile
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         from ..kernels.sequence_launch import describe
 
-        kind = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-        given: list[Any] = list(tensors)
+        passed: list[Any] = list(tensors)
         for place, rows in self.blocks.items():
-            given[place] = describe(given[place], rows)
-        runner = self.runners.get(kind)
-        if runner is not None:
-            runner(*given, *self.arguments)
-            return
-        compiled = self.kernel[self.grid](*given, *self.arguments, **self.options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self.runners[kind] = compiled[self.grid]
+            passed[place] = describe(passed[place], rows)
+        return tuple(passed)
 
 
 def _plan(
@@ -308,7 +284,7 @@ def _plan(
         (-(-tokens // rows) * batch * heads,),
         (
             *strides, *facts.numbers, head_dim, facts.rank, facts.pattern, has_mask,
-            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, *facts.precision,
+            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, facts.precision,
             shape.block_m, shape.block_n, shape.block_d, shape.block_r,
         ),
     )  # fmt: skip

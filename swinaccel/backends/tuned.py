@@ -1,0 +1,274 @@
+"""Launches that `swinaccel tune` found to be faster than the default ones, kept on disk for the device at hand.
+
+A file holds what was found in one environment: GPU, Triton and kernels; where any of these changes, none is found and
+the defaults serve. It is read once in a process, when the first launch is planned, never on the way of a call. What is
+in it is not trusted: parameters of a wrong type, out of range or not for the kernel are as if absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import cache_dir
+
+logger = logging.getLogger("swinaccel")
+
+KERNELS = ("small", "large", "small_backward", "query", "key", "bias")
+
+_FORMAT = 1
+_ENVIRONMENT = ("gpu", "capability", "triton", "kernels")
+_LARGEST_FILE = 1 << 24
+_POWERS = {"block_m": (16, 256), "block_n": (16, 256), "num_warps": (1, 16)}  # least and largest
+_NUMBERS = {"images": (1, 1 << 16), "windows": (1, 1 << 16), "num_stages": (1, 8)}
+_REGISTERS = (32, 255)
+
+# What a search puts in the place of memory and defaults; asked first.
+_chooser: Callable[[str, Any, Any, bool], Any] | None = None
+
+_known: dict[torch.device, dict[str, Any]] = {}
+_used = False
+_distrusted = False
+
+
+def launch(kernel: str, problem: Any, default: Any, grad_bias: bool = False) -> Any:
+    """The launch of a kernel: the default one, or what was found to be faster.
+
+    Args:
+        kernel: one of KERNELS.
+        problem: a `backends.triton._Problem`.
+        default: a launch of `kernels.launch`; what is found is one of the same kind, for the same tile of D.
+        grad_bias: whether a backward computes the gradient of the bias.
+    """
+    global _used
+    if _chooser is not None:
+        return _chooser(kernel, problem, default, grad_bias)
+    if _distrusted:
+        return default
+    records = _known.get(problem.device)
+    if records is None:
+        records = _known[problem.device] = read(problem.device)
+    if not records:
+        return default
+    record = records.get(describe(kernel, problem, grad_bias))
+    made = None if record is None else parse(record["parameters"], kernel, default)
+    _used |= made is not None
+    return made or default
+
+
+@contextlib.contextmanager
+def choosing(chooser: Callable[[str, Any, Any, bool], Any]) -> Iterator[None]:
+    """Inside, `launch` is this function of its arguments. Launches planned before or inside must be forgotten."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
+
+
+def distrust() -> bool:
+    """After a failure: use defaults from now on. Whether that changes anything, so that it is worth another try."""
+    global _distrusted
+    if not _used or _distrusted:
+        return False
+    _distrusted = True
+    logger.warning("a launch failed and tuned ones are in use; default launches serve now (see `swinaccel tune`)")
+    return True
+
+
+def forget() -> None:
+    """Read the files again at the next launch that is planned."""
+    global _used, _distrusted
+    _known.clear()
+    _used = _distrusted = False
+
+
+def describe(kernel: str, problem: Any, grad_bias: bool = False) -> str:
+    """What a launch was tuned for, in words: all that shapes the kernel's code or the number of its programs.
+
+    Batches count by powers of two: what is best for 64 images serves 64 to 127.
+    """
+    geometry = problem.geometry
+    words = [
+        kernel,
+        str(problem.dtype).split(".")[-1],
+        f"{'x'.join(map(str, geometry.window))}*{geometry.num_windows}",
+        f"{problem.num_heads}x{problem.head_dim}",
+        f"batch{1 << max(0, problem.batch.bit_length() - 1)}",
+        f"bias{problem.bias_mode}",
+        f"mask{problem.mask_mode}",
+    ]
+    flags = {
+        problem.precision: problem.precision != "ieee",
+        f"rank{problem.rank}": problem.rank > 0,
+        "cosine": problem.cosine,
+        "padded": problem.is_padded,
+        "rollfirst": geometry.roll_first,
+        "apart": not problem.packed,
+        "headsapart": problem.heads_apart,
+        "dropout": problem.dropout > 0,
+        "train": problem.for_backward,
+        "gradbias": grad_bias,
+    }
+    return " ".join([*words, *(word for word, holds in flags.items() if holds)])
+
+
+def parameters(launch: Any) -> dict[str, int | None]:
+    """What of a launch may be tuned, by name."""
+    found = dataclasses.asdict(launch)
+    del found["block_d"]
+    return found
+
+
+def parse(given: Any, kernel: str, default: Any) -> Any:
+    """The launch of some parameters, or None where they are none for this kernel."""
+    wanted = parameters(default)
+    if not isinstance(given, dict) or given.keys() != wanted.keys():
+        return None
+    if not all(_is_valid(name, value) for name, value in given.items()):
+        return None
+    if kernel in ("small", "small_backward"):
+        fits = given["block_n"] == default.block_n  # the whole window
+    elif kernel == "large":
+        fits = given.get("images", 1) in (1, 2)
+    else:
+        fits = given.get("images") == wanted.get("images")
+    if not fits:
+        return None
+    return dataclasses.replace(default, **given)
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name == "max_registers" and value is None:
+        return True
+    if type(value) is not int:
+        return False
+    if name in _POWERS:
+        least, most = _POWERS[name]
+        return least <= value <= most and value & (value - 1) == 0
+    least, most = _REGISTERS if name == "max_registers" else _NUMBERS.get(name, (1, 0))
+    return least <= value <= most
+
+
+@lru_cache(maxsize=16)
+def environment(device: torch.device) -> dict[str, str]:
+    """What launches hold for."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, capability = properties.name, f"{properties.major}.{properties.minor}"
+        capability += getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    else:
+        name, capability = "Triton's interpreter", "none"
+    from .. import kernels
+
+    sources = hashlib.sha256()
+    for path in sorted(Path(kernels.__path__[0]).glob("*.py")):
+        sources.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    triton = getattr(sys.modules.get("triton"), "__version__", "none")
+    return dict(zip(_ENVIRONMENT, (name, capability, triton, sources.hexdigest()[:16]), strict=True))
+
+
+def folder() -> Path:
+    """Where tuned launches are kept; it need not exist."""
+    return cache_dir() / "launches"
+
+
+def path_of(device: torch.device) -> Path:
+    """The file of a device, which need not exist."""
+    text = json.dumps([_FORMAT, environment(device)], sort_keys=True)
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def read(device: torch.device) -> dict[str, Any]:
+    """All that is known of a device, by `describe`: {"parameters", "default_ms", "tuned_ms"}."""
+    try:
+        document = _document(path_of(device)) if folder().is_dir() else None
+    except ValueError as error:  # no folder to look in
+        logger.warning("default launches serve: %s", error)
+        return {}
+    return {} if document is None or document["environment"] != environment(device) else document["launches"]
+
+
+def _document(path: Path) -> dict[str, Any] | None:
+    """A file's contents, less records that are none, or None where it is not to be trusted."""
+    try:
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022 or info.st_size > _LARGEST_FILE:
+            return None
+        if hasattr(os, "getuid") and info.st_uid != os.getuid():
+            return None
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        return None
+    place, launches = document.get("environment"), document.get("launches")
+    if not isinstance(place, dict) or place.keys() != set(_ENVIRONMENT) or not isinstance(launches, dict):
+        return None
+    if not all(isinstance(word, str) for word in place.values()):
+        return None
+    return document | {"launches": {key: record for key, record in launches.items() if _is_record(record)}}
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.keys() != {"parameters", "default_ms", "tuned_ms"}:
+        return False
+    times = record["default_ms"], record["tuned_ms"]
+    if not all(type(time) in (int, float) and 0 < time < 1e9 for time in times):
+        return False
+    given = record["parameters"]
+    return isinstance(given, dict) and all(_is_valid(name, value) for name, value in given.items())
+
+
+def stored() -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """(environment, launches) of every file that can be read, for people to look at."""
+    found = []
+    for path in sorted(folder().glob("*.json")) if folder().is_dir() else ():
+        document = _document(path)
+        if document is not None:
+            found.append((document["environment"], document["launches"]))
+    return found
+
+
+def write(device: torch.device, found: dict[str, Any | None]) -> Path:
+    """Add to what is known of a device, or with None take away, in one step; OSError where that cannot be."""
+    path = path_of(device)
+    launches = {key: record for key, record in {**read(device), **found}.items() if record is not None}
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.is_symlink():
+        raise OSError(f"{path.parent} is a link, and launches are not written through it")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")  # of mode 0600
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"format": _FORMAT, "environment": environment(device), "launches": launches}, file, indent=1)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    forget()
+    return path
+
+
+def clear() -> int:
+    """Remove the files of all environments; how many there were."""
+    removed = 0
+    if folder().is_dir() and not folder().is_symlink():
+        for path in folder().iterdir():
+            if path.suffix in (".json", ".part") and not path.is_dir():
+                path.unlink(missing_ok=True)
+                removed += path.suffix == ".json"
+    forget()
+    return removed

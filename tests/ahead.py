@@ -1,0 +1,205 @@
+"""Compiles the kernels for GPUs that are not there: `python tests/ahead.py [all]`.
+
+Calls are planned on the CPU for an assumed limit of shared memory; what would be launched is compiled instead. One
+JSON object a line: the problem, the kernel, the GPU, the limit, and the shared memory that one program takes, or an
+error. Without "all", a selection. Not for pytest's own process, where the kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from swinaccel.backends import triton as windows
+from swinaccel.backends import triton_fusion, triton_sequence
+from swinaccel.reference import shift_mask
+from swinaccel.spec import Geometry
+
+KIB = 1024
+# Name: target, and the most shared memory of one program.
+GPUS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),  # A100
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * KIB),  # RTX 30; sm_89 is as small
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),  # MI300
+}
+NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+# Window, head_dim, dtype, and what else there is. The largest tiles of each kernel, and what costs memory beside them.
+WINDOWS = [
+    ((16, 16), 64, FP16, "mask"),
+    ((12, 12), 128, FP32, "cosine"),
+    ((8, 8), 128, FP32, "cosine"),
+]
+SEQUENCES = [(128, 64, FP16, FP32, True)]  # head_dim, rank, dtype, dtype of factors, mask
+MLPS = [256]  # channels
+GPUS_BY_DEFAULT = ("sm_86", "gfx942")
+
+
+def everything() -> tuple[list[Any], list[Any], list[Any]]:
+    windows_and_sizes = itertools.product(
+        [(2, 2), (7, 7), (8, 8), (9, 8), (12, 12), (16, 16), (24, 24), (2, 7, 7), (8, 7, 7)],
+        [16, 32, 64, 96, 128],
+        [FP16, BF16, FP32],
+        ["", "mask padded", "cosine padded dropout"],
+    )
+    sequences = [
+        (head_dim, rank, dtype, factor_dtype, mask)
+        for head_dim, rank, dtype, mask in itertools.product([16, 64, 128], [0, 16, 64], [FP16, FP32], [False, True])
+        for factor_dtype in dict.fromkeys((dtype, FP32))
+    ]
+    return list(windows_and_sizes), sequences, [32, 96, 128, 256]
+
+
+def launches(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
+    """What a plan would launch on such a GPU."""
+    target, limit = GPUS[gpu]
+    found = []
+    plain, hip = windows._Launch.__call__, torch.version.hip
+
+    def note(launch: Any, *tensors: Any) -> None:
+        found.append((launch, tensors))
+
+    windows._Launch.__call__ = note  # type: ignore[method-assign]
+    windows.shared_memory_override = limit
+    windows.forget_launches()
+    torch.version.hip = "assumed" if target.backend == "hip" else None
+    try:
+        plan()
+    finally:
+        torch.version.hip = hip
+        windows._Launch.__call__ = plain  # type: ignore[method-assign]
+        windows.shared_memory_override = None
+    return found
+
+
+def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str) -> None:
+    """Forward and backward of windows, and in inference with factors of the bias."""
+    heads, batch, tokens = 2, 4, torch.Size(shape).numel()
+    size = tuple(2 * side - ("padded" in flags) for side in shape)
+    geometry = Geometry(size, shape, tuple(side // 2 for side in shape), False)
+    channels = heads * head_dim
+    qkv = torch.zeros(batch, *size, 3 * channels, dtype=dtype)
+    table = torch.zeros(torch.Size(2 * side - 1 for side in shape).numel(), heads, dtype=dtype)
+    index = torch.zeros(tokens, tokens, dtype=torch.int64)
+    options: dict[str, Any] = {
+        "num_heads": heads,
+        "table": table,
+        "index": index,
+        "padding": torch.zeros(3 * channels, dtype=dtype) if "padded" in flags else None,
+        "mask": shift_mask(geometry, -100.0) if "mask" in flags else None,
+        "mask_value": -100.0,
+        "scale": 0.1,
+        "logit_scale": torch.zeros(heads) if "cosine" in flags else None,
+        "dropout": 0.1 if "dropout" in flags else 0.0,
+        "seed": torch.zeros(1, dtype=torch.int64) if "dropout" in flags else None,
+    }
+    out, lse = windows.shifted_window_attention(qkv, None, None, geometry, **options, for_backward=True)
+    windows.shifted_window_attention_backward(
+        torch.zeros_like(out), out, lse, qkv, None, None, geometry, **options, grad_table=True
+    )
+    if tokens > 64:
+        kept = FP32 if dtype == FP32 else FP16
+        factors = (*(torch.zeros(heads, tokens, 128, dtype=kept) for _ in range(2)), table.clone(), index.clone())
+        windows.shifted_window_attention(qkv, None, None, geometry, **options, factors=factors)
+
+
+def sequence(head_dim: int, rank: int, dtype: torch.dtype, factor_dtype: torch.dtype, has_mask: bool) -> None:
+    q, k, v = (torch.zeros(1, 2, 300, head_dim, dtype=dtype) for _ in range(3))
+    factors = (torch.zeros(2, 300, rank, dtype=factor_dtype) for _ in range(2)) if rank else (None, None)
+    given = (q, k, v, *factors, torch.zeros(1, 300, 300) if has_mask else None)
+    problem = triton_sequence.Problem(False, 0, 1, 0.1)
+    out, lse = triton_sequence.forward(*given, problem)
+    triton_sequence.backward(torch.zeros_like(out), *given, out, lse, problem, rank > 0)
+
+
+def mlp(channels: int) -> None:
+    x, norm = torch.zeros(256, channels, dtype=FP16), torch.zeros(channels, dtype=FP16)
+    up, down = torch.zeros(4 * channels, channels, dtype=FP16), torch.zeros(channels, 4 * channels, dtype=FP16)
+    if triton_fusion.mlp_launch(x.device, x.dtype, channels, 4 * channels) is not None:
+        triton_fusion.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
+
+
+def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
+    """Compile a launch; bytes of shared memory of one program."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for place, (parameter, value) in enumerate(zip(launch.kernel.params, (*tensors, *launch.arguments), strict=True)):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+            continue
+        aligned = isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[parameter.name] = "fp32"
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=dict(launch.options)).metadata.shared
+
+
+def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
+    """(GPU, problem, plan)."""
+    windows_, sequences, mlps = everything() if everywhere else (WINDOWS, SEQUENCES, MLPS)
+    for gpu in GPUS if everywhere else GPUS_BY_DEFAULT:
+        for one in windows_:
+            yield gpu, f"window {one}", lambda one=one: window(*one)
+        for one in sequences:
+            yield gpu, f"sequence {one}", lambda one=one: sequence(*one)
+        for channels in mlps:
+            yield gpu, f"mlp {channels}", lambda channels=channels: mlp(channels)
+
+
+def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:
+    target, limit = GPUS[gpu]
+    found = {"gpu": gpu, "limit": limit, "problem": problem, "kernel": launch.kernel.__name__}
+    found |= {"options": launch.options, "shared": None, "error": None}
+    try:
+        found["shared"] = shared_memory(launch, tensors, target)
+    except Exception as error:
+        found["error"] = windows.first_line(error)
+    return found
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    work = []
+    for gpu, problem, plan in jobs("all" in sys.argv[1:]):
+        only = [word for word in sys.argv[1:] if word != "all"]
+        if only and not any(word in f"{gpu} {problem}" for word in only):
+            continue
+        seen = set()
+        for launch, tensors in launches(plan, gpu):
+            if launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp") and id(launch) not in seen:
+                seen.add(id(launch))
+                work.append((gpu, problem, launch, tensors))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for found in pool.map(lambda one: compiled(*one), work):
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
