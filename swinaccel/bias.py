@@ -31,8 +31,7 @@ logger = logging.getLogger("swinaccel")
 
 RANKS = (16, 32, 64, 128)  # what the kernel's dot product takes
 MIN_TOKENS = 65  # smaller windows keep the whole bias in registers
-_LOG2E = 1.4426950408889634
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Factors:
     """Factors of one module's bias.
 
     Attributes:
-        q, k: (heads, N, R); q in log2 units.
+        q, k: (heads, N, R).
         table, index: what they were made from, copies.
         rank: R before its padding to what the kernel takes.
         error: largest absolute error of the reconstructed bias, natural units.
@@ -145,7 +144,7 @@ def _load_or_make(section: Section, dtype: torch.dtype, energy: float | None) ->
     q, k, rank = found
     if rank == 0:
         return None
-    error = (bias - (q.float() / _LOG2E) @ k.float().mT).abs().max().item()
+    error = (bias - q.float() @ k.float().mT).abs().max().item()
     return Factors(q, k, table.clone().contiguous(), index.clone().contiguous(), rank, error)
 
 
@@ -155,8 +154,8 @@ def _make(bias: Tensor, dtype: torch.dtype, energy: float | None) -> tuple[Tenso
     bound = bias.abs().max() * torch.finfo(dtype).eps / 2
     for rank in (rank for rank in RANKS if rank <= bias.shape[-1]):
         q, k = factorize(bias, rank)
-        q, k = (q * _LOG2E).to(stored).contiguous(), k.to(stored).contiguous()
-        missed = bias - (q.float() / _LOG2E) @ k.float().mT
+        q, k = q.to(stored).contiguous(), k.to(stored).contiguous()
+        missed = bias - q.float() @ k.float().mT
         if energy is not None:
             total = bias.square().sum((-2, -1))
             enough = missed.square().sum((-2, -1)) <= (1 - energy) * total

@@ -3,7 +3,8 @@
 =====================  ==========================================================================================
 SWINACCEL_DISABLE      1 | true | yes | on: `accelerate` does nothing and accelerated models run their originals.
 SWINACCEL_STRICT       likewise: raise where an original would run in place of a kernel.
-SWINACCEL_CACHE_DIR    folder of cached bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
+SWINACCEL_CACHE_DIR    folder of bias factors and tuned launches; default: $XDG_CACHE_HOME/swinaccel or
+                       ~/.cache/swinaccel.
 SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
 TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kernels on CPU tensors.
 =====================  ==========================================================================================
@@ -116,7 +117,7 @@ def env_interpret() -> bool:
 
 
 def cache_dir() -> Path:
-    """The folder of cached bias factors; it need not exist."""
+    """The folder of bias factors and tuned launches; it need not exist."""
     if text := os.environ.get("SWINACCEL_CACHE_DIR"):
         path = Path(text).expanduser()
         if path.exists() and not path.is_dir():

@@ -1,23 +1,26 @@
 """One call: a plan, or the sentence why not, and then the section or the original.
 
-Everything here is decided from the live facts of the call; nothing is remembered from the last one, but for
-kernels that failed.
+Everything here is decided from the live facts of the call. What is remembered of earlier ones is kernels that failed,
+and, for as long as a `Watch` finds a module the same in all its parts, what was read off it: see `_Memory`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import bias, fusion, ops
 from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Merging
 from .spec import Section
+from .watch import Unwatchable, Watch, twin
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -29,13 +32,58 @@ class FallbackError(RuntimeError):
 class Stats:
     """What happened to one module: calls, those of them that ran the original, and why the last of those did."""
 
-    __slots__ = ("bias", "calls", "fallbacks", "reason")
+    __slots__ = ("bias", "calls", "fallbacks", "memory", "patience", "reason")
 
     def __init__(self) -> None:
         self.calls = 0
         self.fallbacks = 0
         self.reason: str | None = None
         self.bias: str | None = None
+        self.memory: _Memory | None = None
+        self.patience = 8  # with a module that keeps changing: memories to be made before one has paid for itself
+
+
+class _Memory:
+    """What was read off a module, of one thing: the sections of its calls on GPUs, which are judged to fit.
+
+    The module itself is not kept alive by it, nor is it copied or pickled with the module.
+    """
+
+    __slots__ = ("config", "sections", "twin", "watch")
+
+    def __init__(self, family: Any, module: nn.Module, config: AccelConfig) -> None:
+        self.config = config
+        self.twin = twin(module)
+        self.sections: dict[tuple, Section] = {}
+        attention = family.attention(self.twin)
+        below = list(attention.modules())
+        unhooked = below[1:] if attention is self.twin else below
+        self.watch = Watch(below if attention is self.twin else [self.twin, *below], unhooked)
+
+    def holds(self, module: nn.Module, config: AccelConfig) -> bool:
+        return (
+            config is self.config
+            and module.__dict__ is self.twin.__dict__
+            and type(module) is type(self.twin)
+            and self.watch.holds()
+        )
+
+
+def _call_key(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
+    """What else than the module decides about a section: its input's form, and the other arguments; None: too much."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if len(args) == 1 and not kwargs:
+        return x.shape, x.dtype, x.get_device(), dtype
+    others = (*args[1:], *kwargs.items())
+    return (x.shape, x.dtype, x.get_device(), dtype, len(args), others) if _is_plain(others) else None
+
+
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(one, _PLAIN_VALUES) or (type(one) is tuple and _is_plain(one)) for one in values)
+
+
+_PLAIN_VALUES = (int, str, type(None))
 
 
 # Types of modules that were seen inside a probed attention: what their family calls is known to fit.
@@ -65,10 +113,14 @@ def run(
         return original(module, *args, **kwargs)  # already plain PyTorch: the compiler fuses it in its own way
     if stats is not None:
         stats.calls += 1
-    plan = _plan(family, module, config, stats, x, args, kwargs)
-    if isinstance(plan, str):
-        return _fall_back(plan, module, original, config, stats, args, kwargs)
-    section, attend = plan
+    section = _remembered(module, config, stats, x, args, kwargs)
+    if section is not None:
+        attend: Attend = partial(_attend_triton, section, config, stats)
+    else:
+        plan = _plan(family, module, config, stats, x, args, kwargs)
+        if isinstance(plan, str):
+            return _fall_back(plan, module, original, config, stats, args, kwargs)
+        section, attend = plan
     block: Any = None
     tokens = None
     if hasattr(family, "block") and not hasattr(family, "block_method"):  # else the block has its own dispatcher
@@ -78,7 +130,7 @@ def run(
         if tokens is None:
             result = family.forward(module, attend, *args, **kwargs)
         else:
-            result = fusion.forward(block, attend, *tokens)
+            result = fusion.forward(block, attend, *tokens, backend=_backend(config, x.device))
     except ops.KernelError as error:
         return _fall_back(str(error), module, original, config, stats, args, kwargs)
     if ops.has_failures() and stats is not None:
@@ -86,6 +138,51 @@ def run(
         if failed is not None:
             return _fall_back(failed, module, original, config, stats, args, kwargs)
     return result
+
+
+def _remembered(
+    module: nn.Module, config: AccelConfig, stats: Stats | None, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Section | None:
+    """The section of an earlier call like this one, for the kernels, where nothing speaks against that."""
+    if stats is None or (memory := stats.memory) is None:
+        return None
+    if _context_reason(x) is not None or ops.has_failures() or not (x.is_cuda or env_interpret()):
+        return None
+    key = _call_key(x, args, kwargs)
+    if key is None or not memory.holds(module, config):
+        return None
+    section = memory.sections.get(key)
+    if section is None or (section.mask is not None and section.mask.requires_grad):
+        return None
+    stats.patience = 8
+    return section
+
+
+def _remember(
+    family: Any,
+    module: nn.Module,
+    config: AccelConfig,
+    stats: Stats,
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Keep the section of a call that runs the kernels for the next of its kind."""
+    key = _call_key(x, args, kwargs)
+    if key is None or not stats.patience:
+        return
+    memory = stats.memory
+    if memory is None or not memory.holds(module, config):
+        stats.patience -= 1
+        stats.memory = None
+        try:
+            memory = stats.memory = _Memory(family, module, config)
+        except Unwatchable:
+            stats.patience = 0
+            return
+    if len(memory.sections) >= 16:  # sizes that never come back
+        memory.sections.clear()
+    memory.sections[key] = family.section(memory.twin, *args, **kwargs)
 
 
 def run_around(
@@ -99,21 +196,21 @@ def run_around(
     """One call of a module around accelerated attention, which has a dispatcher of its own: fused, or the original."""
     x = _first_tensor(args, kwargs)
     if _context_reason(x) is None:
-        facts = _surroundings(family, module, config, x)
-        if facts is not None:
+        facts, backend = _surroundings(family, module, config, x), _backend(config, x.device)
+        if facts is not None and not (isinstance(facts, Merging) and backend == "torch"):
             tokens = _tokens(family, module, x, args, kwargs)
             if tokens is not None and isinstance(facts, Merging):
                 return fusion.merge(facts, *tokens)
             if tokens is not None:
-                return fusion.forward(facts, family.attend(module), *tokens)
+                return fusion.forward(facts, family.attend(module), *tokens, backend=backend)
     return original(module, *args, **kwargs)
 
 
 def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor) -> Any:
     """The facts of a block or patch merging whose norms, sums and MLP may be fused in this call, or None."""
-    if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x):
+    if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x, _backend(config, x.device)):
         return None
-    return fusion.fitting(family, module, x) if _backend(config, x.device) == "triton" else None
+    return fusion.fitting(family, module, x)
 
 
 def _tokens(family: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,11 +272,14 @@ def _plan(
             return reason
         if stats is not None:
             stats.bias = "table"
-        return section, lambda image: torch_backend.shifted_window_attention(section, image)
+        in_parts = torch_backend.is_plain(attention)
+        return section, lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts)
     reason = _triton_reason(section, x)
     if reason is not None:
         return reason
-    return section, lambda image: _attend_triton(section, config, stats, image)
+    if stats is not None:
+        _remember(family, module, config, stats, x, args, kwargs)
+    return section, partial(_attend_triton, section, config, stats)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,20 +292,21 @@ def _context_reason(x: Any) -> str | None:
         return "the input is no tensor"
     if torch.compiler.is_compiling():
         return None  # what follows is no concern of a compiler's own tracing, and cannot be traced
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return "the model is being traced"
     if type(x) not in _PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
-    if x.device.type == "meta":
+    if x.is_meta:
         return "the input is on the meta device"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _interpreter_stack() is not None:
         return "the call is inside a torch.func transform"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return None
 
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+_tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 
 
 def _hook_reason(module: nn.Module, is_called: bool) -> str | None:
@@ -297,28 +398,27 @@ def _kernel_failure(section: Section, x: Tensor) -> str | None:
 
 def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, image: Tensor) -> Tensor:
     qkv = section.project(image)
-    dtype = qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype
     trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
     factors = None
-    if not torch.compiler.is_compiling():
-        if not trained:
-            factors = bias.factors(section, config, dtype)
-        if stats is not None:
-            stats.bias = "table" if factors is None else factors.describe()
+    if stats is not None:  # no compiler traces
+        if not trained and bias.wanted(config):
+            factors = bias.factors(section, config, qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype)
+        stats.bias = "table" if factors is None else factors.describe()
     table = None
     if section.position is not None and not trained:
         table = ops.position_table(*section.position)
+    geometry, logit_scale = section.geometry, section.logit_scale
     out = ops.shifted_window_attention(
         qkv,
-        section.geometry,
+        geometry,
         num_heads=section.num_heads,
         table=section.table() if table is None else table,
         index=section.index,
-        padding=section.padding() if section.padding is not None and section.geometry.is_padded else None,
+        padding=section.padding() if geometry.is_padded and section.padding is not None else None,
         mask=section.mask,
         mask_value=section.mask_value,
         scale=section.scale,
-        logit_scale=None if section.logit_scale is None else section.logit_scale.reshape(-1),
+        logit_scale=None if logit_scale is None else logit_scale.reshape(-1),
         factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
         dropout=section.dropout,
     )

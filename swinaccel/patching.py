@@ -67,8 +67,8 @@ def switched_off() -> Iterator[None]:
             _off_anywhere -= 1
 
 
-def _is_off() -> bool:
-    return _off_anywhere > 0 if torch.compiler.is_compiling() else _off.get()
+def _is_off(compiling: bool) -> bool:
+    return _off_anywhere > 0 if compiling else _off.get()
 
 
 def encode(family: Family | Surrounding, config: AccelConfig) -> str:
@@ -217,17 +217,18 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         text = getattr(self, MARKER, None)  # another thread may be taking the class's default away
-        if text is None or _is_off() or env_disabled():
+        compiling = torch.compiler.is_compiling()
+        if text is None or _is_off(compiling) or env_disabled():
             return method(self, *args, **kwargs)
         found = _parsed.get(text)
         if found is None:
             return method(self, *args, **kwargs)
         family = found.family
         if found.is_around or name != family.method:
-            if found.config.fuse != "auto" or torch.compiler.is_compiling():
+            if compiling or found.config.fuse != "auto":
                 return method(self, *args, **kwargs)
             return dispatch.run_around(family, self, method, found.config, args, kwargs)
-        counted = None if torch.compiler.is_compiling() else stats(self)
+        counted = None if compiling else stats(self)
         return dispatch.run(family, self, method, found.config, counted, args, kwargs)
 
     # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.

@@ -17,7 +17,6 @@ from swinaccel.spec import Geometry
 
 WINDOW = (9, 8)
 TOKENS, HEADS = 72, 1  # one more than a small window; few programs, for the interpreter takes its time
-LOG2E = 1.4426950408889634
 EXACT = 0.9999999  # energy that a bias of rank 16 holds and a random one does not
 
 
@@ -66,7 +65,7 @@ def originals(model, x=IMAGE):
 def factor_options(table, rank=16):
     q, k = bias.factorize(dense(table), rank)
     index = position_index(WINDOW)
-    return [part.to(TRITON_DEVICE).contiguous() for part in (q * LOG2E, k, table.float(), index)]
+    return [part.to(TRITON_DEVICE).contiguous() for part in (q, k, table.float(), index)]
 
 
 # Factorising.
@@ -151,7 +150,7 @@ def test_factors_hold_the_energy_they_promise(energy):
     found = bias._make(wanted, torch.float32, energy)
     q, k, rank = found
     assert rank
-    missed = (wanted - (q.float() / LOG2E) @ k.float().mT).square().sum((-2, -1))
+    missed = (wanted - q.float() @ k.float().mT).square().sum((-2, -1))
     assert bool((missed <= (1 - energy) * 1.001 * wanted.square().sum((-2, -1))).all())
 
 
@@ -161,7 +160,7 @@ def test_factors_err_no_more_than_rounding_the_bias(dtype):
     wanted = dense(smooth_table())
     q, k, rank = bias._make(wanted, dtype, None)
     if rank:
-        error = (wanted - (q.float() / LOG2E) @ k.float().mT).abs().max()
+        error = (wanted - q.float() @ k.float().mT).abs().max()
         assert error <= wanted.abs().max() * torch.finfo(dtype).eps / 2
     if dtype == torch.bfloat16:  # coarse enough for what the factors' own fp16 rounds
         assert rank == 16

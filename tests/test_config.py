@@ -39,7 +39,7 @@ def test_config_is_frozen():
         {"strict": False},
         {"fuse": "attention"},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_accepted(options):
     for call in (swinaccel.accelerate, swinaccel.plan, AccelConfig.from_options):

@@ -610,3 +610,103 @@ def test_mask_with_a_gradient():
     swinaccel.accelerate(model, backend="triton")
     model.to(helpers.TRITON_DEVICE)(X.to(helpers.TRITON_DEVICE))
     assert reason_of(model) == "the mask has a gradient"
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be the one that a model lies on."""
+    current, seen = [0], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append(current[0])
+
+    class OnSecond:
+        dtype = torch.float32
+
+        def get_device(self):
+            return 1
+
+        def data_ptr(self):
+            return 0
+
+    @contextlib.contextmanager
+    def switched(index):
+        current[0] = index
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    triton_backend._Launch(Kernel(), (1,), ())(OnSecond(), None)
+    assert seen == [1]
+    assert current == [0]
+
+
+class OnGpu:
+    """What a launch asks of a tensor."""
+
+    def __init__(self, pointer, index=0):
+        self.pointer, self.index, self.dtype = pointer, index, torch.float32
+
+    def data_ptr(self):
+        return self.pointer
+
+    def get_device(self):
+        return self.index
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A launch of two tensors and a number on the first GPU, and what was run of it."""
+    seen = []
+
+    class Compiled:
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, *arguments):
+            seen.append(arguments)
+
+        def __getitem__(self, grid):
+            return lambda *arguments: seen.append(("whole", *arguments))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: Compiled()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index}", raising=False)
+    return triton_backend._Launch(Kernel(), (5,), (7,)), seen
+
+
+def test_compiled_kernels_are_run_with_pointers(launched):
+    launch, seen = launched
+    for first in (16, 32, 48):
+        launch(OnGpu(first), None)
+    assert seen == [
+        (5, 1, 1, "stream 0", "function", "metadata", None, None, None, first, None, 7) for first in (32, 48)
+    ]
+    launch(OnGpu(8), None)  # of another alignment: compiled by itself
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("index", [-1, 1], ids=["cpu", "another-gpu"])
+def test_tensors_elsewhere_are_for_triton_to_judge(index, launched):
+    launch, seen = launched
+    first, other = OnGpu(16), OnGpu(16, index)
+    for _ in range(2):
+        launch(first, other)
+    assert seen == [(5, 1, 1, "stream 0", "function", "metadata", None, None, None, first, other, 7)]
+
+
+def test_hooks_of_triton_see_launches(launched):
+    from triton import knobs
+
+    launch, seen = launched
+    launch(OnGpu(16))
+    hook = print
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        launch(OnGpu(16))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == [("whole", 16, 7)]

@@ -554,10 +554,13 @@ def test_meta_model():
     filled = helpers.timm_block((8, 8), shift=2)
     with torch.device("meta"):
         model = SwinTransformerBlock(16, (8, 8), 2, window_size=4, shift_size=2).eval()
-    accelerate(model)
     x = torch.randn(1, 8, 8, 16)
     with torch.no_grad():
-        assert model(x.to("meta")).is_meta
+        try:
+            model(x.to("meta"))
+        except RuntimeError:
+            pytest.skip("PyTorch 2.15's own layer_norm of meta tensors fails, once something was compiled before")
+        assert accelerate(model)(x.to("meta")).is_meta
     model.to_empty(device="cpu")
     for target, source in zip(
         (*model.parameters(), *model.buffers()), (*filled.parameters(), *filled.buffers()), strict=True

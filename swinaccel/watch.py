@@ -1,0 +1,120 @@
+"""Whether modules are what they were at an earlier look: what lets a call use again what another has worked out.
+
+A watch is a copy of all that a module is made of, compared as a whole: settings by value; submodules, parameters,
+buffers and hooks by identity. Comparing takes a tenth of the time that reading and judging each of them takes. What is
+written in place, as all training does, is no change here: tensors are read when a kernel reads them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_OWN = frozenset(nn.Module().__dict__)  # PyTorch's, of which `_HOOKS` and `_CONTAINERS` are looked into
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, torch.dtype,
+    torch.device,
+)  # fmt: skip
+
+
+class Unwatchable(Exception):
+    """A module holds what cannot be compared."""
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A second object with the very attributes of a module: what keeps it does not keep the module alive."""
+    other = object.__new__(type(module))
+    other.__dict__ = module.__dict__
+    return other
+
+
+class Watch:
+    """Modules, as they were when this was made.
+
+    Args:
+        modules: each by itself, without its submodules. None is kept alive but for its attributes, if it is a `twin`.
+        unhooked: those of them that must have no hooks now and later.
+        frames: modules of which only what they hold matters, and no setting.
+    Raises:
+        Unwatchable: for a setting that is no plain value, list or set of those, or object of such.
+    """
+
+    __slots__ = ("buffers", "contents", "hooks", "layouts", "modules", "names", "owners", "settings", "types")
+
+    def __init__(
+        self, modules: Iterable[nn.Module], unhooked: Iterable[nn.Module], frames: Iterable[nn.Module] = ()
+    ) -> None:
+        self.owners: list[Any] = list(modules)  # of settings: these modules, and the objects that they name
+        self.modules = [*self.owners, *frames]
+        self.types = list(map(type, self.modules))
+        plain = [_settings(module.__dict__, self.owners) for module in self.owners[:]]
+        self.settings = plain + [_attributes(one.__dict__) for one in self.owners[len(plain) :]]
+        self.hooks = [module.__dict__[name] for module in unhooked for name in _HOOKS]
+        containers = self._containers()
+        self.names, self.contents = list(chain.from_iterable(containers)), _values(containers)
+        self.buffers = [one for module in self.modules for one in module._buffers.values() if one is not None]
+        self.layouts = self._layouts()
+        if not self.holds():
+            raise Unwatchable
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since."""
+        try:
+            containers = self._containers()
+            contents = _values(containers)
+            return (
+                list(map(type, self.modules)) == self.types
+                and len(contents) == len(self.contents)
+                and all(map(is_, contents, self.contents))
+                and list(chain.from_iterable(containers)) == self.names
+                and list(map(vars, self.owners)) == self.settings
+                and not any(self.hooks)
+                and self._layouts() == self.layouts
+            )
+        except Exception:  # a setting that has become something which cannot be compared
+            return False
+
+    def _containers(self) -> list[dict[str, Any]]:
+        return [attributes[name] for attributes in map(vars, self.modules) for name in _CONTAINERS]
+
+    def _layouts(self) -> list[tuple]:
+        """Where buffers lie: views of them may have been kept, and stay behind where their `data` is replaced."""
+        return [(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in self.buffers]
+
+
+def _values(containers: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, containers)))
+
+
+def _settings(attributes: dict[str, Any], owners: list[Any]) -> dict[str, Any]:
+    """A module's attributes, to be compared with what they are later; objects that they name join the owners."""
+    found = {}
+    for name, value in attributes.items():
+        if name in _OWN or _is_plain(value):
+            found[name] = value
+        elif type(value) in (list, set) and all(map(_is_plain, value)):
+            found[name] = value.copy()  # else it would be compared with itself
+        elif isinstance(value, (Tensor, nn.Module, list, dict, set)) or not hasattr(value, "__dict__"):
+            raise Unwatchable
+        else:  # a configuration
+            found[name] = value
+            if not any(value is owner for owner in owners):
+                owners.append(value)
+    return found
+
+
+def _attributes(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The same of an object: values by value, what holds others by identity."""
+    return {name: list(value) if type(value) is list else value for name, value in attributes.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
