@@ -8,7 +8,6 @@ dtypes is not obviously the same, the answer is no, and the block runs its own f
 from __future__ import annotations
 
 import logging
-import operator
 import types
 import weakref
 from typing import Any
@@ -18,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Merging
+from .watch import Unwatchable, Watch, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -47,8 +48,10 @@ def forget_failures() -> None:
     _failed = False
 
 
-def is_worth(x: Tensor) -> bool:
+def is_worth(x: Tensor, backend: str = "triton") -> bool:
     """Whether a call's time is that of its kernels, or, in a CUDA graph, will be: short kernels wait for the host."""
+    if backend == "torch":
+        return torch_fusion.is_worth(x)
     return x.numel() >= smallest or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -68,7 +71,7 @@ def fitting(family: Any, module: nn.Module, x: Tensor) -> Any:
     if looked is None or not looked.holds(module):
         try:
             looked = _looks[module] = _Look(module, family.block(module))
-        except (AttributeError, TypeError, KeyError, _Unfit):
+        except (AttributeError, TypeError, KeyError, Unwatchable, _Unfit):
             return None
     return looked.facts if looked.suits(x, records) else None
 
@@ -80,20 +83,20 @@ class _Unfit(Exception):
 class _Look:
     """A close look at a module that turned out to be plain, and what tells later calls that all of it still holds."""
 
-    __slots__ = ("channels", "children", "facts", "holders", "tensors", "watched")
+    __slots__ = ("channels", "facts", "tensors", "twin", "watch")
 
     def __init__(self, module: nn.Module, facts: Block | Merging) -> None:
         self.facts = facts
         norms: tuple[tuple[Any, int], ...]
         linears: tuple[tuple[Any, int, int], ...]
         if isinstance(facts, Block):
-            (hidden, channels), self.holders = facts.fc1.weight.shape, [(one, _children(one)) for one in facts.holders]
+            (hidden, channels), holders = facts.fc1.weight.shape, facts.holders
             norms = (facts.norm1, channels), (facts.norm2, channels)
             linears = (facts.fc1, channels, hidden), (facts.fc2, hidden, channels)
             named = [facts.norm1, facts.norm2, facts.fc1, facts.fc2, facts.activation, facts.attention, *facts.holders]
             _demand(_is_gelu(facts.activation))
         else:
-            (width, channels), self.holders = facts.reduction.weight.shape, []
+            (width, channels), holders = facts.reduction.weight.shape, ()
             norms = ((facts.norm, width if facts.post_norm else channels),)
             linears = ((facts.reduction, channels, width),)
             named = [facts.norm, facts.reduction]
@@ -103,48 +106,33 @@ class _Look:
         for linear, fan_in, fan_out in linears:
             _demand(type(linear) is nn.Linear and tuple(linear.weight.shape) == (fan_out, fan_in))
             _demand(linear.bias is None or linear.bias.numel() == fan_out)
-        self.children = _children(module)
         idle = []
-        for holder in (module, *(holder for holder, _ in self.holders)):
+        for holder in (module, *holders):
             _demand(not holder._parameters and (type(holder), tuple(holder._modules)) in _trusted)
             for child in holder._modules.values():
                 if child is not None and not any(child is one for one in named):
                     _demand(_is_idle(child))
                     idle.append(child)
         settled = [norm for norm, _ in norms] + idle + ([facts.activation] if isinstance(facts, Block) else [])
-        others = [linear for linear, *_ in linears] + [holder for holder, _ in self.holders]
-        # Settings of modules whose forward is a matter of them: compared as a whole, and by identity first.
-        self.watched: list[tuple[Any, type, dict[str, Any] | None]] = [
-            (one, type(one), dict(one.__dict__)) for one in settled
-        ]
-        self.watched += [(one, type(one), None) for one in others]
+        stood_in_for = [*settled, *(linear for linear, *_ in linears), *holders]
+        _demand(not any("forward" in one.__dict__ for one in stood_in_for))
         self.tensors = []
         for one in (*(norm for norm, _ in norms), *(linear for linear, *_ in linears)):
             for name in ("weight", "bias"):
                 tensor = one._parameters[name]
                 _demand(tensor is None or type(tensor) in _PLAIN_TENSORS)
-                self.tensors.append((one, name, tensor, None if tensor is None else tensor.shape))
-        _demand(self.holds(module))
+                self.tensors.append((tensor, None if tensor is None else tensor.shape))
+        self.twin = twin(module)
+        self.watch = Watch(stood_in_for, stood_in_for, [self.twin])
 
     def holds(self, module: nn.Module) -> bool:
         """Whether module, submodules, their settings and parameters are those that were looked at, and unhooked."""
-        if _children(module) != self.children or module._parameters:
-            return False
-        for holder, children in self.holders:
-            if _children(holder) != children or holder._parameters:
-                return False
-        for one, kind, settings in self.watched:
-            now = one.__dict__
-            if type(one) is not kind or any(_hooks(now)) or "forward" in now:
-                return False
-            if settings is not None and now != settings:
-                return False
-        return all(one.__dict__["_parameters"].get(name) is tensor for one, name, tensor, _ in self.tensors)
+        return module.__dict__ is self.twin.__dict__ and type(module) is type(self.twin) and self.watch.holds()
 
     def suits(self, x: Tensor, records: bool) -> bool:
         """Whether the parameters are like x, and none of them wants a gradient where gradients are recorded."""
         dtype, device = x.dtype, x.get_device()
-        for _, _, tensor, shape in self.tensors:
+        for tensor, shape in self.tensors:
             if tensor is not None and not (
                 tensor.dtype is dtype
                 and tensor.get_device() == device
@@ -157,11 +145,6 @@ class _Look:
 
 
 _looks: weakref.WeakKeyDictionary[nn.Module, _Look] = weakref.WeakKeyDictionary()
-_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _children(module: nn.Module) -> tuple[nn.Module | None, ...]:
-    return tuple(module._modules.values())
 
 
 def _demand(holds: bool) -> None:
@@ -221,17 +204,21 @@ def _does_gelu(module: Any) -> bool:
     return all(torch.equal(module(x.clone()), F.gelu(x)) for x in (values, values.bfloat16(), values.double()))
 
 
-def forward(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Any:
+def forward(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None, *, backend: str = "triton") -> Any:
     """What a block returns whose facts are `fitting`.
 
     Args:
         attend: (B, H, W, C) to the same.
         x, size: see `layout.Tokens`.
+        backend: "torch" on CPUs.
     """
-    y = x if block.post_norm else _norm(x, block.norm1)
+    on_cpu = backend == "torch"
+    y = x if block.post_norm else block.norm1(x) if on_cpu else _norm(x, block.norm1)
     branch = _branch(attend, y, size)
     if not _is_like(branch, x):
         out = _rest(block, x, branch)
+    elif on_cpu:
+        out = torch_fusion.rest(x, branch, block)
     else:
         out = _rest_post(block, x, branch) if block.post_norm else _rest_pre(block, x, branch)
     return out if block.give is None else block.give(out)

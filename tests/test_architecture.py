@@ -25,14 +25,24 @@ ALLOWED = {
     "families": {"families", "layout", "spec"},
     "patching": {"config", "dispatch", "families"},
     "probe": {"dispatch", "families", "fusion", "layout", "reference", "spec"},
-    "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec"},
-    "fusion": {"backends", "backends.triton_fusion", "layout"},
+    "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec", "watch"},
+    "fusion": {"backends", "backends.torch_fusion", "backends.triton_fusion", "layout", "watch"},
+    "watch": set(),
+    "backends.torch_fusion": set(),
     "backends.triton_fusion": {"backends", "backends.triton", "kernels"},
     "bias": {"config", "reference", "spec"},
     "ops": {"backends.triton", "config", "reference", "spec"},
     "backends.torch": {"reference", "spec"},
-    "backends.triton": {"config", "kernels", "spec"},
-    "sequence_ops": {"backends", "backends.torch_sequence", "backends.triton_sequence", "config", "ops"},
+    "backends.triton": {"backends", "backends.tuned", "config", "kernels", "spec"},
+    "backends.tuned": {"config", "kernels"},
+    "sequence_ops": {
+        "backends",
+        "backends.torch_sequence",
+        "backends.triton",
+        "backends.triton_sequence",
+        "config",
+        "ops",
+    },
     "backends.torch_sequence": {"reference"},
     "backends.triton_sequence": {"backends.triton", "kernels"},
     "factors": {"bias"},
@@ -127,7 +137,7 @@ def test_kernels_import_triton_only(path):
 
 def test_only_the_triton_backend_imports_the_kernels():
     importers = {name_of(path) for path in sources(PACKAGE) if "kernels" in own_imports(path)}
-    assert importers <= {"backends.triton", "backends.triton_fusion", "backends.triton_sequence"}
+    assert importers <= {"backends.triton", "backends.triton_fusion", "backends.triton_sequence", "backends.tuned"}
 
 
 def test_only_the_kernels_import_triton():

@@ -29,9 +29,7 @@ MODELS = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch, poisoned):
-    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict_kernels")
 
 
 def make(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -238,7 +236,7 @@ def test_training_lowers_the_loss_alike():
 def test_autocast(name, dtype):
     """Errors of gradients under autocast against fp64, with GradScaler's scale: no larger than the original's."""
     model, twin, x = make(name)
-    scale = 1024.0 if dtype == torch.float16 else 1.0
+    scale = 64.0 if dtype == torch.float16 else 1.0  # with more, gradients of the originals overflow
     exact = gradients(copy.deepcopy(model).double(), x.double())
     found = []
     for one in (model, twin):

@@ -765,6 +765,8 @@ def test_trap_31_wrapped_projections(name, when, padded, backend):
         swinaccel.accelerate(twin, backend=backend)
     with torch.no_grad():
         helpers.assert_close(twin(*inputs), model(*inputs))
+    assert swinaccel.report(twin).accelerated
+    assert padded or not swinaccel.report(twin).accelerated[0].fallbacks  # of padding tokens, the module tells nothing
 
 
 @both_backends

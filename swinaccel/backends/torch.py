@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import reference
 from ..spec import Geometry, Section
@@ -124,20 +124,78 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = None) -> Tensor:
+def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = None, in_parts: bool = False) -> Tensor:
     """The whole section, projections included.
 
     Args:
         section: the live facts.
         x: (B, H, W, C), what `section.project` takes.
         fill: (C,), what a padding token holds in `x`; zeros without.
+        in_parts: images may be walked a few at a time, which keeps what is between them in cache.
     Returns:
         (B, H, W, C'), what `section.output` gives.
     """
-    geometry = section.geometry
     batch = x.shape[0]
     is_implied = _is_implied(section)
-    masked = is_implied and geometry.is_shifted and bool(section.mask_value)
+    masked = is_implied and section.geometry.is_shifted and bool(section.mask_value)
+    bias = _bias(section)
+    parts = max(1, round(x.numel() / (x.shape[-1] * part_rows))) if in_parts and not torch.is_grad_enabled() else 1
+    size = -(-batch // parts) if batch else 1
+    starts = _Starts(section, bias, is_implied, {})
+    if size >= batch:
+        windows, order = _windows(section, x, fill, starts, masked)
+        return windows.index_select(0, order.scatter).view(*x.shape[:-1], windows.shape[-1])
+    out = None
+    for first in range(0, batch, size):
+        part = x[first : first + size]
+        windows, order = _windows(section, part, fill, starts, masked)
+        if out is None:
+            out = windows.new_empty(*x.shape[:-1], windows.shape[-1])
+        torch.index_select(windows, 0, order.scatter, out=out[first : first + size].view(-1, windows.shape[-1]))
+    assert out is not None
+    return out
+
+
+part_rows = 4096  # tokens walked at a time
+
+
+def is_plain(attention: nn.Module) -> bool:
+    """Whether all projections in a module treat each token by itself, as nn.Linear does; some quantised ones do not."""
+    return all(
+        type(module) is nn.Linear and type(module.weight) in _PLAIN_TENSORS
+        for module in attention.modules()
+        if hasattr(module, "in_features")
+    )
+
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class _Starts(NamedTuple):
+    """What scores start from: bias and masks, worked out once a call."""
+
+    section: Section
+    bias: Tensor
+    is_implied: bool
+    sums: dict[tuple[int, torch.dtype], Tensor]
+
+    def of(self, order: _Order, dtype: torch.dtype) -> Tensor:
+        """(1 or windows, heads, N, N) for all windows of an order, with the masks of their groups."""
+        key = sum(count for count, _ in order.groups), dtype
+        if key not in self.sums:
+            bias, section = self.bias.to(dtype), self.section
+            mask = _shift_masks(section.geometry, section.mask_value, dtype, bias.device)
+            sums = (
+                (bias if row is None else bias + mask[row]).expand(count, *bias.shape) for count, row in order.groups
+            )
+            self.sums[key] = torch.cat(tuple(sums))
+        return self.sums[key]
+
+
+def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, masked: bool) -> tuple[Tensor, _Order]:
+    """Images to what `section.output` gives for the tokens of their windows, (windows * N, C'), and their order."""
+    geometry = section.geometry
+    batch = x.shape[0]
     order = _order(geometry, batch, masked, x.device)
     rows = x.reshape(-1, x.shape[-1])
     if geometry.is_padded:
@@ -155,14 +213,16 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
         q, k = _cosine_operands(q, k, section.logit_scale)
         scale = 1.0
 
-    bias = _bias(section).to(_accurate(q.dtype))
-    if not is_implied and batch:
+    bias = starts.bias.to(_accurate(q.dtype))
+    if not starts.is_implied and batch:
         assert section.mask is not None
         start = bias + section.mask.to(bias.dtype)[:, None]  # (M, heads, N, N)
         images = zip(*(part.unflatten(0, (batch, -1)) for part in (q, k, v)), strict=True)
         out = torch.cat([_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images])
     elif len(order.groups) == 1 and order.groups[0][1] is None:
         out = _attend(q, k, v, bias[None], scale)
+    elif len(order.groups) > 1 and len(q) * bias.numel() <= few_scores:
+        out = _attend(q, k, v, starts.of(order, bias.dtype), scale)
     else:
         mask = _shift_masks(geometry, section.mask_value, bias.dtype, bias.device)
         parts, first = [], 0
@@ -172,8 +232,10 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
             parts.append(_attend(q[window], k[window], v[window], start[None], scale))
             first += count
         out = torch.cat(parts)
-    out = section.output(out)
-    return out.reshape(-1, out.shape[-1]).index_select(0, order.scatter).view(*x.shape[:-1], out.shape[-1])
+    return section.output(out).flatten(0, 1), order
+
+
+few_scores = 1 << 18  # of a group of windows, up to which masks written out cost less than calls for each group
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, scale: float) -> Tensor:

@@ -96,6 +96,11 @@ def drop_rate(dropout: Any) -> float:
     return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
+def is_idle(dropout: Any) -> bool:
+    """Whether this is a dropout that hands on what it is given, so that it need not be called."""
+    return type(dropout) is nn.Dropout and not dropout.training
+
+
 def positional_names(method: object) -> tuple[str, ...]:
     """Names of a method's positional parameters after self."""
     parameters = list(inspect.signature(method).parameters.values())[1:]  # type: ignore[arg-type]

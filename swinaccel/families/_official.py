@@ -17,6 +17,7 @@ from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from ._common import (
     drop_rate,
     has_table_rows,
+    is_idle,
     is_index,
     is_plain_linear,
     is_position_mlp,
@@ -70,7 +71,7 @@ def attention_section(
         "geometry": geometry,
         "num_heads": heads,
         "head_dim": attn.proj.in_features // heads,
-        "output": lambda y: attn.proj_drop(attn.proj(y)),
+        "output": attn.proj if is_idle(attn.proj_drop) else lambda y: attn.proj_drop(attn.proj(y)),
         "index": index.view(tokens, tokens) if index.numel() == tokens * tokens else index,
         "mask": mask,
         "mask_value": mask_value,

@@ -32,11 +32,12 @@ def prefix(index: Tensor, window: Sequence[int], geometry: Geometry) -> Tensor:
 
 
 def example_sizes(window: Sequence[int]) -> list[Axes]:
-    """Small images for a probe, between them padded on every axis, and with a window that has shrunk."""
+    """Small images for a probe: between them padded on every axis, and with a window that has shrunk; one is whole."""
     first, *rest = window
     along_last = (*rest[:-1], rest[-1] + 1)
     return [
         (first + 1, *(side + 1 for side in rest[:-1]), rest[-1]),
         (max(1, first - 1), *along_last),
         (first, *(max(1, side - 1) for side in along_last[:-1]), along_last[-1]),
+        (first, *rest[:-1], 2 * rest[-1]),
     ]

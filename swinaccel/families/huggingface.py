@@ -13,20 +13,8 @@ from torch import Tensor, nn
 
 from ..layout import Block, Tokens
 from ..spec import Geometry, Section, WindowSpec
-from ._common import (
-    is_plain_linear,
-    is_table,
-    pair,
-    zero_token,
-)
-
-
-def separate_projections(*projections: Any) -> Any:
-    return lambda x: tuple(projection(x) for projection in projections)
-
-
-def separate_padding(*projections: Any) -> Any:
-    return (lambda: zero_token(*projections)) if all(map(is_plain_linear, projections)) else None
+from ._common import is_table, pair
+from ._separate import separate_padding, separate_projections
 
 
 def square_geometry(module: Any, dimensions: Any) -> Geometry | str:
@@ -119,10 +107,10 @@ class HuggingFaceSwin:
     def tokens(self, module: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any) -> Tokens:
         return hidden_states, tuple(input_dimensions)
 
-    def example(self, module: Any) -> tuple[Any, ...]:
-        return layer_example(module, module.attention.o_proj.out_features)
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        return layer_examples(module, module.attention.o_proj.out_features)
 
 
-def layer_example(module: Any, channels: int) -> tuple[Any, ...]:
-    height, width = 2 * module.window_size, 2 * module.window_size + 1  # padded on one axis
-    return torch.Size((2, height * width, channels)), (height, width)
+def layer_examples(module: Any, channels: int) -> list[tuple[Any, ...]]:
+    height, *widths = (2 * module.window_size + extra for extra in (0, 1, 0))  # padded on one axis; and not at all
+    return [(torch.Size((2, height * width, channels)), (height, width)) for width in widths]

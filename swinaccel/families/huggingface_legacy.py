@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
 from ._common import drop_rate, is_index, is_position_mlp, pair, position_bias, positional_names
-from .huggingface import layer_example, separate_padding, separate_projections, square_geometry
+from ._separate import separate_padding, separate_projections
+from .huggingface import layer_examples, square_geometry
 
 
 class HuggingFaceSwinLegacy:
@@ -115,8 +116,8 @@ class HuggingFaceSwinLegacy:
         arguments = _named(module, args, kwargs)
         return arguments["hidden_states"], tuple(arguments["input_dimensions"])
 
-    def example(self, module: Any) -> tuple[Any, ...]:
-        return layer_example(module, module.attention.self.query.in_features)
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        return layer_examples(module, module.attention.self.query.in_features)
 
 
 # Positional parameters of the layers' forwards: they differ between models and versions of transformers.

@@ -81,8 +81,9 @@ class Torchvision:
         return attend(x)
 
     def example(self, module: Any) -> Any:
-        height, width = (2 * size - 1 for size in module.window_size)  # padded on both axes
-        return (torch.Size((2, height, width, module.qkv.in_features)),)
+        (height, width), channels = module.window_size, module.qkv.in_features
+        sizes = (2 * height - 1, 2 * width - 1), (height, 2 * width)  # padded on both axes; and not at all
+        return [(torch.Size((2, *size, channels)),) for size in sizes]
 
 
 class Torchvision3d(Torchvision):

@@ -1,0 +1,164 @@
+"""The torch backend on CPUs: images walked a few at a time, and MLPs in parts that stay in cache."""
+
+from __future__ import annotations
+
+import copy
+
+import helpers
+import pytest
+import torch
+from helpers import check
+from torch import nn
+
+import swinaccel
+from swinaccel import fusion
+from swinaccel.backends import torch as torch_backend
+from swinaccel.backends import torch_fusion
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Parts of few rows, so that tiny models have several; counts MLPs in parts."""
+    calls = []
+    rest = torch_fusion.rest
+    monkeypatch.setattr(torch_fusion, "fewest_rows", 10)
+    monkeypatch.setattr(torch_fusion, "hidden_numbers", 10)
+    monkeypatch.setattr(torch_backend, "part_rows", 90)
+    monkeypatch.setattr(torch_fusion, "rest", lambda *arguments: calls.append(None) or rest(*arguments))
+    return calls
+
+
+def image(size, batch=3):
+    return torch.randn(batch, 3, *size)
+
+
+MODELS = {
+    "hf-swin": (lambda: helpers.huggingface("Swin"), (44, 36), 4),
+    "hf-swinv2": (lambda: helpers.huggingface("Swinv2"), (44, 36), 4),
+    "hf-donut": (lambda: helpers.huggingface("DonutSwin"), (32, 32), 4),
+    "timm-v1": (lambda: helpers.timm_v1(window=4, img_size=64), (64, 64), 3),
+    "timm-v2": (lambda: helpers.timm_v2(window=4), (64, 64), 3),
+    "torchvision-v1": (lambda: helpers.torchvision_model(), (44, 36), 4),
+    "torchvision-v2": (lambda: helpers.torchvision_model(v2=True), (44, 36), 4),
+}
+
+
+@pytest.mark.parametrize("scores", [0, 1 << 30], ids=["a call a group", "masks written out"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_are_the_whole(name, scores, small, monkeypatch):
+    monkeypatch.setattr(torch_backend, "few_scores", scores)
+    make, size, count = MODELS[name]
+    model, x = make(), image(size)
+    twin, found, expected = helpers.both(model, x)
+    helpers.assert_accelerated(twin, count)
+    assert len(small) == count
+    helpers.assert_close(found, expected)
+    with torch.no_grad():
+        exact = helpers.tensors(copy.deepcopy(model).double()(x.double()))[0]
+    helpers.assert_no_worse(helpers.tensors(found)[0], helpers.tensors(expected)[0], exact, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
+@pytest.mark.parametrize("bias", ["fc1", "fc2"])
+def test_mlps_without_bias(kind, bias, small):
+    model = helpers.huggingface_layer(kind, shift=2)
+    block = swinaccel.families.match(model)[0].block(model)
+    getattr(block, bias).bias = None
+    check(model, torch.randn(3, 64, 16), (8, 8), count=1)
+    assert small
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("Swin", torch.float16),  # Swinv2's own gives NaN
+        ("Swin", torch.bfloat16),
+        ("Swinv2", torch.bfloat16),
+        ("Swin", torch.float64),
+        ("Swinv2", torch.float64),
+    ],
+    ids=str,
+)
+def test_other_dtypes_walk_images_alone(kind, dtype, small):
+    """Sums in place round more in half precision."""
+    model, x = helpers.huggingface_layer(kind, shift=2), torch.randn(3, 90, 16, dtype=torch.float64)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x, (9, 10))[0]
+    twin, found, expected = helpers.both(model.to(dtype), x.to(dtype), (9, 10))
+    helpers.assert_accelerated(twin, 1)
+    assert not small
+    if dtype == torch.float64:
+        helpers.assert_close(found, expected, 1e-12)
+    else:
+        helpers.assert_no_worse(found[0], expected[0], exact, dtype)
+
+
+def test_attention_alone(small):
+    check(helpers.huggingface("Swin"), image((44, 36)), count=4, fuse="attention")
+    assert not small
+
+
+@pytest.mark.parametrize("where", ["mlp", "layernorm_after"])
+def test_a_watched_module_is_called_once_and_whole(where, small):
+    model = swinaccel.accelerate(helpers.huggingface_layer("Swin", shift=2), backend="torch")
+    seen = []
+    where = where if hasattr(model, where) else "intermediate"  # in transformers 4
+    getattr(model, where).register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    with torch.no_grad():
+        model(torch.randn(3, 64, 16), (8, 8))
+    assert [shape[:2] for shape in seen] == [(3, 64)]
+    assert not small
+
+
+class Other(nn.Linear):
+    """As a quantised layer, what it does to a token may depend on all of them."""
+
+
+def test_a_projection_that_may_see_all_tokens_gets_all_of_them(small, monkeypatch):
+    model = helpers.huggingface_layer("Swin", shift=2)
+    assert torch_backend.is_plain(model.attention)
+    linears = [(name, one) for name, one in model.attention.named_modules() if isinstance(one, nn.Linear)]
+    name, linear = linears[-1]
+    other = Other(16, 16)
+    other.load_state_dict(linear.state_dict())
+    model.attention.set_submodule(name, other)
+    assert not torch_backend.is_plain(model.attention)
+    rows = []
+    monkeypatch.setattr(Other, "forward", lambda self, x: rows.append(x.numel() // 16) or nn.Linear.forward(self, x))
+    check(model, torch.randn(3, 64, 16), (8, 8), count=1)
+    assert rows[-1] == 3 * 64
+
+
+def test_masks_of_one_call_are_not_kept(small, monkeypatch):
+    """Bias and masks are put together for the parts of a call, and anew for the next."""
+    monkeypatch.setattr(torch_backend, "few_scores", 1 << 30)
+    model = helpers.huggingface_layer("Swin", shift=2)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x = torch.randn(3, 64, 16)
+    with torch.no_grad():
+        for _ in range(2):
+            helpers.assert_close(twin(x, (8, 8)), model(x, (8, 8)))
+            drawn = torch.randn(49, 2)
+            for one in (model, twin):
+                (table,) = (p for name, p in one.named_parameters() if name.endswith("relative_position_bias_table"))
+                table.data.copy_(drawn)
+
+
+def test_gradients_are_recorded_for_the_whole_batch(small):
+    model = helpers.huggingface_layer("Swin", shift=2).double()
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x, leaves = torch.randn(3, 90, 16, dtype=torch.float64), []
+    for one in (model, twin):
+        leaves.append(x.clone().requires_grad_())
+        one(leaves[-1], (9, 10))[0].square().sum().backward()
+    helpers.assert_accelerated(twin, 1)
+    helpers.assert_close(leaves[1].grad, leaves[0].grad, 1e-9)
+
+
+def test_worth():
+    """One part is no gain: its rows are those of the module, and so are its products."""
+    assert fusion.is_worth(torch.empty(1, 3136, 96), "torch")
+    assert not fusion.is_worth(torch.empty(1, 784, 192), "torch")
+    assert fusion.is_worth(torch.empty(8, 784, 192), "torch")
+    assert not fusion.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16), "torch")
+    assert not fusion.is_worth(torch.empty(0, 3136, 96), "torch")
