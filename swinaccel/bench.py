@@ -12,7 +12,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -191,8 +191,9 @@ def run(
     train: bool = False,
     autocast: torch.dtype | None = None,
     compile: bool | None = None,
-    compile_mode: str | None = None,
+    compile_mode: str | Sequence[str | None] | None = None,
     progress: Progress | None = None,
+    deadline: float | None = None,
     **options: Any,
 ) -> BenchResult:
     """Measure a model as it is and accelerated, and with what else could make it faster.
@@ -204,8 +205,10 @@ def run(
         train: a call is a training step: forward, the mean square of all outputs as loss, backward, AdamW.
         autocast: run forward and loss under autocast to this dtype, as training usually does.
         compile: measure the torch.compile variants too; on CUDA devices, unless given.
-        compile_mode: `mode` of torch.compile, such as "reduce-overhead" or "max-autotune".
+        compile_mode: `mode` of torch.compile, such as "reduce-overhead" or "max-autotune"; or several, each of which
+            gives its own two variants.
         progress: called with what happens now, the steps done, and the steps in all.
+        deadline: a time of `time.monotonic()` after which no further variant is begun.
         **options: the fields of `AccelConfig`.
     Raises:
         ValueError, TypeError: for an argument that is none of these.
@@ -220,46 +223,17 @@ def run(
     device = tensors[0].device
     is_cuda = device.type == "cuda"
     compile = is_cuda if compile is None else compile
+    modes = (compile_mode,) if compile_mode is None or isinstance(compile_mode, str) else tuple(compile_mode)
+    own_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     with _compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train):
-        makers, accelerated = _variants(model, compile, compile_mode, options, train, autocast)
-        tick = _Ticker(progress, len(makers) + (rounds or 10))
-        runners: dict[str, _Runner] = {}
-        errors: dict[str, str] = {}
-        expected: list[Tensor] = []
-        for name, make in makers.items():
-            tick(f"warming up: {name}")
-            try:
-                runner = _Runner(make(), inputs, device, model)
-                outputs = runner.warm_up()
-            except Exception as error:
-                if name == "original":
-                    text = str(error).strip().splitlines()
-                    raise RuntimeError(
-                        f"the model does not run: {type(error).__name__}: {text[0] if text else ''}"
-                    ) from error
-                errors[name] = _sentence(error)
-                continue
-            expected = expected or outputs
-            runner.difference = _difference(outputs, expected)
-            runners[name] = runner
-        order = list(runners)
-        if rounds is None:
-            round_ms = sum(runner.sample_ms for runner in runners.values())
-            rounds = max(10, min(50, int(_BUDGET_MS / max(1e-3, round_ms))))
-            tick.total = len(makers) + rounds
-        for index in range(rounds):
-            tick("measuring")
-            first = index % len(order)  # no variant always follows the same one
-            for name in order[first:] + order[:first]:
-                runners[name].sample()
+        makers, accelerated = _variants(model, modes if compile else (), options, train, autocast)
+        batch = tensors[0].shape[0] if tensors[0].dim() else 1
+        variants, rounds = _measure(
+            makers, lambda call: _Runner(call, inputs, device, own_bytes), rounds, progress, batch, deadline
+        )  # fmt: skip
         report = api.report(accelerated)
-    batch = tensors[0].shape[0] if tensors[0].dim() else 1
-    yardstick = statistics.median(runners["original"].samples)
     return BenchResult(
-        variants=tuple(
-            runners[name].row(name, batch, yardstick) if name in runners else Variant(name, error=errors[name])
-            for name in makers
-        ),
+        variants=variants,
         batch=batch,
         dtype=_dtypes(tensors, autocast),
         mode="training" if train else "inference",
@@ -272,10 +246,62 @@ def run(
     )
 
 
+def _measure(
+    makers: Mapping[str, Callable[[], Any]],
+    start: Callable[[Any], _Runner],
+    rounds: int | None,
+    progress: Progress | None,
+    batch: int,
+    deadline: float | None = None,
+) -> tuple[tuple[Variant, ...], int]:
+    """A row for each of `makers`, which took turns, and the number of rounds.
+
+    `start` makes a runner of what a maker makes. What fails is a row with its reason, but for "original".
+    """
+    tick = _Ticker(progress, len(makers) + (rounds or 10))
+    runners: dict[str, _Runner] = {}
+    errors: dict[str, str] = {}
+    expected: list[Tensor] = []
+    for name, make in makers.items():
+        tick(f"warming up: {name}")
+        if deadline is not None and runners and time.monotonic() > deadline:
+            errors[name] = "not run: the time was up"
+            continue
+        try:
+            runner = start(make())
+            outputs = runner.warm_up()
+        except Exception as error:
+            if name == "original":
+                text = str(error).strip().splitlines()
+                raise RuntimeError(
+                    f"the model does not run: {type(error).__name__}: {text[0] if text else ''}"
+                ) from error
+            errors[name] = _sentence(error)
+            continue
+        expected = expected or outputs
+        runner.difference = _difference(outputs, expected)
+        runners[name] = runner
+    order = list(runners)
+    if rounds is None:
+        round_ms = sum(runner.sample_ms for runner in runners.values())
+        rounds = max(10, min(50, int(_BUDGET_MS / max(1e-3, round_ms))))
+        tick.total = len(makers) + rounds
+    for index in range(rounds if order else 0):
+        tick("measuring")
+        first = index % len(order)  # no variant always follows the same one
+        for name in order[first:] + order[:first]:
+            runners[name].sample()
+    first_name = next(iter(makers))
+    yardstick = statistics.median(runners[first_name].samples) if first_name in runners else None
+    return tuple(
+        runners[name].row(name, batch, yardstick) if name in runners else Variant(name, error=errors[name])
+        for name in makers
+    ), rounds
+
+
 def _variants(
     model: nn.Module,
-    compile: bool,
-    mode: str | None,
+    modes: Sequence[str | None],
     options: dict[str, Any],
     train: bool,
     autocast: torch.dtype | None,
@@ -286,17 +312,22 @@ def _variants(
         return _trained_twin(model) if train else _twin(model)
 
     # Accelerated first: a dispatcher that comes onto a class after a compiled run makes that compile again.
-    accelerated, both = (api.accelerate(twin(), **options) for _ in range(2))
+    accelerated, *both = (api.accelerate(twin(), **options) for _ in range(1 + len(modes)))
     makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": twin}
     other = _other_attention(model)
     if other is not None:
         name, choose = other
         makers[name] = lambda: choose(twin())
-    if compile:
-        makers["torch.compile"] = lambda: torch.compile(twin(), mode=mode)
+
+    def compiled(mode: str | None, make: Callable[[], nn.Module]) -> Callable[[], Callable[..., Any]]:
+        return lambda: torch.compile(make(), mode=mode)
+
+    labels = [f" {mode}" if mode and len(modes) > 1 else "" for mode in modes]
+    for mode, label in zip(modes, labels, strict=True):
+        makers[f"torch.compile{label}"] = compiled(mode, twin)
     makers["accelerated"] = lambda: accelerated
-    if compile:
-        makers["accelerated + torch.compile"] = lambda: torch.compile(both, mode=mode)
+    for mode, label, fast in zip(modes, labels, both, strict=True):
+        makers[f"accelerated + torch.compile{label}"] = compiled(mode, lambda fast=fast: fast)  # type: ignore[misc]
     if train:
         return {name: lambda make=make: _Step(make(), autocast) for name, make in makers.items()}, accelerated  # type: ignore[misc]
     if autocast is not None:
@@ -369,12 +400,10 @@ def _huggingface_attention(model: nn.Module, implementation: str) -> nn.Module:
 class _Runner:
     """One variant: its calls, timed."""
 
-    def __init__(
-        self, call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, model: nn.Module
-    ) -> None:
+    def __init__(self, call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, own_bytes: int) -> None:
         self.call, self.inputs, self.device = call, inputs, device
         self.is_cuda = device.type == "cuda"
-        self.own_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        self.own_bytes = own_bytes
         if isinstance(call, _Step):
             self.own_bytes += 2 * sum(t.nbytes for t in call.parameters)  # the optimizer's moments
         self.samples: list[float] = []
@@ -422,7 +451,7 @@ class _Runner:
         _synchronize(self.device)
         return (time.perf_counter() - begin) * 1e3
 
-    def row(self, name: str, batch: int, yardstick: float) -> Variant:
+    def row(self, name: str, batch: int, yardstick: float | None) -> Variant:
         median = statistics.median(self.samples)
         tenths = statistics.quantiles(self.samples, n=10, method="inclusive") if len(self.samples) > 1 else [median]
         return Variant(
@@ -432,7 +461,7 @@ class _Runner:
             p90_ms=tenths[-1],
             images_per_s=1e3 * batch / median,
             peak_memory_mib=self.peak_mib,
-            speedup=yardstick / median,
+            speedup=None if yardstick is None else yardstick / median,
             difference=self.difference,
         )
 

@@ -118,9 +118,16 @@ def verify(
         out.code = 0 if result.passed else 1
 
 
+_SUITE_OPTIONS = ("output", "only", "quick", "minutes", "seed_repos", "from_files")
+_SHARED_OPTIONS = ("suite", "dtype", "device", "rounds", "compile", "as_json")
+
+
 @app.command(epilog=_EPILOG)
 def bench(
-    model: Model,
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Such as timm:swinv2_tiny_window16_256; or --suite.")
+    ] = None,
     batch: Batch = 8,
     dtype: Dtype = None,
     device: Device = None,
@@ -144,10 +151,39 @@ def bench(
         str | None, typer.Option(help="Mode of torch.compile, such as reduce-overhead or max-autotune.")
     ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the medians into an image.")] = None,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="No MODEL: every table of the documentation, into a folder.")
+    ] = False,
+    output: Annotated[str, typer.Option(metavar="DIR", help="--suite: the folder.")] = "swinaccel-suite",
+    only: Annotated[
+        str | None,
+        typer.Option(help="--suite: attention, sequence, models, training, by commas; models:TEXT for rows with TEXT."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="--suite: fewer rows and rounds.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="--suite: begin no row after so many; the rest is noted as not run.")
+    ] = None,
+    seed_repos: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="--suite: checkouts of the peers' repositories; adds their kernels."),
+    ] = None,
+    from_files: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="FILE", help="--suite: measure nothing, draw this suite.json; several merge."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure inference or training: original, its library's other attention, torch.compile, accelerated, and both."""
     with _work(as_json) as out:
+        _check_bench(context, model, suite, from_files)
+        if suite:
+            wanted = only.split(",") if only else []
+            _run_suite(
+                out, output, from_files, dtype=dtype, device=device, rounds=rounds, compile=compile, only=wanted,
+                quick=quick, minutes=minutes, seed_repos=seed_repos,
+            )  # fmt: skip
+            return
+        assert model is not None
         options = _options(backend, bias, bias_energy)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         from . import bench as benchmark
@@ -214,6 +250,143 @@ def precompute(
         out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
         if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
             out.show("These weights are random, and so are their factors; --pretrained takes the library's.")
+
+
+@app.command(epilog=_EPILOG)
+def tune(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Not with --list or --clear.")] = None,
+    batch: Batch = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    pretrained: Pretrained = False,
+    size: Size = None,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Tune training, too; parameters are fp32, and --dtype is that of autocast."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the problems that MODEL poses and their launches; measure nothing.")
+    ] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Show all that is tuned.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Forget all that is tuned.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure launches of the attention kernels on this GPU, and keep those that are faster than the default ones."""
+    with _work(as_json) as out:
+        from .backends import tuned
+
+        if (model is None) != (listing or clear) or (listing and clear):
+            raise ValueError("give one of MODEL, --list and --clear")
+        out.document = {"cache": str(tuned.folder())}
+        if clear:
+            removed = tuned.clear()
+            out.document["removed"] = removed
+            out.show(f"{removed} files removed from {tuned.folder()}")
+        elif listing:
+            found = tuned.stored()
+            out.document["tuned"] = [{**place, "launches": launches} for place, launches in found]
+            for place, launches in found:
+                out.show(", ".join(f"{name} {value}" for name, value in place.items()))
+                out.show(_launch_table([{"key": key, **record} for key, record in launches.items()]))
+            out.show(f"{sum(len(launches) for _, launches in found)} tuned launches in {tuned.folder()}")
+        else:
+            loaded = _load(str(model), pretrained, "float32" if train else dtype, device, size)
+            arguments: dict[str, Any] = {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
+            out.document |= {"model": model, **_place(loaded), "batch": batch, "train": train}
+            rows = (_posed if dry_run else _tune)(loaded, loaded.example_inputs(batch), arguments)
+            out.document["problems"] = rows
+            better = sum(row["tuned"] is not None for row in rows)
+            out.show(f"{model}, batch {batch}")
+            out.show(_launch_table([row | {"parameters": row["tuned"] or row["default"]} for row in rows]))
+            for row in rows:
+                if row.get("error"):
+                    out.show(f"{row['key']} failed: {row['error']}")
+            out.show(f"{better} of {len(rows)} launches are tuned, kept in {tuned.folder()}")
+
+
+def _tune(loaded: Loaded, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each launch that was looked for."""
+    from . import tuning
+
+    with _progress() as progress:
+        return [one.to_dict() for one in tuning.run(loaded.model, inputs, progress=progress, **arguments)]
+
+
+def _posed(loaded: Loaded, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each launch that would be looked for, with what is known of it."""
+    from . import tuning
+    from .backends import tuned
+
+    with _status("running it once"):
+        jobs = tuning.collect(loaded.model, inputs, **arguments)
+    rows = []
+    for job in jobs:
+        record = tuned.read(job.problem.device).get(job.key, {})
+        times = {name: record.get(name) for name in ("default_ms", "tuned_ms")}
+        default = tuned.parameters(job.default)
+        rows.append({"key": job.key, "default": default, "tuned": record.get("parameters"), **times})
+    return rows
+
+
+def _launch_table(rows: list[dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("launch", overflow="fold")
+    table.add_column("parameters", overflow="fold")
+    for column in ("default ms", "tuned ms", "tried"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        parameters = " ".join(f"{name}={value}" for name, value in row["parameters"].items() if value is not None)
+        times = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("default_ms", "tuned_ms"))
+        table.add_row(row["key"], parameters, *times, str(row.get("tried", "")))
+    return table
+
+
+def _check_bench(context: typer.Context, model: str | None, suite: bool, from_files: list[str] | None) -> None:
+    """No option is given that would do nothing."""
+    if suite == (model is not None):
+        raise ValueError("give MODEL or --suite, and not both")
+    given = [
+        parameter
+        for parameter in context.command.params
+        if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    ]
+    for parameter in given:
+        name, option = str(parameter.name), parameter.opts[0]
+        if suite and name not in (*_SUITE_OPTIONS, *_SHARED_OPTIONS):
+            raise ValueError(f"{option} is not for --suite")
+        if not suite and name in _SUITE_OPTIONS:
+            raise ValueError(f"{option} is for --suite only")
+        if from_files and name not in ("suite", "from_files", "output", "as_json"):
+            raise ValueError(f"{option} is for measuring, and --from measures nothing")
+
+
+def _run_suite(out: _Output, output: str, from_files: list[str] | None, device: str | None, **options: Any) -> None:
+    from pathlib import Path
+
+    from . import plots
+    from . import suite as benchmarks
+
+    folder = Path(output).expanduser()
+    if from_files:
+        out.document = benchmarks.load(from_files)
+        plots.write(out.document, folder)
+    else:
+        import torch
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            with _progress() as progress:
+                out.document = benchmarks.run(folder, device=device, progress=progress, **options)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted; what was measured is in {folder}", err=True)
+            out.code = 130
+            return
+    rows = out.document["rows"]
+    notes = sum(row["note"] is not None for row in rows)
+    out.show(f"{len(rows) - notes} rows measured, {notes} not (see their notes); in {folder / 'suite.md'}")
 
 
 class _Output:
