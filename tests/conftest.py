@@ -6,6 +6,7 @@ import gc
 import os
 import warnings
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,8 +24,16 @@ from swinaccel import bias, dispatch, ops, patching, probe  # noqa: E402
 
 if helpers.TRITON_DEVICE == "cpu":
     helpers.mend_interpreter()
+    helpers.hasten_interpreter()
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The same problems at every run, so that a red test is one that a change made red. To look for others:
+# pytest --hypothesis-profile=explore
+_COMMON: dict = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **_COMMON)
+hypothesis.settings.register_profile("explore", print_blob=True, **_COMMON)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import math
 import os
@@ -70,6 +71,36 @@ def mend_interpreter() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def hasten_interpreter() -> None:
+    """Leave out what makes Triton's interpreter slow and shows nothing here: these tests would take twice as long.
+
+    It patches the whole language anew at every call of a device function, although the launch has done so; and it
+    follows every sum of integers with one in 64 bits, which no problem of these sizes needs (the test of offsets
+    beyond 32 bits runs on a GPU).
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[int] = set()  # modules' namespaces since the launch began
+
+    def launch(fn: Any) -> Any:
+        patched.clear()
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang = launch
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
 
 
 def skip_interpreted_bfloat16(backend: str, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ import helpers
 import pytest
 import torch
 from helpers import TRITON_DEVICE
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_kernels import DTYPES, GPU_CASES, HEAD_DIMS, HEADS_APART, VOLUMES, Case, draw_case, heads_apart
 from torch import Tensor
@@ -91,14 +91,34 @@ def compare(qkv: Any, geometry: Geometry, **options: Any) -> dict[str, Tensor]:
         assert one.shape == expected.shape, name
         assert bool(torch.isfinite(one).all()), f"unwritten or overflown gradient of {name}"
         if q.dtype == torch.float32:
-            # What is a small sum of large terms, as a one-hot softmax makes it, comes inexact from anyone.
-            own = (plain[name].double() - expected).abs().max()
             error = (one.double() - expected).abs().max()
-            allowed = max(helpers.FP32 * expected.abs().max().clamp_min(1e-3), 2 * own)
-            assert error <= allowed, f"gradient of {name} is off by {error:.1e}, {allowed:.1e} is allowed"
+            if error > helpers.FP32 * expected.abs().max().clamp_min(1e-3):
+                # What is a small sum of large terms comes inexact from anyone: as inexact as its inputs make it.
+                own = (plain[name].double() - expected).abs().max()
+                allowed = max(2 * own, 4 * change_by_rounding(name, qkv, geometry, grad, expected, **options))
+                assert error <= allowed, f"gradient of {name} is off by {error:.1e}, {allowed:.1e} is allowed"
         else:
             assert_no_worse(name, one, plain[name], expected)
     return found
+
+
+def change_by_rounding(
+    name: str, qkv: Any, geometry: Geometry, grad: Tensor, expected: Tensor, **options: Any
+) -> Tensor:
+    """How far a gradient moves if every input is off by about one rounding to fp32; the largest of four draws."""
+    moved = []
+    for seed in range(4):
+        generator = torch.Generator(grad.device).manual_seed(seed)
+
+        def off(tensor: Tensor, generator: torch.Generator = generator) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float64)
+            return tensor.double() * (1 + 2.0**-24 * noise)
+
+        _, gradient = reference_gradients(qkv, geometry, grad, off, **options)
+        moved.append((gradient[name] - expected).abs().max())
+    return torch.stack(moved).max()
 
 
 def assert_no_worse(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -498,7 +518,7 @@ def test_second_derivatives_with_dropout_are_refused():
 
 
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15)
 def test_any_problem(data):
     case = draw_case(data, 40)
     assume(not (case.cosine and case.dim == 1))  # the gradients of q and k vanish there, and are nothing but roundings

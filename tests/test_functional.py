@@ -12,7 +12,7 @@ import pytest
 import test_kernels
 import torch
 from helpers import TRITON_DEVICE
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -385,7 +385,7 @@ def test_what_the_kernels_do_not_take(case, backend, monkeypatch):
 
 
 @given(data=st.data())
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6)
 @BOTH
 def test_any_problem(data, backend):
     masks = data.draw(st.integers(0, 3), "masks")

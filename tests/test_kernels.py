@@ -11,7 +11,7 @@ import helpers
 import pytest
 import torch
 from helpers import TRITON_DEVICE, position_index, table_rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -524,7 +524,7 @@ def draw_case(data: Any, largest_dim: int) -> Case:
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25)
 def test_any_problem(data):
     case = draw_case(data, 48)
     qkv, options = case.make(torch.float32, seed=data.draw(st.integers(0, 9), "seed"))

@@ -11,7 +11,7 @@ import helpers
 import pytest
 import torch
 from helpers import TRITON_DEVICE
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,7 +202,7 @@ def test_fp32_positions_as_factors_of_half_precision(dtype, small_tiles):
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12)
 def test_any_block(data, small_tiles):
     case = Case(
         data.draw(st.integers(1, 50), "tokens"),
@@ -215,7 +215,7 @@ def test_any_block(data, small_tiles):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40)
 def test_any_block_in_plain_pytorch(data):
     case = Case(
         data.draw(st.integers(1, 300), "tokens"),
@@ -226,7 +226,7 @@ def test_any_block_in_plain_pytorch(data):
 
 
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8)
 def test_any_bias(data, small_tiles):
     case = Case(
         data.draw(st.integers(1, 40), "tokens"),
