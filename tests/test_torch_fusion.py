@@ -32,14 +32,22 @@ def image(size, batch=3):
     return torch.randn(batch, 3, *size)
 
 
+def features(model):
+    """The model without its head: of a few logits, errors have no statistics."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(0, "")
+        return model
+    return nn.Sequential(model.features, model.norm)
+
+
 MODELS = {
     "hf-swin": (lambda: helpers.huggingface("Swin"), (44, 36), 4),
     "hf-swinv2": (lambda: helpers.huggingface("Swinv2"), (44, 36), 4),
     "hf-donut": (lambda: helpers.huggingface("DonutSwin"), (32, 32), 4),
-    "timm-v1": (lambda: helpers.timm_v1(window=4, img_size=64), (64, 64), 3),
-    "timm-v2": (lambda: helpers.timm_v2(window=4), (64, 64), 3),
-    "torchvision-v1": (lambda: helpers.torchvision_model(), (44, 36), 4),
-    "torchvision-v2": (lambda: helpers.torchvision_model(v2=True), (44, 36), 4),
+    "timm-v1": (lambda: features(helpers.timm_v1(window=4, img_size=64)), (64, 64), 3),
+    "timm-v2": (lambda: features(helpers.timm_v2(window=4)), (64, 64), 3),
+    "torchvision-v1": (lambda: features(helpers.torchvision_model()), (44, 36), 4),
+    "torchvision-v2": (lambda: features(helpers.torchvision_model(v2=True)), (44, 36), 4),
 }
 
 
