@@ -26,7 +26,8 @@ if helpers.TRITON_DEVICE == "cpu":
     helpers.mend_interpreter()
     helpers.hasten_interpreter()
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers of pytest-xdist are as many as the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 # The same problems at every run, so that a red test is one that a change made red. To look for others:
 # pytest --hypothesis-profile=explore
