@@ -22,6 +22,7 @@ import helpers  # noqa: E402
 
 from swinaccel import bias, dispatch, ops, patching, probe  # noqa: E402
 
+torch.backends.cudnn.allow_tf32 = False  # it is on by default: patch embeddings in fp32 would depend on the algorithm
 if helpers.TRITON_DEVICE == "cpu":
     helpers.mend_interpreter()
     helpers.hasten_interpreter()
