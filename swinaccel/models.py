@@ -15,6 +15,7 @@ Without `pretrained` nothing is downloaded, but for the configuration of a hub n
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -22,7 +23,8 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,19 +32,9 @@ import torch
 from torch import Tensor, nn
 
 ACCEPTED = "timm:NAME, torchvision:NAME, hf:NAME, or path/to/file.py:FACTORY"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-_SHORT_DTYPES = {
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp64": "float64",
-}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_DTYPES |= {"half": torch.float16}
 
 _DEPTHS = {"tiny": (2, 2, 6, 2), "small": (2, 2, 18, 2), "base": (2, 2, 18, 2), "large": (2, 2, 18, 2)}
 _WIDTHS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
@@ -111,10 +103,9 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating-point dtype of a name such as "bfloat16" or "bf16"."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    found = DTYPES.get(_SHORT_DTYPES.get(dtype, dtype))
-    if found is None:
-        raise ValueError(f"dtype must be one of {', '.join((*DTYPES, *_SHORT_DTYPES))}; got {dtype!r}")
-    return found
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    return _DTYPES[dtype]
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -153,72 +144,42 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
-    timm = _library("timm")
+    timm = library("timm")
     known = name.split(".")[0]
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(known):
         raise ValueError(f"timm has no model {name!r}{_similar(known, timm.list_models())}")
     options = {} if size is None else {"img_size": size}
-    model = _made(lambda: timm.create_model(name, pretrained=pretrained, **options), "timm", name, pretrained)
-    shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
-    if size is not None:
-        shape = (shape[0], size, size)
-    return Loaded(model, _images(shape))
+    model = _made(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}", pretrained)
+    channels, *sides = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    return Loaded(model, _images(channels, *(sides if size is None else (size, size))))
 
 
 def _torchvision(name: str, pretrained: bool, size: int | None) -> Loaded:
-    library = _library("torchvision").models
-    if name not in library.list_models():
-        raise ValueError(f"torchvision has no model {name!r}{_similar(name, library.list_models())}")
-    weights = getattr(library.get_model_weights(name), "DEFAULT", None)
-    model = _made(
-        lambda: library.get_model(name, weights=weights if pretrained else None),
-        "torchvision",
-        name,
-        pretrained,
-    )
+    zoo = library("torchvision").models
+    if name not in zoo.list_models():
+        raise ValueError(f"torchvision has no model {name!r}{_similar(name, zoo.list_models())}")
+    weights = getattr(zoo.get_model_weights(name), "DEFAULT", None)
+    make = partial(zoo.get_model, name, weights=weights if pretrained else None)
+    model = _made(make, f"torchvision:{name}", pretrained)
     crop = getattr(weights.transforms(), "crop_size", None) if weights is not None else None
     side = size or (crop[0] if crop else 224)
-    frames = (16,) if name in library.list_models(module=library.video) else ()
-    return Loaded(model, _images((3, *frames, side, side)))
+    frames = (16,) if name in zoo.list_models(module=zoo.video) else ()
+    return Loaded(model, _images(3, *frames, side, side))
 
 
 def _huggingface(name: str, pretrained: bool, size: int | None) -> Loaded:
-    library = _library("transformers")
-    options = {} if size is None else {"image_size": size}
+    transformers = library("transformers")
     path = Path(name).expanduser()
-    if name in HUGGINGFACE or (name in library.CONFIG_MAPPING and not path.exists()):
-        if pretrained:
-            raise ValueError(
-                f"hf:{name} is an architecture without weights; for weights give a hub name such as"
-                " hf:microsoft/swin-tiny-patch4-window7-224, or a folder"
-            )
-        kind, settings = HUGGINGFACE.get(name, (name, {}))
-        config = library.AutoConfig.for_model(kind, **{**settings, **options})
-    elif path.exists() or name.count("/") == 1:
-        config = _made(
-            lambda: library.AutoConfig.from_pretrained(path if path.exists() else name, **options),
-            "transformers",
-            name,
-            not path.exists(),
-        )
-    else:
-        raise ValueError(
-            f"hf:{name} is no architecture ({', '.join(HUGGINGFACE)}), no model type of transformers"
-            f"{_similar(name, library.CONFIG_MAPPING)}, no hub name (owner/name) and no folder or config.json"
-        )
-    kind = next((k for k in getattr(config, "architectures", None) or () if hasattr(library, k)), "AutoModel")
-    maker = getattr(library, kind)
+    is_local = path.exists()
+    config = _huggingface_config(transformers, name, pretrained, {} if size is None else {"image_size": size})
+    kind = next((k for k in getattr(config, "architectures", None) or () if hasattr(transformers, k)), "AutoModel")
+    maker = getattr(transformers, kind)
     if pretrained:
-        folder = path.parent if path.is_file() else path
-        model = _made(
-            lambda: maker.from_pretrained(folder if folder.exists() else name, config=config),
-            "transformers",
-            name,
-            not path.exists(),
-        )
+        source = (path.parent if path.is_file() else path) if is_local else name
+        make = partial(maker.from_pretrained, source, config=config)
     else:
-        from_config = maker.from_config if kind == "AutoModel" else maker
-        model = _made(lambda: from_config(config), "transformers", name, False)
+        make = partial(maker.from_config if kind == "AutoModel" else maker, config)
+    model = _made(make, f"hf:{name}", pretrained and not is_local)
 
     def example_inputs(batch: int) -> tuple[Any, ...]:
         if model.main_input_name != "pixel_values" or not hasattr(config, "image_size"):
@@ -227,9 +188,28 @@ def _huggingface(name: str, pretrained: bool, size: int | None) -> Loaded:
                 " write a factory and example_inputs(batch), and give them as path/to/file.py:FACTORY"
             )
         sides = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        return _images((getattr(config, "num_channels", 3), *sides))(batch)
+        return _images(getattr(config, "num_channels", 3), *sides)(batch)
 
     return Loaded(model, example_inputs)
+
+
+def _huggingface_config(transformers: Any, name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    path = Path(name).expanduser()
+    if name in HUGGINGFACE or (name in transformers.CONFIG_MAPPING and not path.exists()):
+        if pretrained:
+            raise ValueError(
+                f"hf:{name} is an architecture without weights; for weights give a hub name such as"
+                " hf:microsoft/swin-tiny-patch4-window7-224, or a folder"
+            )
+        kind, settings = HUGGINGFACE.get(name, (name, {}))
+        return transformers.AutoConfig.for_model(kind, **{**settings, **options})
+    if not path.exists() and name.count("/") != 1:
+        raise ValueError(
+            f"hf:{name} is no architecture ({', '.join(HUGGINGFACE)}), no model type of transformers"
+            f"{_similar(name, transformers.CONFIG_MAPPING)}, no hub name (owner/name) and no folder or config.json"
+        )
+    make = partial(transformers.AutoConfig.from_pretrained, path if path.exists() else name, **options)
+    return _made(make, f"hf:{name}", downloads=not path.exists())
 
 
 def _from_file(name: str, size: int | None) -> Loaded:
@@ -256,8 +236,7 @@ def _from_file(name: str, size: int | None) -> Loaded:
         raise ValueError(f"{name} must return a torch.nn.Module; it returned a {type(model).__name__}")
     given = getattr(model, "example_inputs", None) or getattr(module, "example_inputs", None)
     if given is None:
-        side = size or 224
-        return Loaded(model, _images((3, side, side)))
+        return Loaded(model, _images(3, size or 224, size or 224))
 
     def example_inputs(batch: int) -> tuple[Any, ...]:
         inputs = given(batch) if callable(given) else given
@@ -273,77 +252,71 @@ _LOADERS: dict[str, Callable[[str, bool, int | None], Loaded]] = {
 }
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """A module of a library that swinaccel does not require.
+
+    Raises:
+        ImportError: where the library is not installed; the message says what to install.
+    """
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name not in (name, package):
             raise
-        raise ImportError(f'{name} is not installed; pip install "swinaccel[bench]" brings it') from None
+        raise ImportError(f'{package} is not installed; pip install "swinaccel[bench]" brings it') from None
 
 
-def _made(make: Callable[[], Any], library: str, name: str, downloads: bool) -> Any:
+def _made(make: Callable[[], Any], name: str, downloads: bool) -> Any:
     """What `make` returns, its errors as one sentence."""
     try:
-        with _no_retries(downloads and library != "torchvision"):
+        with _no_retries() if downloads and not name.startswith("torchvision:") else nullcontext():
             return make()
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
         advice = " (this needs a network, or the cache of an earlier download)" if downloads else ""
-        raise ValueError(f"{library} cannot make {name!r}: {type(error).__name__}: {text}{advice}") from error
+        raise ValueError(f"{name} cannot be made: {type(error).__name__}: {text}{advice}") from error
 
 
 @contextmanager
-def _no_retries(downloads: bool) -> Iterator[None]:
+def _no_retries() -> Iterator[None]:
     """Where the Hugging Face hub cannot be reached, say so to its client, which else tries for most of a minute."""
-    if not downloads or hub_is_reachable():
-        yield
-        return
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def hub_is_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hugging Face hub (or the mirror in use) answers at all, within seconds."""
-    try:
-        from huggingface_hub import constants
-    except ModuleNotFoundError:
-        return False
-    if constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    answers: list[bool] = []
+def _answers(url: str, timeout: float = 3.0) -> bool:
+    """Whether a server answers at all, within seconds."""
+    answered = threading.Event()
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(request, timeout=timeout):
-                answers.append(True)
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
         except urllib.error.HTTPError:
-            answers.append(True)
+            pass
         except Exception:
-            answers.append(False)
+            return
+        answered.set()
 
     # A thread, since looking a name up has no timeout of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
-    return answers == [True]
+    return answered.is_set()
 
 
 def _similar(name: str, known: Any) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; close to it: {', '.join(close)}" if close else ""
 
 
-def _images(shape: tuple[int, ...]) -> Callable[[int], tuple[Tensor, ...]]:
+def _images(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     """Inputs of noise, the same at every call."""
     return lambda batch: (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),)
 
