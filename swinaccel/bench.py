@@ -12,9 +12,10 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import api
+from . import api, plots
+from .backends.triton import first_line
 from .report import Report
 from .verify import _flat
 
 Progress = Callable[[str, int, int], None]
 
-_SAMPLE_MS = 20.0  # a CUDA sample is as many calls as take this long
+SAMPLE_MS = 20.0  # a CUDA sample is as many calls as take this long
 _BUDGET_MS = 20_000.0  # for all samples, where the number of rounds is not given
 
 
@@ -47,6 +49,7 @@ class Variant:
             does not count it.
         speedup: the original's median over this one's.
         difference: largest difference to the original's output, relative to its largest value.
+        timed: what the times are of: "calls", or "CUDA graph".
         error: why it did not run, and everything above is None; None otherwise.
     """
 
@@ -58,6 +61,7 @@ class Variant:
     peak_memory_mib: float | None = None
     speedup: float | None = None
     difference: float | None = None
+    timed: str | None = None
     error: str | None = None
 
 
@@ -120,67 +124,38 @@ class BenchResult:
             box=box.SIMPLE,
             title_justify="left",
         )
-        has_memory = any(variant.peak_memory_mib is not None for variant in self.variants)
+        cells: dict[str, Callable[[Variant], str]] = {
+            "ms / batch": lambda row: plots.number(row.latency_ms),
+            "p10 - p90": lambda row: f"{plots.number(row.p10_ms)} - {plots.number(row.p90_ms)}",
+            "images / s": lambda row: plots.number(row.images_per_s),
+            "peak MiB": lambda row: plots.number(row.peak_memory_mib),
+            "speed-up": lambda row: "failed" if row.speedup is None else f"{row.speedup:.2f}x",
+            "difference": lambda row: "" if row.name == "original" else f"{row.difference or 0:.1e}",
+        }
+        if all(row.peak_memory_mib is None for row in self.variants):
+            del cells["peak MiB"]
         table.add_column("variant", no_wrap=True)
-        for column in ("ms / batch", "p10 - p90", "images / s", *(["peak MiB"] if has_memory else ())):
+        for column in cells:
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("speed-up", justify="right", no_wrap=True)
-        table.add_column("difference", justify="right", no_wrap=True)
         for row in self.variants:
-            if row.latency_ms is None or row.p10_ms is None or row.p90_ms is None:
-                table.add_row(row.name, "-", "-", "-", *(["-"] if has_memory else ()), "failed", "-")
-                continue
-            table.add_row(
-                row.name,
-                _digits(row.latency_ms),
-                f"{_digits(row.p10_ms)} - {_digits(row.p90_ms)}",
-                _digits(row.images_per_s or 0.0),
-                *([_digits(row.peak_memory_mib or 0.0)] if has_memory else ()),
-                f"{row.speedup:.2f}x",
-                "" if row.name == "original" else f"{row.difference:.1e}",
-            )
+            table.add_row(row.name, *("-" if row.error else cell(row) for cell in cells.values()))
         notes = [f"{row.name} failed: {row.error}" for row in self.variants if row.error is not None]
+        training = " (of the first step; torch.compile draws random numbers of its own)"
         notes.append(
-            f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles."
-            " Difference: to the original's output, relative to its largest value"
-            + (
-                " (of the first step; torch.compile draws random numbers of its own)."
-                if self.mode == "training"
-                else "."
-            )
+            f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles. Difference: to the"
+            f" original's output, relative to its largest value{training if self.mode == 'training' else ''}."
         )
         return Group(table, Text("\n".join(notes)))
 
     def plot(self, path: str | Path) -> None:
-        """Draw the medians as bars, with their percentiles, into an image file.
+        """Draw the medians as bars into an image file.
 
         Raises:
             ImportError: without matplotlib; the message says what to install.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError:
-            raise ImportError('matplotlib is not installed; pip install "swinaccel[bench]" brings it') from None
-        rows = [row for row in self.variants if row.latency_ms is not None]
-        medians = [row.latency_ms or 0.0 for row in rows]
-        spread = [
-            [median - (row.p10_ms or 0.0) for row, median in zip(rows, medians, strict=True)],
-            [(row.p90_ms or 0.0) - median for row, median in zip(rows, medians, strict=True)],
-        ]
-        figure = Figure(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
-        colors = ["#2a7f62" if row.name.startswith("accelerated") else "#9aa5b1" for row in rows]
-        names = [row.name for row in rows]
-        axes.barh(names, medians, xerr=spread, color=colors, error_kw={"ecolor": "#444444", "capsize": 3})
-        top = max((row.p90_ms or 0.0 for row in rows), default=1.0)
-        for position, row in enumerate(rows):
-            axes.text((row.p90_ms or 0.0) + 0.015 * top, position, f"{row.speedup:.2f}x", va="center")
-        axes.set_xlim(0, 1.12 * top)
-        axes.invert_yaxis()
+        row = {"name": self.mode, "dtype": self.dtype, "variants": [asdict(variant) for variant in self.variants]}
         call = "training step" if self.mode == "training" else "batch"
-        axes.set_xlabel(f"ms per {call} of {self.batch}, {self.dtype}, {self.device} (less is better)")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=150)
+        plots.bars([row], "latency_ms", f"ms per {call} of {self.batch}, {self.device} (less is better)", path)
 
 
 def run(
@@ -203,7 +178,7 @@ def run(
         inputs: what it is called with; the first tensor's first axis is the batch.
         rounds: how often each variant is sampled; unless given, as often as about 20 seconds allow, 10 to 50 times.
         train: a call is a training step: forward, the mean square of all outputs as loss, backward, AdamW.
-        autocast: run forward and loss under autocast to this dtype, as training usually does.
+        autocast: where `train`, run the forward under autocast to this dtype, as is usual.
         compile: measure the torch.compile variants too; on CUDA devices, unless given.
         compile_mode: `mode` of torch.compile, such as "reduce-overhead" or "max-autotune"; or several, each of which
             gives its own two variants.
@@ -220,138 +195,148 @@ def run(
         raise ValueError("inputs must hold a tensor: run(model, (images,))")
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
-    device = tensors[0].device
-    is_cuda = device.type == "cuda"
-    compile = is_cuda if compile is None else compile
+    if autocast is not None and not train:
+        raise ValueError("autocast is for train=True")
+    device, batch = tensors[0].device, tensors[0].shape[0] if tensors[0].dim() else 1
+    compile = device.type == "cuda" if compile is None else compile
     modes = (compile_mode,) if compile_mode is None or isinstance(compile_mode, str) else tuple(compile_mode)
     own_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    with _compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train):
-        makers, accelerated = _variants(model, modes if compile else (), options, train, autocast)
-        batch = tensors[0].shape[0] if tensors[0].dim() else 1
-        variants, rounds = _measure(
-            makers, lambda call: _Runner(call, inputs, device, own_bytes), rounds, progress, batch, deadline
-        )  # fmt: skip
+    own_bytes += 2 * sum(t.nbytes for t in model.parameters() if train and t.requires_grad)  # the optimizer's moments
+
+    def start(make: Callable[[], Any]) -> Runner:
+        return Runner(_Step(make(), autocast) if train else make(), inputs, device, own_bytes)
+
+    with compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train):
+        makers, accelerated = _variants(model, modes if compile else (), options, train)
+        starters = {name: partial(start, make) for name, make in makers.items()}
+        variants, rounds = measure(starters, rounds, batch, progress, deadline)
         report = api.report(accelerated)
     return BenchResult(
         variants=variants,
         batch=batch,
         dtype=_dtypes(tensors, autocast),
         mode="training" if train else "inference",
-        device=_device_name(device),
+        device=device_name(device),
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=version("triton"),
         threads=torch.get_num_threads(),
         rounds=rounds,
         report=report,
     )
 
 
-def _measure(
-    makers: Mapping[str, Callable[[], Any]],
-    start: Callable[[Any], _Runner],
+def measure(
+    starters: Mapping[str, Callable[[], Runner]],
     rounds: int | None,
-    progress: Progress | None,
-    batch: int,
+    batch: int = 1,
+    progress: Progress | None = None,
     deadline: float | None = None,
 ) -> tuple[tuple[Variant, ...], int]:
-    """A row for each of `makers`, which took turns, and the number of rounds.
+    """A row for each of `starters`, which take turns, and the number of rounds; arguments as those of `run`.
 
-    `start` makes a runner of what a maker makes. What fails is a row with its reason, but for "original".
+    The first is the yardstick of the others. What fails is a row with its reason, but for "original".
     """
-    tick = _Ticker(progress, len(makers) + (rounds or 10))
-    runners: dict[str, _Runner] = {}
+    tell = progress or (lambda *_: None)
+    runners: dict[str, Runner] = {}
     errors: dict[str, str] = {}
     expected: list[Tensor] = []
-    for name, make in makers.items():
-        tick(f"warming up: {name}")
+    for done, (name, start) in enumerate(starters.items()):
+        tell(f"warming up: {name}", done, len(starters) + (rounds or 10))
         if deadline is not None and runners and time.monotonic() > deadline:
             errors[name] = "not run: the time was up"
             continue
         try:
-            runner = start(make())
+            runner = start()
             outputs = runner.warm_up()
         except Exception as error:
             if name == "original":
-                text = str(error).strip().splitlines()
-                raise RuntimeError(
-                    f"the model does not run: {type(error).__name__}: {text[0] if text else ''}"
-                ) from error
-            errors[name] = _sentence(error)
+                raise RuntimeError(f"the model does not run: {first_line(error)}") from error
+            errors[name] = first_line(error)
             continue
         expected = expected or outputs
-        runner.difference = _difference(outputs, expected)
+        runner.difference = difference(outputs, expected)
         runners[name] = runner
     order = list(runners)
     if rounds is None:
         round_ms = sum(runner.sample_ms for runner in runners.values())
         rounds = max(10, min(50, int(_BUDGET_MS / max(1e-3, round_ms))))
-        tick.total = len(makers) + rounds
     for index in range(rounds if order else 0):
-        tick("measuring")
+        tell("measuring", len(starters) + index, len(starters) + rounds)
         first = index % len(order)  # no variant always follows the same one
         for name in order[first:] + order[:first]:
             runners[name].sample()
-    first_name = next(iter(makers))
-    yardstick = statistics.median(runners[first_name].samples) if first_name in runners else None
+    yardstick = runners.get(next(iter(starters)))
     return tuple(
-        runners[name].row(name, batch, yardstick) if name in runners else Variant(name, error=errors[name])
-        for name in makers
+        Variant(name, error=errors[name]) if name in errors else runners[name].row(name, batch, yardstick)
+        for name in starters
     ), rounds
 
 
 def _variants(
-    model: nn.Module,
-    modes: Sequence[str | None],
-    options: dict[str, Any],
-    train: bool,
-    autocast: torch.dtype | None,
+    model: nn.Module, modes: Sequence[str | None], options: dict[str, Any], train: bool
 ) -> tuple[dict[str, Callable[[], Callable[..., Any]]], nn.Module]:
     """What makes each variant, by its name; and the accelerated one."""
-
-    def twin() -> nn.Module:
-        return _trained_twin(model) if train else _twin(model)
-
+    twin = partial(_twin, model, train)
     # Accelerated first: a dispatcher that comes onto a class after a compiled run makes that compile again.
     accelerated, *both = (api.accelerate(twin(), **options) for _ in range(1 + len(modes)))
     makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": twin}
     other = _other_attention(model)
     if other is not None:
-        name, choose = other
-        makers[name] = lambda: choose(twin())
+        makers["SDPA" if other == "sdpa" else "eager attention"] = lambda: _with_attention(twin(), other)
 
-    def compiled(mode: str | None, make: Callable[[], nn.Module]) -> Callable[[], Callable[..., Any]]:
-        return lambda: torch.compile(make(), mode=mode)
+    def compiled(mode: str | None, fast: nn.Module | None = None) -> Callable[..., Any]:
+        return torch.compile(twin() if fast is None else fast, mode=mode)
 
     labels = [f" {mode}" if mode and len(modes) > 1 else "" for mode in modes]
     for mode, label in zip(modes, labels, strict=True):
-        makers[f"torch.compile{label}"] = compiled(mode, twin)
+        makers[f"torch.compile{label}"] = partial(compiled, mode)
     makers["accelerated"] = lambda: accelerated
     for mode, label, fast in zip(modes, labels, both, strict=True):
-        makers[f"accelerated + torch.compile{label}"] = compiled(mode, lambda fast=fast: fast)  # type: ignore[misc]
-    if train:
-        return {name: lambda make=make: _Step(make(), autocast) for name, make in makers.items()}, accelerated  # type: ignore[misc]
-    if autocast is not None:
-        return {name: lambda make=make: _under(make(), autocast) for name, make in makers.items()}, accelerated  # type: ignore[misc]
+        makers[f"accelerated + torch.compile{label}"] = partial(compiled, mode, fast)
     return makers, accelerated
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters and buffers, unaccelerated and in eval mode."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return api.restore(copy.deepcopy(model, shared)).eval()
+def _twin(model: nn.Module, train: bool) -> nn.Module:
+    """An unaccelerated copy: in eval mode with the same parameters and buffers, or in train mode with its own."""
+    shared: dict[int, Any] = {} if train else {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return api.restore(copy.deepcopy(model, shared)).train(train)
 
 
-def _trained_twin(model: nn.Module) -> nn.Module:
-    """A copy with parameters of its own, unaccelerated and in train mode."""
-    return api.restore(copy.deepcopy(model)).train()
+def _other_attention(model: nn.Module) -> str | None:
+    """The attention that the model's library offers besides the one in use: "sdpa", "eager" or None."""
+    if _unfused(model):
+        return "sdpa"
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    has_both = getattr(model, "_supports_sdpa", False) and implementation in ("eager", "sdpa")  # Hugging Face
+    return ("sdpa" if implementation == "eager" else "eager") if has_both else None
 
 
-def _under(model: Callable[..., Any], autocast: torch.dtype) -> Callable[..., Any]:
-    def call(*inputs: Any) -> Any:
-        with torch.autocast(inputs[0].device.type, autocast):
-            return model(*inputs)
+def _with_attention(model: nn.Module, implementation: str) -> nn.Module:
+    """The same model, with its library's other attention."""
+    unfused = _unfused(model)
+    for module in unfused:
+        module.fused_attn = True
+    if not unfused:
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
+    return model
 
-    return call
+
+def _unfused(model: nn.Module) -> list[Any]:
+    """timm's attentions that could be SDPA's."""
+    return [module for module in model.modules() if getattr(module, "fused_attn", None) is False]
+
+
+def forward(
+    model: Callable[..., Any], inputs: Iterable[Any], device: torch.device, autocast: torch.dtype | None
+) -> list[Tensor]:
+    """All floating-point outputs of a model, under autocast to a dtype or without."""
+    with torch.autocast(device.type, autocast) if autocast else nullcontext():
+        return _flat(model(*inputs))
+
+
+def mean_square(outputs: Sequence[Tensor]) -> Tensor:
+    """A loss, fp32: the sum of the outputs' mean squares."""
+    return torch.stack([output.float().square().mean() for output in outputs]).sum()
 
 
 class _Step:
@@ -359,53 +344,28 @@ class _Step:
 
     def __init__(self, model: Any, autocast: torch.dtype | None) -> None:
         self.model, self.autocast = model, autocast
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        is_cuda = self.parameters[0].device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=is_cuda)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = parameters[0].device
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=self.device.type == "cuda")
 
     def __call__(self, *inputs: Any) -> list[Tensor]:
-        device = inputs[0].device.type
-        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
-            outputs = [tensor for tensor in _flat(self.model(*inputs)) if tensor.is_floating_point()]
-            loss = torch.stack([output.float().square().mean() for output in outputs]).sum()
-        loss.backward()
+        outputs = forward(self.model, inputs, self.device, self.autocast)
+        mean_square(outputs).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return [output.detach() for output in outputs]
 
 
-def _other_attention(model: nn.Module) -> tuple[str, Callable[[nn.Module], nn.Module]] | None:
-    """The attention that the model's library offers besides the one in use: its name, and what chooses it."""
-    if any(getattr(module, "fused_attn", None) is False for module in model.modules()):  # timm
-        return "SDPA", _timm_fused
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if getattr(model, "_supports_sdpa", False) and implementation in ("sdpa", "eager"):  # Hugging Face
-        name, value = ("SDPA", "sdpa") if implementation == "eager" else ("eager attention", "eager")
-        return name, lambda twin: _huggingface_attention(twin, value)
-    return None
-
-
-def _timm_fused(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if getattr(module, "fused_attn", None) is False:
-            module.fused_attn = True  # type: ignore[assignment]
-    return model
-
-
-def _huggingface_attention(model: nn.Module, implementation: str) -> nn.Module:
-    model.set_attn_implementation(implementation)  # type: ignore[operator]
-    return model
-
-
-class _Runner:
+class Runner:
     """One variant: its calls, timed."""
 
-    def __init__(self, call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, own_bytes: int) -> None:
-        self.call, self.inputs, self.device = call, inputs, device
+    timed = "calls"
+
+    def __init__(
+        self, call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, own_bytes: int = 0
+    ) -> None:
+        self.call, self.inputs, self.device, self.own_bytes = call, inputs, device, own_bytes
         self.is_cuda = device.type == "cuda"
-        self.own_bytes = own_bytes
-        if isinstance(call, _Step):
-            self.own_bytes += 2 * sum(t.nbytes for t in call.parameters)  # the optimizer's moments
         self.samples: list[float] = []
         self.calls_per_sample = 1
         self.sample_ms = 0.0
@@ -416,19 +376,18 @@ class _Runner:
         """Compile, load and settle; the output of a call."""
         torch.manual_seed(0)  # drop-path of a training step: the same for all that draw in the original's order
         outputs = [tensor.clone() for tensor in _flat(self.call(*self.inputs))]
-        for _ in range(4 if self.is_cuda else 0):
-            self.call(*self.inputs)
         if self.is_cuda:
+            for _ in range(4):
+                self.call(*self.inputs)
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             self.call(*self.inputs)
             torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device) - before + self.own_bytes
-            self.peak_mib = peak / 2**20
+            self.peak_mib = (torch.cuda.max_memory_allocated(self.device) - before + self.own_bytes) / 2**20
         call_ms = self._time()
         if self.is_cuda:
-            self.calls_per_sample = max(1, min(50, math.ceil(_SAMPLE_MS / max(1e-3, call_ms))))
+            self.calls_per_sample = max(1, min(50, math.ceil(SAMPLE_MS / max(1e-3, call_ms))))
         self.sample_ms = call_ms * self.calls_per_sample
         return outputs
 
@@ -448,10 +407,12 @@ class _Runner:
             return start.elapsed_time(end) / self.calls_per_sample
         begin = time.perf_counter()
         self.call(*self.inputs)
-        _synchronize(self.device)
+        if self.device.type != "cpu" and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return (time.perf_counter() - begin) * 1e3
 
-    def row(self, name: str, batch: int, yardstick: float | None) -> Variant:
+    def row(self, name: str, batch: int, yardstick: Runner | None) -> Variant:
+        """The times as a row, beside those of `yardstick`."""
         median = statistics.median(self.samples)
         tenths = statistics.quantiles(self.samples, n=10, method="inclusive") if len(self.samples) > 1 else [median]
         return Variant(
@@ -461,32 +422,19 @@ class _Runner:
             p90_ms=tenths[-1],
             images_per_s=1e3 * batch / median,
             peak_memory_mib=self.peak_mib,
-            speedup=None if yardstick is None else yardstick / median,
+            speedup=None if yardstick is None else statistics.median(yardstick.samples) / median,
             difference=self.difference,
+            timed=self.timed,
         )
 
 
-class _Ticker:
-    """Tells `progress` of each step as it begins."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress(text, self.done, self.total)
-        self.done += 1
-
-
-@contextmanager
-def _compiler_room() -> Iterator[None]:
+def compiler_room() -> Any:
     """Several models of one class get compiled; at dynamo's usual limit the last would run uncompiled."""
-    with torch._dynamo.config.patch(recompile_limit=64):
-        yield
+    return torch._dynamo.config.patch(recompile_limit=64)
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference relative to the largest expected value; infinite where shape or finiteness does."""
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference relative to the largest expected value; infinite where shapes differ, or one is not finite."""
     if [t.shape for t in found] != [t.shape for t in expected]:
         return math.inf
     worst = 0.0
@@ -503,12 +451,8 @@ def _dtypes(tensors: list[Tensor], autocast: torch.dtype | None) -> str:
     return dtype if autocast is None else f"{dtype}, autocast to {str(autocast).split('.')[-1]}"
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type not in ("cpu", "cuda") and torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or what a CPU is."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -516,21 +460,9 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return f"{type(error).__name__}: {text}"[:200]
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, and no fewer than all before the point."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from .config import AccelConfig
     from .models import Loaded
@@ -118,8 +118,9 @@ def verify(
         out.code = 0 if result.passed else 1
 
 
-_SUITE_OPTIONS = ("output", "only", "quick", "minutes", "seed_repos", "from_files")
-_SHARED_OPTIONS = ("suite", "dtype", "device", "rounds", "compile", "as_json")
+_SUITE_OPTIONS = {"output", "only", "quick", "minutes", "seed_repos", "from_files"}
+_SHARED_OPTIONS = {"suite", "dtype", "device", "rounds", "compile", "as_json"}
+_DRAWING_OPTIONS = {"suite", "from_files", "output", "as_json"}
 
 
 @app.command(epilog=_EPILOG)
@@ -178,30 +179,25 @@ def bench(
         _check_bench(context, model, suite, from_files)
         if suite:
             wanted = only.split(",") if only else []
-            _run_suite(
-                out, output, from_files, dtype=dtype, device=device, rounds=rounds, compile=compile, only=wanted,
-                quick=quick, minutes=minutes, seed_repos=seed_repos,
-            )  # fmt: skip
+            options: dict[str, Any] = {"dtype": dtype, "device": device or _default_device(), "rounds": rounds}
+            options |= {
+                "compile": compile,
+                "only": wanted,
+                "quick": quick,
+                "minutes": minutes,
+                "seed_repos": seed_repos,
+            }
+            _run_suite(out, output, from_files, options)
             return
         assert model is not None
         options = _options(backend, bias, bias_energy)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         from . import bench as benchmark
 
-        autocast = _autocast(dtype, loaded) if train else None
-
+        options |= {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
+        options |= {"rounds": rounds, "compile": compile, "compile_mode": compile_mode}
         with _progress() as progress:
-            result = benchmark.run(
-                loaded.model,
-                loaded.example_inputs(batch),
-                rounds=rounds,
-                train=train,
-                autocast=autocast,
-                compile=compile,
-                compile_mode=compile_mode,
-                progress=progress,
-                **options,
-            )
+            result = benchmark.run(loaded.model, loaded.example_inputs(batch), progress=progress, **options)
         out.document = {"model": model, **result.to_dict()}
         out.show(model)
         out.show(result)
@@ -232,20 +228,14 @@ def precompute(
         from .config import AccelConfig, cache_dir
 
         config = AccelConfig(**_options("auto", bias, bias_energy))
-        rows = list(_factorize(loaded, config))
+        rows = list(_factorize(loaded.model, config, _parameter(loaded)))
         folder = cache_dir() / "factors"
-        if any(row["tokens"] and row["attempted"] for row in rows) and not os.access(folder, os.W_OK):
+        if any(row["attempted"] for row in rows) and not os.access(folder, os.W_OK):
             raise ValueError(f"the factors could not be kept: {folder} cannot be written (see SWINACCEL_CACHE_DIR)")
-        out.document = {
-            "model": model,
-            **_place(loaded),
-            "bias": bias,
-            "bias_energy": bias_energy,
-            "cache": str(folder),
-            "modules": rows,
-        }
+        out.document = {"model": model, **_place(loaded), "bias": bias, "bias_energy": bias_energy}
+        out.document |= {"cache": str(folder), "modules": rows}
         out.show(f"{model}, {_place(loaded)['dtype']}, bias={bias!r}")
-        out.show(_factor_table(rows))
+        out.show(_table(("module", "tokens", "rank", "largest error", "reason"), map(_factor_cells, rows)))
         found = sum(row["rank"] is not None for row in rows)
         out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
         if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
@@ -287,83 +277,72 @@ def tune(
             out.document["tuned"] = [{**place, "launches": launches} for place, launches in found]
             for place, launches in found:
                 out.show(", ".join(f"{name} {value}" for name, value in place.items()))
-                out.show(_launch_table([{"key": key, **record} for key, record in launches.items()]))
+                out.show(_launch_table({"key": key, **record} for key, record in launches.items()))
             out.show(f"{sum(len(launches) for _, launches in found)} tuned launches in {tuned.folder()}")
         else:
             loaded = _load(str(model), pretrained, "float32" if train else dtype, device, size)
             arguments: dict[str, Any] = {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
             out.document |= {"model": model, **_place(loaded), "batch": batch, "train": train}
-            rows = (_posed if dry_run else _tune)(loaded, loaded.example_inputs(batch), arguments)
+            rows = (_posed if dry_run else _tuned)(loaded.model, loaded.example_inputs(batch), arguments)
             out.document["problems"] = rows
             better = sum(row["tuned"] is not None for row in rows)
             out.show(f"{model}, batch {batch}")
-            out.show(_launch_table([row | {"parameters": row["tuned"] or row["default"]} for row in rows]))
+            out.show(_launch_table(row | {"parameters": row["tuned"] or row["default"]} for row in rows))
             for row in rows:
                 if row.get("error"):
                     out.show(f"{row['key']} failed: {row['error']}")
             out.show(f"{better} of {len(rows)} launches are tuned, kept in {tuned.folder()}")
 
 
-def _tune(loaded: Loaded, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def _tuned(model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each launch that was looked for."""
     from . import tuning
 
     with _progress() as progress:
-        return [one.to_dict() for one in tuning.run(loaded.model, inputs, progress=progress, **arguments)]
+        return [one.to_dict() for one in tuning.run(model, inputs, progress=progress, **arguments)]
 
 
-def _posed(loaded: Loaded, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def _posed(model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each launch that would be looked for, with what is known of it."""
     from . import tuning
     from .backends import tuned
 
     with _status("running it once"):
-        jobs = tuning.collect(loaded.model, inputs, **arguments)
+        jobs = tuning.collect(model, inputs, **arguments)
     rows = []
     for job in jobs:
         record = tuned.read(job.problem.device).get(job.key, {})
-        times = {name: record.get(name) for name in ("default_ms", "tuned_ms")}
-        default = tuned.parameters(job.default)
-        rows.append({"key": job.key, "default": default, "tuned": record.get("parameters"), **times})
+        row = {"key": job.key, "default": tuned.parameters(job.default), "tuned": record.get("parameters")}
+        rows.append(row | {name: record.get(name) for name in ("default_ms", "tuned_ms")})
     return rows
 
 
-def _launch_table(rows: list[dict[str, Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    table.add_column("launch", overflow="fold")
-    table.add_column("parameters", overflow="fold")
-    for column in ("default ms", "tuned ms", "tried"):
-        table.add_column(column, justify="right")
-    for row in rows:
+def _launch_table(rows: Iterable[dict[str, Any]]) -> Any:
+    def cells(row: dict[str, Any]) -> list[str]:
         parameters = " ".join(f"{name}={value}" for name, value in row["parameters"].items() if value is not None)
         times = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("default_ms", "tuned_ms"))
-        table.add_row(row["key"], parameters, *times, str(row.get("tried", "")))
-    return table
+        return [row["key"], parameters, *times, str(row.get("tried", ""))]
+
+    return _table(("launch", "parameters", "default ms", "tuned ms", "tried"), map(cells, rows))
 
 
 def _check_bench(context: typer.Context, model: str | None, suite: bool, from_files: list[str] | None) -> None:
     """No option is given that would do nothing."""
     if suite == (model is not None):
         raise ValueError("give MODEL or --suite, and not both")
-    given = [
-        parameter
-        for parameter in context.command.params
-        if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
-    ]
-    for parameter in given:
+    for parameter in context.command.params:
         name, option = str(parameter.name), parameter.opts[0]
-        if suite and name not in (*_SUITE_OPTIONS, *_SHARED_OPTIONS):
+        if getattr(context.get_parameter_source(name), "name", "") != "COMMANDLINE":
+            continue
+        if suite and name not in _SUITE_OPTIONS | _SHARED_OPTIONS:
             raise ValueError(f"{option} is not for --suite")
         if not suite and name in _SUITE_OPTIONS:
             raise ValueError(f"{option} is for --suite only")
-        if from_files and name not in ("suite", "from_files", "output", "as_json"):
+        if from_files and name not in _DRAWING_OPTIONS:
             raise ValueError(f"{option} is for measuring, and --from measures nothing")
 
 
-def _run_suite(out: _Output, output: str, from_files: list[str] | None, device: str | None, **options: Any) -> None:
+def _run_suite(out: _Output, output: str, from_files: list[str] | None, options: dict[str, Any]) -> None:
     from pathlib import Path
 
     from . import plots
@@ -371,15 +350,12 @@ def _run_suite(out: _Output, output: str, from_files: list[str] | None, device: 
 
     folder = Path(output).expanduser()
     if from_files:
-        out.document = benchmarks.load(from_files)
+        out.document = plots.load(from_files)
         plots.write(out.document, folder)
     else:
-        import torch
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             with _progress() as progress:
-                out.document = benchmarks.run(folder, device=device, progress=progress, **options)
+                out.document = benchmarks.run(folder, progress=progress, **options)
         except KeyboardInterrupt:
             typer.echo(f"interrupted; what was measured is in {folder}", err=True)
             out.code = 130
@@ -420,19 +396,10 @@ def _work(as_json: bool) -> Iterator[_Output]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        print(json.dumps(_finite(out.document), indent=2), file=stdout)
+        from .plots import finite
+
+        print(json.dumps(finite(out.document), indent=2), file=stdout)
     raise typer.Exit(out.code)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN; they become the strings "inf" and "nan"."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
@@ -445,14 +412,18 @@ def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, An
 
 
 def _load(model: str, pretrained: bool, dtype: str | None, device: str | None, size: int | None) -> Loaded:
-    import torch
-
     from . import models
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _default_device()
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     with _status(f"loading {model}"):
         return models.load(model, pretrained, dtype, device, size)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _autocast(dtype: str | None, loaded: Loaded) -> torch.dtype | None:
@@ -478,72 +449,60 @@ def _parameter(loaded: Loaded) -> torch.Tensor:
     raise ValueError("the model has no floating-point parameters")
 
 
-def _factorize(loaded: Loaded, config: AccelConfig) -> Iterator[dict[str, Any]]:
+def _factorize(model: nn.Module, config: AccelConfig, like: torch.Tensor) -> Iterator[dict[str, Any]]:
     """One row for each window attention: its factors are in the cache, or why there are none."""
+    from . import plan
+
+    entries = plan(model).entries
+    with _progress() as progress:
+        for done, entry in enumerate(entries):
+            progress(entry.name, done, len(entries))
+            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None, "attempted": False}
+            row["reason"] = entry.reason
+            yield row if entry.reason else row | _factor_row(model.get_submodule(entry.name), config, like)
+
+
+def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> dict[str, Any]:
     import copy
 
     import torch
 
-    from . import bias, families, plan
+    from . import bias, families
 
-    like = _parameter(loaded)
-    reasons = {entry.name: entry.reason for entry in plan(loaded.model)}
-    found = [(name, loaded.model.get_submodule(name)) for name in reasons]
-    with _progress() as progress:
-        for done, (name, module) in enumerate(found):
-            progress(name, done, len(found))
-            row: dict[str, Any] = {"name": name, "tokens": 0, "rank": None, "error": None}
-            row |= {"attempted": False, "reason": reasons[name]}
-            match = families.match(module)
-            if match is not None and row["reason"] is None:
-                twin = copy.deepcopy(module)
-                example = families.examples(match[0], twin)[0]
-                section = match[0].section(
-                    twin, *(torch.zeros(a).to(like) if isinstance(a, torch.Size) else a for a in example)
-                )
-                if isinstance(section, str):
-                    row["reason"] = section
-                else:
-                    row |= _factor_row(section, config, like.dtype, bias)
-            yield row
-
-
-def _factor_row(section: Any, config: AccelConfig, dtype: torch.dtype, bias: Any) -> dict[str, Any]:
-    import torch
-
+    twin = copy.deepcopy(module)
+    family = families.match(module)[0]  # type: ignore[index]
+    example = families.examples(family, twin)[0]
+    section = family.section(twin, *(torch.zeros(a).to(like) if isinstance(a, torch.Size) else a for a in example))
+    if isinstance(section, str):
+        return {"reason": section}
     tokens = section.geometry.tokens
     if tokens < bias.MIN_TOKENS:
         return {"tokens": tokens, "reason": f"a window of {tokens} tokens keeps its whole bias in registers"}
-    if config.bias == "auto" and config.bias_energy is None and dtype == torch.float32:
-        return {"tokens": tokens, "reason": "bias='auto' uses the exact table in float32"}
-    factors = bias.factors(section, config, dtype)
-    if factors is None:
-        if config.bias_energy is not None:
-            rule = f"holds {config.bias_energy:g} of its energy"
-        else:
-            rule = f"is exact to rounding in {str(dtype).split('.')[-1]}; --bias-energy 0.995 asks for less"
-        return {"tokens": tokens, "attempted": True, "reason": f"no rank that pays {rule}"}
-    return {"tokens": tokens, "attempted": True, "rank": factors.rank, "error": factors.error}
+    if not bias.wanted(config):
+        return {"tokens": tokens, "reason": "bias='auto' uses the exact table unless --bias-energy is given"}
+    factors = bias.factors(section, config, like.dtype)
+    if factors is not None:
+        return {"tokens": tokens, "attempted": True, "rank": factors.rank, "error": factors.error}
+    rule = f"is exact to rounding in {str(like.dtype).split('.')[-1]}; --bias-energy 0.995 asks for less"
+    if config.bias_energy is not None:
+        rule = f"holds {config.bias_energy:g} of its energy"
+    return {"tokens": tokens, "attempted": True, "reason": f"no rank that pays {rule}"}
 
 
-def _factor_table(rows: list[dict[str, Any]]) -> Any:
+def _factor_cells(row: dict[str, Any]) -> list[str]:
+    error = "" if row["error"] is None else f"{row['error']:.1e}"
+    return [row["name"] or "(model)", str(row["tokens"] or ""), str(row["rank"] or ""), error, row["reason"] or ""]
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Any:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
-    table.add_column("module", overflow="fold")
-    for column in ("tokens", "rank", "largest error"):
-        table.add_column(column, justify="right")
-    table.add_column("reason", overflow="fold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        table.add_row(
-            row["name"] or "(model)",
-            str(row["tokens"] or ""),
-            str(row["rank"] or ""),
-            error,
-            row["reason"] or "",
-        )
+        table.add_row(*row)
     return table
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from .models import library
+
 FORMAT = "swinaccel suite 1"
+
+Row = dict[str, Any]  # of a document
+Columns = dict[str, Callable[[Row], str]]
 
 _TITLES = {
     "attention": "Window attention, ms",
@@ -40,10 +48,28 @@ def is_ours(variant: str) -> bool:
     return variant.startswith(("accelerated", "swinaccel"))
 
 
+def load(files: Iterable[str | Path]) -> dict[str, Any]:
+    """The documents of several runs as one; see `merge`.
+
+    Raises:
+        ValueError: for a file that is none of a suite.
+    """
+    documents = []
+    for file in files:
+        try:
+            document = json.loads(Path(file).expanduser().read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"{file} was not written by bench --suite of this version")
+        documents.append(document)
+    return merge(documents)
+
+
 def merge(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Several documents as one; of a row that two runs on one device measured, the later one stays."""
     runs: list[dict[str, Any]] = []
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], Row] = {}
     for document in documents:
         offset = len(runs)
         runs += document["runs"]
@@ -58,32 +84,38 @@ def merge(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def write(document: dict[str, Any], folder: Path, draw: bool = True) -> None:
     """Put suite.json, suite.md and the plots into a folder; a reader never finds half a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    images: list[str] = document.get("plots", [])
     if draw:
         try:
-            images = document["plots"] = _draw(document, folder)
+            document["plots"] = _draw(document, folder)
         except ImportError as error:
             document["plots_note"] = str(error)
         else:
             document.pop("plots_note", None)
-    for name, text in (
-        ("suite.json", json.dumps(document, indent=1)),
-        ("suite.md", markdown(document, images)),
-    ):
+    texts = {"suite.json": json.dumps(finite(document), indent=1), "suite.md": markdown(document)}
+    for name, text in texts.items():
         part = folder / f".{name}.part"
         part.write_text(text + "\n")
         os.replace(part, folder / name)
 
 
-def markdown(document: dict[str, Any], images: Iterable[str] = ()) -> str:
-    """All tables of a document."""
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN; in any nesting they become the strings "inf" and "nan"."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """All tables of a document, and its plots."""
     lines = ["# Measured with swinaccel bench --suite", ""]
-    for number, run in enumerate(document["runs"]):
+    for place, run in enumerate(document["runs"]):
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
-        rates = ", ".join(f"{n} {_number(rate)}" for n, rate in run["matrix_tflop_s"].items() if rate)
+        rates = ", ".join(f"{n} {number(rate)}" for n, rate in run["matrix_tflop_s"].items() if rate)
         lines.append(
-            f"- Run {number}: {run['device']}; {versions}; {run['host']}; {run['begun']}; {run['rounds']} rounds."
-            f" Copy {_number(run['copy_gb_s'])} GB/s (read + write); matrix product, TFLOP/s: {rates or '–'}"
+            f"- Run {place}: {run['device']}; {versions}; {run['host']}; {run['begun']}; {run['rounds']} rounds."
+            f" Copy {number(run['copy_gb_s'])} GB/s (read + write); matrix product, TFLOP/s: {rates or '–'}"
             f" (fp32 products: {run['fp32_products']})."
         )
     lines += ["", _LEGEND]
@@ -95,17 +127,17 @@ def markdown(document: dict[str, Any], images: Iterable[str] = ()) -> str:
         for mode in dict.fromkeys(row["mode"] for row in rows):
             part = [row for row in rows if row["mode"] == mode]
             lines += ["", f"### {mode.capitalize()}", "", *_times(part), "", *_notes(part)]
-            if any(variant["peak_memory_mib"] for row in part for variant in row["variants"]):
+            if _has_memory(part):
                 what = "parameters included" if section in ("models", "training") else "beyond the inputs"
-                lines += ["", f"Peak memory, MiB, {what}:", "", *_memory(part)]
+                lines += ["", f"Peak memory, MiB, {what}:", "", *_table(part, _columns(part, _memory))]
     if document.get("plots_note"):
         lines += ["", f"No plots: {document['plots_note']}."]
-    for image in images:
+    for image in document.get("plots", ()):
         lines += ["", f"![{image.removesuffix('.png').replace('-', ' ')}]({image})"]
     return "\n".join(lines)
 
 
-def best(row: dict[str, Any], ours: bool) -> dict[str, Any] | None:
+def best(row: Row, ours: bool) -> dict[str, Any] | None:
     """A row's fastest variant of swinaccel's, or of all others; those that compute less do not count."""
     found = [
         v for v in row["variants"] if v["latency_ms"] and is_ours(v["name"]) == ours and "no mask" not in v["name"]
@@ -113,57 +145,60 @@ def best(row: dict[str, Any], ours: bool) -> dict[str, Any] | None:
     return min(found, key=lambda variant: variant["latency_ms"], default=None)
 
 
-def _times(rows: list[dict[str, Any]]) -> list[str]:
-    def floor(row: dict[str, Any]) -> str:
-        floors = row.get("floor") or {}
-        return " / ".join(_number(floors.get(name)) for name in ("memory_ms", "matrix_ms"))
+def _times(rows: list[Row]) -> list[str]:
+    def floors(row: Row) -> str:
+        found = row.get("floor") or {}
+        return " / ".join(number(found.get(name)) for name in ("memory_ms", "matrix_ms"))
 
-    def against(row: dict[str, Any]) -> str:
+    def against(row: Row) -> str:
         one, other = best(row, False), best(row, True)
         return f"{one['latency_ms'] / other['latency_ms']:.2f}x" if one and other else "–"
 
-    def of_floor(row: dict[str, Any]) -> str:
-        floors, ours = row.get("floor") or {}, best(row, True)
-        bound = max((value for value in floors.values() if value), default=None)
+    def of_floor(row: Row) -> str:
+        ours = best(row, True)
+        bound = max((value for value in (row.get("floor") or {}).values() if value), default=None)
         return f"{100 * bound / ours['latency_ms']:.0f} %" if bound and ours else "–"
 
-    def cell(variant: dict[str, Any]) -> str:
-        return f"{_number(variant['latency_ms'])} ({_number(variant['p10_ms'])})" if variant["latency_ms"] else "–"
+    def time(variant: dict[str, Any]) -> str:
+        return f"{number(variant['latency_ms'])} ({number(variant['p10_ms'])})" if variant["latency_ms"] else "–"
 
-    before = {"floor: memory / matrix": floor}
-    return _table(rows, before, cell, {"against the best peer": against, "floor / time": of_floor})
-
-
-def _memory(rows: list[dict[str, Any]]) -> list[str]:
-    return _table(rows, {}, lambda v: f"{v['peak_memory_mib']:,.0f}" if v["peak_memory_mib"] is not None else "–", {})
+    last = {"against the best peer": against, "floor / time": of_floor}
+    return _table(rows, {"floor: memory / matrix": floors} | _columns(rows, time) | last)
 
 
-def _table(
-    rows: list[dict[str, Any]],
-    before: Mapping[str, Callable[[dict[str, Any]], str]],
-    cell: Callable[[dict[str, Any]], str],
-    after: Mapping[str, Callable[[dict[str, Any]], str]],
-) -> list[str]:
-    names = _names(rows)
-    has_runs = len({row["run"] for row in rows}) > 1
-    header = ["case", "dtype", *(["run"] if has_runs else []), *before, *names, *after]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for row in rows:
-        found = {variant["name"]: variant for variant in row["variants"]}
-        cells = [row["name"], row["dtype"], *([str(row["run"])] if has_runs else [])]
-        cells += [show(row) for show in before.values()]
-        cells += [cell(found[name]) if name in found else "–" for name in names]
-        lines.append(f"| {' | '.join([*cells, *(show(row) for show in after.values())])} |")
-    return lines
+def _has_memory(rows: list[Row]) -> bool:
+    return any(variant["peak_memory_mib"] for row in rows for variant in row["variants"])
 
 
-def _names(rows: list[dict[str, Any]]) -> list[str]:
+def _memory(variant: dict[str, Any]) -> str:
+    return "–" if variant["peak_memory_mib"] is None else f"{variant['peak_memory_mib']:,.0f}"
+
+
+def _columns(rows: list[Row], show: Callable[[dict[str, Any]], str]) -> Columns:
+    """A column for each variant."""
+
+    def cell(name: str, row: Row) -> str:
+        return next((show(variant) for variant in row["variants"] if variant["name"] == name), "–")
+
+    return {name: partial(cell, name) for name in _names(rows)}
+
+
+def _table(rows: list[Row], columns: Columns) -> list[str]:
+    first: Columns = {"case": lambda row: row["name"], "dtype": lambda row: row["dtype"]}
+    if len({row["run"] for row in rows}) > 1:
+        first["run"] = lambda row: str(row["run"])
+    columns = first | columns
+    lines = [columns, ["---"] * len(columns), *([show(row) for show in columns.values()] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _names(rows: list[Row]) -> list[str]:
     """The variants of all rows, peers first."""
     names = list(dict.fromkeys(variant["name"] for row in rows for variant in row["variants"]))
     return sorted(names, key=is_ours)
 
 
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
+def _notes(rows: list[Row]) -> list[str]:
     """What did not run, what was timed otherwise than the rest, and whose output is another."""
     lines = []
     for row in rows:
@@ -185,7 +220,8 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three significant digits (of 0.01 or more), and no fewer than all before the point."""
     if value is None:
         return "–"
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3 if value >= 0.1 else 4
@@ -196,79 +232,76 @@ def _number(value: float | None) -> str:
 
 
 def _draw(document: dict[str, Any], folder: Path) -> list[str]:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ImportError('matplotlib is not installed; pip install "swinaccel[bench]" brings it') from None
+    """All plots of a document, in a folder; their names."""
     files = []
-
-    def save(figure: Any, name: str) -> None:
-        figure.savefig(folder / name, dpi=130)
-        files.append(name)
-
-    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in document["rows"]:
-        if any(variant["latency_ms"] for variant in row["variants"]):
-            tables.setdefault((row["section"], row["mode"]), []).append(row)
-    for (section, mode), rows in sorted(tables.items(), key=lambda item: list(_TITLES).index(item[0][0])):
+    measured = [row for row in document["rows"] if any(variant["latency_ms"] for variant in row["variants"])]
+    tables = sorted({(list(_TITLES).index(row["section"]), row["section"], row["mode"]) for row in measured})
+    for _, section, mode in tables:
+        rows = [row for row in measured if (row["section"], row["mode"]) == (section, mode)]
         label = section if section in ("models", "training") else f"{section}-{mode.replace(' + ', '-')}"
-        save(
-            _bars(Figure, rows, "speedup", f"{section}, {mode}: times as fast as the first peer"), f"{label}-speed.png"
-        )
-        if any(variant["peak_memory_mib"] for row in rows for variant in row["variants"]):
-            save(_bars(Figure, rows, "peak_memory_mib", f"{section}, {mode}: peak memory, MiB"), f"{label}-memory.png")
-    points = [row for key, rows in tables.items() for row in rows if row.get("floor") and row["bytes"] and row["flops"]]
+        files.append(f"{label}-speed.png")
+        bars(rows, "speedup", f"{section}, {mode}: times as fast as the first peer", folder / files[-1])
+        if _has_memory(rows):
+            files.append(f"{label}-memory.png")
+            bars(rows, "peak_memory_mib", f"{section}, {mode}: peak memory, MiB", folder / files[-1])
+    points = [row for row in measured if row.get("floor") and row["bytes"] and row["flops"]]
     if points:
-        save(_roofline(Figure, document, points), "roofline.png")
+        files.append("roofline.png")
+        _roofline(document["runs"], points, folder / files[-1])
     return files
 
 
-def _color(name: str, names: list[str]) -> str:
-    greens, others = (
-        ("#2a7f62", "#5cb78f", "#9ad6b8"),
-        ("#9aa5b1", "#d08c3f", "#5b7db1", "#a05195", "#c94f4f", "#7a6a58"),
-    )
-    ours = [other for other in names if is_ours(other)]
-    peers = [other for other in names if not is_ours(other)]
-    return greens[ours.index(name) % 3] if is_ours(name) else others[peers.index(name) % 6]
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure, sizes in inches, and its axes."""
+    figure = library("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def _bars(figure_class: Any, rows: list[dict[str, Any]], quantity: str, title: str) -> Any:
+def _colors(names: list[str]) -> dict[str, str]:
+    """Greens for swinaccel's variants, others for its peers."""
+    greens, others = ("2a7f62", "5cb78f", "9ad6b8"), ("9aa5b1", "d08c3f", "5b7db1", "a05195", "c94f4f", "7a6a58")
+    palettes = {True: cycle(greens), False: cycle(others)}
+    return {name: f"#{next(palettes[is_ours(name)])}" for name in names}
+
+
+def bars(rows: list[Row], quantity: str, title: str, path: str | Path) -> None:
+    """Draw a quantity of the rows' variants as bars into an image file.
+
+    Raises:
+        ImportError: without matplotlib; the message says what to install.
+    """
     names = _names(rows)
-    height = 0.8 / len(names)
-    figure = figure_class(figsize=(9, 1.5 + len(rows) * (0.25 + 0.14 * len(names))), layout="constrained")
-    axes = figure.add_subplot()
+    colors, height = _colors(names), 0.8 / len(names)
+    figure, axes = _figure(9, 1.5 + len(rows) * (0.25 + 0.14 * len(names)))
     for position, name in enumerate(names):
-        places, values = [], []
-        for number, row in enumerate(rows):
-            value = next((v[quantity] for v in row["variants"] if v["name"] == name), None)
-            if value is not None:
-                places.append(number + (position + 0.5) * height - 0.4)
-                values.append(value)
-        axes.barh(places, values, height=height, label=name, color=_color(name, names))
-        for place, value in zip(places, values, strict=True):
-            axes.text(value, place, f" {value:.2f}" if value < 100 else f" {value:,.0f}", va="center", fontsize=6)
+        found = {
+            place + (position + 0.5) * height - 0.4: variant[quantity]
+            for place, row in enumerate(rows)
+            for variant in row["variants"]
+            if variant["name"] == name and variant[quantity] is not None
+        }
+        drawn = axes.barh(list(found), list(found.values()), height=height, label=name, color=colors[name])
+        labels = [f" {value:.2f}" if value < 100 else f" {value:,.0f}" for value in found.values()]
+        axes.bar_label(drawn, labels, fontsize=6)
     axes.set_yticks(range(len(rows)), [f"{row['name']}\n{row['dtype']}" for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    return figure
+    figure.savefig(path, dpi=130)
 
 
-def _roofline(figure_class: Any, document: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
+def _roofline(runs: list[dict[str, Any]], rows: list[Row], path: Path) -> None:
     """Products a second over products a byte: how near each row's best comes to what the device can do."""
-    figure = figure_class(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _figure(9, 6)
     intensities = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(intensities) / 2, max(intensities) * 2
-    for number, run in enumerate(document["runs"]):
+    for place, run in enumerate(runs):
         bandwidth = run["copy_gb_s"] / 1e3
         for dtype, rate in run["matrix_tflop_s"].items():
             if rate:
-                knee = min(max(rate / bandwidth, low), high)
-                xs = [low, knee, high]
-                label = f"{dtype}, run {number}" if len(document["runs"]) > 1 else dtype
+                xs = [low, min(max(rate / bandwidth, low), high), high]
+                label = f"{dtype}, run {place}" if len(runs) > 1 else dtype
                 axes.plot(xs, [min(rate, x * bandwidth) for x in xs], lw=1, label=f"ceiling, {label}")
     for ours, color, label in ((False, "#9aa5b1", "best peer"), (True, "#2a7f62", "best of swinaccel")):
         for marker, section in zip("os^D", _TITLES, strict=True):
@@ -276,9 +309,11 @@ def _roofline(figure_class: Any, document: dict[str, Any], rows: list[dict[str, 
             pairs = [(row["flops"] / row["bytes"], row["flops"] / v["latency_ms"] / 1e9) for row, v in found if v]
             if pairs:
                 axes.scatter(*zip(*pairs, strict=True), s=22, marker=marker, color=color, label=f"{label}, {section}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("FLOP of products per byte that must be moved")
-    axes.set_ylabel("TFLOP/s of these products")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOP of products per byte that must be moved",
+        ylabel="TFLOP/s of these products",
+    )
     axes.legend(fontsize=7, frameon=False)
-    return figure
+    figure.savefig(path, dpi=130)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bench, functional, models, ops, plots, reference, sequence_ops
+from .backends.triton import first_line
+from .nn import _position_index
 from .spec import Geometry
 
 SECTIONS = ("attention", "sequence", "models", "training")
@@ -115,59 +116,61 @@ class Setting:
     rounds: int
     compile: bool
     seed_repos: Path | None = None
-    deadline: float | None = None
+    deadline: float | None = None  # of time.monotonic()
     progress: Callable[[str], None] = lambda text: None
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of one table, not measured yet.
 
     Attributes:
-        section, mode: the table: one of SECTIONS, and "forward", "forward + backward", "inference" or "training".
-        name, dtype: the row in it.
+        section: one of SECTIONS.
+        mode: the table in it: "forward", "forward + backward", "inference" or "training".
+        name, dtype: the row in the table.
         measure: gives "bytes", "flops", "variants" and whatever else there is to say.
     """
 
     section: str
-    name: str
     mode: str
+    name: str
     dtype: str
-    measure: Callable[[Setting], dict[str, Any]] = field(repr=False)
+    measure: Callable[[Setting], dict[str, Any]]
+
+
+def attention_row(case: WindowCase | SequenceCase, dtype: str, backward: bool = False) -> Row:
+    """A row of attention alone."""
+    section, measure = _ATTENTION[type(case)]
+    mode = "forward + backward" if backward else "forward"
+    return Row(section, mode, str(case), dtype, partial(measure, case=case, dtype=dtype, backward=backward))
+
+
+def model_row(name: str, batch: int, dtype: str, train: bool = False) -> Row:
+    """A row of a whole model."""
+    section, mode = ("training", "training") if train else ("models", "inference")
+    measure = partial(measure_model, name=name, batch=batch, dtype=dtype, train=train)
+    return Row(section, mode, f"{name}, B{batch}", dtype, measure)
 
 
 def plan(device: torch.device, quick: bool = False, dtype: str | None = None) -> list[Row]:
     """The rows, cheap and important ones first; fewer and smaller ones where `quick`, and on a CPU."""
     is_cuda = device.type == "cuda"
-    half, brain = (dtype or "float16", dtype or "bfloat16") if is_cuda else (dtype or "float32",) * 2
-    windows = list(WINDOWS[::3] if quick else WINDOWS)
-    sequences = SEQUENCES[:2] if quick else SEQUENCES
+    windows: Sequence[WindowCase]
+    windows, sequences = WINDOWS[::3] if quick else WINDOWS, SEQUENCES[:2] if quick else SEQUENCES
     if not is_cuda:
         windows, sequences = [case._replace(batch=case.batch // 16) for case in windows], SEQUENCES[:1]
-    rows = [
-        Row("attention", str(case), mode, half, lambda s, c=case, m=mode: measure_windows(s, c, half, m != "forward"))  # type: ignore[misc]
-        for mode in ("forward", "forward + backward")
-        for case in windows
-    ]
-    rest = [
-        Row("sequence", str(case), mode, half, lambda s, c=case, m=mode: measure_sequence(s, c, half, m != "forward"))  # type: ignore[misc]
-        for mode in ("forward", "forward + backward")
-        for case in sequences
-    ]
+    half, brain = (dtype or "float16", dtype or "bfloat16") if is_cuda else (dtype or "float32",) * 2
+    rows = [attention_row(case, half, backward) for backward in (False, True) for case in windows]
+    rest = [attention_row(case, half, backward) for backward in (False, True) for case in sequences]
     if not is_cuda:
-        return [*rows, *(_model(name, b, brain) for b in (1, 8)[: 1 if quick else 2] for name in CPU_MODELS), *rest]
-    trained = [_model(name, batch, "bfloat16", train=True) for name, batch in TRAINED.items()]
+        return [*rows, *(model_row(name, b, brain) for b in ((1,) if quick else (1, 8)) for name in CPU_MODELS), *rest]
+    trained = [model_row(name, batch, "bfloat16", train=True) for name, batch in TRAINED.items()]
+    first = [model_row(name, batch, brain) for name, batch in MODELS.items()]
     if quick:
-        few = [_model(name, MODELS[name], brain) for name in list(MODELS)[:3]]
-        return [*rows, *few, *rest, *trained[:1]]
-    others = (dtype,) if dtype else ("bfloat16", "float16", "float32")
-    all_models = [
-        _model(name, largest if batch is None else batch, kind)
-        for kind in others
-        for batch in (None, 1, 8)
-        for name, largest in MODELS.items()
-    ]
-    return [*rows, *all_models[: len(MODELS)], *rest, *trained, *all_models[len(MODELS) :]]
+        return [*rows, *first[:3], *rest, *trained[:1]]
+    others = [model_row(name, batch, brain) for batch in (1, 8) for name in MODELS]
+    for kind in () if dtype else ("float16", "float32"):
+        others += [model_row(name, batch or most, kind) for batch in (None, 1, 8) for name, most in MODELS.items()]
+    return [*rows, *first, *rest, *trained, *others]
 
 
 def run(
@@ -214,11 +217,15 @@ def run(
         raise ValueError(f"seed_repos must be a folder; there is no {str(seed_repos)!r}")
     chosen = _chosen(plan(device, quick, dtype) if rows is None else rows, only)
     folder.mkdir(parents=True, exist_ok=True)
-    setting = Setting(device, rounds or (5 if quick else 20), device.type == "cuda" if compile is None else compile)
-    setting.seed_repos = None if seed_repos is None else Path(seed_repos).expanduser()
-    setting.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    if progress is not None:
-        progress("measuring what the device can do", 0, len(chosen))
+    setting = Setting(
+        device,
+        rounds or (5 if quick else 20),
+        device.type == "cuda" if compile is None else compile,
+        None if seed_repos is None else Path(seed_repos).expanduser(),
+        None if minutes is None else time.monotonic() + 60 * minutes,
+    )
+    tell = progress or (lambda *_: None)
+    tell("measuring what the device can do", 0, len(chosen))
     document: dict[str, Any] = {
         "format": plots.FORMAT,
         "runs": [_describe(setting, [row.dtype for row in chosen])],
@@ -229,33 +236,30 @@ def run(
         ],
     }
     plots.write(document, folder, draw=False)
-    lost: str | None = None
     for index, (row, entry) in enumerate(zip(chosen, document["rows"], strict=True)):
-        setting.progress = partial(_tell, progress, row, index, len(chosen))
-        if lost is not None:
-            entry["note"] = f"not run: {lost}"
-        elif setting.deadline is not None and time.monotonic() > setting.deadline:
+        if setting.deadline is not None and time.monotonic() > setting.deadline:
             entry["note"] = f"not run: the {minutes:g} minutes were up"
         else:
-            begin = time.monotonic()
-            try:
-                entry |= row.measure(setting) | {"note": None}
-                entry["floor"] = _floor(document["runs"][0], entry)
-            except Exception as error:
-                entry["note"] = bench._sentence(error)
-            for module in (ops, sequence_ops):
-                if module.has_failures():
-                    entry["note"] = "a kernel of swinaccel failed, and PyTorch stood in"
-                    module.forget_failures()
-            entry["seconds"] = round(time.monotonic() - begin, 1)
-            lost = _clean(setting)
+            setting.progress = lambda text, name=row.name, done=index: tell(f"{name}: {text}", done, len(chosen))  # type: ignore[misc]
+            entry |= _measured(setting, row, document["runs"][0])
+            _clean(setting)
         plots.write(document, folder, draw=index + 1 == len(chosen))
     return document
 
 
-def _tell(progress: bench.Progress | None, row: Row, done: int, total: int, text: str) -> None:
-    if progress is not None:
-        progress(f"{row.name}: {text}", done, total)
+def _measured(setting: Setting, row: Row, machine: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives, or a note why there is nothing."""
+    begin = time.monotonic()
+    try:
+        found = row.measure(setting) | {"note": None}
+        found["floor"] = _floor(machine, row.dtype, found)
+    except Exception as error:
+        found = {"note": first_line(error)}
+    for module in (ops, sequence_ops):
+        if module.has_failures():
+            found["note"] = "a kernel of swinaccel failed, and PyTorch stood in"
+            module.forget_failures()
+    return found | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def _chosen(rows: list[Row], only: Iterable[str]) -> list[Row]:
@@ -268,20 +272,15 @@ def _chosen(rows: list[Row], only: Iterable[str]) -> list[Row]:
     return [row for row in rows if not wanted or any(row.section == s and text in row.name for s, _, text in wanted)]
 
 
-def _clean(setting: Setting) -> str | None:
-    """Room for the next row; or why there will be none."""
-    device = setting.device
+def _clean(setting: Setting) -> None:
+    """Room for the next row."""
     gc.collect()
     if setting.compile:
         torch._dynamo.reset()  # no row finds its shapes marked as dynamic by an earlier one
-    if device.type != "cuda":
-        return None
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except Exception as error:
-        return f"the device was lost: {bench._sentence(error)}"
-    return None
+    if setting.device.type == "cuda":
+        with suppress(Exception):  # a device that is lost fails the next row, too
+            torch.cuda.synchronize(setting.device)
+            torch.cuda.empty_cache()
 
 
 # The device.
@@ -289,39 +288,39 @@ def _clean(setting: Setting) -> str | None:
 
 def _describe(setting: Setting, dtypes: list[str]) -> dict[str, Any]:
     """The machine and its ceilings: GB/s of a copy, read and written, and TFLOP/s of products, by dtype."""
-    device = setting.device
-    is_cuda = device.type == "cuda"
-    entries, half_side, side = CEILINGS[is_cuda]
-    if is_cuda and torch.cuda.mem_get_info(device)[0] < 2**33:
-        entries //= 8
-    source = torch.randn(entries, device=device)
-    negate = partial(torch.neg, source, out=torch.empty_like(source))  # a captured copy is no kernel, and slower
-    copy = 2 * source.nbytes / _seconds(negate, device) / 1e9
-    del negate
-    del source
-    rates: dict[str, float | None] = {}
-    for name in dict.fromkeys(dtypes):
-        try:
-            n = half_side if name in ("float16", "bfloat16") else side
-            left, right = (torch.randn(n, n, device=device).to(models.as_dtype(name)) for _ in range(2))
-            rates[name] = 2 * n**3 / _seconds(partial(torch.mm, left, right), device) / 1e12
-        except Exception:
-            rates[name] = None
+    packages = ("swinaccel", "torch", "triton", "timm", "transformers", "torchvision")
+    copy_rate = _copy_rate(setting.device)
+    product_rates = {dtype: _product_rate(setting.device, dtype) for dtype in dict.fromkeys(dtypes)}
     _clean(setting)
     return {
-        "device": bench._device_name(device),
+        "device": bench.device_name(setting.device),
         "host": platform.platform(),
-        "versions": {
-            name: bench._version(name)
-            for name in ("swinaccel", "torch", "triton", "timm", "transformers", "torchvision")
-        }
-        | {"python": platform.python_version()},
+        "versions": {name: bench.version(name) for name in packages} | {"python": platform.python_version()},
         "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rounds": setting.rounds,
         "fp32_products": torch.get_float32_matmul_precision(),
-        "copy_gb_s": copy,
-        "matrix_tflop_s": rates,
+        "copy_gb_s": copy_rate,
+        "matrix_tflop_s": product_rates,
     }
+
+
+def _copy_rate(device: torch.device) -> float:
+    entries = CEILINGS[device.type == "cuda"][0]
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2**33:
+        entries //= 8
+    source = torch.randn(entries, device=device)
+    negate = partial(torch.neg, source, out=torch.empty_like(source))  # a captured copy is no kernel, and slower
+    return 2 * source.nbytes / _seconds(negate, device) / 1e9
+
+
+def _product_rate(device: torch.device, dtype: str) -> float | None:
+    _, half_side, side = CEILINGS[device.type == "cuda"]
+    n = half_side if dtype in ("float16", "bfloat16") else side
+    try:
+        left, right = (torch.randn(n, n, device=device).to(models.as_dtype(dtype)) for _ in range(2))
+        return 2 * n**3 / _seconds(partial(torch.mm, left, right), device) / 1e12
+    except Exception:
+        return None
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -333,26 +332,25 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(runner.samples) / 1e3
 
 
-def _floor(machine: dict[str, Any], entry: dict[str, Any]) -> dict[str, float | None]:
-    rate = machine["matrix_tflop_s"].get(entry["dtype"])
+def _floor(machine: dict[str, Any], dtype: str, row: dict[str, Any]) -> dict[str, float | None]:
+    rate = machine["matrix_tflop_s"].get(dtype)
     return {
-        "memory_ms": entry["bytes"] / machine["copy_gb_s"] / 1e6,
-        "matrix_ms": entry["flops"] / rate / 1e9 if rate and entry["flops"] else None,
+        "memory_ms": row["bytes"] / machine["copy_gb_s"] / 1e6,
+        "matrix_ms": row["flops"] / rate / 1e9 if rate and row["flops"] else None,
     }
 
 
 # Calls: those of a row take turns; on a GPU each is captured, so that the time is that of its kernels.
 
 
-class Replayed(bench._Runner):
+class Replayed(bench.Runner):
     """A call without inputs, timed as a CUDA graph of some of them where it can be captured, else as it is."""
 
     def __init__(
         self, call: Callable[[], Any], device: torch.device, adapt: Callable[[Tensor], Tensor] = lambda out: out
     ) -> None:
-        super().__init__(call, (), device, 0)
+        super().__init__(call, (), device)
         self.adapt, self.repeat = adapt, 1
-        self.timed = "calls"
 
     def warm_up(self) -> list[Tensor]:
         """As that of every runner; outputs are brought into one layout."""
@@ -378,46 +376,42 @@ class Replayed(bench._Runner):
                 graph.replay()
                 torch.cuda.synchronize(self.device)
         except Exception as error:
-            self.timed = f"calls with their launches, since there is no CUDA graph: {bench._sentence(error)}"
+            self.timed = f"calls with their launches, since there is no CUDA graph: {first_line(error)}"
             return
         self.captured = self.call  # what the graph reads lives as long as the call that brought it
         self.call, self.repeat, self.calls_per_sample, self.timed = graph.replay, repeat, 1, "CUDA graph"
         replay_ms = self._time() * repeat
-        self.calls_per_sample = max(1, min(50, math.ceil(bench._SAMPLE_MS / max(1e-3, replay_ms))))
+        self.calls_per_sample = max(1, min(50, math.ceil(bench.SAMPLE_MS / max(1e-3, replay_ms))))
 
     def _time(self) -> float:
         return super()._time() / self.repeat
 
 
-Made = tuple[Callable[[], Any], Callable[[Tensor], Tensor]]
+Call = Callable[[], Tensor]  # forward, or forward and backward; gives the output
 
 
-def compare(setting: Setting, makers: Mapping[str, Callable[[], Made]], backward: bool) -> dict[str, Any]:
-    """The variants of a row: each maker gives a call without inputs, and what brings its output into one layout."""
-    by_name: dict[str, Replayed] = {}
+def compare(
+    setting: Setting,
+    makers: Mapping[str, Callable[[], Call]],
+    backward: bool,
+    cut: Callable[[Tensor], Tensor] = lambda out: out,
+) -> dict[str, Any]:
+    """The variants of a row, measured by turns; `cut` brings swinaccel's output into the layout of the others'."""
 
-    def start(named: tuple[str, Made]) -> Replayed:
-        name, (call, adapt) = named
-        by_name[name] = Replayed(call, setting.device, adapt)
-        return by_name[name]
+    def start(name: str, make: Callable[[], Call]) -> Replayed:
+        return Replayed(make(), setting.device, cut if name == "swinaccel" else lambda out: out)
 
-    with torch.set_grad_enabled(backward), bench._compiler_room() if setting.compile else nullcontext():
-        variants, _ = bench._measure(
-            {name: lambda name=name, make=make: (name, make()) for name, make in makers.items()},  # type: ignore[misc]
-            start, setting.rounds, lambda text, *_: setting.progress(text), 1, setting.deadline,
-        )  # fmt: skip
-    return {"variants": [_cells(variant, getattr(by_name.get(variant.name), "timed", None)) for variant in variants]}
-
-
-def _cells(variant: bench.Variant, timed: str | None) -> dict[str, Any]:
-    """A variant, JSON-ready: an infinite difference is a word."""
-    cells = asdict(variant) | {"timed": timed if variant.error is None else None}
-    finite = variant.difference is None or math.isfinite(variant.difference)
-    return cells if finite else cells | {"difference": str(variant.difference)}
+    starters = {name: partial(start, name, make) for name, make in makers.items()}
+    with torch.set_grad_enabled(backward), bench.compiler_room() if setting.compile else nullcontext():
+        variants, _ = bench.measure(
+            starters, setting.rounds, progress=lambda text, *_: setting.progress(text), deadline=setting.deadline
+        )
+    return {"variants": [asdict(variant) for variant in variants]}
 
 
-def _step(call: Callable[[], Tensor], wanted: list[Tensor], grad: Tensor | None) -> Callable[[], Tensor]:
-    """Forward, and the gradients of `wanted` where there is a `grad`."""
+def _step(make: Callable[[], Call], wanted: list[Tensor], grad: Tensor | None) -> Call:
+    """The call that is made; with the gradients of `wanted` where there is a `grad`."""
+    call = make()
     if grad is None:
         return call
 
@@ -429,12 +423,28 @@ def _step(call: Callable[[], Tensor], wanted: list[Tensor], grad: Tensor | None)
     return step
 
 
-def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, logit_scale: Tensor | None, scale: float
-) -> Tensor:
-    """Window attention as the models' own code has it, on windows that are cut already."""
+class Windows(NamedTuple):
+    """What the peers take: windows that are cut already.
+
+    Attributes:
+        q, k, v: (W, H, N, HEAD_DIM), contiguous.
+        bias: (H, N, N).
+        mask: (M, N, N), 0 or -100; window w uses row w % M.
+        logit_scale: (H, 1, 1), before its clamp and exponential; None for plain scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    mask: Tensor
+    logit_scale: Tensor | None
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, logit_scale: Tensor | None) -> Tensor:
+    """Window attention as the models' own code has it; see `Windows`."""
     if logit_scale is None:
-        scores = (q * scale) @ k.transpose(-2, -1)
+        scores = (q * HEAD_DIM**-0.5) @ k.transpose(-2, -1)
     else:
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         scores = scores * logit_scale.clamp(max=math.log(100.0)).exp()
@@ -443,110 +453,144 @@ def eager_attention(
     return scores.flatten(0, 1).softmax(-1) @ v
 
 
-def measure_windows(setting: Setting, case: WindowCase, dtype: str, backward: bool) -> dict[str, Any]:
-    """From the qkv image to the image; peers get windows, the dense bias and the mask, which are not counted."""
-    kind, device, heads = models.as_dtype(dtype), setting.device, case.heads
-    geometry = Geometry((case.side,) * 2, (case.window,) * 2, (case.shift,) * 2)
-    channels, tokens = heads * HEAD_DIM, geometry.tokens
-    generator = torch.Generator().manual_seed(0)
+def _scaled(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """Queries, keys, and the factor of their product that makes it the scores."""
+    if logit_scale is None:
+        return q, k, HEAD_DIM**-0.5
+    return F.normalize(q, dim=-1) * logit_scale.clamp(max=math.log(100.0)).exp(), F.normalize(k, dim=-1), 1.0
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, kind)
 
-    place = torch.cartesian_prod(torch.arange(case.window), torch.arange(case.window))
-    apart = place[:, None] - place[None, :] + case.window - 1
-    index = (apart[..., 0] * (2 * case.window - 1) + apart[..., 1]).to(device)
-    qkv, table = draw(case.batch, case.side, case.side, 3 * channels), 0.5 * draw((2 * case.window - 1) ** 2, heads)
-    logit_scale = torch.full((heads, 1, 1), math.log(10.0), device=device, dtype=kind) if case.cosine else None
-    scale = HEAD_DIM**-0.5
-
-    def windows(image: Tensor) -> Tensor:
-        return reference.split_heads(reference.cut(image, geometry), heads)
-
-    q, k, v = (windows(part).contiguous() for part in qkv.chunk(3, -1))
-    bias = reference.bias_from_table(table, index).contiguous()
-    mask = reference.shift_mask(geometry, -100.0, device=device).to(kind)
-    grad, grad_windows = None, None
-    if backward:
-        grad = draw(*qkv.shape[:-1], channels)
-        grad_windows = windows(grad).contiguous()
-        for tensor in (qkv, table, q, k, v, bias, *([] if logit_scale is None else [logit_scale])):
-            tensor.requires_grad_()
-    scales = [] if logit_scale is None else [logit_scale]
-    wanted = [q, k, v, bias, *scales]
+def _sdpa(given: Windows, backward: bool) -> Call:
+    """PyTorch's attention of all windows of an image at once, with the sum of bias and mask (M, H, N, N)."""
+    q, k, v, bias, mask, logit_scale = given
 
     def sum_of_masks() -> Tensor:
         return (bias + mask[:, None]).flatten(0, 1)[None]
 
     prepared = None if backward else sum_of_masks()
 
-    def sdpa() -> Tensor:
-        one, other = q, k
-        if logit_scale is not None:
-            one = F.normalize(q, dim=-1) * logit_scale.clamp(max=math.log(100.0)).exp()
-            other = F.normalize(k, dim=-1)
-        added = (sum_of_masks() if prepared is None else prepared).expand(case.batch, -1, -1, -1)
-        one, other, last = (t.view(case.batch, -1, tokens, HEAD_DIM) for t in (one, other, v))
-        out = F.scaled_dot_product_attention(one, other, last, attn_mask=added, scale=1.0 if scales else scale)
+    def call() -> Tensor:
+        added = sum_of_masks() if prepared is None else prepared
+        one, other, scale = _scaled(q, k, logit_scale)
+        one, other, last = (t.view(-1, added.shape[1], *t.shape[2:]) for t in (one, other, v))
+        out = F.scaled_dot_product_attention(
+            one, other, last, attn_mask=added.expand(one.shape[0], -1, -1, -1), scale=scale
+        )
         return out.reshape(q.shape)
 
-    def peer(call: Callable[[], Tensor], wanted: list[Tensor] = wanted) -> Made:
-        return _step(call, wanted, grad_windows), lambda out: out
+    return call
+
+
+def _flash_bias(repos: Path, given: Windows) -> Call:
+    """Its call, with factors of rank 16; it takes and gives (W, N, H, HEAD_DIM)."""
+    run = seed_function(repos, "FlashBias, rank 16")
+    factors = functional.factorize_bias(given.bias.float(), rank=16)
+    q_bias, k_bias = (t.to(given.q.dtype).transpose(0, 1)[None].contiguous() for t in factors[:2])
+    q, k, v = (t.transpose(1, 2).contiguous() for t in given[:3])
+    mask = given.mask.repeat(q.shape[0] // given.mask.shape[0], 1, 1)[:, None]
+    logit_scale = None if given.logit_scale is None else given.logit_scale.view(-1, 1)
+
+    def call() -> Tensor:
+        one, other, scale = _scaled(q, k, logit_scale)
+        return run(one, other, v, q_bias, k_bias, mask, False, scale).transpose(1, 2)
+
+    return call
+
+
+def _window_seeds(repos: Path, given: Windows, backward: bool) -> dict[str, Callable[[], Call]]:
+    """What makes the calls of the peers' own kernels."""
+    makers: dict[str, Callable[[], Call]] = {}
+    q, k, v, bias, mask, logit_scale = given
+    if logit_scale is not None:
+        name = "Flash Window Attention V2"
+        makers[name] = lambda: partial(seed_function(repos, name), q, k, v, logit_scale, bias, mask)
+    else:
+        makers["Flash Window Attention, no mask"] = lambda: partial(
+            seed_function(repos, "Flash Window Attention"), q, k, v, bias, HEAD_DIM**-0.5
+        )
+    if not backward:
+        makers["FlashBias, rank 16"] = lambda: _flash_bias(repos, given)
+    return makers
+
+
+def measure_windows(setting: Setting, case: WindowCase, dtype: str, backward: bool) -> dict[str, Any]:
+    """From the qkv image to the image; peers get windows, the dense bias and the mask, which are not counted."""
+    kind, device, heads = models.as_dtype(dtype), setting.device, case.heads
+    geometry = Geometry((case.side,) * 2, (case.window,) * 2, (case.shift,) * 2)
+    channels, pixels = heads * HEAD_DIM, case.batch * case.side**2
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, kind)
+
+    def windows(image: Tensor) -> Tensor:
+        return reference.split_heads(reference.cut(image, geometry), heads)
+
+    qkv, table = draw(case.batch, case.side, case.side, 3 * channels), 0.5 * draw((2 * case.window - 1) ** 2, heads)
+    index = _position_index(geometry.window).to(device)
+    logit_scale = torch.full((heads, 1, 1), math.log(10.0), device=device, dtype=kind) if case.cosine else None
+    bias = reference.bias_from_table(table, index).contiguous()
+    mask = reference.shift_mask(geometry, -100.0, device=device).to(kind)
+    q, k, v = (windows(part).contiguous() for part in qkv.chunk(3, -1))
+    given = Windows(q, k, v, bias, mask, logit_scale)
+    scales = [] if logit_scale is None else [logit_scale]
+    grad = draw(*qkv.shape[:-1], channels) if backward else None
+    for tensor in (qkv, table, q, k, v, bias, *scales):
+        tensor.requires_grad_(backward)
+
+    def compiled() -> Call:
+        return partial(torch.compile(eager_attention, dynamic=False), *given)
+
+    peers: dict[str, Callable[[], Call]] = {
+        "eager": lambda: partial(eager_attention, *given),
+        "SDPA + mask": lambda: _sdpa(given, backward),
+    }
+    if setting.compile:
+        peers["torch.compile"] = compiled
+    if setting.seed_repos is not None:
+        peers |= _window_seeds(setting.seed_repos, given, backward)
+    grad_windows = None if grad is None else windows(grad).contiguous()
+    makers = {name: partial(_step, make, [q, k, v, bias, *scales], grad_windows) for name, make in peers.items()}
 
     def ours() -> Tensor:
         return functional.shifted_window_attention(
             qkv, case.window, heads, case.shift, table=table, index=index, logit_scale=logit_scale
         )
 
-    def compiled() -> Made:
-        fast = torch.compile(eager_attention, dynamic=False)
-        return peer(lambda: fast(q, k, v, bias, mask, logit_scale, scale))
+    makers["swinaccel"] = partial(_step, lambda: ours, [qkv, table, *scales], grad)
+    flops = 4.0 * pixels * geometry.tokens * channels  # two products, each 2 N a channel and token
+    bounds = _bounds(pixels * channels * kind.itemsize * 4, flops, backward)
+    return bounds | compare(setting, makers, backward, windows)
 
-    makers: dict[str, Callable[[], Made]] = {
-        "eager": lambda: peer(lambda: eager_attention(q, k, v, bias, mask, logit_scale, scale)),
-        "SDPA + mask": lambda: peer(sdpa),
-    }
-    if setting.compile:
-        makers["torch.compile"] = compiled
-    makers["swinaccel"] = lambda: (_step(ours, [qkv, table, *scales], grad), windows)
-    if setting.seed_repos is not None:
-        if case.cosine:
-            seed = partial(seed_function, setting.seed_repos, "Flash Window Attention V2")
-            makers["Flash Window Attention V2"] = lambda: peer(partial(seed(), q, k, v, logit_scale, bias, mask))
-        else:
-            seed = partial(seed_function, setting.seed_repos, "Flash Window Attention")
-            makers["Flash Window Attention, no mask"] = lambda: peer(partial(seed(), q, k, v, bias, scale))
-        if not backward:
-            makers["FlashBias, rank 16"] = lambda: (
-                _flash_bias(setting.seed_repos, q, k, v, bias, mask, logit_scale),
-                lambda out: out.transpose(1, 2),
-            )
 
-    pixels = case.batch * case.side**2
-    flops = 4.0 * pixels * tokens * channels  # two products, each 2 N a channel and token
+def _bounds(num_bytes: int, flops: float, backward: bool) -> dict[str, float]:
+    """What a row must move and compute, from what its forward must."""
     return {
-        "bytes": pixels * channels * kind.itemsize * 4 * (BACKWARD_BYTES if backward else 1),
+        "bytes": num_bytes * (BACKWARD_BYTES if backward else 1),
         "flops": flops * (BACKWARD_PRODUCTS if backward else 1),
-    } | compare(setting, makers, backward)
+    }
 
 
-def _flash_bias(
-    repos: Path | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, logit_scale: Tensor | None
-) -> Callable[[], Tensor]:
-    """Its call, with factors of rank 16: (windows, N, heads, D) in and out."""
-    run = seed_function(repos, "FlashBias, rank 16")
-    factors = functional.factorize_bias(bias.float(), rank=16)
-    q_bias, k_bias = (t.to(q.dtype).transpose(0, 1)[None].contiguous() for t in factors[:2])
-    one, other, last = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    added = mask.repeat(q.shape[0] // mask.shape[0], 1, 1)[:, None]
+def _sdpa_of_sequence(case: SequenceCase, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    size = case.tokens**2 * q.itemsize
+    if q.is_cuda and size > torch.cuda.mem_get_info(q.device)[1] / 6:
+        raise MemoryError(f"its mask alone is {size / 2**30:.0f} GiB")
+    seen = reference.visible_keys(case.tokens // case.block, block_size=1, window_blocks=case.blocks, device=q.device)
+    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -math.inf)
+    mask = mask.repeat_interleave(case.block, 0).repeat_interleave(case.block, 1)
+    return partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask)
 
-    def call() -> Tensor:
-        if logit_scale is None:
-            return run(one, other, last, q_bias, k_bias, added, False, HEAD_DIM**-0.5)
-        scaled = F.normalize(one, dim=-1) * logit_scale.clamp(max=math.log(100.0)).exp().view(-1, 1)
-        return run(scaled, F.normalize(other, dim=-1), last, q_bias, k_bias, added, False, 1.0)
 
-    return call
+def _flex_attention(case: SequenceCase, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        ago = query // case.block - key // case.block
+        return (ago >= 0) & (ago < case.blocks)
+
+    mask = create_block_mask(seen, None, None, case.tokens, case.tokens, device=str(q.device), _compile=True)
+    fast: Any = torch.compile(flex_attention, dynamic=False)
+    return partial(fast, q, k, v, block_mask=mask)
 
 
 def measure_sequence(setting: Setting, case: SequenceCase, dtype: str, backward: bool) -> dict[str, Any]:
@@ -557,52 +601,24 @@ def measure_sequence(setting: Setting, case: SequenceCase, dtype: str, backward:
     q, k, v, grad = (torch.randn(*shape, generator=generator).to(device, kind) for _ in range(4))
     for tensor in (q, k, v):
         tensor.requires_grad_(backward)
-
-    def made(call: Callable[[], Tensor]) -> Made:
-        return _step(call, [q, k, v], grad if backward else None), lambda out: out
-
-    def sdpa() -> Made:
-        size = case.tokens**2 * kind.itemsize
-        if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[1] / 6:
-            raise MemoryError(f"its mask alone is {size / 2**30:.0f} GiB")
-        seen = reference.visible_keys(case.tokens // case.block, block_size=1, window_blocks=case.blocks, device=device)
-        mask = torch.zeros(seen.shape, dtype=kind, device=device).masked_fill(~seen, -math.inf)
-        mask = mask.repeat_interleave(case.block, 0).repeat_interleave(case.block, 1)
-        return made(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-
-    def flex() -> Made:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            ago = query // case.block - key // case.block
-            return (ago >= 0) & (ago < case.blocks)
-
-        size = case.tokens
-        mask = create_block_mask(seen, None, None, size, size, device=str(device), _compile=True)
-        fast: Any = torch.compile(flex_attention, dynamic=False)
-        return made(lambda: fast(q, k, v, block_mask=mask))
-
-    makers: dict[str, Callable[[], Made]] = {"SDPA + mask": sdpa}
+    ours = partial(functional.block_sliding_window_attention, q, k, v, case.block, case.blocks)
+    makers: dict[str, Callable[[], Call]] = {"SDPA + mask": lambda: _sdpa_of_sequence(case, q, k, v)}
     if setting.compile:
-        makers["FlexAttention, compiled"] = flex
-    makers["swinaccel"] = lambda: made(
-        lambda: functional.block_sliding_window_attention(q, k, v, case.block, case.blocks)
-    )
-    if setting.seed_repos is not None:
-        name, scale = "Bloc-Sliding-Window", case.head_dim**-0.5
-        makers[name] = lambda: made(
-            partial(seed_function(setting.seed_repos, name), q, k, v, case.block, case.blocks, scale)
-        )
+        makers["FlexAttention, compiled"] = lambda: _flex_attention(case, q, k, v)
+    makers["swinaccel"] = lambda: ours
+    if (repos := setting.seed_repos) is not None:
+        name, rest = "Bloc-Sliding-Window", (case.block, case.blocks, case.head_dim**-0.5)
+        makers[name] = lambda: partial(seed_function(repos, name), q, k, v, *rest)
+    steps = {name: partial(_step, make, [q, k, v], grad if backward else None) for name, make in makers.items()}
     pairs = case.block**2 * sum(min(n + 1, case.blocks) for n in range(case.tokens // case.block))
-    return {
-        "bytes": 4 * q.nbytes * (BACKWARD_BYTES if backward else 1),
-        "flops": 4.0 * pairs * case.heads * case.head_dim * (BACKWARD_PRODUCTS if backward else 1),
-    } | compare(setting, makers, backward)
+    bounds = _bounds(4 * q.nbytes, 4.0 * pairs * case.heads * case.head_dim, backward)
+    return bounds | compare(setting, steps, backward)
 
 
-def _model(name: str, batch: int, dtype: str, train: bool = False) -> Row:
-    section, mode = ("training", "training") if train else ("models", "inference")
-    return Row(section, f"{name}, B{batch}", mode, dtype, lambda s: measure_model(s, name, batch, dtype, train))
+_ATTENTION: dict[type, tuple[str, Callable[..., dict[str, Any]]]] = {
+    WindowCase: ("attention", measure_windows),
+    SequenceCase: ("sequence", measure_sequence),
+}
 
 
 def measure_model(setting: Setting, name: str, batch: int, dtype: str, train: bool = False) -> dict[str, Any]:
@@ -618,14 +634,20 @@ def measure_model(setting: Setting, name: str, batch: int, dtype: str, train: bo
     products = _products(loaded.model, loaded.example_inputs(1))
     modes = (None, "reduce-overhead") if batch == 1 and not train and setting.device.type == "cuda" else None
     result = bench.run(
-        loaded.model, inputs, rounds=setting.rounds, train=train, autocast=models.as_dtype(dtype) if train else None,
-        compile=setting.compile, compile_mode=modes, deadline=setting.deadline,
+        loaded.model,
+        inputs,
+        rounds=setting.rounds,
+        train=train,
+        autocast=models.as_dtype(dtype) if train else None,
+        compile=setting.compile,
+        compile_mode=modes,
+        deadline=setting.deadline,
         progress=lambda text, *_: setting.progress(text),
-    )  # fmt: skip
+    )
     return {
         "bytes": weights * (6 if train else 1) + sum(t.nbytes for t in inputs if isinstance(t, Tensor)),
         "flops": None if products is None else batch * products * (3 if train else 1),
-        "variants": [_cells(variant, "calls") for variant in result.variants],
+        "variants": [asdict(variant) for variant in result.variants],
         "report": result.report.summary(),
         "fallbacks": sum(entry.fallbacks for entry in result.report),
     }
@@ -644,43 +666,21 @@ def _products(model: torch.nn.Module, inputs: tuple[Any, ...]) -> int | None:
     return counter.get_total_flops()
 
 
-# The peers' own repositories.
-
-
-def seed_function(folder: Path | None, peer: str) -> Callable[..., Any]:
+def seed_function(repos: Path, peer: str) -> Callable[..., Any]:
     """A peer's function, imported from where it lies under a folder.
 
     Raises:
         ImportError: where there is none.
     """
-    assert folder is not None
     for module, name in SEEDS[peer]:
-        parts = module.split(".")
-        files = [*folder.rglob("/".join((*parts, "__init__.py"))), *folder.rglob("/".join(parts) + ".py")]
+        path = module.replace(".", "/")
+        files = [*repos.rglob(f"{path}/__init__.py"), *repos.rglob(f"{path}.py")]
         for file in sorted(files, key=lambda file: ("vision" not in str(file).lower(), str(file))):
-            levels = len(parts) + (file.name == "__init__.py")
-            sys.path.insert(0, os.fspath(file.resolve().parents[levels - 1]))
+            levels = path.count("/") + (file.name == "__init__.py")
+            sys.path.insert(0, os.fspath(file.resolve().parents[levels]))
             try:
                 found = getattr(importlib.import_module(module), name)
             finally:
                 del sys.path[0]
             return found.apply if isinstance(found, type) and issubclass(found, torch.autograd.Function) else found
-    raise ImportError(f"{' or '.join(module for module, _ in SEEDS[peer])} was not found in {folder}")
-
-
-def load(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The documents of several runs as one: of a row that two runs on one device measured, the later file's stays.
-
-    Raises:
-        ValueError: for a file that is none of a suite.
-    """
-    documents = []
-    for file in files:
-        try:
-            document = json.loads(Path(file).expanduser().read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-        if not isinstance(document, dict) or document.get("format") != plots.FORMAT:
-            raise ValueError(f"{file} was not written by bench --suite of this version")
-        documents.append(document)
-    return plots.merge(documents)
+    raise ImportError(f"{' or '.join(module for module, _ in SEEDS[peer])} was not found in {repos}")

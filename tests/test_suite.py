@@ -10,11 +10,13 @@ import pytest
 import torch
 from test_cli import call, tiny  # noqa: F401
 
-from swinaccel import cli, plots, suite
+from swinaccel import plots, suite
 
 CPU = torch.device("cpu")
 WINDOW = suite.WindowCase("tiny", 2, 8, 2, 4, 2)
+COSINE = WINDOW._replace(cosine=True)
 SEQUENCE = suite.SequenceCase(64, 2, 16, 16, 2)
+ROW = suite.attention_row(WINDOW, "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -34,27 +36,6 @@ def plotted():
     """Plots are drawn."""
 
 
-def window_row(mode="forward", cosine=False):
-    case = WINDOW._replace(cosine=cosine)
-    return suite.Row(
-        "attention",
-        str(case),
-        mode,
-        "float32",
-        lambda setting: suite.measure_windows(setting, case, "float32", mode != "forward"),
-    )
-
-
-def sequence_row(mode="forward"):
-    return suite.Row(
-        "sequence",
-        str(SEQUENCE),
-        mode,
-        "float32",
-        lambda setting: suite.measure_sequence(setting, SEQUENCE, "float32", mode != "forward"),
-    )
-
-
 def failing(setting):
     raise RuntimeError("out of memory\nand much more")
 
@@ -67,11 +48,11 @@ def variants(row):
 def test_end_to_end(tiny, tmp_path):  # noqa: F811
     steps = []
     rows = [
-        window_row(),
-        window_row("forward + backward", cosine=True),
-        sequence_row("forward + backward"),
-        suite._model(f"{tiny}:swin", 2, "float32"),
-        suite._model(f"{tiny}:swin", 1, "bfloat16", train=True),
+        ROW,
+        suite.attention_row(COSINE, "float32", backward=True),
+        suite.attention_row(SEQUENCE, "float32", backward=True),
+        suite.model_row(f"{tiny}:swin", 2, "float32"),
+        suite.model_row(f"{tiny}:swin", 1, "bfloat16", train=True),
     ]
     document = suite.run(tmp_path / "out", rows=rows, rounds=2, progress=lambda *step: steps.append(step))
     assert json.loads((tmp_path / "out" / "suite.json").read_text()) == document
@@ -107,9 +88,9 @@ def test_floors_are_those_of_the_formulas():
     assert forward["bytes"] == 2 * 64 * 64 * 4 * 4  # images x tokens x channels x (q, k, v, out) x bytes
     assert forward["flops"] == 2 * 2 * (2 * 4 * 2) * 16**2 * 32  # products x multiply and add x windows x N² x D
     assert both["bytes"] == forward["bytes"] * 11 / 4
-    floor = suite._floor(machine, forward | {"dtype": "float32"})
+    floor = suite._floor(machine, "float32", forward)
     assert floor == {"memory_ms": forward["bytes"] / 1e9, "matrix_ms": forward["flops"] / 1e9}
-    assert suite._floor(machine, forward | {"dtype": "float16"})["matrix_ms"] is None
+    assert suite._floor(machine, "float16", forward)["matrix_ms"] is None
     blocks = suite.measure_sequence(setting, SEQUENCE, "float32", False)
     assert blocks["flops"] == 4 * 2 * 16 * 16**2 * (1 + 2 + 2 + 2)
 
@@ -119,8 +100,8 @@ def test_what_fails_is_a_note_and_the_rest_goes_on(tmp_path, monkeypatch):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", broken)
-    bad = suite.Row("attention", "bad", "forward", "float32", failing)
-    document = suite.run(tmp_path, rows=[bad, window_row()], rounds=1, compile=True)
+    bad = suite.Row("attention", "forward", "bad", "float32", failing)
+    document = suite.run(tmp_path, rows=[bad, ROW], rounds=1, compile=True)
     first, second = document["rows"]
     assert first["note"] == "RuntimeError: out of memory"
     assert first["variants"] == []
@@ -136,8 +117,8 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     def interrupted(setting):
         raise KeyboardInterrupt
 
-    last = suite.Row("sequence", "endless", "forward", "float32", interrupted)
-    monkeypatch.setattr(suite, "plan", lambda *_: [window_row(), last])
+    last = suite.Row("sequence", "forward", "endless", "float32", interrupted)
+    monkeypatch.setattr(suite, "plan", lambda *_: [ROW, last])
     result = call("bench", "--suite", "--output", tmp_path, "--rounds", 1, "--device", "cpu")
     assert result.exit_code == 130
     assert f"interrupted; what was measured is in {tmp_path}" in result.stderr
@@ -150,7 +131,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
 def test_minutes(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 50))
     monkeypatch.setattr(suite.time, "monotonic", lambda: next(clock))
-    rows = [suite.Row("attention", str(n), "forward", "float32", failing) for n in range(3)]
+    rows = [suite.Row("attention", "forward", str(n), "float32", failing) for n in range(3)]
     document = suite.run(tmp_path, rows=rows, minutes=1)
     assert document["rows"][0]["note"] == "RuntimeError: out of memory"
     assert document["rows"][2]["note"] == "not run: the 1 minutes were up"
@@ -159,7 +140,7 @@ def test_minutes(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("plotted")
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    document = suite.run(tmp_path, rows=[window_row()], rounds=1)
+    document = suite.run(tmp_path, rows=[ROW], rounds=1)
     assert "matplotlib is not installed" in document["plots_note"]
     assert "No plots: matplotlib is not installed" in (tmp_path / "suite.md").read_text()
     monkeypatch.undo()
@@ -210,7 +191,7 @@ def test_peers_from_their_repositories(tmp_path):
         path = tmp_path / "repos" / name
         path.parent.mkdir(parents=True)
         path.write_text(textwrap.dedent(text))
-    rows = [window_row(), window_row(cosine=True), sequence_row()]
+    rows = [ROW, suite.attention_row(COSINE, "float32"), suite.attention_row(SEQUENCE, "float32")]
     document = suite.run(tmp_path / "out", rows=rows, rounds=1, seed_repos=tmp_path / "repos")
     first, second, third = (variants(row) for row in document["rows"])
     assert first["Flash Window Attention, no mask"]["latency_ms"] > 0
@@ -260,22 +241,16 @@ def test_mistakes_get_one_sentence(tmp_path, arguments, words):
 
 
 def test_json(tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "plan", lambda *_: [window_row()])
+    monkeypatch.setattr(suite, "plan", lambda *_: [ROW])
     result = call("bench", "--suite", "--output", tmp_path, "--rounds", 1, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["format"] == plots.FORMAT
-    assert cli.app is not None
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
-    def row(measure, case, backward):
-        mode = "forward + backward" if backward else "forward"
-        return suite.Row("attention", str(case), mode, "float16", lambda s: measure(s, case, "float16", backward))
-
-    case = suite.SequenceCase(1024, 2, 64, 128, 2)
-    rows = [row(suite.measure_windows, WINDOW._replace(cosine=c), b) for c in (False, True) for b in (False, True)]
-    rows += [row(suite.measure_sequence, case, backward) for backward in (False, True)]
+    cases = (WINDOW, COSINE, suite.SequenceCase(1024, 2, 64, 128, 2))
+    rows = [suite.attention_row(case, "float16", backward) for case in cases for backward in (False, True)]
     document = suite.run(tmp_path, rows=rows, rounds=3, device="cuda")
     for entry in document["rows"]:
         assert entry["note"] is None, entry
