@@ -20,22 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import api, reference
+from . import api, bench, reference
 from .backends import triton as backend
 from .backends import tuned
 from .config import AccelConfig
 from .nn import _position_index
 from .verify import _flat
 
-Progress = Callable[[str, int, int], None]
 Timer = Callable[[Callable[[], Any], torch.device], float]
 
 LEAST_GAIN = 0.03  # of the default's time
 
 _STEPS = 2  # of a search: so far may a winner lie from the default
 _TURNS = 3  # of default and winner in the end
-_SAMPLE_MS = 30.0
-_FLUSHED = 1 << 28  # bytes, more than any cache
 _REGISTERS: tuple[int | None, ...] = (None, 168, 128)
 
 
@@ -100,7 +97,7 @@ def run(
     train: bool = False,
     autocast: torch.dtype | None = None,
     timer: Timer | None = None,
-    progress: Progress | None = None,
+    progress: bench.Progress | None = None,
     keep: bool = True,
     **options: Any,
 ) -> list[Outcome]:
@@ -122,22 +119,18 @@ def run(
     jobs = collect(model, inputs, train=train, autocast=autocast, measurable=timer is not None, **options)
     outcomes = []
     for done, job in enumerate(jobs):
-        tell = _teller(progress, job.key, done, len(jobs))
-        outcomes.append(search(job, timer or graph_timer, tell))
+
+        def tell(text: str, key: str = job.key, done: int = done) -> None:
+            if progress is not None:
+                progress(f"{key}: {text}", done, len(jobs))
+
+        found = search(job, timer or graph_timer, tell)
+        outcomes.append(found)
         if keep:  # at once: whoever interrupts a long search has what was found so far
-            tuned.write(job.problem.device, {job.key: _record(outcomes[-1])})
+            record = {"parameters": found.tuned, "default_ms": found.default_ms, "tuned_ms": found.tuned_ms}
+            tuned.write(job.problem.device, {job.key: None if found.tuned is None else record})
             backend.forget_launches()
     return outcomes
-
-
-def _teller(progress: Progress | None, key: str, done: int, total: int) -> Callable[[str], None]:
-    return lambda text: progress(f"{key}: {text}", done, total) if progress is not None else None
-
-
-def _record(outcome: Outcome) -> dict[str, Any] | None:
-    if outcome.tuned is None:
-        return None
-    return {"parameters": outcome.tuned, "default_ms": outcome.default_ms, "tuned_ms": outcome.tuned_ms}
 
 
 def collect(
@@ -156,13 +149,11 @@ def collect(
     """
     inputs = tuple(inputs)
     config = AccelConfig(**options)
-    devices = {tensor.device for tensor in (*model.parameters(), *_flat(inputs))}
-    device = next((device for device in devices if device.type == "cuda"), next(iter(devices), torch.device("cpu")))
+    devices = {tensor.device for tensor in (*model.parameters(), *_flat(inputs))} or {torch.device("cpu")}
+    device = max(devices, key=lambda device: device.type == "cuda")
     if device.type != "cuda" and not measurable:
-        raise RuntimeError(
-            "tuning measures the Triton kernels, which needs a GPU; this model is on "
-            f"{device}" + ("" if torch.cuda.is_available() else ", and PyTorch sees no CUDA device")
-        )
+        seen = "" if torch.cuda.is_available() else ", and PyTorch sees no CUDA device"
+        raise RuntimeError(f"tuning measures the Triton kernels, which needs a GPU; this model is on {device}{seen}")
     if config.backend == "torch":
         raise ValueError("backend must be 'auto' or 'triton' here: plain PyTorch has no launches to tune")
     found: dict[str, Job] = {}
@@ -175,23 +166,18 @@ def collect(
     # Accelerated first, run later: a dispatcher on a class is there for all of its instances.
     twin = api.accelerate(api.restore(copy.deepcopy(model)), **options)
     with _fresh(note):
-        with torch.no_grad(), _autocast(device, autocast):
-            twin.eval()(*inputs)
+        with torch.no_grad():
+            bench.forward(twin.eval(), inputs, device, autocast)
         if train:
             with torch.enable_grad():
-                with _autocast(device, autocast):
-                    outputs = [output for output in _flat(twin.train()(*inputs)) if output.requires_grad]
+                outputs = [out for out in bench.forward(twin.train(), inputs, device, autocast) if out.requires_grad]
                 if outputs:
-                    torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
+                    bench.mean_square(outputs).backward()
     if not found:
         report = api.report(twin)
         reason = next((entry.reason for entry in report if entry.reason), "it holds no window attention")
         raise RuntimeError(f"the model poses no problem to the Triton kernels: {reason}")
     return list(found.values())
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextlib.contextmanager
@@ -212,8 +198,9 @@ def search(job: Job, timer: Timer, tell: Callable[[str], None] = lambda text: No
     skipped: dict[str, int] = {}
     try:
         call = _caller(job)
-        expected = _with(job, job.default, call)
-        times = {job.default: _timed(job, job.default, call, timer)}
+        with _using(job, job.default):
+            expected = _results(call)
+            times = {job.default: _timed(call, timer, job)}
     except Exception as error:
         return Outcome(job.key, default, error=backend.first_line(error))
 
@@ -222,11 +209,11 @@ def search(job: Job, timer: Timer, tell: Callable[[str], None] = lambda text: No
             return
         times[launch] = math.inf
         try:
-            if not _is_close(_with(job, launch, call), expected, tolerance):
-                reason = "other results"
-            else:
-                times[launch] = _timed(job, launch, call, timer)
-                return
+            with _using(job, launch):
+                if bench.difference(_results(call), expected) <= tolerance:
+                    times[launch] = _timed(call, timer, job)
+                    return
+            reason = "other results"
         except Exception as error:  # does not compile, does not fit, or has too many registers
             reason = type(error).__name__
         skipped[reason] = skipped.get(reason, 0) + 1
@@ -246,8 +233,11 @@ def search(job: Job, timer: Timer, tell: Callable[[str], None] = lambda text: No
     if best == job.default:
         return unchanged
     tell("the winner and the default, in turns")
-    turns = [[_timed(job, launch, call, timer) for launch in (job.default, best)] for _ in range(_TURNS)]
-    before, after = (statistics.median(turn[place] for turn in turns) for place in (0, 1))
+    turns: dict[Any, list[float]] = {job.default: [], best: []}
+    for launch in [*turns] * _TURNS:
+        with _using(job, launch):
+            turns[launch].append(_timed(call, timer, job))
+    before, after = map(statistics.median, turns.values())
     if after > (1 - LEAST_GAIN) * before:
         return dataclasses.replace(unchanged, default_ms=before)
     return Outcome(job.key, default, tuned.parameters(best), before, after, tried, skipped)
@@ -285,19 +275,23 @@ def neighbours(job: Job, launch: Any) -> list[Any]:
     return [launch for launch in made if launch is not None]
 
 
-def _with(job: Job, launch: Any, call: Callable[[], Any]) -> Any:
-    """What a call gives with one launch for the job's kernel, and the defaults for all others."""
-    with _fresh(lambda kernel, problem, default, grad_bias: launch if kernel == job.kernel else default):
-        return call()
+def _using(job: Job, launch: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, one launch for the job's kernel, and the defaults for all others."""
+    return _fresh(lambda kernel, problem, default, grad_bias: launch if kernel == job.kernel else default)
 
 
-def _timed(job: Job, launch: Any, call: Callable[[], Any], timer: Timer) -> float:
-    with _fresh(lambda kernel, problem, default, grad_bias: launch if kernel == job.kernel else default):
-        call()
-        time = timer(call, job.problem.device)
+def _timed(call: Callable[[], Any], timer: Timer, job: Job) -> float:
+    call()
+    time = timer(call, job.problem.device)
     if not 0 < time < math.inf:
         raise RuntimeError(f"a measured time of {time} ms")
     return time
+
+
+def _results(call: Callable[[], Iterable[Tensor | None]]) -> list[Tensor]:
+    """What a call gives, as pairs: which numbers are finite, and these."""
+    found = [tensor for tensor in call() if tensor is not None]
+    return [part for tensor in found for part in (tensor.isfinite(), tensor.nan_to_num(0.0, 0.0, 0.0))]
 
 
 def _caller(job: Job) -> Callable[[], tuple[Tensor | None, ...]]:
@@ -366,45 +360,12 @@ def _tolerance(problem: Any) -> float:
     return 4 * torch.finfo(problem.dtype).eps
 
 
-def _is_close(found: Iterable[Tensor | None], expected: Iterable[Tensor | None], tolerance: float) -> bool:
-    """Whether results are the same but for rounding."""
-    for one, other in zip(found, expected, strict=True):
-        if one is None or other is None:
-            if one is not other:
-                return False
-            continue
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        one, other = one.double(), other.double()
-        regular = torch.isfinite(other)
-        if not torch.equal(torch.isfinite(one), regular):
-            return False
-        if not bool(regular.any()):
-            continue
-        difference = (one[regular] - other[regular]).abs().max()
-        if not bool(difference <= tolerance * other[regular].abs().max()):
-            return False
-    return True
-
-
 def graph_timer(run: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds that the device takes, the median of many runs, each with a cold cache and nothing to wait for."""
+    from triton.testing import do_bench
+
     with torch.cuda.device(device):
-        flushed = torch.empty(_FLUSHED, dtype=torch.int8, device=device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-
-        def sample(count: int) -> list[float]:
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-            for start, end in events:
-                flushed.zero_()
-                start.record()
-                graph.replay()
-                end.record()
-            torch.cuda.synchronize(device)
-            return [start.elapsed_time(end) for start, end in events]
-
-        sample(3)
-        guess = statistics.median(sample(5))
-        return statistics.median(sample(max(20, min(200, int(_SAMPLE_MS / max(guess, 1e-3))))))
+        return do_bench(graph.replay, return_mode="median")
