@@ -156,16 +156,9 @@ def collect(
         raise RuntimeError(f"tuning measures the Triton kernels, which needs a GPU; this model is on {device}{seen}")
     if config.backend == "torch":
         raise ValueError("backend must be 'auto' or 'triton' here: plain PyTorch has no launches to tune")
-    found: dict[str, Job] = {}
-
-    def note(kernel: str, problem: Any, default: Any, grad_bias: bool) -> Any:
-        key = tuned.describe(kernel, problem, grad_bias)
-        found.setdefault(key, Job(key, kernel, problem, default, grad_bias))
-        return default
-
     # Accelerated first, run later: a dispatcher on a class is there for all of its instances.
     twin = api.accelerate(api.restore(copy.deepcopy(model)), **options)
-    with _fresh(note):
+    with posed() as found:
         with torch.no_grad():
             bench.forward(twin.eval(), inputs, device, autocast)
         if train:
@@ -178,6 +171,20 @@ def collect(
         reason = next((entry.reason for entry in report if entry.reason), "it holds no window attention")
         raise RuntimeError(f"the model poses no problem to the Triton kernels: {reason}")
     return list(found.values())
+
+
+@contextlib.contextmanager
+def posed() -> Iterator[dict[str, Job]]:
+    """Gives what is planned inside, by its key; default launches serve."""
+    found: dict[str, Job] = {}
+
+    def note(kernel: str, problem: Any, default: Any, grad_bias: bool) -> Any:
+        key = tuned.describe(kernel, problem, grad_bias)
+        found.setdefault(key, Job(key, kernel, problem, default, grad_bias))
+        return default
+
+    with _fresh(note):
+        yield found
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ import json
 import os
 import stat
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import helpers
 import pytest
 import torch
 from helpers import TRITON_DEVICE
-from test_cli import call
+from test_cli import call, tiny  # noqa: F401
 from test_kernels import Case
 
 from swinaccel import bench, ops, tuning
@@ -38,6 +39,11 @@ def store(monkeypatch, tmp_path):
     backend.forget_launches()
 
 
+@pytest.fixture
+def job():
+    return jobs_of(SMALL)["small"]
+
+
 def attend(case, train=False):
     qkv, options = case.make(torch.float32, TRITON_DEVICE)
     qkv.requires_grad_(train)
@@ -52,16 +58,10 @@ def attend(case, train=False):
 @cache
 def jobs_of(case, train=False):
     """By kernel, what a call asks for; nothing is run."""
-    found = {}
-
-    def note(kernel, problem, default, grad_bias):
-        found[kernel] = tuning.Job(tuned.describe(kernel, problem, grad_bias), kernel, problem, default, grad_bias)
-        return default
-
-    with pytest.MonkeyPatch.context() as patch, tuning._fresh(note):
+    with pytest.MonkeyPatch.context() as patch, tuning.posed() as found:
         patch.setattr(backend._Launch, "__call__", lambda launch, *tensors: tensors[0].zero_())
         attend(case, train)
-    return found
+    return {job.kernel: job for job in found.values()}
 
 
 @pytest.fixture
@@ -130,24 +130,25 @@ def chosen(case, train=False):
 
 
 class TestJobs:
-    def test_forward(self):
-        assert set(jobs_of(SMALL)) == {"small"}
-        assert set(jobs_of(LARGE)) == {"large"}
-
-    def test_training(self):
-        assert set(jobs_of(SMALL, train=True)) == {"small", "small_backward"}
-        assert set(jobs_of(LARGE, train=True)) == {"large", "query", "key", "bias"}
+    @pytest.mark.parametrize(
+        ("case", "train", "kernels"),
+        [
+            (SMALL, False, {"small"}),
+            (LARGE, False, {"large"}),
+            (SMALL, True, {"small", "small_backward"}),
+            (LARGE, True, {"large", "query", "key", "bias"}),
+        ],
+    )
+    def test_of_a_call(self, case, train, kernels):
+        assert set(jobs_of(case, train)) == kernels
 
     def test_keys_tell_problems_apart(self):
-        keys = {jobs_of(case)["small"].key for case in (SMALL, Case((2, 2), (4, 2), heads=1, batch=4))}
-        keys |= {jobs_of(Case((2, 2), (4, 2), (1, 1), heads=1, batch=4, cosine=True))["small"].key}
-        keys |= {jobs_of(Case((2, 2), (5, 2), (1, 1), heads=1, batch=4))["small"].key}
-        keys |= {jobs_of(Case((2, 2), (4, 2), (1, 1), heads=1, batch=9))["small"].key}
-        keys |= {jobs_of(SMALL, train=True)["small"].key}
-        assert len(keys) == 6
+        changes = ({}, {"shift": ()}, {"cosine": True}, {"size": (5, 2)}, {"batch": 9})
+        keys = {jobs_of(replace(SMALL, **change))["small"].key for change in changes}
+        assert len(keys | {jobs_of(SMALL, train=True)["small"].key}) == 6
 
     def test_batches_count_by_powers_of_two(self):
-        four, seven, eight = (jobs_of(Case((2, 2), (4, 2), heads=1, batch=batch))["small"].key for batch in (4, 7, 8))
+        four, seven, eight = (jobs_of(replace(SMALL, batch=batch))["small"].key for batch in (4, 7, 8))
         assert four == seven != eight
 
     def test_of_a_model(self, unlaunched):
@@ -170,8 +171,7 @@ class TestJobs:
 
 @pytest.mark.usefixtures("quick")
 class TestSearch:
-    def test_the_fastest_launch_wins(self):
-        job = jobs_of(SMALL)["small"]
+    def test_the_fastest_launch_wins(self, job):
         watch = Stopwatch("small", lambda launch: 1.0 if launch.num_stages == 2 else 2.0)
         found = tuning.search(job, watch)
         assert found.error is None
@@ -188,8 +188,7 @@ class TestSearch:
         assert found.tuned == {**tuned.parameters(job.default), "num_warps": job.default.num_warps // 4}
 
     @pytest.mark.parametrize(("gain", "wins"), [(0.02, False), (0.04, True)])
-    def test_small_gains_are_not_kept(self, gain, wins):
-        job = jobs_of(SMALL)["small"]
+    def test_small_gains_are_not_kept(self, job, gain, wins):
         found = tuning.search(job, Stopwatch("small", lambda one: 1 - gain * (one.num_warps != job.default.num_warps)))
         assert (found.tuned is not None) == wins
 
@@ -199,9 +198,8 @@ class TestSearch:
         assert tuning.search(jobs_of(SMALL)["small"], lambda run, device: next(times, 2.0)).tuned is None
 
     @pytest.mark.parametrize("wrong", [1.01, float("nan"), float("inf")])
-    def test_other_results_are_skipped(self, monkeypatch, wrong):
+    def test_other_results_are_skipped(self, job, monkeypatch, wrong):
         """A launch may be as fast as it likes, if it is wrong."""
-        job = jobs_of(SMALL)["small"]
 
         def caller(job):
             def call():
@@ -216,8 +214,7 @@ class TestSearch:
         assert found.tried == 1
         assert set(found.skipped) == {"other results"}
 
-    def test_failing_launches_are_skipped(self, monkeypatch):
-        job = jobs_of(SMALL)["small"]
+    def test_failing_launches_are_skipped(self, job, monkeypatch):
 
         def caller(job):
             def call():
@@ -302,8 +299,7 @@ def test_run_keeps_winners(store):
     assert tuned.read(DEVICE) == {}, "a default that is no longer beaten returns"
 
 
-def test_files_are_read_once(store, monkeypatch, unlaunched):
-    job = jobs_of(SMALL)["small"]
+def test_files_are_read_once(job, store, monkeypatch, unlaunched):
     tuned.write(DEVICE, {job.key: record(job.default, num_warps=1)})
     reads = []
     plain = tuned._document
@@ -319,8 +315,7 @@ def test_nothing_is_hashed_where_nothing_is_tuned(store, monkeypatch, unlaunched
     assert not store.exists()
 
 
-def test_another_device_is_assumed_untuned(store, monkeypatch, unlaunched):
-    job = jobs_of(SMALL)["small"]
+def test_another_device_is_assumed_untuned(job, store, monkeypatch, unlaunched):
     tuned.write(DEVICE, {job.key: record(job.default, num_warps=1)})
     monkeypatch.setattr(backend, "shared_memory_override", 65536)
     attend(SMALL)
@@ -328,10 +323,9 @@ def test_another_device_is_assumed_untuned(store, monkeypatch, unlaunched):
     assert [one.attention.options["num_warps"] for one in planned] == [job.default.num_warps]
 
 
-@pytest.mark.parametrize("case", [TINY], ids=str)
-def test_a_tuned_launch_that_fails_gives_way_to_the_default(store, monkeypatch, case, caplog):
-    expected = attend(case, train=True)
-    jobs = jobs_of(case, train=True)
+def test_a_tuned_launch_that_fails_gives_way_to_the_default(store, monkeypatch, caplog):
+    expected = attend(TINY, train=True)
+    jobs = jobs_of(TINY, train=True)
     tuned.write(DEVICE, {job.key: record(job.default, num_warps=1) for job in jobs.values()})
     backend.forget_launches()
     plain = backend._Launch.__call__
@@ -342,7 +336,7 @@ def test_a_tuned_launch_that_fails_gives_way_to_the_default(store, monkeypatch, 
         plain(launch, *tensors)
 
     monkeypatch.setattr(backend._Launch, "__call__", fails)
-    for one, other in zip(attend(case, train=True), expected, strict=True):
+    for one, other in zip(attend(TINY, train=True), expected, strict=True):
         torch.testing.assert_close(one, other)
     assert not ops.has_failures()
     assert "default launches serve now" in caplog.text
@@ -351,8 +345,7 @@ def test_a_tuned_launch_that_fails_gives_way_to_the_default(store, monkeypatch, 
 # The store.
 
 
-def test_files_are_private(store):
-    job = jobs_of(SMALL)["small"]
+def test_files_are_private(job, store):
     path = tuned.write(DEVICE, {job.key: record(job.default)})
     assert path.parent == store
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -369,8 +362,7 @@ def test_writing_adds(store):
     assert set(tuned.read(DEVICE)) == {large.key}
 
 
-def test_a_write_that_fails_leaves_what_was(store, monkeypatch):
-    job = jobs_of(SMALL)["small"]
+def test_a_write_that_fails_leaves_what_was(job, store, monkeypatch):
     path = tuned.write(DEVICE, {job.key: record(job.default)})
     before = path.read_bytes()
 
@@ -385,8 +377,7 @@ def test_a_write_that_fails_leaves_what_was(store, monkeypatch):
 
 
 @pytest.mark.parametrize("changed", ["gpu", "capability", "triton", "kernels"])
-def test_another_environment_is_another_file(store, monkeypatch, changed):
-    job = jobs_of(SMALL)["small"]
+def test_another_environment_is_another_file(job, store, monkeypatch, changed):
     path = tuned.write(DEVICE, {job.key: record(job.default)})
     place = {**tuned.environment(DEVICE), changed: "another"}
     monkeypatch.setattr(tuned, "environment", lambda device: place)
@@ -401,8 +392,7 @@ def test_another_environment_is_another_file(store, monkeypatch, changed):
     ["", "{", "[]", "null", '{"format": 1}', "\x00" * 100, "[" * 100_000, '{"format": 99, "launches": {}}'],
     ids=["empty", "torn", "list", "null", "short", "zeros", "deep", "format"],
 )
-def test_a_corrupt_file_is_as_if_absent(store, text, unlaunched):
-    job = jobs_of(SMALL)["small"]
+def test_a_corrupt_file_is_as_if_absent(job, store, text, unlaunched):
     path = tuned.write(DEVICE, {job.key: record(job.default, num_warps=1)})
     path.write_text(text)
     assert chosen(SMALL)["small"] == job.default
@@ -414,18 +404,9 @@ def test_a_corrupt_file_is_as_if_absent(store, text, unlaunched):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_warps": 3},
-        {"num_warps": 0},
-        {"num_warps": 64},
-        {"num_warps": "4"},
-        {"num_warps": 4.0},
-        {"num_warps": True},
-        {"num_warps": None},
-        {"num_warps": -4},
-        {"num_stages": 0},
-        {"num_stages": 100},
-        {"images": 0},
-        {"images": 1 << 40},
+        *({"num_warps": value} for value in (3, 0, 64, "4", 4.0, True, None, -4)),
+        *({"num_stages": value} for value in (0, 100)),
+        *({"images": value} for value in (0, 1 << 40)),
         {"block_n": 64},  # a power of two, but not this window's
         {"block_n": 17},
         {"block_d": 32},
@@ -433,16 +414,14 @@ def test_a_corrupt_file_is_as_if_absent(store, text, unlaunched):
     ],
     ids=str,
 )
-def test_parameters_that_are_none_are_as_if_absent(store, changes):
-    job = jobs_of(SMALL)["small"]
+def test_parameters_that_are_none_are_as_if_absent(job, store, changes):
     found = record(job.default, **{"num_warps": 1, **changes})
     path = tuned.write(DEVICE, {job.key: found})
     assert json.loads(path.read_text())["launches"][job.key] == found
     assert chosen(SMALL)["small"] == job.default
 
 
-def test_records_that_are_none_are_as_if_absent(store):
-    job = jobs_of(SMALL)["small"]
+def test_records_that_are_none_are_as_if_absent(job, store):
     good = record(job.default, num_warps=1)
     missing = {**good, "parameters": {"num_warps": 1}}
     for bad in (3, [], {}, missing, {**good, "tuned_ms": "fast"}, {**good, "default_ms": -1}, {**good, "more": 1}):
@@ -450,25 +429,26 @@ def test_records_that_are_none_are_as_if_absent(store):
         assert chosen(SMALL)["small"] == job.default, bad
 
 
-def test_images_of_large_windows(store):
-    """One or two in the forward, as many as the default has in the backward."""
-    jobs = jobs_of(LARGE, train=True)
-    for kernel, images, holds in (("large", 2, True), ("large", 3, False), ("query", 2, False), ("bias", 4, False)):
-        job = jobs[kernel]
-        tuned.write(DEVICE, {job.key: record(job.default, images=images, num_warps=2)})
-        assert (chosen(LARGE, train=True)[kernel].num_warps == 2) == holds, (kernel, images)
-
-
-def test_max_registers(store):
-    job = jobs_of(LARGE)["large"]
-    for value, holds in ((128, True), (None, True), (20, False), (256, False), ("128", False)):
-        tuned.write(DEVICE, {job.key: record(job.default, max_registers=value, num_warps=2)})
-        assert (chosen(LARGE)["large"].num_warps == 2) == holds, value
+@pytest.mark.parametrize(
+    ("kernel", "changes", "holds"),
+    [
+        ("large", {"images": 2}, True),
+        ("large", {"images": 3}, False),
+        ("query", {"images": 2}, False),
+        ("bias", {"images": 4}, False),
+        *(("large", {"max_registers": value}, value in (128, None)) for value in (128, None, 20, 256, "128")),
+    ],
+    ids=str,
+)
+def test_parameters_of_large_windows(store, kernel, changes, holds):
+    """One or two images in the forward, as many as the default has in the backward; registers within bounds."""
+    job = jobs_of(LARGE, train=True)[kernel]
+    tuned.write(DEVICE, {job.key: record(job.default, num_warps=2, **changes)})
+    assert (chosen(LARGE, train=True)[kernel].num_warps == 2) == holds
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_files_that_others_may_write_are_not_believed(store, tmp_path):
-    job = jobs_of(SMALL)["small"]
+def test_files_that_others_may_write_are_not_believed(job, store, tmp_path):
     path = tuned.write(DEVICE, {job.key: record(job.default, num_warps=1)})
     path.chmod(0o622)
     tuned.forget()
@@ -480,8 +460,7 @@ def test_files_that_others_may_write_are_not_believed(store, tmp_path):
     assert chosen(SMALL)["small"] == job.default
 
 
-def test_a_folder_that_is_a_link_is_not_written(store, tmp_path):
-    job = jobs_of(SMALL)["small"]
+def test_a_folder_that_is_a_link_is_not_written(job, store, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     store.parent.mkdir()
     store.symlink_to(tmp_path / "elsewhere")
@@ -500,21 +479,7 @@ def test_an_unusable_cache_directory_means_defaults(store, monkeypatch, tmp_path
 # The command.
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.py"
-    path.write_text(
-        "import timm, torch\n"
-        "def swin():\n"
-        "    return timm.create_model('swin_tiny_patch4_window7_224', img_size=28, depths=(1, 1), num_heads=(1, 2),"
-        " embed_dim=16, num_classes=3)\n"
-        "def example_inputs(batch):\n"
-        "    return torch.randn(batch, 3, 28, 28)\n"
-    )
-    return path
-
-
-def test_tuning_needs_a_gpu(tiny):
+def test_tuning_needs_a_gpu(tiny):  # noqa: F811
     result = call("tune", f"{tiny}:swin", "--device", "cpu")
     assert result.exit_code == 2
     assert "needs a GPU; this model is on cpu" in result.stderr
@@ -529,7 +494,7 @@ def test_one_thing_at_a_time(arguments):
 
 @pytest.mark.skipif(TRITON_DEVICE != "cpu", reason="with a GPU there is a way to measure")
 @pytest.mark.usefixtures("quick", "unlaunched")
-def test_the_command(tiny, store, monkeypatch):
+def test_the_command(tiny, store, monkeypatch):  # noqa: F811
     def on_cpu(model, inputs, **options):
         return original(model, inputs, **{**options, "measurable": True})
 
