@@ -98,11 +98,7 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        shallow = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return shallow | {
-            "variants": [asdict(variant) for variant in self.variants],
-            "report": self.report.to_dict(),
-        }
+        return asdict(self) | {"report": self.report.to_dict()}
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -129,8 +125,8 @@ class BenchResult:
             "p10 - p90": lambda row: f"{plots.number(row.p10_ms)} - {plots.number(row.p90_ms)}",
             "images / s": lambda row: plots.number(row.images_per_s),
             "peak MiB": lambda row: plots.number(row.peak_memory_mib),
-            "speed-up": lambda row: "failed" if row.speedup is None else f"{row.speedup:.2f}x",
-            "difference": lambda row: "" if row.name == "original" else f"{row.difference or 0:.1e}",
+            "speed-up": lambda row: f"{row.speedup:.2f}x",
+            "difference": lambda row: "" if row.name == "original" else f"{row.difference:.1e}",
         }
         if all(row.peak_memory_mib is None for row in self.variants):
             del cells["peak MiB"]
@@ -138,7 +134,8 @@ class BenchResult:
         for column in cells:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.variants:
-            table.add_row(row.name, *("-" if row.error else cell(row) for cell in cells.values()))
+            failed = [*"-" * (len(cells) - 2), "failed", "-"]
+            table.add_row(row.name, *(failed if row.error is not None else (cell(row) for cell in cells.values())))
         notes = [f"{row.name} failed: {row.error}" for row in self.variants if row.error is not None]
         training = " (of the first step; torch.compile draws random numbers of its own)"
         notes.append(

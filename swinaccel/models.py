@@ -36,23 +36,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _DTYPES |= {"half": torch.float16}
 
-_DEPTHS = {"tiny": (2, 2, 6, 2), "small": (2, 2, 18, 2), "base": (2, 2, 18, 2), "large": (2, 2, 18, 2)}
-_WIDTHS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
-_KINDS = {"swin": {"image_size": 224, "window_size": 7}, "swinv2": {"image_size": 256, "window_size": 8}}
-
 # The published sizes of Swin and SwinV2 as (model type, configuration): no hub is needed for them.
+_SIZES = {"tiny": (96, 6), "small": (96, 18), "base": (128, 18), "large": (192, 18)}  # width, depth of the third stage
+_KINDS = {"swin": {"image_size": 224, "window_size": 7}, "swinv2": {"image_size": 256, "window_size": 8}}
 HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     f"{kind}-{size}": (
         kind,
-        {
-            **settings,
-            "embed_dim": _WIDTHS[size],
-            "depths": _DEPTHS[size],
-            "num_heads": tuple(_WIDTHS[size] // 32 * 2**stage for stage in range(4)),
-        },
+        {"embed_dim": width, "depths": (2, 2, depth, 2), "num_heads": tuple(width // 32 * 2**n for n in range(4))}
+        | settings,
     )
     for kind, settings in _KINDS.items()
-    for size in _DEPTHS
+    for size, (width, depth) in _SIZES.items()
 }
 
 

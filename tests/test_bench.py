@@ -97,6 +97,7 @@ def test_forms(tmp_path):
     [
         ((), {}, ValueError, "inputs must hold a tensor"),
         (IMAGES, {"rounds": 0}, ValueError, "rounds must be at least 1; got 0"),
+        (IMAGES, {"autocast": torch.bfloat16}, ValueError, "autocast is for train=True"),
         (IMAGES, {"backend": "cuda"}, ValueError, "backend must be one of"),
         ((torch.randn(2, 5),), {}, RuntimeError, "the model does not run"),
     ],

@@ -128,9 +128,12 @@ def test_precompute(tiny, tmp_path, monkeypatch):
     assert len(rows) == 3
     assert all(row["rank"] and row["error"] > 0 and row["tokens"] == 144 for row in rows)
     assert list((tmp_path / "cache" / "factors").iterdir())
+    (reason,) = {row["reason"] for row in document("precompute", f"{tiny}:swinv2", "--bias", "auto")["modules"]}
+    assert reason == "bias='auto' uses the exact table unless --bias-energy is given"
     result = call("precompute", f"{tiny}:swin", "--device", "cpu")
     assert result.exit_code == 0
     assert "0 of 3 modules have factors" in result.stdout
+    assert "a window of 49 tokens keeps its whole bias in registers" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -166,10 +169,9 @@ def test_mistakes_get_one_sentence(tiny, arguments, words):
     "name", ["torchvision:swin_v2_t", "hf:swin", "hf:swinv2-tiny", "timm:swin_tiny_patch4_window7_224"]
 )
 def test_models_by_name(name):
+    kind, _, rest = name.partition(":")
     with torch.device("meta"):  # no memory and no time for the weights
-        model = {"timm": models._timm, "torchvision": models._torchvision, "hf": models._huggingface}[
-            name.partition(":")[0]
-        ](name.partition(":")[2], False, None)
+        model = models._LOADERS[kind](rest, False, None)
     (image,) = model.example_inputs(2)
     assert image.shape[:2] == (2, 3)
     assert image.shape[2] == (256 if "v2" in name else 224)
