@@ -47,6 +47,8 @@ def accelerate(model: Model, **options: Any) -> Model:
     for module, family, _, entry in found:
         if entry.status == "accelerated":
             patching.mark(module, patching.encode(family, _with_surroundings(module, family, config)))
+        elif entry.reason != _LEFT_OUT:  # it may have been accelerated before it was changed
+            patching.unmark([module])
     around = dict(_surroundings(model, config))
     for module, kind in around.items():
         patching.mark(module, patching.encode(kind, config))
@@ -195,7 +197,7 @@ def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     reason = patching.foreign_reason(module, family.method)
     if reason is not None:
         return reason
-    return probe.doubt(module, family, spec, patching.original(type(module), family.method))
+    return probe.doubt(module, family, spec, patching.original)
 
 
 def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:
@@ -227,12 +229,10 @@ def _surroundings(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Mo
 
 
 def _is_known(module: nn.Module, family: Any, method: str, attention: str | None) -> bool:
-    cls = type(module)
     if patching.foreign_reason(module, method) is not None:
         return False
-    inner = None if attention is None else patching.original(cls, attention)
     with patching.switched_off():  # attention inside runs its own forward
-        return probe.doubt_around(module, family, patching.original(cls, method), inner) is None
+        return probe.doubt_around(module, family, method, attention, patching.original) is None
 
 
 def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:

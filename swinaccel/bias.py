@@ -116,12 +116,8 @@ def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, values, right = torch.linalg.svd(bias, full_matrices=False)
         right = right.mT
     else:  # subspace iteration: the same leading factors at a fraction of the cost
-        state = torch.random.get_rng_state()
-        torch.manual_seed(0)
-        try:
-            start = torch.randn(bias.shape[-1], rank + 16).to(bias)
-        finally:
-            torch.random.set_rng_state(state)
+        seed = torch.Generator().manual_seed(0)  # torch.manual_seed would seed every GPU as well
+        start = torch.randn(bias.shape[-1], rank + 16, generator=seed, device="cpu", dtype=torch.float32).to(bias)
         basis = torch.linalg.qr(bias @ start).Q
         for _ in range(6):
             basis = torch.linalg.qr(bias @ torch.linalg.qr(bias.mT @ basis).Q).Q

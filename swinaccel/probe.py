@@ -1,16 +1,19 @@
 """The proof behind a signature: a class's own forward against its family's reading of it, once, in fp64 on the CPU.
 
 Attributes can look right and mean something else: a subclass with a changed forward, a copy that skips the
-projection, another version of a library. So before a kind of module is trusted, a small copy of one, with every
-parameter drawn at random (fresh tables are almost zero and fresh norms can be exactly zero, and would hide a
-difference), runs both ways.
+projection, another version of a library. So before a kind of module is trusted, two small copies of one run the two
+ways, in eval mode, and in training mode with gradients. Every parameter is drawn at random (fresh tables are almost
+zero and fresh norms can be exactly zero, and would hide a difference), and buffers and numbers are moved: what is one
+or zero now may be something else after some steps of training.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,43 +32,91 @@ _SURVEYED = (
     "transformers.models.",
     "monai.networks.nets.swin_unetr",
 )
+_BUILDING_BLOCKS = (*_SURVEYED, "torch.nn.", "timm.layers.", "torchvision.ops.", "transformers.", "monai.networks.")
 _TOLERANCE = 1e-6
 _NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.Linear"  # such calls run the original
+_DROP_RATES = ("attention_dropout", "dropout")  # numbers that families read
+_OWN = frozenset(nn.Module().__dict__)
+
+Original = Callable[[type, str], Callable[..., Any]]  # a class's own method, unbound, without a dispatcher of ours
 
 _verdicts: dict[tuple, str | None] = {}
 
 
-def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Callable[..., Any]) -> str | None:
+def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Original) -> str | None:
     """Why this kind of module is not what its family takes it for, or None where it is; probed once for each kind.
 
     Args:
         module: any instance; it is not changed and not called.
-        original: the class's own method, unbound, without a dispatcher of ours.
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its tensors are on the meta device; call accelerate() once they are loaded"
-    key = _kind(module, family, spec, original)
+    reason = _replaced(family.attention(module))
+    if reason is not None:
+        return reason
+    key = family.name, *_kind(module, family.attention(module), original), spec.window, any(spec.shift)
     if key not in _verdicts:
-        _verdicts[key] = _probe(module, family, original)
+        _verdicts[key] = _probe(module, family, original(type(module), family.method))
     return _verdicts[key]
 
 
 def doubt_around(
-    module: nn.Module, family: Family | Surrounding, original: Callable[..., Any], attention: Callable[..., Any] | None
+    module: nn.Module, family: Family | Surrounding, method: str, attention: str | None, original: Original
 ) -> str | None:
     """Why what this kind of module does around its attention is not what its family takes it for, or None.
 
     Args:
-        module, original: as for `doubt`, with the method that runs the whole module.
-        attention: its class's own method for the attention, where it is another one.
+        module: as for `doubt`.
+        method: runs the whole module.
+        attention: the method for its attention, where that is another one.
     """
-    surveyed = type(module).__module__.startswith(_SURVEYED)
-    parts = tuple((name, type(part), () if surveyed else _settings(part)) for name, part in module.named_modules())
-    tensors = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
-    key = ("around", family.name, original, parts, tensors)
+    key = "around", family.name, *_kind(module, None, original)
     if key not in _verdicts:
-        _verdicts[key] = _probe_around(module, family, original, attention)
+        own = None if attention is None else original(type(module), attention)
+        _verdicts[key] = _probe_around(module, family, original(type(module), method), own)
     return _verdicts[key]
+
+
+def _replaced(attention: nn.Module) -> str | None:
+    """Which method other than forward, which `dispatch` looks after, was replaced on an instance in the attention."""
+    for part in attention.modules():
+        for name, value in part.__dict__.items():
+            is_method = isinstance(value, (types.FunctionType, types.MethodType)) and hasattr(type(part), name)
+            if is_method and name != "forward":
+                return f"{name} of a {type(part).__name__} was replaced on this instance"
+    return None
+
+
+def _kind(module: nn.Module, attention: nn.Module | None, original: Original) -> tuple:
+    """All that decides what modules of one kind compute, but for their tensors' values and sizes."""
+    surveyed = type(module).__module__.startswith(_SURVEYED)
+    inside = set() if attention is None else set(attention.modules())
+    parts = []
+    for name, part in module.named_modules():
+        matters = (
+            not type(part).__module__.startswith(_BUILDING_BLOCKS)
+            or (not surveyed and (part is module or not inside or part in inside))
+            or (part in inside and not part._parameters and not part._modules)  # a softmax, a dropout
+        )
+        parts.append((name, type(part), _code(type(part), original), _settings(part) if matters else ()))
+    tensors = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+    return tuple(parts), tensors
+
+
+def _code(cls: type, original: Original) -> tuple:
+    """Functions that instances run, as they are now, and those of their modules that they name."""
+    found: list[Any] = []
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.nn."):
+            break
+        for name, value in vars(base).items():
+            if isinstance(value, types.FunctionType):
+                value = original(base, name)
+                named = map(value.__globals__.get, value.__code__.co_names)
+                found += value, *(one for one in named if isinstance(one, types.FunctionType))
+            elif isinstance(value, (property, staticmethod, classmethod)):
+                found.append(value)
+    return tuple(found)
 
 
 def _settings(part: nn.Module) -> tuple:
@@ -76,26 +127,62 @@ def _settings(part: nn.Module) -> tuple:
     )
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Nothing that surrounds the call counts, and nobody's random numbers on any device change."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def _seed() -> None:
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every GPU as well
+
+
+def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> str | None:
+    reasons = []
+    try:
+        with _undisturbed():
+            for training in (False, True):
+                twin = _random_twin(module, family, training)
+                for args in _calls(family, twin):
+                    with torch.set_grad_enabled(training):
+                        reasons.append(_compare(copy.deepcopy(twin), copy.deepcopy(twin), family, original, args))
+    except Exception as error:
+        return _failure(error)
+    if any(reason != _NOTHING_TO_COMPARE for reason in reasons):
+        reasons = [reason for reason in reasons if reason != _NOTHING_TO_COMPARE]
+    for reason in reasons:
+        if reason is not None:
+            return reason
+    dispatch.trusted_types.update(type(part) for part in family.attention(module).modules())
+    return None
+
+
 def _probe_around(
     module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
 ) -> str | None:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            twin = _random_twin(module)
-            for args in _calls(family, twin):
-                facts, (x, size) = family.block(twin), family.tokens(twin, *args)
+        with _undisturbed(), torch.no_grad():
+            first = _random_twin(module, family, training=False)
+            for args in _calls(family, first):
+                twin, other = copy.deepcopy(first), copy.deepcopy(first)
+                facts, (x, size) = family.block(other), family.tokens(other, *args)
                 if not isinstance(facts, Block):
                     found = fusion.merge_reference(facts, x, size)
                 else:
                     if attention is not None:
-                        attend: Any = functools.partial(attention, twin)
+                        attend: Any = functools.partial(attention, other)
                     elif hasattr(family, "attend"):
-                        attend = family.attend(twin)
+                        attend = family.attend(other)
                     else:
-                        attend = functools.partial(_attend, family.section(twin, *args))
+                        attend = functools.partial(_attend, family.section(other, *args))
                     found = fusion.reference(facts, attend, x, size)
                 reason = _difference(family.name, _parts(original(twin, *args)), _parts(found))
+                reason = reason or _other_state(twin, other)
                 if reason is not None:
                     return reason
                 fusion.trust(twin, facts)
@@ -104,10 +191,17 @@ def _probe_around(
     return None
 
 
-def _calls(family: Any, twin: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Arguments of the calls that a family's examples describe: sizes become random numbers."""
-    for example in examples(family, twin):
-        yield tuple(torch.randn(arg, dtype=torch.float64) if isinstance(arg, torch.Size) else arg for arg in example)
+def _calls(family: Any, twin: nn.Module) -> list[tuple[Any, ...]]:
+    """Arguments of the calls that a family's examples describe: an input, a mask and the like of random numbers."""
+
+    def made(place: int, arg: Any) -> Any:
+        if not isinstance(arg, torch.Size):
+            return arg
+        numbers = torch.randn(arg, dtype=torch.float64)
+        return numbers - 100 * (torch.rand(arg) < 0.5) if place else numbers
+
+    _seed()
+    return [tuple(made(*arg) for arg in enumerate(example)) for example in examples(family, twin)]
 
 
 def _failure(error: Exception) -> str:
@@ -115,42 +209,29 @@ def _failure(error: Exception) -> str:
     return f"the probe of its forward failed ({type(error).__name__}: {text[0] if text else ''})"
 
 
-def _kind(module: nn.Module, family: Family, spec: WindowSpec, original: Callable[..., Any]) -> tuple:
-    parts = tuple((name, type(part)) for name, part in module.named_modules())
-    tensors = tuple(name for name, _ in module.named_parameters()) + tuple(name for name, _ in module.named_buffers())
-    settings: tuple = ()
-    if not type(module).__module__.startswith(_SURVEYED):
-        settings = tuple(map(_settings, (module, *family.attention(module).modules())))
-    return family.name, original, parts, tensors, spec.window, any(spec.shift), settings
-
-
-def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> str | None:
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            twin = _random_twin(module)
-            reasons = [_compare(twin, family, original, args) for args in _calls(family, twin)]
-    except Exception as error:
-        return _failure(error)
-    if _NOTHING_TO_COMPARE in reasons and len(reasons) > 1:
-        reasons.remove(_NOTHING_TO_COMPARE)
-    for reason in reasons:
-        if reason is not None:
-            return reason
-    dispatch.trusted_types.update(type(part) for part in family.attention(module).modules())
-    return None
-
-
-def _compare(twin: nn.Module, family: Family, original: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
-    """Why one call of the original does not give what its family reads out of it, or None where it does."""
-    section = family.section(twin, *args)
+def _compare(
+    twin: nn.Module, other: nn.Module, family: Family, original: Callable[..., Any], args: tuple[Any, ...]
+) -> str | None:
+    """Why one call of the original does not do what its family reads out of it, or None where it does."""
+    section = family.section(other, *args)
     if isinstance(section, str):
         return section
     if section.padding is None and section.geometry.is_padded:
         return _NOTHING_TO_COMPARE
-    expected = _parts(original(twin, *args))
-    found = _parts(family.forward(twin, lambda x: _attend(section, x), *args))
-    return _difference(family.name, expected, found)
+    known = {id(tensor) for tensor in (*other.parameters(), *other.buffers(), *args)}
+    for tensor in (*section.sources, section.logit_scale, section.mask):
+        if tensor is not None and id(tensor) not in known and id(tensor._base) not in known:
+            return "what its scores start from is computed anew at each call, and is no parameter or buffer"
+    x, *rest = args
+    left, right = (x.clone().requires_grad_(twin.training) for _ in range(2))
+    _seed()
+    expected = _parts(original(twin, left, *rest))
+    _seed()
+    found = _parts(family.forward(other, lambda image: _attend(section, image), right, *rest))
+    reason = _difference(family.name, expected, found) or _other_state(twin, other)
+    if reason is None and twin.training:
+        reason = _other_gradients(_gradients(expected, left, twin), _gradients(found, right, other))
+    return None if reason is None else f"in training, {reason}" if twin.training else reason
 
 
 def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...]) -> str | None:
@@ -171,21 +252,84 @@ def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...]) ->
     return None
 
 
-def _random_twin(module: nn.Module) -> nn.Module:
-    """A CPU copy in fp64 and eval mode, without hooks, every parameter random and none of them copied."""
+def _gradients(parts: tuple[Any, ...], x: Tensor, module: nn.Module) -> dict[str, Tensor | None]:
+    """Of the input and every parameter, by name."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        if isinstance(part, Tensor) and part.requires_grad:
+            weights = torch.linspace(-1, 1, part.numel(), dtype=torch.float64).cos().view(part.shape)
+            total = total + (part * weights).sum()
+    if total.requires_grad:
+        total.backward()
+    return {"the input": x.grad, **{name: parameter.grad for name, parameter in module.named_parameters()}}
+
+
+def _other_gradients(expected: dict[str, Tensor | None], found: dict[str, Tensor | None]) -> str | None:
+    largest = max((one.abs().max() for one in expected.values() if one is not None), default=0.0)
+    for name, one in expected.items():
+        other = found[name]
+        if one is None or other is None:
+            if one is not other:
+                return f"{name} has {'no' if one is None else 'a'} gradient"
+        # Some vanish but for rounding, such as that of k's bias.
+        elif not (one - other).abs().max() <= _TOLERANCE * (one.abs().max() + 1e-3 * largest):
+            return f"the gradient of {name} is another one"
+    return None
+
+
+def _other_state(twin: nn.Module, other: nn.Module) -> str | None:
+    """Which tensors the original's forward keeps on the module or changes, and its family does not."""
+    for (path, one), (_, two) in zip(twin.named_modules(), other.named_modules(), strict=True):
+        left, right = ({**vars(part), **part._buffers} for part in (one, two))
+        for name in sorted((left.keys() | right.keys()) - _OWN):
+            kept, expected = (list(_tensors(values.get(name))) for values in (left, right))
+            if len(kept) != len(expected) or not all(map(_is_same, kept, expected)):
+                return f"its forward changes {'.'.join(filter(None, (path, name)))}"
+    return None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
+
+
+def _random_twin(module: nn.Module, family: Any, training: bool) -> nn.Module:
+    """A CPU copy in fp64, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
+
+    Of more than one head, the first has a table whose spread lets tokens see past the shift mask's -100, which is not
+    -inf. Scales of cosine attention lie above their clamp as well as below it.
+    """
+    _seed()
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
-        memo[id(parameter)] = nn.Parameter(
-            torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5), False
-        )
+        value = torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5)
+        if name.endswith("logit_scale"):
+            value = torch.linspace(5.5, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1:
+            value[:, 0] *= 200
+        memo[id(parameter)] = nn.Parameter(value, training)
     for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    twin = copy.deepcopy(module, memo)
+        value = buffer.detach().to("cpu", copy=True)
+        memo[id(buffer)] = value + torch.rand_like(value) if value.is_floating_point() else value
+    twin = copy.deepcopy(module, memo).to("cpu", torch.float64).train(training)
     for part in twin.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             hooks.clear()
-    return twin.to("cpu", torch.float64).eval()
+        if type(part) is nn.Dropout:
+            part.p = 0.0
+    for part in {twin, *family.attention(twin).modules()} if hasattr(family, "attention") else {twin}:
+        for name, number in vars(part).items():
+            if type(number) is float and not type(part).__module__.startswith("torch.nn."):
+                vars(part)[name] = 0.0 if name in _DROP_RATES else 1.25 * number + 0.05
+    return twin
 
 
 def _attend(section: Section, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import helpers
 import microsoft_models
 import pytest
 import torch
-from helpers import check, randomize
+from helpers import BACKENDS, check, randomize
 from torch import nn
 
 import swinaccel
@@ -451,3 +451,194 @@ def test_foreign_modules_do_not_break_recognition():
 
     for module in (Strange(), Angry(), nn.Module()):
         assert swinaccel.plan(nn.Sequential(module)).accelerated == []
+
+
+# What a probe of one forward in eval mode would not see.
+
+
+class DropKey(microsoft_models.WindowAttention):
+    def scores(self, q, k):
+        scores = super().scores(q, k)
+        return scores - 1e4 * torch.bernoulli(torch.full_like(scores, 0.3)) if self.training else scores
+
+
+class Detached(microsoft_models.WindowAttention):
+    def bias(self):
+        return super().bias().detach()
+
+
+class WithoutGradient(microsoft_models.WindowAttention):
+    @torch.no_grad()
+    def forward(self, x, mask=None):
+        return super().forward(x, mask)
+
+
+class Remembering(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        self.last = super().forward(x, mask)
+        return self.last
+
+
+class Prior(microsoft_models.WindowAttention):
+    """A buffer that is zero until it is loaded."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("prior", torch.zeros(16, 16))
+
+    def bias(self):
+        return super().bias() + self.prior
+
+
+class Annealed(microsoft_models.WindowAttention):
+    temperature = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.temperature = 1.0
+
+    def scores(self, q, k):
+        return super().scores(q, k) / self.temperature
+
+
+class LearnedScale(microsoft_models.WindowAttention):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.full((self.num_heads, 1, 1), self.scale))
+
+
+class OtherClamp(microsoft_models.WindowAttentionV2):
+    def scores(self, q, k):
+        cosine = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT
+        return cosine * self.logit_scale.clamp(max=3.0).exp() + self.bias()
+
+
+@pytest.mark.parametrize(
+    "kind", [DropKey, Detached, WithoutGradient, Remembering, Prior, Annealed, LearnedScale, OtherClamp]
+)
+def test_differences_that_do_not_show_in_one_forward(kind):
+    model = helpers.microsoft_block((8, 8), shift=2, v2=kind is OtherClamp)
+    model.attn = kind(16, (4, 4), 2)
+    randomize(model)
+    if kind is OtherClamp:
+        nn.init.constant_(model.attn.logit_scale, 1.0)
+    (entry,) = swinaccel.plan(model)
+    assert (entry.status, entry.name) == ("original", ""), entry
+
+
+def test_block_without_gradient_is_accelerated_at_its_attention():
+    class WithoutGradient(microsoft_models.SwinTransformerBlock):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    model = randomize(WithoutGradient(16, (8, 8), 2, 4, 2))
+    assert [entry.name for entry in swinaccel.plan(model).accelerated] == ["attn"]
+    swinaccel.accelerate(model, backend="torch")
+    assert not model(torch.randn(1, 64, 16)).requires_grad
+
+
+class MinusInfinity(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, None if mask is None else torch.where(mask < -50, -1e9, mask))
+
+
+def test_trap_15_mask_of_minus_infinity_is_another_one():
+    """Between ordinary scores it cannot be told from -100."""
+    model = helpers.microsoft_block((8, 8), shift=2)
+    model.attn = MinusInfinity(16, (4, 4), 2)
+    (entry,) = swinaccel.plan(randomize(model))
+    assert entry.status == "original"
+
+
+class DropHead(nn.Module):
+    drop_prob = 0.5
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (torch.rand(x.shape[0], x.shape[1], 1, 1) > self.drop_prob) / (1 - self.drop_prob)
+
+
+@pytest.mark.parametrize("dropout", [DropHead(), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)], ids=lambda d: str(type(d)))
+def test_other_dropouts_are_refused(dropout):
+    model = helpers.timm_block((8, 8), shift=2)
+    model.attn.attn_drop = dropout
+    model.attn.fused_attn = False
+    (entry,) = swinaccel.plan(model)
+    assert entry.status == "original"
+
+
+class Tempered(nn.Module):
+    def __init__(self, temperature):
+        super().__init__()
+        self.temperature = (temperature,)
+
+    def forward(self, scores):
+        return (scores / self.temperature[0]).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [(nn.Softmax(-1), nn.Softmax(-2)), (Tempered(1.0), Tempered(2.0))], ids=["dim", "temperature"]
+)
+def test_verdict_on_one_softmax_does_not_cover_another(good, bad):
+    model, other = (helpers.timm_block((8, 8), shift=2) for _ in range(2))
+    for one, softmax in ((model, good), (other, bad)):
+        one.attn.softmax, one.attn.fused_attn = softmax, False
+    assert [entry.status for entry in swinaccel.plan(nn.Sequential(model, other))] == ["accelerated", "original"]
+
+
+@pytest.mark.parametrize("name", ["forward", "bias"])
+def test_verdict_does_not_outlive_a_patch_of_the_class(name, monkeypatch):
+    """Of the attention's class, which the replaced method of the block calls."""
+    model = helpers.microsoft_block((8, 8), shift=2)
+    assert swinaccel.plan(model).accelerated
+    plain = vars(microsoft_models.WindowAttention)[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            microsoft_models.WindowAttention, name, lambda self, *args, **kwargs: 2 * plain(self, *args, **kwargs)
+        )
+        assert not swinaccel.plan(model).accelerated
+    assert swinaccel.plan(model).accelerated
+
+
+def test_verdict_does_not_outlive_a_patch_of_a_function(monkeypatch):
+    from torchvision.models import swin_transformer as library
+
+    model, plain = helpers.torchvision_attention(shift=(2, 2)), library.shifted_window_attention
+    assert swinaccel.plan(model).accelerated
+    monkeypatch.setattr(library, "shifted_window_attention", lambda *args, **kwargs: 2 * plain(*args, **kwargs))
+    assert not swinaccel.plan(model).accelerated
+
+
+def test_helper_replaced_on_the_instance_is_refused():
+    model, other = (helpers.torchvision_attention(shift=(2, 2)) for _ in range(2))
+    plain = other.get_relative_position_bias
+    other.get_relative_position_bias = lambda: 2 * plain()
+    assert [entry.status for entry in swinaccel.plan(nn.Sequential(model, other))] == ["accelerated", "original"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parametrized_table_is_read_at_each_call(backend):
+    class Doubled(nn.Module):
+        def forward(self, table):
+            return 2 * table
+
+    device = helpers.DEVICES[backend]
+    model = helpers.microsoft_block((8, 8), shift=2).to(device)
+    nn.utils.parametrize.register_parametrization(model.attn, "relative_position_bias_table", Doubled())
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
+    x = torch.randn(1, 64, 16, device=device)
+    for sign in (1, 1, 1, -1):
+        with torch.no_grad():
+            for one in (model, twin):
+                one.attn.parametrizations.relative_position_bias_table.original.mul_(sign)
+            helpers.assert_close(twin(x), model(x))
+
+
+def test_a_scale_that_becomes_a_tensor():
+    model = helpers.microsoft_block((8, 8), shift=2)
+    swinaccel.accelerate(model, backend="torch")
+    model.attn.scale = torch.tensor(model.attn.scale)
+    model(torch.randn(1, 64, 16))
+    assert helpers.reasons(model) == ["its scale is no number"]

@@ -45,7 +45,7 @@ def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index:
     if hasattr(attn, "cpb_mlp"):
         if not is_position_mlp(attn.cpb_mlp, heads):
             return None
-        if not (attn.logit_scale.numel() == heads if cosine else isinstance(attn.scale, float)):
+        if cosine and attn.logit_scale.numel() != heads:
             return None
     elif cosine or not has_table_rows(attn.relative_position_bias_table, window, heads):
         return None
@@ -58,8 +58,8 @@ def attention_section(
     mask: Tensor | None = None,
     mask_value: float = SHIFT_MASK_VALUE,
     index: Tensor | None = None,
-) -> Section:
-    """The live facts of a call of an official window attention over these windows.
+) -> Section | str:
+    """The live facts of a call of an official window attention over these windows, or why it must run itself.
 
     Args:
         mask, mask_value: as in `Section`.
@@ -85,6 +85,8 @@ def attention_section(
             logit_scale=attn.logit_scale,
             **common,
         )
+    if not isinstance(attn.scale, (int, float)):
+        return "its scale is no number"
     common |= {
         "project": attn.qkv,
         "padding": (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,

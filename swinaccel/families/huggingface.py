@@ -65,6 +65,8 @@ class HuggingFaceSwin:
         geometry = square_geometry(module, input_dimensions)
         if isinstance(geometry, str):
             return geometry
+        if not isinstance(attn.scaling, (int, float)):
+            return "its scale is no number"
         bias = attn.relative_position_bias
         if bias.window_size != geometry.window:
             return f"the bias table belongs to a window of {bias.window_size[0]}, not {geometry.window[0]}"

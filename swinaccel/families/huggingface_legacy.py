@@ -46,7 +46,6 @@ class HuggingFaceSwinLegacy:
             0
         ] != (2 * window[0] - 1) * (2 * window[1] - 1):
             return None
-        _NAMES[type(module)] = positional_names(type(module).forward)
         return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine)
 
     def attention(self, module: Any) -> nn.Module:
@@ -125,4 +124,7 @@ _NAMES: dict[type, tuple[str, ...]] = {}
 
 
 def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_NAMES[type(module)], args, strict=False)), **kwargs}
+    names = _NAMES.get(type(module))
+    if names is None:
+        names = _NAMES[type(module)] = positional_names(type(module).forward)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
