@@ -54,7 +54,11 @@ _parsed: dict[str, _Marked | None] = {}
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Dispatchers run the originals, in this thread and context; while a compiler traces, in every thread."""
+    """Dispatchers run the originals, in this thread and context.
+
+    In every thread, while a compiler traces, and in backwards: autograd has threads of its own, in which checkpointing
+    calls modules again.
+    """
     global _off_anywhere
     token = _off.set(True)
     with _lock:
@@ -68,7 +72,9 @@ def switched_off() -> Iterator[None]:
 
 
 def _is_off(compiling: bool) -> bool:
-    return _off_anywhere > 0 if compiling else _off.get()
+    if compiling:
+        return _off_anywhere > 0
+    return _off.get() or (_off_anywhere > 0 and torch._C._current_graph_task_id() != -1)
 
 
 def encode(family: Family | Surrounding, config: AccelConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import gc
 import io
@@ -191,11 +192,41 @@ def test_plan_changes_nothing():
     assert all(torch.equal(value, parameters[name]) for name, value in model.state_dict().items())
 
 
-def test_accelerate_leaves_random_numbers_alone():
-    model = MODELS["timm"]()
+def test_accelerate_leaves_random_numbers_alone(monkeypatch):
+    model, seeded = MODELS["timm"](), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     random = torch.random.get_rng_state()
     accelerate(model)
     assert torch.equal(torch.random.get_rng_state(), random)
+    assert not seeded
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.device("meta"),
+        lambda: default_dtype(torch.bfloat16),
+        lambda: torch.inference_mode(),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["device", "dtype", "inference", "autocast"],
+)
+@every_model
+def test_accelerate_in_any_surroundings(name, surroundings):
+    """A default device is that of the user's next tensors, not of the probe's."""
+    model = MODELS[name]()
+    with surroundings():
+        accelerate(model)
+    assert not swinaccel.report(model).original
+    assert is_accelerated(model)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "model", [nn.Linear(1, 1)], nn.Linear])
@@ -225,6 +256,14 @@ def test_strict_by_environment(monkeypatch):
     monkeypatch.setenv("SWINACCEL_STRICT", "1")
     with pytest.raises(swinaccel.FallbackError):
         swinaccel.accelerate(nn.Linear(2, 2))
+
+
+def test_accelerate_again_takes_back_what_has_changed():
+    model = accelerate(MODELS["microsoft"]())
+    model.blocks[1].attn.scores = lambda q, k: q @ k.mT
+    accelerate(model)
+    assert [entry.name for entry in swinaccel.report(model).accelerated] == ["blocks.0"]
+    assert patching.marker(model.blocks[1]) is None
 
 
 # Scopes.
@@ -335,6 +374,31 @@ def test_disabled_concerns_its_own_thread():
         assert not is_accelerated(model)
     thread.join()
     assert found == [True]
+
+
+def test_disabled_reaches_checkpointing_in_a_thread_of_autograd():
+    """Backwards on GPUs run in threads of their own, where a context variable has its default."""
+    model = accelerate(MODELS["microsoft"]())
+    called = []
+
+    class Recomputing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            thread = threading.Thread(target=lambda: called.append(patching._is_off(False)))
+            thread.start()
+            thread.join()
+            called.append(contextvars.Context().run(patching._is_off, False))
+            return gradient
+
+    with swinaccel.disabled():
+        Recomputing.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    Recomputing.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert called == [False, True, False, False]  # in another thread that is none of autograd's, and in the backward
+    assert is_accelerated(model)
 
 
 def test_environment_disables_accelerate_and_what_is_installed(monkeypatch):
@@ -590,6 +654,26 @@ def test_training_step_equals_the_originals():
             optimizer.step()
         model.eval()
     helpers.assert_close(output(models[1]), output(models[0]), 1e-3)
+
+
+def test_class_swapped_after_accelerate():
+    """As FSDP2 does: the instance's class becomes a subclass of its own."""
+    for name in MODELS:
+        model = MODELS[name]()
+        expected = output(model)
+        accelerate(model)
+        for module in list(model.modules()):
+            if patching.marked(module):
+                module.__class__ = type("FSDP" + type(module).__name__, (type(module),), {})
+        helpers.assert_close(output(model), expected)
+
+
+def test_verify_judges_its_own_calls():
+    model = accelerate(MODELS["timm"]())
+    hook = model.layers[0].blocks[0].attn.register_forward_hook(lambda *_: None)
+    output(model)
+    hook.remove()
+    assert swinaccel.verify(model, X, backend="torch").passed
 
 
 # Foreign patches.
