@@ -12,8 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import bias, fusion, ops
 from .backends import torch as torch_backend
@@ -121,16 +123,16 @@ def run(
         if isinstance(plan, str):
             return _fall_back(plan, module, original, config, stats, args, kwargs)
         section, attend = plan
-    block: Any = None
-    tokens = None
+    look = tokens = None
+    backend = _backend(config, x.device)
     if hasattr(family, "block") and not hasattr(family, "block_method"):  # else the block has its own dispatcher
-        block = _surroundings(family, module, config, x)
-        tokens = None if block is None else _tokens(family, module, x, args, kwargs)
+        look = _surroundings(family, module, config, x, backend)
+        tokens = None if look is None else _tokens(family, module, x, args, kwargs)
     try:
-        if tokens is None:
+        if look is None or tokens is None:
             result = family.forward(module, attend, *args, **kwargs)
         else:
-            result = fusion.forward(block, attend, *tokens, backend=_backend(config, x.device))
+            result = fusion.forward(look, attend, *tokens, backend=backend)
     except ops.KernelError as error:
         return _fall_back(str(error), module, original, config, stats, args, kwargs)
     if ops.has_failures() and stats is not None:
@@ -182,7 +184,26 @@ def _remember(
             return
     if len(memory.sections) >= 16:  # sizes that never come back
         memory.sections.clear()
-    memory.sections[key] = family.section(memory.twin, *args, **kwargs)
+    section = family.section(memory.twin, *args, **kwargs)
+    section.project, section.output = _directly(section.project), _directly(section.output)
+    memory.sections[key] = section
+
+
+def _directly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain linear layer as its product alone, for as long as a watch finds it the same and without hooks."""
+    if type(call) is not nn.Linear or call._compiled_call_impl is not None:
+        return call
+    weight, bias = call.weight, call.bias
+
+    def product(x: Tensor) -> Tensor:
+        if _has_any_global_hook() or nn.Linear.forward is not _linear_forward or nn.Module.__call__ is not _module_call:
+            return call(x)
+        return F.linear(x, weight, bias)
+
+    return product
+
+
+_linear_forward, _module_call = nn.Linear.forward, nn.Module.__call__
 
 
 def run_around(
@@ -196,19 +217,21 @@ def run_around(
     """One call of a module around accelerated attention, which has a dispatcher of its own: fused, or the original."""
     x = _first_tensor(args, kwargs)
     if _context_reason(x) is None:
-        facts, backend = _surroundings(family, module, config, x), _backend(config, x.device)
-        if facts is not None and not (isinstance(facts, Merging) and backend == "torch"):
+        backend = _backend(config, x.device)
+        look = _surroundings(family, module, config, x, backend)
+        is_merging = look is not None and isinstance(look.facts, Merging)
+        if look is not None and not (is_merging and backend == "torch"):
             tokens = _tokens(family, module, x, args, kwargs)
-            if tokens is not None and isinstance(facts, Merging):
-                return fusion.merge(facts, *tokens)
+            if tokens is not None and is_merging:
+                return fusion.merge(look, *tokens)
             if tokens is not None:
-                return fusion.forward(facts, family.attend(module), *tokens, backend=backend)
+                return fusion.forward(look, family.attend(module), *tokens, backend=backend)
     return original(module, *args, **kwargs)
 
 
-def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor) -> Any:
-    """The facts of a block or patch merging whose norms, sums and MLP may be fused in this call, or None."""
-    if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x, _backend(config, x.device)):
+def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor, backend: str) -> fusion.Look | None:
+    """What is known of a block or patch merging whose norms, sums and MLP may be fused in this call, or None."""
+    if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x, backend):
         return None
     return fusion.fitting(family, module, x)
 

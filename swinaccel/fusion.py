@@ -55,8 +55,8 @@ def is_worth(x: Tensor, backend: str = "triton") -> bool:
     return x.numel() >= smallest or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def fitting(family: Any, module: nn.Module, x: Tensor) -> Any:
-    """The facts of a module that may be fused in a call about x, or None where it holds a surprise or is watched."""
+def fitting(family: Any, module: nn.Module, x: Tensor) -> Look | None:
+    """What is known of a module that may be fused in a call about x; None where it holds a surprise or is watched."""
     dtype = x.dtype
     if _failed or dtype not in _DTYPES or not x.is_contiguous():
         return None
@@ -70,23 +70,29 @@ def fitting(family: Any, module: nn.Module, x: Tensor) -> Any:
     looked = _looks.get(module)
     if looked is None or not looked.holds(module):
         try:
-            looked = _looks[module] = _Look(module, family.block(module))
+            looked = _looks[module] = Look(module, family.block(module))
         except (AttributeError, TypeError, KeyError, Unwatchable, _Unfit):
             return None
-    return looked.facts if looked.suits(x, records) else None
+    return looked if looked.suits(x, records) else None
 
 
 class _Unfit(Exception):
     """A module is not plain enough to be stood in for."""
 
 
-class _Look:
-    """A close look at a module that turned out to be plain, and what tells later calls that all of it still holds."""
+class Look:
+    """A close look at a module that turned out to be plain, and what tells later calls that all of it still holds.
 
-    __slots__ = ("channels", "facts", "tensors", "twin", "watch")
+    Attributes:
+        facts: what the module consists of.
+        norms: weight, bias and eps of each, in the order of their use.
+        linears: weight and bias of each, likewise.
+    """
+
+    __slots__ = ("channels", "facts", "linears", "norms", "shapes", "twin", "watch")
 
     def __init__(self, module: nn.Module, facts: Block | Merging) -> None:
-        self.facts = facts
+        self.facts: Any = facts
         norms: tuple[tuple[Any, int], ...]
         linears: tuple[tuple[Any, int, int], ...]
         if isinstance(facts, Block):
@@ -116,12 +122,12 @@ class _Look:
         settled = [norm for norm, _ in norms] + idle + ([facts.activation] if isinstance(facts, Block) else [])
         stood_in_for = [*settled, *(linear for linear, *_ in linears), *holders]
         _demand(not any("forward" in one.__dict__ for one in stood_in_for))
-        self.tensors = []
-        for one in (*(norm for norm, _ in norms), *(linear for linear, *_ in linears)):
-            for name in ("weight", "bias"):
-                tensor = one._parameters[name]
-                _demand(tensor is None or type(tensor) in _PLAIN_TENSORS)
-                self.tensors.append((tensor, None if tensor is None else tensor.shape))
+        plain_norms, plain_linears = [norm for norm, _ in norms], [linear for linear, *_ in linears]
+        parameters = [one._parameters[name] for one in (*plain_norms, *plain_linears) for name in ("weight", "bias")]
+        _demand(all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in parameters))
+        self.shapes = [(tensor, tensor.shape) for tensor in parameters if tensor is not None]
+        self.norms = [(norm.weight, norm.bias, norm.eps) for norm in plain_norms]
+        self.linears = [(linear.weight, linear.bias) for linear in plain_linears]
         self.twin = twin(module)
         self.watch = Watch(stood_in_for, stood_in_for, [self.twin])
 
@@ -132,8 +138,8 @@ class _Look:
     def suits(self, x: Tensor, records: bool) -> bool:
         """Whether the parameters are like x, and none of them wants a gradient where gradients are recorded."""
         dtype, device = x.dtype, x.get_device()
-        for tensor, shape in self.tensors:
-            if tensor is not None and not (
+        for tensor, shape in self.shapes:
+            if not (
                 tensor.dtype is dtype
                 and tensor.get_device() == device
                 and tensor.shape == shape
@@ -144,7 +150,7 @@ class _Look:
         return x.shape[-1] == self.channels
 
 
-_looks: weakref.WeakKeyDictionary[nn.Module, _Look] = weakref.WeakKeyDictionary()
+_looks: weakref.WeakKeyDictionary[nn.Module, Look] = weakref.WeakKeyDictionary()
 
 
 def _demand(holds: bool) -> None:
@@ -204,23 +210,24 @@ def _does_gelu(module: Any) -> bool:
     return all(torch.equal(module(x.clone()), F.gelu(x)) for x in (values, values.bfloat16(), values.double()))
 
 
-def forward(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None, *, backend: str = "triton") -> Any:
-    """What a block returns whose facts are `fitting`.
+def forward(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] | None, *, backend: str = "triton") -> Any:
+    """What a block returns that is `fitting`.
 
     Args:
         attend: (B, H, W, C) to the same.
         x, size: see `layout.Tokens`.
         backend: "torch" on CPUs.
     """
+    block: Block = look.facts
     on_cpu = backend == "torch"
-    y = x if block.post_norm else block.norm1(x) if on_cpu else _norm(x, block.norm1)
+    y = x if block.post_norm else block.norm1(x) if on_cpu else _norm(x, look)
     branch = _branch(attend, y, size)
     if not _is_like(branch, x):
         out = _rest(block, x, branch)
     elif on_cpu:
         out = torch_fusion.rest(x, branch, block)
     else:
-        out = _rest_post(block, x, branch) if block.post_norm else _rest_pre(block, x, branch)
+        out = _rest_post(look, x, branch) if block.post_norm else _rest_pre(look, x, branch)
     return out if block.give is None else block.give(out)
 
 
@@ -255,69 +262,68 @@ def _rest(block: Block, x: Tensor, branch: Tensor) -> Tensor:
     return x + block.fc2(block.activation(block.fc1(block.norm2(x))))
 
 
-def _affine(norm: Any) -> kernels.Affine:
-    return norm.weight, norm.bias, norm.eps
-
-
 def _fail(error: kernels.LaunchError) -> None:
     global _failed
     _failed = True
     logger.warning("the Triton kernel failed: %s; only attention is accelerated from now on", error)
 
 
-def _norm(x: Tensor, norm: Any) -> Tensor:
+def _norm(x: Tensor, look: Look) -> Tensor:
     try:
-        return kernels.norm(x, _affine(norm))
+        return kernels.norm(x, look.norms[0])
     except kernels.LaunchError as error:
         _fail(error)
-        return norm(x)
+        return look.facts.norm1(x)
 
 
-def _fits_one_kernel(block: Block, x: Tensor) -> bool:
-    return kernels.mlp_launch(x.device, x.dtype, *reversed(block.fc1.weight.shape)) is not None
+def _fits_one_kernel(look: Look, x: Tensor) -> bool:
+    hidden, channels = look.linears[0][0].shape
+    return kernels.mlp_launch(x.device, x.dtype, channels, hidden) is not None
 
 
-def _hidden(block: Block, x: Tensor) -> Tensor:
+def _hidden(look: Look, x: Tensor) -> Tensor:
     """activation(fc1(x)) as a matrix."""
-    hidden = F.linear(x.view(-1, x.shape[-1]), block.fc1.weight, block.fc1.bias)
+    hidden = F.linear(x.view(-1, look.channels), *look.linears[0])
     return kernels.gelu_(hidden) if hidden.dtype in _HALVES else F.gelu(hidden)
 
 
-def _rest_post(block: Block, x: Tensor, branch: Tensor) -> Tensor:
-    fc1, fc2 = block.fc1, block.fc2
+def _rest_post(look: Look, x: Tensor, branch: Tensor) -> Tensor:
+    (norm1, norm2), (fc1, fc2) = look.norms, look.linears
     try:
-        total = kernels.norm_add(x, branch, _affine(block.norm1))
-        if _fits_one_kernel(block, x):
-            return kernels.mlp(total, None, _affine(block.norm2), (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
-        out = F.linear(_hidden(block, total), fc2.weight, fc2.bias).view(x.shape)
-        return kernels.norm_add(total, out, _affine(block.norm2))
+        total = kernels.norm_add(x, branch, norm1)
+        if _fits_one_kernel(look, x):
+            return kernels.mlp(total, None, norm2, fc1, fc2)
+        return kernels.norm_add(total, F.linear(_hidden(look, total), *fc2), norm2)
     except kernels.LaunchError as error:
         _fail(error)
-        return _rest(block, x, branch)
+        return _rest(look.facts, x, branch)
 
 
-def _rest_pre(block: Block, x: Tensor, branch: Tensor) -> Tensor:
-    fc1, fc2 = block.fc1, block.fc2
+def _rest_pre(look: Look, x: Tensor, branch: Tensor) -> Tensor:
+    (_, norm2), (fc1, fc2) = look.norms, look.linears
     try:
-        if _fits_one_kernel(block, x):
-            return kernels.mlp(x, branch, _affine(block.norm2), (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
-        total, y = kernels.add_norm(x, branch, _affine(block.norm2), fc2.bias)
+        if _fits_one_kernel(look, x):
+            return kernels.mlp(x, branch, norm2, fc1, fc2)
+        weight, bias = fc2
+        total, y = kernels.add_norm(x, branch, norm2, bias)
         # The second product adds to the sum, which holds its bias already, where it lies.
-        return total.view(-1, x.shape[-1]).addmm_(_hidden(block, y), fc2.weight.t()).view(x.shape)
+        total.view(-1, look.channels).addmm_(_hidden(look, y), weight.t())
+        return total
     except kernels.LaunchError as error:
         _fail(error)
-        return _rest(block, x, branch)
+        return _rest(look.facts, x, branch)
 
 
-def merge(merging: Merging, x: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """What a patch merging returns whose facts are `fitting`; `x` and `size` as in `layout.Tokens`."""
+def merge(look: Look, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """What a patch merging returns that is `fitting`; `x` and `size` as in `layout.Tokens`."""
+    merging: Merging = look.facts
     image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
-    reduction, affine = merging.reduction, _affine(merging.norm)
+    (affine,), (reduction,) = look.norms, look.linears
     try:
         if merging.post_norm:
-            out = kernels.norm(F.linear(merged(image), reduction.weight, reduction.bias), affine)
+            out = kernels.norm(F.linear(merged(image), *reduction), affine)
         else:
-            out = F.linear(kernels.merge_norm(image, affine), reduction.weight, reduction.bias)
+            out = F.linear(kernels.merge_norm(image, affine), *reduction)
     except kernels.LaunchError as error:
         _fail(error)
         return merge_reference(merging, x, size)

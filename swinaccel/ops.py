@@ -168,22 +168,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     if geometry is None:
         geometry = _geometry(qkv, window, shift, roll_first)
-    strides = qkv.stride()
-    if (
-        strides[-1] != 1
-        or sum(map(mul, strides[1:], qkv.shape[1:])) >= 2**31  # offsets within an image have 32 bits
-        or (k is not None and not strides == k.stride() == v.stride())  # type: ignore[union-attr]
-        or (strides[-2] % qkv.shape[-1] and backend.are_heads_apart(qkv, geometry))  # the kernels count in heads
-    ):
+    if not _is_readable(qkv, k, v, geometry):
         qkv, k, v = (None if t is None else _dense(t, geometry) for t in (qkv, k, v))  # type: ignore[assignment]
-    options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
     try:
         return backend.shifted_window_attention(
             qkv,
             k,
             v,
             geometry,
-            **options,
+            num_heads=num_heads,
+            table=table,
+            index=None if index is None else index.contiguous(),
+            padding=None if padding is None else padding.contiguous(),
+            mask=None if mask is None else mask.contiguous(),
+            mask_value=mask_value,
+            scale=scale,
+            logit_scale=None if logit_scale is None else logit_scale.contiguous(),
             factors=None if factors is None else tuple(factors),
             dropout=dropout,
             seed=seed,
@@ -197,8 +197,22 @@ def _forward(
             )  # fmt: skip
         head_dim = _head_dim(qkv, k, num_heads, geometry)
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
+        options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         out = _dense(_reference(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
         return out, torch.empty(_lse_shape(qkv, geometry, num_heads, head_dim, for_backward), device=qkv.device)
+
+
+def _is_readable(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry) -> bool:
+    """Whether the kernels find all tokens by their strides."""
+    if k is None and qkv.is_contiguous() and qkv.numel() < 2**31:
+        return True
+    strides = qkv.stride()
+    return (
+        strides[-1] == 1
+        and sum(map(mul, strides[1:], qkv.shape[1:])) < 2**31  # offsets within an image have 32 bits
+        and (k is None or strides == k.stride() == v.stride())  # type: ignore[union-attr]
+        and not (strides[-2] % qkv.shape[-1] and backend.are_heads_apart(qkv, geometry))  # they count in heads
+    )
 
 
 def _head_dim(qkv: Tensor, k: Tensor | None, num_heads: int, geometry: Geometry) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable
 from itertools import chain
-from operator import is_
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -47,7 +47,9 @@ class Watch:
         Unwatchable: for a setting that is no plain value, list or set of those, or object of such.
     """
 
-    __slots__ = ("buffers", "contents", "hooks", "layouts", "modules", "names", "owners", "settings", "types")
+    __slots__ = (
+        "buffers", "contents", "empty", "keepers", "kept", "layouts", "modules", "names", "owners", "settings", "types",
+    )  # fmt: skip
 
     def __init__(
         self, modules: Iterable[nn.Module], unhooked: Iterable[nn.Module], frames: Iterable[nn.Module] = ()
@@ -55,9 +57,15 @@ class Watch:
         self.owners: list[Any] = list(modules)  # of settings: these modules, and the objects that they name
         self.modules = [*self.owners, *frames]
         self.types = list(map(type, self.modules))
+        places = [(one, name) for one in self.owners for name in _CONTAINERS]
         plain = [_settings(module.__dict__, self.owners) for module in self.owners[:]]
         self.settings = plain + [_attributes(one.__dict__) for one in self.owners[len(plain) :]]
-        self.hooks = [module.__dict__[name] for module in unhooked for name in _HOOKS]
+        # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
+        self.empty = [one.__dict__[name] for one in unhooked for name in _HOOKS]
+        self.empty += [one.__dict__[name] for one, name in places if not one.__dict__[name]]
+        places = [(one, name) for one, name in places if one.__dict__[name]]
+        places += [(one, name) for one in frames for name in _CONTAINERS]
+        self.keepers, self.kept = [one for one, _ in places], [name for _, name in places]
         containers = self._containers()
         self.names, self.contents = list(chain.from_iterable(containers)), _values(containers)
         self.buffers = [one for module in self.modules for one in module._buffers.values() if one is not None]
@@ -76,14 +84,14 @@ class Watch:
                 and all(map(is_, contents, self.contents))
                 and list(chain.from_iterable(containers)) == self.names
                 and list(map(vars, self.owners)) == self.settings
-                and not any(self.hooks)
+                and not any(self.empty)
                 and self._layouts() == self.layouts
             )
         except Exception:  # a setting that has become something which cannot be compared
             return False
 
     def _containers(self) -> list[dict[str, Any]]:
-        return [attributes[name] for attributes in map(vars, self.modules) for name in _CONTAINERS]
+        return list(map(getitem, map(vars, self.keepers), self.kept))
 
     def _layouts(self) -> list[tuple]:
         """Where buffers lie: views of them may have been kept, and stay behind where their `data` is replaced."""

@@ -635,7 +635,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
         yield
         current[0] = 0
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
     monkeypatch.setattr(torch.cuda, "device", switched)
     triton_backend._Launch(Kernel(), (1,), ())(OnSecond(), None)
     assert seen == [1]
@@ -673,7 +673,7 @@ def launched(monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **options: Compiled()
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index}", raising=False)
     return triton_backend._Launch(Kernel(), (5,), (7,)), seen
 
@@ -687,6 +687,45 @@ def test_compiled_kernels_are_run_with_pointers(launched):
     ]
     launch(OnGpu(8), None)  # of another alignment: compiled by itself
     assert len(seen) == 2
+
+
+def test_each_kind_of_tensors_has_its_own_compiled_kernel(launched, monkeypatch):
+    """Also where kinds take turns."""
+    _, seen = launched
+    compiled = []
+
+    class Compiled:
+        packed_metadata = "metadata"
+
+        def __init__(self, kind):
+            self.function = kind
+
+        def run(self, *arguments):
+            seen.append(arguments[4])
+
+        def __getitem__(self, grid):
+            return None
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def compile(*tensors):
+                kind = [one and (one.dtype, one.index, one.pointer % 16) for one in tensors]
+                compiled.append(kind)
+                return Compiled(kind)
+
+            return compile
+
+    launch = triton_backend._Launch(Kernel(), (5,), ())
+    half = OnGpu(64)
+    half.dtype = torch.float16
+    kinds = [(OnGpu(16), OnGpu(32)), (OnGpu(8), OnGpu(32)), (half, OnGpu(32)), (OnGpu(32), None), (OnGpu(16), OnGpu(4))]
+    for _ in range(3):
+        for tensors in kinds:
+            launch(*tensors)
+            launch(*tensors)
+    turn = [kind for kind in compiled for _ in range(2)]
+    assert len(compiled) == len(kinds)
+    assert seen == compiled + 2 * turn
 
 
 @pytest.mark.parametrize("index", [-1, 1], ids=["cpu", "another-gpu"])

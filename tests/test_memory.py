@@ -248,6 +248,50 @@ def test_forward_by_hand():
     assert_live(model, *inputs)
 
 
+@pytest.mark.parametrize("part", ["qkv", "proj"])
+def test_forward_of_all_linear_layers(part, monkeypatch):
+    """Their modules are not called where they are plain, and yet whoever replaces what a call of them is, is heard."""
+    model, inputs = timm()
+    accelerated(model, *inputs)
+    run_quietly(model)
+    plain, chosen = nn.Linear.forward, model.attn.get_submodule(part)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) * (2 if self is chosen else 1))
+    assert_live(model, *inputs)
+    monkeypatch.undo()
+    assert_live(model, *inputs)
+
+
+def test_call_of_all_modules(monkeypatch):
+    """As tracers and profilers replace it."""
+    model, inputs = timm()
+    accelerated(model, *inputs)
+    plain, seen = nn.Module.__call__, []
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: (seen.append(self), plain(self, *args))[1])
+    run_quietly(model)
+    assert {model.attn.qkv, model.attn.proj} <= set(seen)
+
+
+def test_hooks_of_all_modules():
+    model, inputs = timm()
+    accelerated(model, *inputs)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    run_quietly(model)
+    handle.remove()
+    assert {model.attn.qkv, model.attn.proj} <= set(seen)
+
+
+def test_compiled_projection():
+    """By its own method: then that is what a call of it runs."""
+    model, inputs = timm()
+    accelerated(model, *inputs)
+    calls, plain = [], model.attn.proj._call_impl
+    model.attn.proj._compiled_call_impl = lambda x: (calls.append(1), plain(x))[1]
+    for _ in range(2):
+        assert_live(model, *inputs)
+    assert len(calls) == 4
+
+
 def test_type_by_hand():
     class Doubling(nn.Linear):
         def forward(self, x):
@@ -502,6 +546,24 @@ class TestWatch:
         parameter = module.first
         del module.first
         module.second = parameter
+        assert not watch.holds()
+
+    @pytest.mark.parametrize("name", ["_parameters", "_buffers", "_modules", "_forward_hooks", "_backward_pre_hooks"])
+    def test_what_is_empty_stays_so(self, name):
+        """Whatever dictionary it is."""
+        for fresh in (False, True):
+            module = nn.ReLU()
+            watch = Watch([module], [module])
+            if fresh:
+                setattr(module, name, collections.OrderedDict())
+                assert watch.holds()
+            getattr(module, name)["one"] = nn.Parameter(torch.ones(1))
+            assert not watch.holds()
+
+    def test_equal_tensors_in_a_dictionary_of_frames(self):
+        module = nn.Linear(1, 1)
+        watch = Watch([], [], [module])
+        module._parameters = {name: nn.Parameter(one.detach().clone()) for name, one in module._parameters.items()}
         assert not watch.holds()
 
     def test_frames_have_no_settings(self):

@@ -79,42 +79,49 @@ class _Launch:
     under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
     """
 
-    __slots__ = ("arguments", "grid", "kernel", "options", "runners")
+    __slots__ = ("arguments", "grid", "kernel", "latest", "options", "runners")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> None:
         self.kernel, self.arguments, self.options = kernel, arguments, options
         self.grid = (*grid, 1, 1)[:3]
-        self.runners: dict[tuple, Any] = {}
+        self.runners: dict[tuple, tuple[Any, bool]] = {}
+        self.latest: tuple[Any, tuple[Any, bool]] = None, _NOT_COMPILED  # of the runners, and what it is kept under
 
-    def __call__(self, first: Tensor, *tensors: Tensor | None) -> None:
-        index = first.get_device()  # -1 on the CPU
-        if index >= 0 and index != torch.cuda.current_device():
+    def __call__(self, *tensors: Any) -> None:
+        index = tensors[0].get_device()  # -1 on the CPU
+        if index >= 0 and index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):  # Triton launches on the current device, whatever its tensors say
-                self._run(index, (first, *tensors))
-        else:
-            self._run(index, (first, *tensors))
+                return self(*tensors)
+        pointers: list[int | None] = []
+        kind: list[Any] = []  # compared as a list, which takes less time than to hash it
+        for one in tensors:
+            if one is None:
+                pointers.append(None)
+                kind.append(None)
+            else:
+                pointer = one.data_ptr()
+                pointers.append(pointer)
+                kind += one.dtype, one.get_device(), not pointer & 15
+        known, (run, takes_pointers) = self.latest
+        if kind != known:
+            run, takes_pointers = self.runners.get(tuple(kind), _NOT_COMPILED)
+            self.latest = kind, (run, takes_pointers)
+        if run is None:
+            return self._compile(index, tensors, tuple(kind))
+        run(pointers if takes_pointers else self._passed(tensors))
 
-    def _run(self, index: int, tensors: tuple[Tensor | None, ...]) -> None:
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
-        kind = tuple(
-            [
-                None if pointer is None else (t.dtype, t.get_device(), not pointer & 15)  # type: ignore[union-attr]
-                for t, pointer in zip(tensors, pointers)  # noqa: B905 strict costs as much as one more tensor
-            ]
-        )
-        run, takes_pointers = self.runners.get(kind, _NOT_COMPILED)
-        if run is not None:
-            run(*(pointers if takes_pointers else self._passed(tensors)), *self.arguments)
-            return
+    def _compile(self, index: int, tensors: tuple[Tensor | None, ...], kind: tuple) -> None:
         compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             from ..kernels.run import runner
 
             # Triton asks the driver of each tensor's memory whether its GPU sees it. Of a pointer it does not ask, and
             # need not where all tensors are on the one device.
-            takes_pointers = type(self) is _Launch and all(one is None or one[1] == index >= 0 for one in kind)
+            is_here = index >= 0 and all(one is None or one.get_device() == index for one in tensors)
             stream_of = torch._C._cuda_getCurrentRawStream if index >= 0 else None
-            self.runners[kind] = runner(compiled, self.grid, stream_of, index), takes_pointers
+            run = runner(compiled, self.grid, self.arguments, stream_of, index)
+            self.runners[kind] = run, is_here and type(self) is _Launch
+            self.latest = list(kind), self.runners[kind]
 
     def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         """What the kernel is given for its tensors."""
@@ -435,13 +442,16 @@ def shifted_window_attention(
         table, index = _as_table(table, index)
     if not geometry.is_padded:
         padding = None
-    facts = (  # a plain tuple is made in a quarter of the time
-        device, dtype, qkv.shape[0], qkv.stride(), geometry, num_heads, _channels(qkv, k, geometry), k is None,
-        padding is not None, None if table is None else table.stride(), mask is not None, mask_value, scale,
-        logit_scale is not None, 0 if factors is None else factors[0].shape[-1], dropout, for_backward,
-        _precision(dtype), shared_memory_override,
+    image: tuple[Any, ...] = (device, dtype, qkv.shape[0], qkv.stride())
+    facts: tuple[Any, ...] = (
+        num_heads, _channels(qkv, k, geometry), k is None, padding is not None,
+        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
+        0 if factors is None else factors[0].shape[-1], dropout, for_backward, _precision(dtype),
+        shared_memory_override,
     )  # fmt: skip
-    forward = _launches.get(facts) or _keep(facts, _Forward(_Problem(*facts)))
+    # Of a geometry its numbers, since tuples are compared in a fraction of a dataclass's time.
+    key = (*image, geometry.size, geometry.window, geometry.shift, geometry.roll_first, *facts)
+    forward = _launches.get(key) or _keep(key, _Forward(_Problem._make((*image, geometry, *facts))))
     out = empty_image(qkv, geometry, k is None)
     lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else None
     if out.numel() == 0:

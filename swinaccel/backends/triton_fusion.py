@@ -22,35 +22,35 @@ class LaunchError(RuntimeError):
     """A kernel could not be compiled or launched."""
 
 
-def _launch(key: tuple, make: Callable[[], Any], *tensors: Tensor | None) -> None:
-    """Run the launch that is kept under a key."""
+def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> None:
+    """Run the launch that is kept under a key: the plan's name, and what is planned from."""
     try:
-        launch = windows._launches.get(key) or windows._keep(key, make())
+        launch = windows._launches.get(key) or windows._keep(key, plan(*key[1:]))
         launch(*tensors)
     except Exception as error:
         raise LaunchError(windows.first_line(error)) from error
 
 
+def _plan_norm(device: torch.device, rows: int, channels: int, eps: float, mode: int) -> Any:
+    from ..kernels import fusion_launch, pointwise
+
+    shape = fusion_launch.rows(channels)
+    return windows._Launch(
+        pointwise._norm_kernel,
+        (-(-rows // shape.rows),),
+        (rows, eps, channels, mode, shape.block_c, shape.rows),
+        num_warps=fusion_launch.NORM_WARPS,
+    )
+
+
 def _norm(mode: int, x: Tensor, branch: Tensor | None, affine: Affine, total_bias: Tensor | None) -> tuple[Any, Tensor]:
     channels, (weight, bias, eps) = x.shape[-1], affine
-    rows = x.numel() // channels if channels else 0
     out = torch.empty_like(x)
     total = torch.empty_like(x) if mode == 1 else None
-
-    def make() -> Any:
-        from ..kernels import fusion_launch, pointwise
-
-        shape = fusion_launch.rows(channels)
-        return windows._Launch(
-            pointwise._norm_kernel,
-            (-(-rows // shape.rows),),
-            (rows, eps, channels, mode, shape.block_c, shape.rows),
-            num_warps=fusion_launch.NORM_WARPS,
-        )
-
-    if rows:
-        key = ("norm", x.device, rows, channels, eps, mode)
-        _launch(key, make, out, total, x, branch, weight, bias, total_bias)
+    numbers = x.numel()
+    if numbers:
+        key = ("norm", x.device, numbers // channels, channels, eps, mode)
+        _launch(key, _plan_norm, out, total, x, branch, weight, bias, total_bias)
     return total, out
 
 
@@ -73,39 +73,39 @@ def merge_norm(x: Tensor, affine: Affine) -> Tensor:
     """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): the layer norm of each four neighbours."""
     (batch, height, width, channels), (weight, bias, eps) = x.shape, affine
     out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
-    rows = out.numel() // out.shape[-1] if channels else 0
-
-    def make() -> Any:
-        from ..kernels import fusion_launch, pointwise
-
-        shape = fusion_launch.rows(4 * channels)
-        return windows._Launch(
-            pointwise._merge_norm_kernel,
-            (-(-rows // shape.rows),),
-            (rows, height, width, eps, channels, shape.block_c, shape.rows),
-            num_warps=fusion_launch.MERGE_WARPS,
-        )
-
-    if rows:
-        _launch(("merge", x.device, x.shape, eps), make, out, x, weight, bias)
+    if out.numel():
+        key = ("merge", x.device, batch, height, width, channels, eps)
+        _launch(key, _plan_merge, out, x, weight, bias)
     return out
+
+
+def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float) -> Any:
+    from ..kernels import fusion_launch, pointwise
+
+    rows, shape = batch * ((height + 1) // 2) * ((width + 1) // 2), fusion_launch.rows(4 * channels)
+    return windows._Launch(
+        pointwise._merge_norm_kernel,
+        (-(-rows // shape.rows),),
+        (rows, height, width, eps, channels, shape.block_c, shape.rows),
+        num_warps=fusion_launch.MERGE_WARPS,
+    )
 
 
 def gelu_(x: Tensor) -> Tensor:
     """Exact GELU in place, of 16-bit numbers."""
     numbers = x.numel()
-
-    def make() -> Any:
-        from ..kernels import fusion_launch, mlp
-
-        block = fusion_launch.GELU_BLOCK
-        return windows._Launch(
-            mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS
-        )
-
     if numbers:
-        _launch(("gelu", x.device, numbers), make, x)
+        _launch(("gelu", x.device, numbers), _plan_gelu, x)
     return x
+
+
+def _plan_gelu(device: torch.device, numbers: int) -> Any:
+    from ..kernels import fusion_launch, mlp
+
+    block = fusion_launch.GELU_BLOCK
+    return windows._Launch(
+        mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS
+    )
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
@@ -136,20 +136,30 @@ def mlp(
     """
     (hidden, channels), (weight, bias, eps) = fc1[0].shape, affine
     rows, out = x.numel() // channels, torch.empty_like(x)
-
-    def make() -> Any:
-        from ..kernels import mlp
-
-        shape = mlp_launch(x.device, x.dtype, channels, hidden)
-        return windows._Launch(
-            mlp._mlp_kernel,
-            (-(-rows // shape.block_m),),
-            (rows, eps, channels, hidden, branch is not None, shape.block_m, shape.block_c, shape.block_h),
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-        )
-
     if rows:
-        key = ("mlp", x.device, x.dtype, rows, channels, hidden, eps, branch is None, windows.shared_memory_override)
-        _launch(key, make, out, x, branch, weight, bias, *fc1, *fc2)
+        is_residual = branch is not None
+        key = ("mlp", x.device, rows, channels, hidden, eps, is_residual, x.dtype, windows.shared_memory_override)
+        _launch(key, _plan_mlp, out, x, branch, weight, bias, *fc1, *fc2)
     return out
+
+
+def _plan_mlp(
+    device: torch.device,
+    rows: int,
+    channels: int,
+    hidden: int,
+    eps: float,
+    is_residual: bool,
+    dtype: torch.dtype,
+    shared_memory: int | None,
+) -> Any:
+    from ..kernels import mlp
+
+    shape = mlp_launch(device, dtype, channels, hidden)
+    return windows._Launch(
+        mlp._mlp_kernel,
+        (-(-rows // shape.block_m),),
+        (rows, eps, channels, hidden, is_residual, shape.block_m, shape.block_c, shape.block_h),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
