@@ -538,29 +538,26 @@ def measure_windows(setting: Setting, case: WindowCase, dtype: str, backward: bo
     for tensor in (qkv, table, q, k, v, bias, *scales):
         tensor.requires_grad_(backward)
 
-    def compiled() -> Call:
-        return partial(torch.compile(eager_attention, dynamic=False), *given)
-
-    peers: dict[str, Callable[[], Call]] = {
-        "eager": lambda: partial(eager_attention, *given),
-        "SDPA + mask": lambda: _sdpa(given, backward),
-    }
-    if setting.compile:
-        peers["torch.compile"] = compiled
-    if setting.seed_repos is not None:
-        peers |= _window_seeds(setting.seed_repos, given, backward)
-    grad_windows = None if grad is None else windows(grad).contiguous()
-    makers = {name: partial(_step, make, [q, k, v, bias, *scales], grad_windows) for name, make in peers.items()}
-
     def ours() -> Tensor:
         return functional.shifted_window_attention(
             qkv, case.window, heads, case.shift, table=table, index=index, logit_scale=logit_scale
         )
 
-    makers["swinaccel"] = partial(_step, lambda: ours, [qkv, table, *scales], grad)
+    makers: dict[str, Callable[[], Call]] = {
+        "eager": lambda: partial(eager_attention, *given),
+        "SDPA + mask": lambda: _sdpa(given, backward),
+    }
+    if setting.compile:
+        makers["torch.compile"] = lambda: partial(torch.compile(eager_attention, dynamic=False), *given)
+    makers["swinaccel"] = lambda: ours
+    if setting.seed_repos is not None:
+        makers |= _window_seeds(setting.seed_repos, given, backward)
+    wanted, cut_grad = [q, k, v, bias, *scales], None if grad is None else windows(grad).contiguous()
+    steps = {name: partial(_step, make, wanted, cut_grad) for name, make in makers.items()}
+    steps["swinaccel"] = partial(_step, makers["swinaccel"], [qkv, table, *scales], grad)
     flops = 4.0 * pixels * geometry.tokens * channels  # two products, each 2 N a channel and token
     bounds = _bounds(pixels * channels * kind.itemsize * 4, flops, backward)
-    return bounds | compare(setting, makers, backward, windows)
+    return bounds | compare(setting, steps, backward, windows)
 
 
 def _bounds(num_bytes: int, flops: float, backward: bool) -> dict[str, float]:

@@ -13,8 +13,9 @@ import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -304,43 +305,18 @@ def _results(call: Callable[[], Iterable[Tensor | None]]) -> list[Tensor]:
 def _caller(job: Job) -> Callable[[], tuple[Tensor | None, ...]]:
     """A function that poses a problem to the backend, forward or backward, on tensors of random numbers."""
     problem, geometry = job.problem, job.problem.geometry
-    device, heads, tokens = problem.device, problem.num_heads, geometry.tokens
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
-        made = torch.empty(shape, dtype=dtype, device=device)
-        if strides is not None:
-            made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        return made.normal_(generator=generator)
-
+    random = partial(_random, torch.Generator(problem.device).manual_seed(0))
     width = (3 if problem.packed else 1) * problem.channels
-    channels = (heads, problem.head_dim) if problem.heads_apart else (width,)
+    channels = (problem.num_heads, problem.head_dim) if problem.heads_apart else (width,)
     image = (problem.batch, *geometry.size, *channels)
-    qkv, k, v = (
-        random(image, problem.strides, problem.dtype) if place == 0 or not problem.packed else None
-        for place in range(3)
-    )
-    index = _position_index(geometry.window).to(device)
-    rows, table, factors = math.prod(2 * side - 1 for side in geometry.window), None, None
-    if problem.table_strides is not None:
-        table = random((rows, heads), problem.table_strides, problem.dtype)
+    qkv = random(image, problem.dtype, problem.strides)
+    k, v = (None if problem.packed else random(image, problem.dtype, problem.strides) for _ in range(2))
+    options, factors = _options(problem, random), None
     if problem.rank:
         stored = torch.float32 if problem.dtype == torch.float32 else torch.float16
-        q_factor, k_factor = (random((heads, tokens, problem.rank), None, stored) / problem.rank for _ in range(2))
-        factors = (q_factor, k_factor, table.contiguous(), index.clone())  # type: ignore[union-attr]
-    assert qkv is not None
-    options: dict[str, Any] = {
-        "num_heads": heads,
-        "table": table,
-        "index": None if table is None else index,
-        "padding": random((3 * problem.channels,), None, problem.dtype) if problem.is_padded else None,
-        "mask": reference.shift_mask(geometry, problem.mask_value, device=device) if problem.has_mask else None,
-        "mask_value": problem.mask_value,
-        "scale": problem.scale,
-        "logit_scale": torch.full((heads,), 2.0, device=device) if problem.cosine else None,
-        "dropout": problem.dropout,
-        "seed": torch.zeros(1, dtype=torch.int64, device=device) if problem.dropout else None,
-    }
+        shape = (problem.num_heads, geometry.tokens, problem.rank)
+        q_factor, k_factor = (random(shape, stored) / problem.rank for _ in range(2))
+        factors = (q_factor, k_factor, options["table"].contiguous(), options["index"].clone())
 
     def forward() -> tuple[Tensor, Any]:
         return backend.shifted_window_attention(
@@ -350,7 +326,7 @@ def _caller(job: Job) -> Callable[[], tuple[Tensor | None, ...]]:
     if not job.is_backward:
         return forward
     out, lse = forward()
-    grad = torch.empty_like(out).normal_(generator=generator)
+    grad = random(out.shape, out.dtype, out.stride())
 
     def backward() -> tuple[Tensor | None, ...]:
         return backend.shifted_window_attention_backward(
@@ -358,6 +334,36 @@ def _caller(job: Job) -> Callable[[], tuple[Tensor | None, ...]]:
         )
 
     return backward
+
+
+def _random(
+    generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+) -> Tensor:
+    made = torch.empty(shape, dtype=dtype, device=generator.device)
+    if strides is not None:
+        made = torch.empty_strided(shape, strides, dtype=dtype, device=generator.device)
+    return made.normal_(generator=generator)
+
+
+def _options(problem: Any, random: Callable[..., Tensor]) -> dict[str, Any]:
+    """What a problem's forward and backward take beside the tokens."""
+    device, geometry, table, index = problem.device, problem.geometry, None, None
+    if problem.table_strides is not None:
+        rows = math.prod(2 * side - 1 for side in geometry.window)
+        table = random((rows, problem.num_heads), problem.dtype, problem.table_strides)
+        index = _position_index(geometry.window).to(device)
+    return {
+        "num_heads": problem.num_heads,
+        "table": table,
+        "index": index,
+        "padding": random((3 * problem.channels,), problem.dtype) if problem.is_padded else None,
+        "mask": reference.shift_mask(geometry, problem.mask_value, device=device) if problem.has_mask else None,
+        "mask_value": problem.mask_value,
+        "scale": problem.scale,
+        "logit_scale": torch.full((problem.num_heads,), 2.0, device=device) if problem.cosine else None,
+        "dropout": problem.dropout,
+        "seed": torch.zeros(1, dtype=torch.int64, device=device) if problem.dropout else None,
+    }
 
 
 def _tolerance(problem: Any) -> float:
