@@ -128,9 +128,11 @@ def marked(module: nn.Module) -> tuple[Family, AccelConfig] | None:
     if text is None:
         return None
     found = _decode(text)
-    if found is None or found.is_around or _keys(module, found)[0] not in _installed:
+    if found is None or found.is_around:
         return None
-    return found.family, found.config
+    # Not only its owner: transformers wraps the inherited forward anew in every subclass, as FSDP2 makes them.
+    has_dispatcher = any((base, found.family.method) in _installed for base in type(module).__mro__)
+    return (found.family, found.config) if has_dispatcher else None
 
 
 def is_around(module: nn.Module) -> bool:
