@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import place_window, shift_region
+from .tiles import Geometry, place_window, shift_region
 
 
 @triton.jit
@@ -109,18 +109,18 @@ def _check_mask_kernel(
 ):
     """One program: whether its share of one window's mask is anything but what the shift implies."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    window = tl.program_id(0)
-    windows, shift = (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w)
-    place = place_window(window, windows, VOLUME)
+    nothing = (0, 0, 0)
+    geometry = Geometry(nothing, (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), nothing)
+    window = place_window(tl.program_id(0), geometry, VOLUME)
     unusual = tl.zeros((BLOCK,), tl.int32)
     for first in tl.range(tl.program_id(1) * BLOCK, N * N, CHECKS * BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        region_q = shift_region(offs // N, place, windows, shift, WINDOW)
-        region_k = shift_region(offs % N, place, windows, shift, WINDOW)
+        region_q = shift_region(offs // N, window, geometry, WINDOW)
+        region_k = shift_region(offs % N, window, geometry, WINDOW)
         implied = tl.where(region_q != region_k, mask_value, 0.0)
-        value = tl.load(mask_ptr + window.to(tl.int64) * (N * N) + offs, mask=offs < N * N, other=0.0)
+        value = tl.load(mask_ptr + window.number.to(tl.int64) * (N * N) + offs, mask=offs < N * N, other=0.0)
         unusual |= ((value.to(tl.float32) != implied) & (offs < N * N)).to(tl.int32)
-    tl.store(unusual_ptr + window * CHECKS + tl.program_id(1), tl.max(unusual, axis=0))
+    tl.store(unusual_ptr + window.number * CHECKS + tl.program_id(1), tl.max(unusual, axis=0))
 
 
 @triton.jit

@@ -1,19 +1,25 @@
 """What every window kernel shares: where a window's tokens lie in the image, and how a tile of them is read.
 
-Axis words: images are (depth, rows, columns), and so is whatever comes in threes: the image's ``size``, the grid of
-``windows``, ``shift``, ``roll``, a window's ``place`` in the grid, and ``WINDOW``, its tokens, numbered row-major by
-``n``. Flat images are one token deep, and where VOLUME is not set nothing is computed of a depth. The image is never
-shifted, padded or partitioned in memory: these functions turn (window, n) into an address instead. Offsets within
-one image, and within one head's bias, are 32 bits wide; where an image begins is a 64-bit offset.
+The image is never shifted, padded or partitioned in memory. From the n-th token of a window to its address:
 
-Heads of a token need not be neighbours: they lie ``stride_head * HEAD_DIM`` apart.
+    number of a window      → its place in the grid of windows               `place_window`
+    place, n                → depth, row, column in the image; is it there?  `locate_tokens`
+    depth, row, column      → offset within one image, 32 bits wide          `token_offsets`
+    image, head             → 64-bit offset of the image, heads that lie `stride_head * HEAD_DIM` apart
+
+Axis words: images are (depth, rows, columns), and so is whatever comes in threes. A window's tokens are numbered
+row-major by ``n``. Flat images are one token deep, and where VOLUME is not set nothing is computed of a depth.
+
+A tile of scores is (queries, keys), or transposed. What works on both kinds takes the queries ``m`` and the keys ``n``
+as a column and a row, or as a row and a column.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 LOG_100 = tl.constexpr(4.605170185988092)  # SwinV2 clamps logit_scale at ln(100), from above only
 
 # How a shift mask reaches a kernel.
@@ -28,15 +34,67 @@ BIAS_DENSE = tl.constexpr(2)  # (heads, rows, cols), by `bias._expand_bias_kerne
 BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
 
 
+# What goes together through device functions. Only run-time values: a compile-time one that is assigned, on its own or
+# within a tuple, becomes a run-time one.
+
+
+class Geometry(NamedTuple):
+    """Where the windows of a call lie, as `swinaccel.spec.Geometry`, along the three axes."""
+
+    size: tl.tuple  # of the image
+    windows: tl.tuple  # in the grid
+    shift: tl.tuple
+    roll: tl.tuple  # the shift as a roll of the axis that is rolled
+
+
+class Window(NamedTuple):
+    number: tl.tensor
+    place: tl.tuple  # in the grid
+
+
+class Tokens(NamedTuple):
+    """A tile of a window's tokens, (tokens,) each."""
+
+    n: tl.tensor
+    at: tl.tuple  # in the image
+    real: tl.tensor  # whether it exists in the image
+    padding: tl.tensor  # whether it exists in the window only
+
+
+class Bias(NamedTuple):
+    """Where the relative position bias is read from."""
+
+    table_ptr: tl.tensor = None  # (T, heads)
+    index_ptr: tl.tensor = None  # (N, N), int64
+    stride_table: tl.tuple = None  # (row, head)
+    dense_ptr: tl.tensor = None  # (heads, rows, cols)
+    stride_dense: tl.tuple = None  # (head, row)
+
+
+class Mask(NamedTuple):
+    """The shift mask."""
+
+    ptr: tl.tensor  # (windows, N, N)
+    value: tl.tensor  # between regions
+
+
+class Dropout(NamedTuple):
+    """Dropout of the attention weights."""
+
+    seed_ptr: tl.tensor  # (1,), int64
+    probability: tl.tensor
+
+
 @triton.jit
-def place_window(window, windows, VOLUME: tl.constexpr):
-    """Depth, row and column of a window in the grid of windows, which are numbered row-major."""
-    depth = window * 0
-    row = window // windows[2]
+def place_window(number, geometry, VOLUME: tl.constexpr):
+    """A window by its number; the grid's windows are numbered row-major."""
+    windows = geometry.windows
+    depth = number * 0
+    row = number // windows[2]
     if VOLUME:
         depth = row // windows[1]
         row = row % windows[1]
-    return depth, row, window % windows[2]
+    return Window(number, (depth, row, number % windows[2]))
 
 
 @triton.jit
@@ -59,13 +117,9 @@ def _locate(n, place, length, windows, roll, WINDOW: tl.constexpr, ROLL_FIRST: t
 
 
 @triton.jit
-def locate_tokens(n, place, size, windows, roll, WINDOW: tl.constexpr, ROLL_FIRST: tl.constexpr):
-    """Image (depth, row, column) of the tokens ``n`` of one window, and whether they exist (are no padding).
-
-    Args:
-        place: of the window in the grid, by `place_window`.
-        size, windows, roll: of the image, along its three axes.
-    """
+def locate_tokens(n, window, geometry, WINDOW: tl.constexpr, ROLL_FIRST: tl.constexpr):
+    """The tokens ``n`` of a window."""
+    place, size, windows, roll = window.place, geometry.size, geometry.windows, geometry.roll
     in_row = n // WINDOW[2]
     depth = place[0]  # of windows one token deep, which have no depth to roll or to pad
     inside = n < WINDOW[0] * WINDOW[1] * WINDOW[2]
@@ -76,22 +130,25 @@ def locate_tokens(n, place, size, windows, roll, WINDOW: tl.constexpr, ROLL_FIRS
         inside = inside & real
     row, real_row = _locate(in_row, place[1], size[1], windows[1], roll[1], WINDOW[1], ROLL_FIRST)
     col, real_col = _locate(n % WINDOW[2], place[2], size[2], windows[2], roll[2], WINDOW[2], ROLL_FIRST)
-    return (depth, row, col), inside & real_row & real_col
+    real = inside & real_row & real_col
+    padding = (n < WINDOW[0] * WINDOW[1] * WINDOW[2]) & (real == 0)
+    return Tokens(n, (depth, row, col), real, padding)
 
 
 @triton.jit
-def token_offsets(token, stride):
+def token_offsets(tokens, stride):
     """Where tokens lie within an image of these strides."""
-    return token[0] * stride[0] + token[1] * stride[1] + token[2] * stride[2]
+    return tokens.at[0] * stride[0] + tokens.at[1] * stride[1] + tokens.at[2] * stride[2]
 
 
 @triton.jit
-def shift_region(n, place, windows, shift, WINDOW: tl.constexpr):
+def shift_region(n, window, geometry, WINDOW: tl.constexpr):
     """Region number of the tokens ``n``; tokens of different regions were brought together by the roll only.
 
     Along each axis, a window holds up to two of the shift mask's regions, and more than one only where it is the
     last, whose last ``shift`` tokens come from the image's other side.
     """
+    place, windows, shift = window.place, geometry.windows, geometry.shift
     in_row = n // WINDOW[2]
     if WINDOW[0] > 1:
         in_row = in_row % WINDOW[1]
@@ -105,8 +162,9 @@ def shift_region(n, place, windows, shift, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def is_divided(place, windows, shift, WINDOW: tl.constexpr):
+def is_divided(window, geometry, WINDOW: tl.constexpr):
     """Whether a window holds tokens of more than one region."""
+    place, windows, shift = window.place, geometry.windows, geometry.shift
     divided = ((place[1] == windows[1] - 1) & (shift[1] > 0)) | ((place[2] == windows[2] - 1) & (shift[2] > 0))
     if WINDOW[0] > 1:
         divided = divided | ((place[0] == windows[0] - 1) & (shift[0] > 0))
@@ -114,23 +172,49 @@ def is_divided(place, windows, shift, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def part_of(image, number, head, num_windows, num_heads):
+    """Number of the (image, window, head), counted over the whole call; 64 bits wide."""
+    return (tl.cast(image, tl.int64) * num_windows + number) * num_heads + head
+
+
+@triton.jit
+def operand_pointers(q_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr):
+    """Pointers to q, k and v of a token; PACKED, all of them are in the first tensor, one after the other."""
+    if PACKED:
+        k_ptr = q_ptr + num_heads * HEAD_DIM
+        v_ptr = q_ptr + 2 * num_heads * HEAD_DIM
+    return q_ptr, k_ptr, v_ptr
+
+
+@triton.jit
+def padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM: tl.constexpr, HAS_PAD: tl.constexpr):
+    """Pointers to a head's q, k and v of a padding token, in (3 * heads * HEAD_DIM,)."""
+    if not HAS_PAD:
+        padding_ptr = q_ptr  # never read
+    pad_q_ptr = padding_ptr + head * HEAD_DIM
+    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
+    return pad_q_ptr, pad_k_ptr, pad_k_ptr + num_heads * HEAD_DIM
+
+
+@triton.jit
 def load_tokens(
-    image_ptr,
-    offs_token,
-    real,
-    padding,
-    pad_ptr,
-    offs_d,
-    HEAD_DIM: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-):
-    """A tile (tokens, BLOCK_D) of one head: image tokens from memory, padding tokens from the projection's bias."""
+    ptr, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr, pad_ptr=None, HAS_PAD: tl.constexpr = False
+):  # fmt: skip
+    """A tile (tokens, BLOCK_D) of one head: image tokens from memory, padding tokens from `pad_ptr`, or zeros."""
     mask_d = offs_d < HEAD_DIM
-    tile = tl.load(image_ptr + (offs_token[:, None] + offs_d[None, :]), mask=real[:, None] & mask_d[None, :], other=0.0)
+    mask = tokens.real[:, None] & mask_d[None, :]
+    tile = tl.load(ptr + (offs_token[:, None] + offs_d[None, :]), mask=mask, other=0.0)
     if HAS_PAD:
         pad = tl.load(pad_ptr + offs_d, mask=mask_d, other=0.0).to(tile.dtype)
-        tile = tl.where(padding[:, None], pad[None, :], tile)
+        tile = tl.where(tokens.padding[:, None], pad[None, :], tile)
     return tile
+
+
+@triton.jit
+def store_tokens(ptr, tile, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr):
+    """Write a tile (tokens, BLOCK_D) of one head, less its padding."""
+    ptrs = ptr + (offs_token[:, None] + offs_d[None, :])
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=tokens.real[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -147,90 +231,71 @@ def cosine_scale(logit_scale_ptr, head):
 
 
 @triton.jit
+def scale_rows(x, factor):
+    """Each row of x times a factor of its own, in x's dtype."""
+    return (x.to(tl.float32) * factor[:, None]).to(x.dtype)
+
+
+@triton.jit
 def scaled_query(q, scale, COSINE: tl.constexpr):
     """q (normalised for cosine attention) times scale, in q's own dtype."""
     if COSINE:
-        return (q.to(tl.float32) * (inverse_norm(q) * scale)[:, None]).to(q.dtype)
+        return scale_rows(q, inverse_norm(q) * scale)
     return (q.to(tl.float32) * scale).to(q.dtype)
 
 
 @triton.jit
-def tile_bias(
-    offs_m,
-    offs_n,
-    table_ptr,
-    index_ptr,
-    dense_ptr,
-    stride_table_row,
-    stride_table_head,
-    stride_dense_head,
-    stride_dense_row,
-    head,
-    N: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Relative position bias of a tile of scores, and -inf for keys beyond the window; fp32.
-
-    Args:
-        offs_m, offs_n: queries and keys, as a column and a row, or as a row and a column for transposed scores.
-    """
+def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
+    """Relative position bias of a tile of scores, and -inf for keys beyond the window; fp32."""
     if BIAS == BIAS_DENSE:
-        bias = tl.load(dense_ptr + head * stride_dense_head + (offs_m * stride_dense_row + offs_n)).to(tl.float32)
+        ptr = bias.dense_ptr + head * bias.stride_dense[0]
+        tile = tl.load(ptr + (m * bias.stride_dense[1] + n)).to(tl.float32)
     else:
-        inside = (offs_m < N) & (offs_n < N)
+        inside = (m < N) & (n < N)
         if BIAS == BIAS_TABLE:
-            row = tl.load(index_ptr + offs_m * N + offs_n, mask=inside, other=0)
-            bias = tl.load(table_ptr + row * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
-            bias = bias.to(tl.float32)
+            row = tl.load(bias.index_ptr + m * N + n, mask=inside, other=0)
+            ptrs = bias.table_ptr + row * bias.stride_table[0] + head * bias.stride_table[1]
+            tile = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         else:
-            bias = tl.zeros(inside.shape, tl.float32)
-        bias = tl.where(offs_n < N, bias, float("-inf"))
-    return bias
+            tile = tl.zeros(inside.shape, tl.float32)
+        tile = tl.where(n < N, tile, float("-inf"))
+    return tile
 
 
 @triton.jit
-def add_mask(
-    scores,
-    offs_m,
-    offs_n,
-    mask_ptr,
-    window,
-    place,
-    windows,
-    shift,
-    mask_value,
-    WINDOW: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """Scores plus their window's mask; `offs_m` and `offs_n` as for `tile_bias`."""
+def drawn_in(mask):
+    """A mask in fp32, its large finite values, as stand in for -inf elsewhere, where scaling keeps them finite."""
+    mask = mask.to(tl.float32)
+    return tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
+
+
+@triton.jit
+def add_mask(scores, m, n, mask, window, geometry, WINDOW: tl.constexpr, MASK: tl.constexpr):
+    """A tile of scores plus its window's mask."""
     if MASK == MASK_REGIONS:
-        region_m = shift_region(offs_m, place, windows, shift, WINDOW)
-        region_n = shift_region(offs_n, place, windows, shift, WINDOW)
-        scores += tl.where(region_m != region_n, tl.cast(mask_value, tl.float32), 0.0)
+        divided = shift_region(m, window, geometry, WINDOW) != shift_region(n, window, geometry, WINDOW)
+        scores += tl.where(divided, tl.cast(mask.value, tl.float32), 0.0)
     elif MASK == MASK_TENSOR:
         N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-        inside = (offs_m < N) & (offs_n < N)
-        mask_ptr += tl.cast(window, tl.int64) * (N * N)
-        mask = tl.load(mask_ptr + (offs_m * N + offs_n), mask=inside, other=0.0).to(tl.float32)
-        # Large finite values, as stand in for -inf elsewhere, are drawn in to where scaling keeps them finite.
-        scores += tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
+        ptr = mask.ptr + tl.cast(window.number, tl.int64) * (N * N)
+        scores += drawn_in(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0))
     return scores
 
 
 @triton.jit
-def dropout_factor(seed_ptr, dropout, part, offs_m, offs_n, N: tl.constexpr):
-    """What attention dropout multiplies the weights of a tile by: 0, or 1 / (1 - dropout).
+def dropout_factor(dropout, part, m, n, N: tl.constexpr):
+    """What attention dropout multiplies the weights of a tile by: 0, or 1 / (1 - probability).
 
     Each weight has a random number of its own (Philox, keyed by the call's seed), by its place in the attention
     alone, so that forward and backward agree however they tile it.
 
     Args:
-        part: number of the (image, window, head), counted over the whole call.
-        offs_m, offs_n: as for `tile_bias`.
+        part: by `part_of`.
     """
-    counter = offs_m * N + offs_n
+    counter = m * N + n
     part = tl.cast(part, tl.int64)
     low, high = (part & 0xFFFFFFFF).to(tl.int32), (part >> 32).to(tl.int32)
     zero = counter * 0
-    random, _, _, _ = tl.philox(tl.load(seed_ptr), counter, zero + low, zero + high, zero)
-    return tl.where(tl.uint_to_uniform_float(random) >= dropout, 1.0 / tl.maximum(1.0 - dropout, 1e-6), 0.0)
+    random, _, _, _ = tl.philox(tl.load(dropout.seed_ptr), counter, zero + low, zero + high, zero)
+    kept = tl.uint_to_uniform_float(random) >= dropout.probability
+    return tl.where(kept, 1.0 / tl.maximum(1.0 - dropout.probability, 1e-6), 0.0)

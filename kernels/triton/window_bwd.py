@@ -22,6 +22,10 @@ from .tiles import (
     LOG_100,
     MASK_REGIONS,
     MASK_TENSOR,
+    Bias,
+    Dropout,
+    Geometry,
+    Mask,
     add_mask,
     cosine_scale,
     dropout_factor,
@@ -29,8 +33,13 @@ from .tiles import (
     is_divided,
     load_tokens,
     locate_tokens,
+    operand_pointers,
+    padding_pointers,
+    part_of,
     place_window,
+    scale_rows,
     scaled_query,
+    store_tokens,
     tile_bias,
     token_offsets,
 )
@@ -40,7 +49,7 @@ from .tiles import (
 def _normalised(x, COSINE: tl.constexpr):
     """x, divided by its norm for cosine attention, in its own dtype."""
     if COSINE:
-        return (x.to(tl.float32) * inverse_norm(x)[:, None]).to(x.dtype)
+        return scale_rows(x, inverse_norm(x))
     return x
 
 
@@ -72,84 +81,48 @@ def _logit_scale_gradient(grad_scale, logit_scale_ptr, head):
 
 
 @triton.jit
-def _store_tokens(grad_ptr, grad, offs_token, real, offs_d, HEAD_DIM: tl.constexpr):
-    tl.store(
-        grad_ptr + (offs_token[:, None] + offs_d[None, :]),
-        grad.to(grad_ptr.dtype.element_ty),
-        mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
-    )
+def _sum_padding(grad, tokens):
+    """What the padding tokens of a tile hand to the projection's bias, (BLOCK_D,)."""
+    return tl.sum(tl.where(tokens.padding[:, None], grad, 0.0), axis=0)
 
 
 @triton.jit
 def _window_attention_bwd_small_kernel(
     grad_qkv_ptr,  # as qkv, k and v
-    grad_k_ptr,
-    grad_v_ptr,
+    grad_k_ptr, grad_v_ptr,
     grad_bias_ptr,  # (parts, heads, N, N), fp32
     grad_padding_ptr,  # (parts, 3 * heads * HEAD_DIM), fp32, zero at the start
     grad_logit_scale_ptr,  # (parts, heads), fp32
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
-    k_ptr,
-    v_ptr,
+    k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
-    table_ptr,  # (T, heads)
-    index_ptr,  # (N, N), int64
+    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     seed_ptr,  # (1,), int64
-    stride_qkv_batch,
-    stride_qkv_depth,
-    stride_qkv_row,
-    stride_qkv_col,
-    stride_qkv_head,
-    stride_out_batch,
-    stride_out_depth,
-    stride_out_row,
-    stride_out_col,
-    stride_out_head,
-    stride_table_row,
-    stride_table_head,
-    batch,
-    num_heads,
-    depth,
-    height,
-    width,
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    roll_d,
-    roll_h,
-    roll_w,
-    scale,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IMAGES: tl.constexpr,
-    WINDOWS: tl.constexpr,
-):
-    """One program: one head, WINDOWS window positions, up to IMAGES images of each."""
+    stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
+    stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
+    stride_table_row, stride_table_head,
+    batch, num_heads,
+    depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
+    scale, mask_value, dropout,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """All gradients. One program: one head, WINDOWS window positions, up to IMAGES images of each.
+
+    Tiles are of a whole window, so P is normalised by its own sum, and rowsum(dO ∘ O) is rowsum(P ∘ dP). In registers
+    from image to image: bias and mask (BLOCK_N, BLOCK_N), and what dB, padding and logit_scale gather.
+    """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
-    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
-    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
+    geometry = Geometry(
+        (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    )
+    bias = Bias(table_ptr, index_ptr, (stride_table_row, stride_table_head))
+    mask = Mask(mask_ptr, mask_value)
     num_windows = windows_d * windows_h * windows_w
     head = tl.program_id(0) % num_heads
     group = tl.program_id(0) // num_heads
@@ -158,46 +131,35 @@ def _window_attention_bwd_small_kernel(
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    if PACKED:
-        k_ptr = qkv_ptr + num_heads * HEAD_DIM
-        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
-        grad_k_ptr = grad_qkv_ptr + num_heads * HEAD_DIM
-        grad_v_ptr = grad_qkv_ptr + 2 * num_heads * HEAD_DIM
+    q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
+    grad_q_ptr, grad_k_ptr, grad_v_ptr = operand_pointers(
+        grad_qkv_ptr, grad_k_ptr, grad_v_ptr, num_heads, HEAD_DIM, PACKED
+    )
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
     unit = _gradient_unit(scale, COSINE)
-    if not HAS_PAD:
-        padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + head * HEAD_DIM
-    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
-    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+    pad_q_ptr, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
 
     grad_bias = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     grad_pad_k = tl.zeros((BLOCK_D,), tl.float32)
     grad_pad_v = tl.zeros((BLOCK_D,), tl.float32)
     grad_scale = 0.0
-    for window in tl.range(group * WINDOWS, tl.minimum((group + 1) * WINDOWS, num_windows)):
-        place = place_window(window, windows, VOLUME)
-        token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
-        padding = (offs_n < N) & (real == 0)
-        offs_token = token_offsets(token, stride_qkv) + head * stride_qkv_head * HEAD_DIM
-        offs_out = token_offsets(token, stride_out) + head * stride_out_head * HEAD_DIM
-        start = tile_bias(
-            offs_n[:, None], offs_n[None, :], table_ptr, index_ptr, table_ptr, stride_table_row, stride_table_head,
-            0, 0, head, N, BIAS,
-        )  # fmt: skip
-        start = add_mask(
-            start, offs_n[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
-        )  # fmt: skip
+    for number in tl.range(group * WINDOWS, tl.minimum((group + 1) * WINDOWS, num_windows)):
+        window = place_window(number, geometry, VOLUME)
+        tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
+        offs_token = token_offsets(tokens, (stride_qkv_depth, stride_qkv_row, stride_qkv_col))
+        offs_token += head * stride_qkv_head * HEAD_DIM
+        offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
+        offs_out += head * stride_out_head * HEAD_DIM
+        start = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
+        start = add_mask(start, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
-            q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            grad_out = load_tokens(
-                grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch, offs_out, real, padding, pad_v_ptr,
-                offs_d, HEAD_DIM, False,
-            )  # fmt: skip
+            q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
+            k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+            v = load_tokens(v_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
+            image_ptr = grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch
+            grad_out = load_tokens(image_ptr, offs_out, tokens, offs_d, HEAD_DIM)
 
             query, key = scaled_query(q, scale, COSINE), _normalised(k, COSINE)
             scores = tl.dot(query, tl.trans(key), start, input_precision=PRECISION)
@@ -206,8 +168,8 @@ def _window_attention_bwd_small_kernel(
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
-                part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
-                factor = dropout_factor(seed_ptr, dropout, part, offs_n[:, None], offs_n[None, :], N)
+                part = part_of(image, number, head, num_windows, num_heads)
+                factor = dropout_factor(Dropout(seed_ptr, dropout), part, offs_n[:, None], offs_n[None, :], N)
                 kept = p * factor
                 grad_p *= factor
             grad_v = tl.dot(tl.trans(kept.to(v.dtype)), grad_out, input_precision=PRECISION)
@@ -224,11 +186,11 @@ def _window_attention_bwd_small_kernel(
                 grad_k, _ = _through_norm(k, grad_k)
                 grad_scale += tl.sum(along, axis=0)
             if HAS_PAD:
-                grad_pad_k += tl.sum(tl.where(padding[:, None], grad_k, 0.0), axis=0)
-                grad_pad_v += tl.sum(tl.where(padding[:, None], grad_v, 0.0), axis=0)
-            _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
-            _store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, real, offs_d, HEAD_DIM)
-            _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
+                grad_pad_k += _sum_padding(grad_k, tokens)
+                grad_pad_v += _sum_padding(grad_v, tokens)
+            store_tokens(grad_q_ptr + offs_image, grad_q, offs_token, tokens, offs_d, HEAD_DIM)
+            store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, tokens, offs_d, HEAD_DIM)
+            store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, tokens, offs_d, HEAD_DIM)
 
     if GRAD_BIAS:
         grad_bias *= 1.0 / unit
@@ -254,11 +216,28 @@ def _weights(scores, lse, MASK: tl.constexpr):
 
 
 @triton.jit
-def _is_masked(place, windows, shift, WINDOW: tl.constexpr, MASK: tl.constexpr):
+def _is_masked(window, geometry, WINDOW: tl.constexpr, MASK: tl.constexpr):
     """Whether a window has a mask: of shifted windows only those with tokens of more than one region do."""
     if MASK == MASK_REGIONS:
-        return is_divided(place, windows, shift, WINDOW)
+        return is_divided(window, geometry, WINDOW)
     return MASK == MASK_TENSOR
+
+
+@triton.jit
+def _load_vector(ptr, offs, N: tl.constexpr, other):
+    """One number of each token of a window."""
+    return tl.load(ptr + offs, mask=offs < N, other=other)
+
+
+@triton.jit
+def _place_program(num_heads, geometry, TILES: tl.constexpr):
+    """This program's tile and part, and of which image, window and head that part is."""
+    tile = tl.program_id(0) % TILES
+    part = (tl.program_id(0) // TILES).to(tl.int64)
+    head = (part % num_heads).to(tl.int32)
+    num_windows = geometry.windows[0] * geometry.windows[1] * geometry.windows[2]
+    number = ((part // num_heads) % num_windows).to(tl.int32)
+    return tile, part, part // num_heads // num_windows, number, head
 
 
 @triton.jit
@@ -267,134 +246,87 @@ def _window_attention_bwd_query_kernel(
     grad_logit_scale_ptr,  # (batch * windows * TILES, heads), fp32
     delta_ptr,  # (batch, windows, heads, N), fp32: rowsum(dO ∘ O), for the other two kernels
     query_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the queries, likewise
-    grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
-    out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
+    grad_out_ptr, out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
-    k_ptr,
-    v_ptr,
+    k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     dense_ptr,  # (heads, rows, cols)
     seed_ptr,  # (1,), int64
-    stride_qkv_batch,
-    stride_qkv_depth,
-    stride_qkv_row,
-    stride_qkv_col,
-    stride_qkv_head,
-    stride_out_batch,
-    stride_out_depth,
-    stride_out_row,
-    stride_out_col,
-    stride_out_head,
-    stride_dense_head,
-    stride_dense_row,
+    stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
+    stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
+    stride_dense_head, stride_dense_row,
     num_heads,
-    depth,
-    height,
-    width,
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    roll_d,
-    roll_h,
-    roll_w,
-    scale,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
+    scale, mask_value, dropout,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """dQ, and with it logit_scale's. One program: BLOCK_M queries of one window and head of one image."""
+):  # fmt: skip
+    """dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of one window and head of one image.
+
+    They stay, with dO and their numbers, and dQ (BLOCK_M, BLOCK_D) gathers in registers; keys and values pass by.
+    """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
-    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
-    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    tile = tl.program_id(0) % TILES
-    part = (tl.program_id(0) // TILES).to(tl.int64)
-    head = (part % num_heads).to(tl.int32)
-    num_windows = windows_d * windows_h * windows_w
-    window = ((part // num_heads) % num_windows).to(tl.int32)
-    image = part // num_heads // num_windows
-    place = place_window(window, windows, VOLUME)
+    geometry = Geometry(
+        (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    )
+    bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
+    mask = Mask(mask_ptr, mask_value)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    tile, part, image, number, head = _place_program(num_heads, geometry, TILES)
+    window = place_window(number, geometry, VOLUME)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    token, real = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
+    tokens = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
     offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
-    offs_token = token_offsets(token, stride_qkv)
-    offs_out = token_offsets(token, stride_out)
+    offs_token = token_offsets(tokens, stride_qkv)
+    offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
     grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
     out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
-    if PACKED:
-        k_ptr = qkv_ptr + num_heads * HEAD_DIM
-        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
-    if not HAS_PAD:
-        padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + head * HEAD_DIM
-    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
-    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+    q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
+    _, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
 
     # Padding queries read as zeros: their gradient is zero whatever they hold.
-    q = load_tokens(qkv_ptr + offs_image, offs_token, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
-    grad_out = load_tokens(grad_out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
-    out = load_tokens(out_ptr, offs_out, real, real, pad_q_ptr, offs_d, HEAD_DIM, False)
-    lse = tl.load(lse_ptr + part * N + offs_m, mask=offs_m < N, other=float("inf"))
+    q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM)
+    grad_out = load_tokens(grad_out_ptr, offs_out, tokens, offs_d, HEAD_DIM)
+    out = load_tokens(out_ptr, offs_out, tokens, offs_d, HEAD_DIM)
+    lse = _load_vector(lse_ptr + part * N, offs_m, N, float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
     query, factor = q, scale
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
         norm = inverse_norm(q)
         tl.store(query_norm_ptr + part * N + offs_m, norm, mask=offs_m < N)
-        query, factor = (q.to(tl.float32) * (norm * scale)[:, None]).to(q.dtype), 1.0
+        query, factor = scale_rows(q, norm * scale), 1.0
     unit = _gradient_unit(scale, COSINE)
     lse -= tl.log2(unit)
 
-    masked = _is_masked(place, windows, shift, WINDOW, MASK)
+    masked = _is_masked(window, geometry, WINDOW, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     residual = tl.zeros((BLOCK_M,), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        token_n, real_n = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
-        padding = (offs_n < N) & (real_n == 0)
-        offs_key = token_offsets(token_n, stride_qkv)
-        k = load_tokens(k_ptr + offs_image, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        v = load_tokens(v_ptr + offs_image, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        bias = tile_bias(
-            offs_m[:, None], offs_n[None, :], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
-            stride_dense_row, head, N, BIAS,
-        )  # fmt: skip
+        tokens_n = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
+        offs_key = token_offsets(tokens_n, stride_qkv)
+        k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+        v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
+        start = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
         key = _normalised(k, COSINE)
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-        scores = product * factor + bias
+        scores = product * factor + start
         if masked:
-            scores = add_mask(
-                scores, offs_m[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
-                MASK,
-            )  # fmt: skip
+            scores = add_mask(scores, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         p = _weights(scores, lse[:, None], MASK)
         if HAS_DROPOUT:
-            grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
+            grad_p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[:, None], offs_n[None, :], N)
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(q.dtype), key, grad_q, input_precision=PRECISION)
         residual += tl.sum(grad_scores, axis=1)
@@ -409,161 +341,109 @@ def _window_attention_bwd_query_kernel(
         grad_q, along = _through_norm(q, grad_q)
         grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
         tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
-    _store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, real, offs_d, HEAD_DIM)
+    store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, tokens, offs_d, HEAD_DIM)
 
 
 @triton.jit
 def _window_attention_bwd_key_kernel(
     grad_qkv_ptr,  # as qkv, k and v
-    grad_k_ptr,
-    grad_v_ptr,
+    grad_k_ptr, grad_v_ptr,
     grad_padding_ptr,  # (batch * windows * TILES, 3 * heads * HEAD_DIM), fp32, zero at the start
     key_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the keys, for the bias kernel
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
-    lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
-    delta_ptr,  # (batch, windows, heads, N), fp32
-    query_norm_ptr,  # (batch, windows, heads, N), fp32
+    lse_ptr, delta_ptr, query_norm_ptr,  # (batch, windows, heads, N), fp32; lse in log2 units
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
-    k_ptr,
-    v_ptr,
+    k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     dense_ptr,  # (heads, rows, cols)
     seed_ptr,  # (1,), int64
-    stride_qkv_batch,
-    stride_qkv_depth,
-    stride_qkv_row,
-    stride_qkv_col,
-    stride_qkv_head,
-    stride_out_batch,
-    stride_out_depth,
-    stride_out_row,
-    stride_out_col,
-    stride_out_head,
-    stride_dense_head,
-    stride_dense_row,
+    stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
+    stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
+    stride_dense_head, stride_dense_row,
     num_heads,
-    depth,
-    height,
-    width,
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    roll_d,
-    roll_h,
-    roll_w,
-    scale,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
+    scale, mask_value, dropout,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """dK and dV. One program: BLOCK_N keys of one window and head of one image.
 
-    Scores are transposed here, (keys, queries), so that both products take them from registers as they are.
+    They stay, and dK and dV (BLOCK_N, BLOCK_D) gather in registers; queries and dO pass by. Scores are transposed here,
+    (keys, queries), so that both products take them from registers as they are.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
-    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
-    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) % TILES
-    part = (tl.program_id(0) // TILES).to(tl.int64)
-    head = (part % num_heads).to(tl.int32)
-    num_windows = windows_d * windows_h * windows_w
-    window = ((part // num_heads) % num_windows).to(tl.int32)
-    image = part // num_heads // num_windows
-    place = place_window(window, windows, VOLUME)
+    geometry = Geometry(
+        (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    )
+    bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
+    mask = Mask(mask_ptr, mask_value)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    tile, part, image, number, head = _place_program(num_heads, geometry, TILES)
+    window = place_window(number, geometry, VOLUME)
 
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
-    padding = (offs_n < N) & (real == 0)
+    tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
     offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
-    offs_token = token_offsets(token, stride_qkv)
-    if PACKED:
-        k_ptr = qkv_ptr + num_heads * HEAD_DIM
-        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
-        grad_k_ptr = grad_qkv_ptr + num_heads * HEAD_DIM
-        grad_v_ptr = grad_qkv_ptr + 2 * num_heads * HEAD_DIM
-    if not HAS_PAD:
-        padding_ptr = qkv_ptr  # never read
-    pad_k_ptr = padding_ptr + (head + num_heads) * HEAD_DIM
-    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
-    k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-    v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+    offs_token = token_offsets(tokens, stride_qkv)
+    q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
+    _, grad_k_ptr, grad_v_ptr = operand_pointers(grad_qkv_ptr, grad_k_ptr, grad_v_ptr, num_heads, HEAD_DIM, PACKED)
+    pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
+    k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+    v = load_tokens(v_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
     key, factor = k, scale
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
         norm = inverse_norm(k)
         tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
-        key, factor = (k.to(tl.float32) * norm[:, None]).to(k.dtype), 1.0
+        key, factor = scale_rows(k, norm), 1.0
     unit = _gradient_unit(scale, COSINE)
     log_unit = tl.log2(unit)
 
     grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
-    masked = _is_masked(place, windows, shift, WINDOW, MASK)
+    masked = _is_masked(window, geometry, WINDOW, MASK)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Vectors are not pipelined by the compiler: each is loaded one turn ahead.
     lse_ptr += part * N
     delta_ptr += part * N
-    lse = tl.load(lse_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=float("inf"))
-    delta = tl.load(delta_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=0.0)
+    lse = _load_vector(lse_ptr, tl.arange(0, BLOCK_M), N, float("inf"))
+    delta = _load_vector(delta_ptr, tl.arange(0, BLOCK_M), N, 0.0)
     if COSINE:
         query_norm_ptr += part * N
-        norm_m = tl.load(query_norm_ptr + tl.arange(0, BLOCK_M), mask=tl.arange(0, BLOCK_M) < N, other=0.0)
+        norm_m = _load_vector(query_norm_ptr, tl.arange(0, BLOCK_M), N, 0.0)
     for first in tl.range(0, N, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        token_m, real_m = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
-        offs_query = token_offsets(token_m, stride_qkv)
-        offs_out = token_offsets(token_m, stride_out)
-        start = tile_bias(
-            offs_m[None, :], offs_n[:, None], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head,
-            stride_dense_row, head, N, BIAS,
-        )  # fmt: skip
+        tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
+        offs_query = token_offsets(tokens_m, stride_qkv)
+        offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
+        start = tile_bias(offs_m[None, :], offs_n[:, None], bias, head, N, BIAS)
         if masked:
-            start = add_mask(
-                start, offs_m[None, :], offs_n[:, None], mask_ptr, window, place, windows, shift, mask_value, WINDOW,
-                MASK,
-            )  # fmt: skip
-        query = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
-        grad_out = load_tokens(grad_out_ptr, offs_out, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
+            start = add_mask(start, offs_m[None, :], offs_n[:, None], mask, window, geometry, WINDOW, MASK)
+        query = load_tokens(q_ptr + offs_image, offs_query, tokens_m, offs_d, HEAD_DIM)
+        grad_out = load_tokens(grad_out_ptr, offs_out, tokens_m, offs_d, HEAD_DIM)
         if COSINE:
-            query = (query.to(tl.float32) * (norm_m * scale)[:, None]).to(query.dtype)
+            query = scale_rows(query, norm_m * scale)
         product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         p = _weights(product * factor + start, (lse - log_unit)[None, :], MASK)
         kept = p
         if HAS_DROPOUT:
-            dropped = dropout_factor(seed_ptr, dropout, part, offs_m[None, :], offs_n[:, None], N)
+            dropped = dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[None, :], offs_n[:, None], N)
             kept = p * dropped
             grad_p *= dropped
         grad_v = tl.dot(kept.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_scores.to(k.dtype), query, grad_k, input_precision=PRECISION)
-        ahead = offs_m + BLOCK_M
-        lse = tl.load(lse_ptr + ahead, mask=ahead < N, other=float("inf"))
-        delta = tl.load(delta_ptr + ahead, mask=ahead < N, other=0.0)
+        lse = _load_vector(lse_ptr, offs_m + BLOCK_M, N, float("inf"))
+        delta = _load_vector(delta_ptr, offs_m + BLOCK_M, N, 0.0)
         if COSINE:
-            norm_m = tl.load(query_norm_ptr + ahead, mask=ahead < N, other=0.0)
+            norm_m = _load_vector(query_norm_ptr, offs_m + BLOCK_M, N, 0.0)
 
     if COSINE:
         grad_v *= 1.0 / unit
@@ -572,25 +452,24 @@ def _window_attention_bwd_key_kernel(
         grad_k *= scale
     if HAS_PAD:
         offs_pad = ((part // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
-        grad_pad_k = tl.sum(tl.where(padding[:, None], grad_k, 0.0), axis=0)
-        grad_pad_v = tl.sum(tl.where(padding[:, None], grad_v, 0.0), axis=0)
+        grad_pad_k = _sum_padding(grad_k, tokens)
+        grad_pad_v = _sum_padding(grad_v, tokens)
         tl.store(grad_padding_ptr + offs_pad + num_heads * HEAD_DIM, grad_pad_k, mask=offs_d < HEAD_DIM)
         tl.store(grad_padding_ptr + offs_pad + 2 * num_heads * HEAD_DIM, grad_pad_v, mask=offs_d < HEAD_DIM)
-    _store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, real, offs_d, HEAD_DIM)
-    _store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, real, offs_d, HEAD_DIM)
+    store_tokens(grad_k_ptr + offs_image, grad_k, offs_token, tokens, offs_d, HEAD_DIM)
+    store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, tokens, offs_d, HEAD_DIM)
 
 
 @triton.jit
-def _load_vectors(
-    lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr, part, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr
-):
+def _load_vectors(ptrs, part, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr):
     """Log-sum-exp, delta and, for cosine attention, inverse norms of a tile's queries and keys."""
-    lse = tl.load(lse_ptr + part * N + offs_m, mask=offs_m < N, other=float("inf"))
-    delta = tl.load(delta_ptr + part * N + offs_m, mask=offs_m < N, other=0.0)
+    lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr = ptrs
+    lse = _load_vector(lse_ptr + part * N, offs_m, N, float("inf"))
+    delta = _load_vector(delta_ptr + part * N, offs_m, N, 0.0)
     norm_m, norm_n = tl.zeros(offs_m.shape, tl.float32), tl.zeros(offs_n.shape, tl.float32)
     if COSINE:
-        norm_m = tl.load(query_norm_ptr + part * N + offs_m, mask=offs_m < N, other=0.0)
-        norm_n = tl.load(key_norm_ptr + part * N + offs_n, mask=offs_n < N, other=0.0)
+        norm_m = _load_vector(query_norm_ptr + part * N, offs_m, N, 0.0)
+        norm_n = _load_vector(key_norm_ptr + part * N, offs_n, N, 0.0)
     return lse, delta, norm_m, norm_n
 
 
@@ -598,72 +477,38 @@ def _load_vectors(
 def _window_attention_bwd_bias_kernel(
     grad_bias_ptr,  # (parts, heads, N, N), fp32
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
-    lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
-    delta_ptr,  # (batch, windows, heads, N), fp32
-    query_norm_ptr,  # (batch, windows, heads, N), fp32
-    key_norm_ptr,  # (batch, windows, heads, N), fp32
+    lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr,  # (batch, windows, heads, N), fp32; lse in log2 units
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
-    k_ptr,
-    v_ptr,
+    k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     dense_ptr,  # (heads, rows, cols)
     seed_ptr,  # (1,), int64
-    stride_qkv_batch,
-    stride_qkv_depth,
-    stride_qkv_row,
-    stride_qkv_col,
-    stride_qkv_head,
-    stride_out_batch,
-    stride_out_depth,
-    stride_out_row,
-    stride_out_col,
-    stride_out_head,
-    stride_dense_head,
-    stride_dense_row,
-    batch,
-    num_heads,
-    depth,
-    height,
-    width,
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    roll_d,
-    roll_h,
-    roll_w,
-    scale,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IMAGES: tl.constexpr,
-    WINDOWS: tl.constexpr,
-):
-    """dB. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images."""
+    stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
+    stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
+    stride_dense_head, stride_dense_row,
+    batch, num_heads,
+    depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
+    scale, mask_value, dropout,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """dB. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images.
+
+    dB (BLOCK_M, BLOCK_N) gathers in registers, where the bias stays too.
+    """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
-    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
-    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = TILES_N * ((N + BLOCK_M - 1) // BLOCK_M)
+    geometry = Geometry(
+        (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    )
+    mask = Mask(mask_ptr, mask_value)
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
+    vector_ptrs = (lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr)
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES
     num_windows = windows_d * windows_h * windows_w
@@ -674,53 +519,39 @@ def _window_attention_bwd_bias_kernel(
     offs_n = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_head = head * stride_qkv_head * HEAD_DIM
-    if PACKED:
-        k_ptr = qkv_ptr + num_heads * HEAD_DIM
-        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
     factor = scale
     if COSINE:
         factor = cosine_scale(logit_scale_ptr, head)
-    if not HAS_PAD:
-        padding_ptr = qkv_ptr  # never read
-    pad_k_ptr = padding_ptr + (head + num_heads) * HEAD_DIM
-    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
-    bias = tile_bias(
-        offs_m[:, None], offs_n[None, :], dense_ptr, dense_ptr, dense_ptr, 0, 0, stride_dense_head, stride_dense_row,
-        head, N, BIAS,
-    )  # fmt: skip
+    pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
+    bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
+    bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
 
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for window in tl.range(tl.program_id(1) * WINDOWS, tl.minimum((tl.program_id(1) + 1) * WINDOWS, num_windows)):
-        place = place_window(window, windows, VOLUME)
-        token_m, real_m = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
-        token_n, real_n = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
-        padding = (offs_n < N) & (real_n == 0)
-        offs_query = token_offsets(token_m, stride_qkv) + offs_head
-        offs_out = token_offsets(token_m, stride_out) + head * stride_out_head * HEAD_DIM
-        offs_key = token_offsets(token_n, stride_qkv) + offs_head
-        start = add_mask(
-            bias, offs_m[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
-        )  # fmt: skip
+    for number in tl.range(tl.program_id(1) * WINDOWS, tl.minimum((tl.program_id(1) + 1) * WINDOWS, num_windows)):
+        window = place_window(number, geometry, VOLUME)
+        tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
+        tokens_n = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
+        offs_query = token_offsets(tokens_m, stride_qkv) + offs_head
+        offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
+        offs_out += head * stride_out_head * HEAD_DIM
+        offs_key = token_offsets(tokens_n, stride_qkv) + offs_head
+        start = add_mask(bias_tile, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         # Vectors are not pipelined by the compiler: each is loaded one image ahead.
         last = tl.minimum(first + IMAGES, batch) - 1
-        part = (tl.cast(first, tl.int64) * num_windows + window) * num_heads + head
-        lse, delta, norm_m, norm_n = _load_vectors(
-            lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr, part, offs_m, offs_n, N, COSINE
-        )
+        part = part_of(first, number, head, num_windows, num_heads)
+        vectors = _load_vectors(vector_ptrs, part, offs_m, offs_n, N, COSINE)
         for image in tl.range(first, last + 1):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
-            part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
-            ahead = (tl.cast(tl.minimum(image + 1, last), tl.int64) * num_windows + window) * num_heads + head
-            next_lse, next_delta, next_norm_m, next_norm_n = _load_vectors(
-                lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr, ahead, offs_m, offs_n, N, COSINE
-            )
-            q = load_tokens(qkv_ptr + offs_image, offs_query, real_m, real_m, pad_k_ptr, offs_d, HEAD_DIM, False)
-            k = load_tokens(k_ptr + offs_image, offs_key, real_n, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            v = load_tokens(v_ptr + offs_image, offs_key, real_n, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            grad_out = load_tokens(
-                grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch, offs_out, real_m, real_m, pad_v_ptr,
-                offs_d, HEAD_DIM, False,
-            )  # fmt: skip
+            part = part_of(image, number, head, num_windows, num_heads)
+            next_part = part_of(tl.minimum(image + 1, last), number, head, num_windows, num_heads)
+            lse, delta, norm_m, norm_n = vectors
+            vectors = _load_vectors(vector_ptrs, next_part, offs_m, offs_n, N, COSINE)
+            q = load_tokens(q_ptr + offs_image, offs_query, tokens_m, offs_d, HEAD_DIM)
+            k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+            v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
+            image_ptr = grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch
+            grad_out = load_tokens(image_ptr, offs_out, tokens_m, offs_d, HEAD_DIM)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if COSINE:  # on the product, in fp32: q and k stay in shared memory
@@ -728,9 +559,8 @@ def _window_attention_bwd_bias_kernel(
             else:
                 product *= factor
             if HAS_DROPOUT:
-                grad_p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
+                grad_p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[:, None], offs_n[None, :], N)
             grad_bias += _weights(product + start, lse[:, None], MASK) * (grad_p - delta[:, None])
-            lse, delta, norm_m, norm_n = next_lse, next_delta, next_norm_m, next_norm_n
 
     offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
     tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_m < N)[:, None] & (offs_n < N)[None, :])

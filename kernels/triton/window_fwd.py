@@ -19,6 +19,10 @@ from .tiles import (
     LOG2E,
     MASK_NONE,
     MASK_TENSOR,
+    Bias,
+    Dropout,
+    Geometry,
+    Mask,
     add_mask,
     cosine_scale,
     dropout_factor,
@@ -26,8 +30,12 @@ from .tiles import (
     is_divided,
     load_tokens,
     locate_tokens,
+    operand_pointers,
+    padding_pointers,
+    part_of,
     place_window,
     scaled_query,
+    store_tokens,
     tile_bias,
     token_offsets,
 )
@@ -47,139 +55,88 @@ def _scores(q, k, start, COSINE: tl.constexpr, PRECISION: tl.constexpr):
 def _window_attention_fwd_small_kernel(
     out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
-    k_ptr,
-    v_ptr,
+    k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
-    table_ptr,  # (T, heads)
-    index_ptr,  # (N, N), int64
+    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     seed_ptr,  # (1,), int64, of attention dropout
-    stride_qkv_batch,
-    stride_qkv_depth,
-    stride_qkv_row,
-    stride_qkv_col,
-    stride_qkv_head,
-    stride_out_batch,
-    stride_out_depth,
-    stride_out_row,
-    stride_out_col,
-    stride_out_head,
-    stride_table_row,
-    stride_table_head,
-    batch,
-    num_heads,
-    depth,
-    height,
-    width,
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    roll_d,
-    roll_h,
-    roll_w,
-    scale,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
+    stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
+    stride_table_row, stride_table_head,
+    batch, num_heads,
+    depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
+    scale, mask_value, dropout,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IMAGES: tl.constexpr,
-):
-    """One program: one window position and head of up to IMAGES images."""
+):  # fmt: skip
+    """One program: one window position and head of up to IMAGES images. For each of them, on tiles of a whole window,
+
+        S = q kᵀ + (B + mask)        P = exp(S − max S)        O = P v / Σ P
+
+    Bias and mask (BLOCK_N, BLOCK_N), the start value of the score product, stay in registers from image to image.
+    """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
-    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
-    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     tl.static_assert(N <= BLOCK_N)
     tl.static_assert(HEAD_DIM <= BLOCK_D)
+    geometry = Geometry(
+        (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    )
+    bias = Bias(table_ptr, index_ptr, (stride_table_row, stride_table_head))
     pid = tl.program_id(0)
     head = pid % num_heads  # fastest: neighbouring heads share cache lines of the image
-    window = pid // num_heads
+    number = pid // num_heads
     num_windows = windows_d * windows_h * windows_w
-    place = place_window(window, windows, VOLUME)
+    window = place_window(number, geometry, VOLUME)
 
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
-    padding = (offs_n < N) & (real == 0)
-    offs_token = token_offsets(token, stride_qkv) + head * stride_qkv_head * HEAD_DIM
-    offs_out = token_offsets(token, stride_out) + head * stride_out_head * HEAD_DIM
-
-    # Bias and mask, the start value of the score product, are the same for all images.
-    start = tile_bias(
-        offs_n[:, None], offs_n[None, :], table_ptr, index_ptr, table_ptr, stride_table_row, stride_table_head, 0, 0,
-        head, N, BIAS,
-    )  # fmt: skip
-    start = add_mask(
-        start, offs_n[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
-    )  # fmt: skip
-
-    if PACKED:
-        k_ptr = qkv_ptr + num_heads * HEAD_DIM
-        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
+    offs_token = token_offsets(tokens, (stride_qkv_depth, stride_qkv_row, stride_qkv_col))
+    offs_token += head * stride_qkv_head * HEAD_DIM
+    offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
+    offs_out += head * stride_out_head * HEAD_DIM
+    start = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
+    mask = Mask(mask_ptr, mask_value)
+    start = add_mask(start, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+    q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
-    if not HAS_PAD:
-        padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + head * HEAD_DIM
-    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
-    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+    pad_q_ptr, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
+
     first = tl.program_id(1) * IMAGES
     for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
         offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
-        q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        k = load_tokens(k_ptr + offs_image, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        v = load_tokens(v_ptr + offs_image, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
+        q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
+        k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+        v = load_tokens(v_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
         scores = _scores(scaled_query(q, scale, COSINE), k, start, COSINE, PRECISION)
         p = tl.exp2((scores - tl.max(scores, axis=1)[:, None]) * LOG2E)
         total = tl.sum(p, axis=1)
         if HAS_DROPOUT:
-            part = (tl.cast(image, tl.int64) * num_windows + window) * num_heads + head
-            p *= dropout_factor(seed_ptr, dropout, part, offs_n[:, None], offs_n[None, :], N)
+            part = part_of(image, number, head, num_windows, num_heads)
+            p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_n[:, None], offs_n[None, :], N)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
-        tl.store(
-            out_ptr + tl.cast(image, tl.int64) * stride_out_batch + (offs_out[:, None] + offs_d[None, :]),
-            out.to(out_ptr.dtype.element_ty),
-            mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
-        )
+        image_ptr = out_ptr + tl.cast(image, tl.int64) * stride_out_batch
+        store_tokens(image_ptr, out, offs_out, tokens, offs_d, HEAD_DIM)
 
 
 @triton.jit
 def _attend(
-    acc,  # (BLOCK_M, BLOCK_D), fp32
-    total,  # (BLOCK_M,)
-    maximum,  # (BLOCK_M,)
+    state,  # output (BLOCK_M, BLOCK_D), and of each query the sum of weights and the largest score (BLOCK_M,); fp32
     q,  # (BLOCK_M, BLOCK_D), scaled
-    k,  # (BLOCK_N, BLOCK_D)
-    v,
+    k, v,  # (BLOCK_N, BLOCK_D)
     start,  # (BLOCK_M, BLOCK_N), bias and mask
-    seed_ptr,
-    dropout,
-    part,
-    offs_m,
-    offs_n,
-    N: tl.constexpr,
-    COSINE: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the online softmax: attention to one more tile of keys."""
+    dropout, part, offs_m, offs_n,
+    N: tl.constexpr, COSINE: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: attention to one more tile of keys.
+
+    S = q kᵀ + (B + mask)        m' = max(m, max S)        P = exp(S − m')
+    Σ' = Σ exp(m − m') + Σ P     O' = O exp(m − m') + P v
+    """
+    acc, total, maximum = state
     scores = _scores(q, k, start, COSINE, PRECISION)
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
     if MASK == MASK_TENSOR:  # its numbers may be so large that what a multiply-add does not round is more than a score
@@ -189,59 +146,30 @@ def _attend(
     correction = tl.exp2((maximum - new_maximum) * LOG2E)
     total = total * correction + tl.sum(p, axis=1)
     if HAS_DROPOUT:
-        p *= dropout_factor(seed_ptr, dropout, part, offs_m[:, None], offs_n[None, :], N)
+        p *= dropout_factor(dropout, part, offs_m[:, None], offs_n[None, :], N)
     acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, total, new_maximum
 
 
 @triton.jit
+def _load_factor(ptr, offs, head, N: tl.constexpr, RANK: tl.constexpr):
+    """A tile (tokens, RANK) of one head's factor of the bias (heads, N, RANK)."""
+    offs_factor = (head * N + offs[:, None]) * RANK + tl.arange(0, RANK)[None, :]
+    return tl.load(ptr + offs_factor, mask=(offs < N)[:, None], other=0.0)
+
+
+@triton.jit
 def _walk_keys(
-    q,  # (BLOCK_M, BLOCK_D), scaled
-    next_q,  # of the next image
-    k_ptr,  # of this image and head
-    v_ptr,
+    q, next_q,  # (BLOCK_M, BLOCK_D), scaled, of this image and the next
+    k_ptr, v_ptr,  # of this image and head
+    pad_k_ptr, pad_v_ptr,
     stride_next,  # to the next image
-    pad_k_ptr,
-    pad_v_ptr,
-    table_ptr,
-    index_ptr,
-    mask_ptr,
-    dense_ptr,
-    q_factor_ptr,
-    k_factor_ptr,
-    seed_ptr,
-    stride_qkv,
-    stride_table_row,
-    stride_table_head,
-    stride_dense_head,
-    stride_dense_row,
-    offs_m,
-    head,
-    window,
-    place,
-    part,
-    next_part,
-    size,
-    windows,
-    shift,
-    roll,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IMAGES: tl.constexpr,
-):
+    stride_qkv,  # depth, row, column
+    offs_m, head, window, part, next_part, geometry, bias, factors, mask, dropout,
+    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
     """Attention of a tile of queries to all keys of their window, in one or two images.
 
     Two images share bias, mask and addresses, and give the scheduler two chains that do not wait for each other.
@@ -252,192 +180,131 @@ def _walk_keys(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     offs_d = tl.arange(0, BLOCK_D)
     if BIAS == BIAS_FACTORS:
-        offs_r = tl.arange(0, RANK)
-        offs_factor = (head * N + offs_m[:, None]) * RANK + offs_r[None, :]
-        q_factor = tl.load(q_factor_ptr + offs_factor, mask=(offs_m < N)[:, None], other=0.0)
+        q_factor = _load_factor(factors[0], offs_m, head, N, RANK)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    # Finite at the start: a caller's mask may rule out a whole tile with -inf, but must not make it NaN.
-    maximum = tl.full((BLOCK_M,), -1e38, tl.float32)
-    next_acc, next_total, next_maximum = acc, total, maximum
+    # The maximum is finite at the start: a mask may rule out a whole tile with -inf, but must not make it NaN.
+    state = (
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
+        tl.full((BLOCK_M,), -1e38, tl.float32),
+    )  # fmt: skip
+    next_state = state
     for first in tl.range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        token, real = locate_tokens(offs_n, place, size, windows, roll, WINDOW, ROLL_FIRST)
-        padding = (offs_n < N) & (real == 0)
-        offs_token = token_offsets(token, stride_qkv)
-        start = tile_bias(
-            offs_m[:, None], offs_n[None, :], table_ptr, index_ptr, dense_ptr, stride_table_row, stride_table_head,
-            stride_dense_head, stride_dense_row, head, N, BIAS,
-        )  # fmt: skip
+        tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
+        offs_token = token_offsets(tokens, stride_qkv)
+        start = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
         if BIAS == BIAS_FACTORS:
-            offs_factor_n = (head * N + offs_n[:, None]) * RANK + offs_r[None, :]
-            k_factor = tl.load(k_factor_ptr + offs_factor_n, mask=(offs_n < N)[:, None], other=0.0)
+            k_factor = _load_factor(factors[1], offs_n, head, N, RANK)
             start = tl.dot(q_factor, tl.trans(k_factor), start, input_precision=PRECISION)
-        start = add_mask(
-            start, offs_m[:, None], offs_n[None, :], mask_ptr, window, place, windows, shift, mask_value, WINDOW, MASK,
-        )  # fmt: skip
-
-        k = load_tokens(k_ptr, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        v = load_tokens(v_ptr, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
-        acc, total, maximum = _attend(
-            acc, total, maximum, q, k, v, start, seed_ptr, dropout, part, offs_m, offs_n, N, COSINE, MASK,
-            HAS_DROPOUT, PRECISION,
+        start = add_mask(start, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+        k = load_tokens(k_ptr, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+        v = load_tokens(v_ptr, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
+        state = _attend(
+            state, q, k, v, start, dropout, part, offs_m, offs_n, N, COSINE, MASK, HAS_DROPOUT, PRECISION
         )  # fmt: skip
         if IMAGES == 2:
-            k = load_tokens(k_ptr + stride_next, offs_token, real, padding, pad_k_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            v = load_tokens(v_ptr + stride_next, offs_token, real, padding, pad_v_ptr, offs_d, HEAD_DIM, HAS_PAD)
-            next_acc, next_total, next_maximum = _attend(
-                next_acc, next_total, next_maximum, next_q, k, v, start, seed_ptr, dropout, next_part, offs_m, offs_n,
-                N, COSINE, MASK, HAS_DROPOUT, PRECISION,
+            k = load_tokens(k_ptr + stride_next, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+            v = load_tokens(v_ptr + stride_next, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
+            next_state = _attend(
+                next_state, next_q, k, v, start, dropout, next_part, offs_m, offs_n, N, COSINE, MASK, HAS_DROPOUT,
+                PRECISION,
             )  # fmt: skip
+    acc, total, maximum = state
+    next_acc, next_total, next_maximum = next_state
     lse = maximum * LOG2E + tl.log2(total)
     next_lse = next_maximum * LOG2E + tl.log2(next_total)
     return acc * (1.0 / total)[:, None], lse, next_acc * (1.0 / next_total)[:, None], next_lse
 
 
 @triton.jit
-def _store_attention(
-    out_ptr, lse_ptr, out, lse, offs_out, offs_m, real, offs_d, N: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):  # fmt: skip
+def _store_lse(lse_ptr, lse, part, tokens, N: tl.constexpr, HAS_LSE: tl.constexpr):
+    """Infinite where the query is padding: the backward takes its weights for zero."""
     if HAS_LSE:
-        # Infinite where the query is padding: the backward takes its weights for zero.
-        tl.store(lse_ptr + offs_m, tl.where(real, lse, float("inf")), mask=offs_m < N)
-    tl.store(
-        out_ptr + (offs_out[:, None] + offs_d[None, :]),
-        out.to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
-    )
+        tl.store(lse_ptr + part * N + tokens.n, tl.where(tokens.real, lse, float("inf")), mask=tokens.n < N)
 
 
 @triton.jit
 def _window_attention_fwd_kernel(
     out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
-    k_ptr,
-    v_ptr,
+    k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
-    table_ptr,  # (T, heads)
-    index_ptr,  # (N, N), int64
+    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
     unusual_ptr,  # (windows, CHECKS), nonzero where a window's mask is not the one that its shift implies
     logit_scale_ptr,  # (heads,)
     dense_ptr,  # (heads, rows, cols)
-    q_factor_ptr,  # (heads, N, RANK)
-    k_factor_ptr,  # (heads, N, RANK)
+    q_factor_ptr, k_factor_ptr,  # (heads, N, RANK)
     stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
     seed_ptr,  # (1,), int64, of attention dropout
     lse_ptr,  # (batch, windows, heads, N), fp32: log-sum-exp of the scores, for the backward
-    stride_qkv_batch,
-    stride_qkv_depth,
-    stride_qkv_row,
-    stride_qkv_col,
-    stride_qkv_head,
-    stride_out_batch,
-    stride_out_depth,
-    stride_out_row,
-    stride_out_col,
-    stride_out_head,
-    stride_table_row,
-    stride_table_head,
-    stride_dense_head,
-    stride_dense_row,
-    batch,
-    num_heads,
-    depth,
-    height,
-    width,
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    roll_d,
-    roll_h,
-    roll_w,
-    scale,
-    mask_value,
-    dropout,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    COSINE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RANK: tl.constexpr,
-    CHECKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IMAGES: tl.constexpr,
-):
+    stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
+    stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
+    stride_table_row, stride_table_head, stride_dense_head, stride_dense_row,
+    batch, num_heads,
+    depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
+    scale, mask_value, dropout,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
+    CHECKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_M queries of one window and head, in one image or two.
 
-    What differs between windows (whether a mask applies, and which; whether factors are fresh) is decided here, once,
-    so that the walk over the keys of most windows has nothing to decide.
+    The queries stay, and so does what `_attend` gathers for them; tiles of BLOCK_N keys pass by. What differs between
+    windows (whether a mask applies, and which; whether factors are fresh) is decided here, once, so that the walk over
+    the keys of most windows has nothing to decide.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    size, windows = (depth, height, width), (windows_d, windows_h, windows_w)
-    shift, roll = (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
-    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    stride_out = (stride_out_depth, stride_out_row, stride_out_col)
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     tl.static_assert(HEAD_DIM <= BLOCK_D)
+    geometry = Geometry(
+        (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
+    )
+    stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     pid = tl.program_id(0).to(tl.int64)
     tile = (pid % TILES).to(tl.int32)
     head = ((pid // TILES) % num_heads).to(tl.int32)
     num_windows = windows_d * windows_h * windows_w
-    window = ((pid // TILES // num_heads) % num_windows).to(tl.int32)
+    number = ((pid // TILES // num_heads) % num_windows).to(tl.int32)
     image = pid // TILES // num_heads // num_windows * IMAGES
     next_image = tl.minimum(image + IMAGES - 1, batch - 1)  # the same once more where the batch is odd
-    place = place_window(window, windows, VOLUME)
+    window = place_window(number, geometry, VOLUME)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    token, real = locate_tokens(offs_m, place, size, windows, roll, WINDOW, ROLL_FIRST)
-    padding = (offs_m < N) & (real == 0)
+    tokens = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
     offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
-    offs_token = token_offsets(token, stride_qkv)
-    if PACKED:
-        k_ptr = qkv_ptr + num_heads * HEAD_DIM
-        v_ptr = qkv_ptr + 2 * num_heads * HEAD_DIM
-    if not HAS_PAD:
-        padding_ptr = qkv_ptr  # never read
-    pad_q_ptr = padding_ptr + head * HEAD_DIM
-    pad_k_ptr = pad_q_ptr + num_heads * HEAD_DIM
-    pad_v_ptr = pad_k_ptr + num_heads * HEAD_DIM
+    offs_token = token_offsets(tokens, stride_qkv)
+    q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
+    pad_q_ptr, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
-    q = load_tokens(qkv_ptr + offs_image, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD)
+    q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
     q = scaled_query(q, scale, COSINE)
     stride_next = (next_image - image) * stride_qkv_batch
     next_q = q
     if IMAGES == 2:
         next_q = load_tokens(
-            qkv_ptr + offs_image + stride_next, offs_token, real, padding, pad_q_ptr, offs_d, HEAD_DIM, HAS_PAD
-        )
+            q_ptr + offs_image + stride_next, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD
+        )  # fmt: skip
         next_q = scaled_query(next_q, scale, COSINE)
 
     # The kind of this window: its mask (MASK_NONE, MASK_REGIONS, MASK_TENSOR), or STALE_FACTORS.
     kind = 0
     if MASK != MASK_NONE:
-        kind = is_divided(place, windows, shift, WINDOW).to(tl.int32)
+        kind = is_divided(window, geometry, WINDOW).to(tl.int32)
     if MASK == MASK_TENSOR:
-        unusual = tl.max(tl.load(unusual_ptr + window * CHECKS + tl.arange(0, CHECKS)), axis=0)
+        unusual = tl.max(tl.load(unusual_ptr + number * CHECKS + tl.arange(0, CHECKS)), axis=0)
         kind = tl.where(unusual != 0, 2, kind)
     if BIAS == BIAS_FACTORS:
         kind = tl.where(tl.load(stale_ptr) != 0, STALE_FACTORS, kind)
 
-    part = (image * num_windows + window) * num_heads + head
-    next_part = (next_image * num_windows + window) * num_heads + head
+    bias = Bias(
+        table_ptr, index_ptr, (stride_table_row, stride_table_head), dense_ptr, (stride_dense_head, stride_dense_row)
+    )
+    part = part_of(image, number, head, num_windows, num_heads)
+    next_part = part_of(next_image, number, head, num_windows, num_heads)
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     lse = tl.zeros((BLOCK_M,), tl.float32)
     next_out, next_lse = out, lse
@@ -445,23 +312,19 @@ def _window_attention_fwd_kernel(
         if KIND <= MASK or (KIND == STALE_FACTORS and BIAS == BIAS_FACTORS):
             if kind == KIND:
                 out, lse, next_out, next_lse = _walk_keys(
-                    q, next_q, k_ptr + offs_image, v_ptr + offs_image, stride_next, pad_k_ptr, pad_v_ptr, table_ptr,
-                    index_ptr, mask_ptr, dense_ptr, q_factor_ptr, k_factor_ptr, seed_ptr, stride_qkv,
-                    stride_table_row, stride_table_head, stride_dense_head, stride_dense_row, offs_m, head, window,
-                    place, part, next_part, size, windows, shift, roll, mask_value, dropout, WINDOW, HEAD_DIM, COSINE,
+                    q, next_q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, stride_next, stride_qkv,
+                    offs_m, head, window, part, next_part, geometry, bias, (q_factor_ptr, k_factor_ptr),
+                    Mask(mask_ptr, mask_value), Dropout(seed_ptr, dropout), WINDOW, HEAD_DIM, COSINE,
                     BIAS_TABLE if KIND == STALE_FACTORS else BIAS, MASK if KIND == STALE_FACTORS else KIND,
                     HAS_PAD, ROLL_FIRST, HAS_DROPOUT, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D, IMAGES,
                 )  # fmt: skip
 
-    if not HAS_LSE:
-        lse_ptr = out_ptr  # never written
-    offs_out = token_offsets(token, stride_out) + head * stride_out_head * HEAD_DIM
-    _store_attention(
-        out_ptr + image * stride_out_batch, lse_ptr + part * N, out, lse, offs_out, offs_m, real, offs_d, N, HEAD_DIM,
-        HAS_LSE,
-    )  # fmt: skip
+    offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
+    offs_out += head * stride_out_head * HEAD_DIM
+    image_ptr = out_ptr + image * stride_out_batch
+    _store_lse(lse_ptr, lse, part, tokens, N, HAS_LSE)
+    store_tokens(image_ptr, out, offs_out, tokens, offs_d, HEAD_DIM)
     if IMAGES == 2:
-        _store_attention(
-            out_ptr + next_image * stride_out_batch, lse_ptr + next_part * N, next_out, next_lse, offs_out, offs_m,
-            real, offs_d, N, HEAD_DIM, HAS_LSE,
-        )  # fmt: skip
+        image_ptr = out_ptr + next_image * stride_out_batch
+        _store_lse(lse_ptr, next_lse, next_part, tokens, N, HAS_LSE)
+        store_tokens(image_ptr, next_out, offs_out, tokens, offs_d, HEAD_DIM)
