@@ -21,11 +21,12 @@ from .sequence_fwd import (
     load_mask,
     load_passing,
     load_rows,
+    only_visible,
+    passing,
     place,
-    place_in,
+    plan_walk,
     scores_of,
     sequence_offset,
-    split_interval,
     store_rows,
     visible_keys,
     visible_queries,
@@ -35,52 +36,23 @@ from .sequence_fwd import (
 
 @triton.jit
 def _walk_keys(
-    dq,  # (BLOCK_M, BLOCK_D), fp32
-    dq_factor,  # (BLOCK_M, BLOCK_R), fp32
-    mean_factor,  # (BLOCK_M, BLOCK_R), fp32: p k_factor
-    miss,  # (BLOCK_M,): the sum of ds
-    q,
-    q_factor,
-    grad,  # (BLOCK_M, BLOCK_D)
-    lse,  # (BLOCK_M,)
-    delta,
-    k_ptr,  # of this sequence, as the next three; or k's and v's descriptors, and where it starts in them
-    v_ptr,
-    k_factor_ptr,
-    mask_ptr,
-    k_row,
-    k_col,
-    v_row,
-    v_col,
-    stride_k_token,
-    stride_v_token,
-    stride_kf_token,
-    start,
-    end,
-    offs_m,
-    first_key,
-    end_key,
-    num_tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    FACTOR_GRAD: tl.constexpr,
-    AT_EDGE: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Add what the keys from `start` to `end` give; see `sequence_fwd._walk_keys`."""
+    state,  # dq (BLOCK_M, BLOCK_D), dq_factor and p k_factor (BLOCK_M, BLOCK_R), the sum of ds (BLOCK_M,); fp32
+    q, q_factor, grad,  # (BLOCK_M, BLOCK_D or BLOCK_R)
+    lse, delta,  # (BLOCK_M,)
+    keys, values,
+    k_factor_ptr, stride_kf_token, mask_ptr,  # of this sequence
+    start, end, offs_m,
+    visible,  # (BLOCK_M,) each: the interval of keys that each query sees
+    num_tokens, scale,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr, HAS_MASK: tl.constexpr, FACTOR_GRAD: tl.constexpr,
+    AT_EDGE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Add to the sums what the keys from `start` to `end` give; see `sequence_fwd._walk_keys`."""
+    dq, dq_factor, mean_factor, miss = state
     for first in tl.range(start, end, BLOCK_N):
-        k = load_passing(
-            k_ptr, k_row, k_col, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
-        )
-        v = load_passing(
-            v_ptr, v_row, v_col, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
-        )
+        k = load_passing(keys, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
+        v = load_passing(values, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
@@ -89,8 +61,7 @@ def _walk_keys(
         if HAS_MASK:
             scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
         if AT_EDGE:
-            visible = (offs_n[None, :] >= first_key[:, None]) & (offs_n[None, :] < end_key[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = only_visible(scores, offs_n, visible)
         p = weights_of(scores, scale, lse[:, None], HAS_MASK)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -107,61 +78,26 @@ def _sequence_attention_bwd_query_kernel(
     dq_ptr,  # (batch, heads, tokens, HEAD_DIM)
     dq_factor_ptr,  # (batch, heads, tokens, RANK), contiguous, where FACTOR_GRAD
     delta_ptr,  # (batch * heads, tokens), fp32, written for the second kernel
-    grad_ptr,  # (batch, heads, tokens, HEAD_DIM), as the next four
-    out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    grad_ptr, out_ptr, q_ptr, k_ptr, v_ptr,  # (batch, heads, tokens, HEAD_DIM)
     lse_ptr,  # (batch * heads, tokens), fp32
-    q_factor_ptr,  # (batch, heads, tokens, RANK)
-    k_factor_ptr,
+    q_factor_ptr, k_factor_ptr,  # (batch, heads, tokens, RANK)
     mask_ptr,  # (masks, tokens, tokens)
-    stride_dq_batch,
-    stride_dq_head,
-    stride_dq_token,
-    stride_grad_batch,
-    stride_grad_head,
-    stride_grad_token,
-    stride_out_batch,
-    stride_out_head,
-    stride_out_token,
-    stride_q_batch,
-    stride_q_head,
-    stride_q_token,
-    stride_k_batch,
-    stride_k_head,
-    stride_k_token,
-    stride_v_batch,
-    stride_v_head,
-    stride_v_token,
-    stride_qf_batch,
-    stride_qf_head,
-    stride_qf_token,
-    stride_kf_batch,
-    stride_kf_head,
-    stride_kf_token,
-    num_sequences,
-    num_heads,
-    num_tokens,
-    num_masks,
-    block_size,
-    window_blocks,
-    group,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    PATTERN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    stride_dq_batch, stride_dq_head, stride_dq_token,
+    stride_grad_batch, stride_grad_head, stride_grad_token,
+    stride_out_batch, stride_out_head, stride_out_token,
+    stride_q_batch, stride_q_head, stride_q_token,
+    stride_k_batch, stride_k_head, stride_k_token,
+    stride_v_batch, stride_v_head, stride_v_token,
+    stride_qf_batch, stride_qf_head, stride_qf_token,
+    stride_kf_batch, stride_kf_head, stride_kf_token,
+    num_sequences, num_heads, num_tokens, num_masks, block_size, window_blocks, group, scale,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr, PATTERN: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_EDGES: tl.constexpr,
     DESCRIBED: tl.constexpr,  # k_ptr and v_ptr are descriptors
-    FACTOR_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One program: BLOCK_M queries of one sequence, as in the forward."""
+    FACTOR_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dq, dq_factor and δ. One program: BLOCK_M queries of one sequence, which stay, as in the forward; keys pass."""
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M
@@ -171,13 +107,8 @@ def _sequence_attention_bwd_query_kernel(
     q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     k_offset = sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
     v_offset = sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
-    k_row, k_col, v_row, v_col = 0, 0, 0, 0
-    if DESCRIBED:
-        k_row, k_col = place_in(k_offset, stride_k_token)
-        v_row, v_col = place_in(v_offset, stride_v_token)
-    else:
-        k_ptr += k_offset
-        v_ptr += v_offset
+    keys = passing(k_ptr, k_offset, stride_k_token, DESCRIBED)
+    values = passing(v_ptr, v_offset, stride_v_token, DESCRIBED)
     grad_ptr += sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
     out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -194,24 +125,19 @@ def _sequence_attention_bwd_query_kernel(
     if HAS_MASK:
         mask_ptr += (sequence // num_heads % num_masks).to(tl.int64) * num_tokens * num_tokens
 
-    start, full_end = visible_keys(first_query, num_tokens, block_size, window_blocks, PATTERN)
-    full_start, end = visible_keys(last_query, num_tokens, block_size, window_blocks, PATTERN)
-    first_key, end_key = visible_keys(offs_m, num_tokens, block_size, window_blocks, PATTERN)
-    inner_start, inner_end = split_interval(start, full_start, full_end, end, BLOCK_N)
-
+    bounds, visible = plan_walk(
+        visible_keys, first_query, last_query, offs_m, num_tokens, block_size, window_blocks, PATTERN, BLOCK_N
+    )  # fmt: skip
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     mean_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     miss = tl.zeros((BLOCK_M,), tl.float32)
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
-            part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
-            part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
             dq, dq_factor, mean_factor, miss = _walk_keys(
-                dq, dq_factor, mean_factor, miss, q, q_factor, grad, lse, delta, k_ptr, v_ptr, k_factor_ptr, mask_ptr,
-                k_row, k_col, v_row, v_col, stride_k_token, stride_v_token, stride_kf_token, part_start, part_end,
-                offs_m, first_key, end_key, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1,
-                DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
+                (dq, dq_factor, mean_factor, miss), q, q_factor, grad, lse, delta, keys, values, k_factor_ptr,
+                stride_kf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_m, visible, num_tokens, scale,
+                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
@@ -225,62 +151,23 @@ def _sequence_attention_bwd_query_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk,  # (BLOCK_N, BLOCK_D), fp32
-    dv,
-    dk_factor,  # (BLOCK_N, BLOCK_R), fp32
-    k,
-    v,
-    k_factor,
-    q_ptr,  # of this sequence, as the next five; or q's and grad's descriptors, and where it starts in them
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    q_factor_ptr,
-    mask_ptr,
-    q_row,
-    q_col,
-    grad_row,
-    grad_col,
-    stride_q_token,
-    stride_grad_token,
-    stride_qf_token,
-    start,
-    end,
-    offs_n,
-    first_query,  # (BLOCK_N,), the interval of queries that see each key
-    end_query,
-    num_tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    FACTOR_GRAD: tl.constexpr,
-    AT_EDGE: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Add what the queries from `start` to `end` give."""
+    state,  # dk and dv (BLOCK_N, BLOCK_D), dk_factor (BLOCK_N, BLOCK_R); fp32
+    k, v, k_factor,  # (BLOCK_N, BLOCK_D or BLOCK_R)
+    queries, grads,
+    lse_ptr, delta_ptr, q_factor_ptr, stride_qf_token, mask_ptr,  # of this sequence
+    start, end, offs_n,
+    visible,  # (BLOCK_N,) each: the interval of queries that see each key
+    num_tokens, scale,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr, HAS_MASK: tl.constexpr, FACTOR_GRAD: tl.constexpr,
+    AT_EDGE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Add to the sums what the queries from `start` to `end` give."""
+    dk, dv, dk_factor = state
     for first in tl.range(start, end, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q = load_passing(
-            q_ptr, q_row, q_col, first, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED
-        )
-        grad = load_passing(
-            grad_ptr,
-            grad_row,
-            grad_col,
-            first,
-            stride_grad_token,
-            num_tokens,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-            AT_EDGE,
-            DESCRIBED,
-        )
+        q = load_passing(queries, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
+        grad = load_passing(grads, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
         if AT_EDGE:
             lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_tokens, other=float("inf"))
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
@@ -294,8 +181,7 @@ def _walk_queries(
         if HAS_MASK:
             scores += tl.trans(load_mask(mask_ptr, offs_m, offs_n, num_tokens)) * (1.0 / scale)
         if AT_EDGE:
-            visible = (offs_m[None, :] >= first_query[:, None]) & (offs_m[None, :] < end_query[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = only_visible(scores, offs_m, visible)
         p = weights_of(scores, scale, lse[None, :], HAS_MASK)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -308,64 +194,32 @@ def _walk_queries(
 
 @triton.jit
 def _sequence_attention_bwd_key_kernel(
-    dk_ptr,  # (batch, heads, tokens, HEAD_DIM)
-    dv_ptr,
+    dk_ptr, dv_ptr,  # (batch, heads, tokens, HEAD_DIM)
     dk_factor_ptr,  # (batch, heads, tokens, RANK), contiguous, where FACTOR_GRAD
     delta_ptr,  # (batch * heads, tokens), fp32, by the first kernel
-    grad_ptr,  # (batch, heads, tokens, HEAD_DIM), as the next three
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr,  # (batch, heads, tokens, HEAD_DIM)
     lse_ptr,  # (batch * heads, tokens), fp32
-    q_factor_ptr,  # (batch, heads, tokens, RANK)
-    k_factor_ptr,
+    q_factor_ptr, k_factor_ptr,  # (batch, heads, tokens, RANK)
     mask_ptr,  # (masks, tokens, tokens)
-    stride_dk_batch,
-    stride_dk_head,
-    stride_dk_token,
-    stride_dv_batch,
-    stride_dv_head,
-    stride_dv_token,
-    stride_grad_batch,
-    stride_grad_head,
-    stride_grad_token,
-    stride_q_batch,
-    stride_q_head,
-    stride_q_token,
-    stride_k_batch,
-    stride_k_head,
-    stride_k_token,
-    stride_v_batch,
-    stride_v_head,
-    stride_v_token,
-    stride_qf_batch,
-    stride_qf_head,
-    stride_qf_token,
-    stride_kf_batch,
-    stride_kf_head,
-    stride_kf_token,
-    num_sequences,
-    num_heads,
-    num_tokens,
-    num_masks,
-    block_size,
-    window_blocks,
-    group,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    PATTERN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    stride_dk_batch, stride_dk_head, stride_dk_token,
+    stride_dv_batch, stride_dv_head, stride_dv_token,
+    stride_grad_batch, stride_grad_head, stride_grad_token,
+    stride_q_batch, stride_q_head, stride_q_token,
+    stride_k_batch, stride_k_head, stride_k_token,
+    stride_v_batch, stride_v_head, stride_v_token,
+    stride_qf_batch, stride_qf_head, stride_qf_token,
+    stride_kf_batch, stride_kf_head, stride_kf_token,
+    num_sequences, num_heads, num_tokens, num_masks, block_size, window_blocks, group, scale,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr, PATTERN: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_EDGES: tl.constexpr,
     DESCRIBED: tl.constexpr,  # q_ptr and grad_ptr are descriptors
-    FACTOR_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One program: BLOCK_N keys of one sequence. The first keys have the most queries, so they come first."""
+    FACTOR_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dk, dk_factor and dv. One program: BLOCK_N keys of one sequence, which stay; queries pass.
+
+    The first keys have the most queries, so they come first.
+    """
     tile, sequence = place(tl.cdiv(num_tokens, BLOCK_N), num_sequences, group)
     first_key = tile * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, num_tokens) - 1
@@ -375,13 +229,8 @@ def _sequence_attention_bwd_key_kernel(
     v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
     q_offset = sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     grad_offset = sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
-    q_row, q_col, grad_row, grad_col = 0, 0, 0, 0
-    if DESCRIBED:
-        q_row, q_col = place_in(q_offset, stride_q_token)
-        grad_row, grad_col = place_in(grad_offset, stride_grad_token)
-    else:
-        q_ptr += q_offset
-        grad_ptr += grad_offset
+    queries = passing(q_ptr, q_offset, stride_q_token, DESCRIBED)
+    grads = passing(grad_ptr, grad_offset, stride_grad_token, DESCRIBED)
     lse_ptr += sequence.to(tl.int64) * num_tokens
     delta_ptr += sequence.to(tl.int64) * num_tokens
     k = load_rows(k_ptr, first_key, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
@@ -394,23 +243,18 @@ def _sequence_attention_bwd_key_kernel(
     if HAS_MASK:
         mask_ptr += (sequence // num_heads % num_masks).to(tl.int64) * num_tokens * num_tokens
 
-    start, full_end = visible_queries(first_key, num_tokens, block_size, window_blocks, PATTERN)
-    full_start, end = visible_queries(last_key, num_tokens, block_size, window_blocks, PATTERN)
-    first_query, end_query = visible_queries(offs_n, num_tokens, block_size, window_blocks, PATTERN)
-    inner_start, inner_end = split_interval(start, full_start, full_end, end, BLOCK_M)
-
+    bounds, visible = plan_walk(
+        visible_queries, first_key, last_key, offs_n, num_tokens, block_size, window_blocks, PATTERN, BLOCK_M
+    )  # fmt: skip
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk_factor = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
-            part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
-            part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
             dk, dv, dk_factor = _walk_queries(
-                dk, dv, dk_factor, k, v, k_factor, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_factor_ptr, mask_ptr, q_row,
-                q_col, grad_row, grad_col, stride_q_token, stride_grad_token, stride_qf_token, part_start, part_end,
-                offs_n, first_query, end_query, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1,
-                DESCRIBED, PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
+                (dk, dv, dk_factor), k, v, k_factor, queries, grads, lse_ptr, delta_ptr, q_factor_ptr,
+                stride_qf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_n, visible, num_tokens, scale,
+                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dk_ptr += sequence_offset(sequence, num_heads, stride_dk_batch, stride_dk_head)

@@ -20,10 +20,12 @@ Hopper's copy engine then brings them, and the registers that held their address
 the multiprocessor.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E
+from .tiles import LOG2E, drawn_in
 
 # How a product of factors is computed. Positions are factors too, and TF32 would round them like half precision; three
 # TF32 products in place of one of fp32 ("tf32x3") give wrong numbers on Hopper, others at each run, in Triton 3.6.
@@ -35,6 +37,15 @@ PATTERN_CAUSAL = tl.constexpr(1)  # those up to itself
 PATTERN_BLOCKS = tl.constexpr(2)  # its own block of `block_size` tokens and the `window_blocks - 1` before it
 
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that its difference to a score of -inf is not NaN; log2 units
+
+
+class Passing(NamedTuple):
+    """Rows of one sequence that pass through the pipeline."""
+
+    source: tl.tensor  # pointer to the first, or the descriptor of a whole tensor
+    row: tl.tensor  # of the first in the descriptor
+    col: tl.tensor
+    stride_token: tl.tensor
 
 
 @triton.jit
@@ -66,12 +77,25 @@ def visible_queries(key, num_tokens, block_size, window_blocks, PATTERN: tl.cons
 
 
 @triton.jit
-def split_interval(first, full_first, full_end, end, BLOCK: tl.constexpr):
-    """Where, walking from `first` to `end` in steps of BLOCK, the tiles that need no mask begin and end."""
-    inner_first = first + (full_first - first + BLOCK - 1) // BLOCK * BLOCK
-    inner_first = tl.minimum(inner_first, first + (end - first + BLOCK - 1) // BLOCK * BLOCK)
-    inner_end = inner_first + tl.maximum(full_end - inner_first, 0) // BLOCK * BLOCK
-    return inner_first, inner_end
+def plan_walk(
+    visible: tl.constexpr, first, last, offs, num_tokens, block_size, window_blocks, PATTERN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The walk in steps of BLOCK over all that a tile of tokens sees, in three parts; the second needs no mask.
+
+    Args:
+        visible: `visible_keys` or `visible_queries`.
+        first, last, offs: the tile's tokens.
+    Returns:
+        Where the parts begin, and the end: four numbers. And the interval that each token sees.
+    """
+    start, full_end = visible(first, num_tokens, block_size, window_blocks, PATTERN)
+    full_start, end = visible(last, num_tokens, block_size, window_blocks, PATTERN)
+    interval = visible(offs, num_tokens, block_size, window_blocks, PATTERN)
+    inner_start = start + (full_start - start + BLOCK - 1) // BLOCK * BLOCK
+    inner_start = tl.minimum(inner_start, start + (end - start + BLOCK - 1) // BLOCK * BLOCK)
+    inner_end = inner_start + tl.maximum(full_end - inner_start, 0) // BLOCK * BLOCK
+    return (start, inner_start, inner_end, end), interval
 
 
 @triton.jit
@@ -94,19 +118,20 @@ def sequence_offset(sequence, num_heads, stride_batch, stride_head):
 
 
 @triton.jit
+def _row_pointers(ptr, first, stride_token, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    return ptr + tl.cast(first, tl.int64) * stride_token + rows[:, None] * stride_token + cols[None, :]
+
+
+@triton.jit
 def load_rows(
     ptr,  # (tokens, WIDTH) of one sequence
-    first,
-    stride_token,
-    num_tokens,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
+    first, stride_token, num_tokens,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
     """Rows first .. first + ROWS - 1, zeros beyond WIDTH and, where BOUNDED, beyond the last token."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-    ptrs = ptr + tl.cast(first, tl.int64) * stride_token + rows[:, None] * stride_token + cols[None, :]
+    ptrs = _row_pointers(ptr, first, stride_token, ROWS, COLS)
     if BOUNDED:
         return tl.load(ptrs, mask=(first + rows < num_tokens)[:, None] & (cols < WIDTH)[None, :], other=0.0)
     if WIDTH < COLS:
@@ -115,66 +140,57 @@ def load_rows(
 
 
 @triton.jit
-def place_in(offset, stride_token):
-    """Row and column of an element in a descriptor, whose rows are `stride_token` elements long."""
-    return (offset // stride_token).to(tl.int32), (offset % stride_token).to(tl.int32)
-
-
-@triton.jit
-def load_passing(
-    source,  # pointer to one sequence, or the descriptor of a whole tensor
-    row,  # of the sequence's start in the descriptor
-    col,
-    first,
-    stride_token,
-    num_tokens,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-):
-    """As `load_rows`, from a pointer or a descriptor."""
-    if DESCRIBED:
-        tile = source.load([row + first, col])
-    else:
-        tile = load_rows(source, first, stride_token, num_tokens, WIDTH, ROWS, COLS, BOUNDED)
-    return tile
-
-
-@triton.jit
 def store_rows(
     ptr, tile, first, stride_token, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     """What `load_rows` reads, written."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-    ptrs = ptr + tl.cast(first, tl.int64) * stride_token + rows[:, None] * stride_token + cols[None, :]
+    ptrs = _row_pointers(ptr, first, stride_token, ROWS, COLS)
     mask = (first + rows < num_tokens)[:, None] & (cols < WIDTH)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_mask(mask_ptr, offs_m, offs_n, num_tokens):
-    """A tile (M, N) of one mask (tokens, tokens), fp32.
-
-    Large finite values, as stand in for -inf elsewhere, are drawn in to where scaling keeps them finite.
-    """
-    inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
-    ptrs = mask_ptr + offs_m[:, None].to(tl.int64) * num_tokens + offs_n[None, :]
-    mask = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
+def passing(source, offset, stride_token, DESCRIBED: tl.constexpr):
+    """One sequence of a tensor, `offset` elements from its start; the rows of its descriptor have `stride_token`."""
+    row, col = 0, 0
+    if DESCRIBED:
+        row, col = (offset // stride_token).to(tl.int32), (offset % stride_token).to(tl.int32)
+    else:
+        source += offset
+    return Passing(source, row, col, stride_token)
 
 
 @triton.jit
-def scores_of(
-    rows,
-    cols,
-    row_factor,
-    col_factor,
-    inverse_scale,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def load_passing(
+    rows, first, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """As `load_rows`."""
+    if DESCRIBED:
+        tile = rows.source.load([rows.row + first, rows.col])
+    else:
+        tile = load_rows(rows.source, first, rows.stride_token, num_tokens, WIDTH, ROWS, COLS, BOUNDED)
+    return tile
+
+
+@triton.jit
+def load_mask(mask_ptr, offs_m, offs_n, num_tokens):
+    """A tile (M, N) of one mask (tokens, tokens), fp32."""
+    inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
+    ptrs = mask_ptr + offs_m[:, None].to(tl.int64) * num_tokens + offs_n[None, :]
+    return drawn_in(tl.load(ptrs, mask=inside, other=0.0))
+
+
+@triton.jit
+def only_visible(scores, offs, visible):
+    """Scores (rows, columns) where columns `offs` lie in the interval that each row sees, else -inf."""
+    inside = (offs[None, :] >= visible[0][:, None]) & (offs[None, :] < visible[1][:, None])
+    return tl.where(inside, scores, float("-inf"))
+
+
+@triton.jit
+def scores_of(rows, cols, row_factor, col_factor, inverse_scale, RANK: tl.constexpr, PRECISION: tl.constexpr):
     """rows · colsᵀ plus the bias of their factors over the scale; fp32."""
     if RANK > 0:
         bias = tl.dot(row_factor, tl.trans(col_factor), input_precision=FACTOR_PRECISION)
@@ -193,45 +209,26 @@ def weights_of(scores, scale, lse, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def _walk_keys(
-    acc,  # (BLOCK_M, BLOCK_D), fp32
-    total,  # (BLOCK_M,)
-    maximum,  # (BLOCK_M,)
-    q,  # (BLOCK_M, BLOCK_D)
-    q_factor,  # (BLOCK_M, BLOCK_R)
-    k_ptr,  # of this sequence, as the next three; or k's and v's descriptors, and where it starts in them
-    v_ptr,
-    k_factor_ptr,
-    mask_ptr,
-    k_row,
-    k_col,
-    v_row,
-    v_col,
-    stride_k_token,
-    stride_v_token,
-    stride_kf_token,
-    start,
-    end,
-    offs_m,
-    first_key,  # (BLOCK_M,), the interval that each query sees
-    end_key,
-    num_tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    AT_EDGE: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    state,  # output (BLOCK_M, BLOCK_D), and of each query the sum of weights and the largest score (BLOCK_M,); fp32
+    q, q_factor,  # (BLOCK_M, BLOCK_D) and (BLOCK_M, BLOCK_R)
+    keys, values,
+    k_factor_ptr, stride_kf_token, mask_ptr,  # of this sequence
+    start, end, offs_m,
+    visible,  # (BLOCK_M,) each: the interval of keys that each query sees
+    num_tokens, scale,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr, HAS_MASK: tl.constexpr, AT_EDGE: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
-    """The online softmax over the keys from `start` to `end`; AT_EDGE, some are not every query's to see."""
+):  # fmt: skip
+    """The online softmax over the keys from `start` to `end`; AT_EDGE, some are not every query's to see. By tile,
+
+    S = q kᵀ + (q_factor k_factorᵀ + mask) / scale        m' = max(m, max S)        P = exp((S − m') · scale)
+    Σ' = Σ exp((m − m') · scale) + Σ P                    O' = O exp((m − m') · scale) + P v
+    """
+    acc, total, maximum = state
     exponent = scale * LOG2E
     for first in tl.range(start, end, BLOCK_N):
-        k = load_passing(
-            k_ptr, k_row, k_col, first, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
-        )
+        k = load_passing(keys, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
@@ -240,8 +237,7 @@ def _walk_keys(
         if HAS_MASK:
             scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
         if AT_EDGE:
-            visible = (offs_n[None, :] >= first_key[:, None]) & (offs_n[None, :] < end_key[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = only_visible(scores, offs_n, visible)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         if HAS_MASK:  # its numbers may be so large that what a fused multiply-add does not round is more than a score
             p = tl.exp2((scores - new_maximum[:, None]) * exponent)
@@ -249,9 +245,7 @@ def _walk_keys(
             p = tl.exp2(scores * exponent - (new_maximum * exponent)[:, None])
         correction = tl.exp2((maximum - new_maximum) * exponent)
         total = total * correction + tl.sum(p, axis=1)
-        v = load_passing(
-            v_ptr, v_row, v_col, first, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED
-        )
+        v = load_passing(values, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
         maximum = new_maximum
     return acc, total, maximum
@@ -261,51 +255,26 @@ def _walk_keys(
 def _sequence_attention_fwd_kernel(
     out_ptr,  # (batch, heads, tokens, HEAD_DIM)
     lse_ptr,  # (batch * heads, tokens), fp32: log2 of the sum of the exponentials, +inf where no key is seen
-    q_ptr,  # (batch, heads, tokens, HEAD_DIM), as k and v
-    k_ptr,
-    v_ptr,
-    q_factor_ptr,  # (batch, heads, tokens, RANK), or any pointer where RANK is 0
-    k_factor_ptr,
+    q_ptr, k_ptr, v_ptr,  # (batch, heads, tokens, HEAD_DIM)
+    q_factor_ptr, k_factor_ptr,  # (batch, heads, tokens, RANK)
     mask_ptr,  # (masks, tokens, tokens)
-    stride_out_batch,
-    stride_out_head,
-    stride_out_token,
-    stride_q_batch,
-    stride_q_head,
-    stride_q_token,
-    stride_k_batch,
-    stride_k_head,
-    stride_k_token,
-    stride_v_batch,
-    stride_v_head,
-    stride_v_token,
-    stride_qf_batch,
-    stride_qf_head,
-    stride_qf_token,
-    stride_kf_batch,
-    stride_kf_head,
-    stride_kf_token,
-    num_sequences,
-    num_heads,
-    num_tokens,
-    num_masks,
-    block_size,
-    window_blocks,
-    group,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    RANK: tl.constexpr,
-    PATTERN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    stride_out_batch, stride_out_head, stride_out_token,
+    stride_q_batch, stride_q_head, stride_q_token,
+    stride_k_batch, stride_k_head, stride_k_token,
+    stride_v_batch, stride_v_head, stride_v_token,
+    stride_qf_batch, stride_qf_head, stride_qf_token,
+    stride_kf_batch, stride_kf_head, stride_kf_token,
+    num_sequences, num_heads, num_tokens, num_masks, block_size, window_blocks, group, scale,
+    HEAD_DIM: tl.constexpr, RANK: tl.constexpr, PATTERN: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_EDGES: tl.constexpr,
     DESCRIBED: tl.constexpr,  # k_ptr and v_ptr are descriptors
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One program: BLOCK_M queries of one sequence. Without HAS_EDGES every tile of keys is seen in full."""
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one sequence, which stay, with what `_walk_keys` gathers for them; keys pass by.
+
+    Without HAS_EDGES every tile of keys is seen in full.
+    """
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     tl.static_assert(RANK <= BLOCK_R)
     tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
@@ -318,13 +287,8 @@ def _sequence_attention_fwd_kernel(
     q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     k_offset = sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
     v_offset = sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
-    k_row, k_col, v_row, v_col = 0, 0, 0, 0
-    if DESCRIBED:
-        k_row, k_col = place_in(k_offset, stride_k_token)
-        v_row, v_col = place_in(v_offset, stride_v_token)
-    else:
-        k_ptr += k_offset
-        v_ptr += v_offset
+    keys = passing(k_ptr, k_offset, stride_k_token, DESCRIBED)
+    values = passing(v_ptr, v_offset, stride_v_token, DESCRIBED)
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     q_factor = q
     if RANK > 0:
@@ -334,24 +298,18 @@ def _sequence_attention_fwd_kernel(
     if HAS_MASK:
         mask_ptr += (sequence // num_heads % num_masks).to(tl.int64) * num_tokens * num_tokens
 
-    start, full_end = visible_keys(first_query, num_tokens, block_size, window_blocks, PATTERN)
-    full_start, end = visible_keys(last_query, num_tokens, block_size, window_blocks, PATTERN)
-    first_key, end_key = visible_keys(offs_m, num_tokens, block_size, window_blocks, PATTERN)
-    inner_start, inner_end = split_interval(start, full_start, full_end, end, BLOCK_N)
-
+    bounds, visible = plan_walk(
+        visible_keys, first_query, last_query, offs_m, num_tokens, block_size, window_blocks, PATTERN, BLOCK_N
+    )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     maximum = tl.zeros((BLOCK_M,), tl.float32) + LOWEST / tl.maximum(scale * LOG2E, 1.0)
-    # The tiles before, within and behind the interval that all queries of this program see.
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
-            part_start = start if PART == 0 else (inner_start if PART == 1 else inner_end)
-            part_end = inner_start if PART == 0 else (inner_end if PART == 1 else end)
             acc, total, maximum = _walk_keys(
-                acc, total, maximum, q, q_factor, k_ptr, v_ptr, k_factor_ptr, mask_ptr, k_row, k_col, v_row, v_col,
-                stride_k_token, stride_v_token, stride_kf_token, part_start, part_end, offs_m, first_key, end_key,
-                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, PART != 1, DESCRIBED, PRECISION,
-                BLOCK_N, BLOCK_D, BLOCK_R,
+                (acc, total, maximum), q, q_factor, keys, values, k_factor_ptr, stride_kf_token, mask_ptr,
+                bounds[PART], bounds[PART + 1], offs_m, visible, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK,
+                PART != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     seen = total != 0  # a query that a mask leaves without keys attends to nothing: zeros, and no gradient
