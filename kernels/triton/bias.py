@@ -9,21 +9,11 @@ from .tiles import Geometry, place_window, shift_region
 @triton.jit
 def _expand_bias_kernel(
     dense_ptr,  # (heads, rows, cols)
-    table_ptr,  # (T, heads)
-    index_ptr,  # (N, N), int64
-    stride_dense_head,
-    stride_dense_row,
-    stride_table_row,
-    stride_table_head,
-    num_tokens,
-    num_rows,
-    num_cols,
-    num_heads,
-    LIMIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
+    stride_dense_head, stride_dense_row, stride_table_row, stride_table_head,
+    num_tokens, num_rows, num_cols, num_heads,
+    LIMIT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """One program: a tile of HEADS heads; table[index], -inf in columns beyond the window.
 
     The index is the larger read by far, and all heads share it.
@@ -95,18 +85,9 @@ def _reduce_bias_kernel(
 def _check_mask_kernel(
     unusual_ptr,  # (windows, CHECKS), int32
     mask_ptr,  # (windows, N, N)
-    windows_d,
-    windows_h,
-    windows_w,
-    shift_d,
-    shift_h,
-    shift_w,
-    mask_value,
-    WINDOW: tl.constexpr,
-    VOLUME: tl.constexpr,
-    CHECKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, mask_value,
+    WINDOW: tl.constexpr, VOLUME: tl.constexpr, CHECKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program: whether its share of one window's mask is anything but what the shift implies."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     nothing = (0, 0, 0)
@@ -127,16 +108,11 @@ def _check_mask_kernel(
 def _position_table_kernel(
     table_ptr,  # (T, heads), fp32
     coords_ptr,  # (T, 2)
-    hidden_weight_ptr,  # (HIDDEN, 2)
-    hidden_bias_ptr,  # (HIDDEN,)
+    hidden_weight_ptr, hidden_bias_ptr,  # (HIDDEN, 2) and (HIDDEN,)
     weight_ptr,  # (heads, HIDDEN)
-    num_rows,
-    num_heads,
-    HIDDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
+    num_rows, num_heads,
+    HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
     """SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3 and section 3.3)."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_head = tl.arange(0, BLOCK_HEADS)

@@ -8,7 +8,7 @@ cancels nothing. With h = |x| / 2, erfc is p(h) to the power of −16, p of degr
 import triton
 import triton.language as tl
 
-from .pointwise import normalised
+from .pointwise import load_channels, normalised
 
 
 @triton.jit
@@ -47,24 +47,17 @@ def _mlp_kernel(
     out_ptr,  # (rows, C)
     x_ptr,  # (rows, C)
     branch_ptr,  # (rows, C): the attention's output; with PRE_NORM only
-    norm_weight_ptr,  # (C,) or None
-    norm_bias_ptr,  # (C,) or None
-    weight1_ptr,  # (HIDDEN, C)
-    bias1_ptr,  # (HIDDEN,) or None
-    weight2_ptr,  # (C, HIDDEN)
-    bias2_ptr,  # (C,) or None
-    rows,
-    eps,
-    C: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PRE_NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    norm_weight_ptr, norm_bias_ptr,  # (C,) or None
+    weight1_ptr, bias1_ptr,  # (HIDDEN, C), and (HIDDEN,) or None
+    weight2_ptr, bias2_ptr,  # (C, HIDDEN), and (C,) or None
+    rows, eps,
+    C: tl.constexpr, HIDDEN: tl.constexpr, PRE_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """All of a block after its attention. One program: BLOCK_M rows, whose hidden channels pass by in tiles.
 
-    With PRE_NORM total + mlp(norm(total)) of total = x + branch, else x + norm(mlp(x)).
+    With PRE_NORM total + mlp(norm(total)) of total = x + branch, else x + norm(mlp(x)); mlp(y) is
+    GELU(y weight1ᵀ + bias1) weight2ᵀ + bias2. The rows (BLOCK_M, BLOCK_C) stay, before the MLP and behind it.
     """
     tl.static_assert(C <= BLOCK_C)
     tl.static_assert(HIDDEN % BLOCK_H == 0)
@@ -83,7 +76,7 @@ def _mlp_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         y = x
     if bias2_ptr is not None:
-        acc += tl.load(bias2_ptr + offs_c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+        acc += load_channels(bias2_ptr, offs_c, C)
     for h in tl.range(0, HIDDEN, BLOCK_H):
         weight1 = tl.load(weight1_ptr + (h + offs_h)[:, None] * C + offs_c[None, :], mask=inside_c[None, :], other=0.0)
         hidden = tl.dot(y, tl.trans(weight1))

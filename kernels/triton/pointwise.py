@@ -15,14 +15,17 @@ NORM_ADD = tl.constexpr(2)  # out = x + norm(branch)
 
 
 @triton.jit
+def load_channels(ptr, offs_c, C: tl.constexpr):
+    """One number of each channel, for all rows: (1, BLOCK_C), fp32, zero beyond C."""
+    return tl.load(ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def normalised(
     tile,  # (rows, BLOCK_C), fp32, zero beyond C
-    weight_ptr,  # (C,) or None
-    bias_ptr,  # (C,) or None
-    offs_c,
-    eps,
-    C: tl.constexpr,
-):
+    weight_ptr, bias_ptr,  # (C,) or None
+    offs_c, eps, C: tl.constexpr,
+):  # fmt: skip
     """(tile - mean) / sqrt(variance + eps) * weight + bias of each row, as `torch.nn.functional.layer_norm`; fp32."""
     inside = offs_c < C
     mean = tl.sum(tile, axis=1) / C
@@ -30,9 +33,9 @@ def normalised(
     variance = tl.sum(centred * centred, axis=1) / C
     out = centred * (1.0 / tl.sqrt(variance + eps))[:, None]
     if weight_ptr is not None:
-        out *= tl.load(weight_ptr + offs_c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        out *= load_channels(weight_ptr, offs_c, C)
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + offs_c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        out += load_channels(bias_ptr, offs_c, C)
     return out
 
 
@@ -42,17 +45,11 @@ def _norm_kernel(
     total_ptr,  # (rows, C); ADD_NORM only
     x_ptr,  # (rows, C)
     branch_ptr,  # (rows, C); not with NORM
-    weight_ptr,  # (C,) or None
-    bias_ptr,  # (C,) or None
-    total_bias_ptr,  # (C,) or None
-    rows,
-    eps,
-    C: tl.constexpr,
-    MODE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """One program: ROWS rows."""
+    weight_ptr, bias_ptr, total_bias_ptr,  # (C,) or None
+    rows, eps,
+    C: tl.constexpr, MODE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The norm of rows, or of their sum, or the sum with a norm. One program: ROWS rows."""
     tl.static_assert(C <= BLOCK_C)
     first = tl.cast(tl.program_id(0), tl.int64) * ROWS
     offs_r = tl.arange(0, ROWS)
@@ -68,7 +65,7 @@ def _norm_kernel(
             x += tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
             total = x
             if total_bias_ptr is not None:
-                total += tl.load(total_bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+                total += load_channels(total_bias_ptr, offs_c, C)
             tl.store(total_ptr + first * C + offs, total.to(total_ptr.dtype.element_ty), mask=inside)
         out = normalised(x, weight_ptr, bias_ptr, offs_c, eps, C)
     tl.store(out_ptr + first * C + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -78,16 +75,11 @@ def _norm_kernel(
 def _merge_norm_kernel(
     out_ptr,  # (batch, ceil(height / 2), ceil(width / 2), 4 * C)
     x_ptr,  # (batch, height, width, C)
-    weight_ptr,  # (4 * C,) or None
-    bias_ptr,  # (4 * C,) or None
+    weight_ptr, bias_ptr,  # (4 * C,) or None
     rows,  # of the output: batch * ceil(height / 2) * ceil(width / 2)
-    height,
-    width,
-    eps,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    height, width, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """One program: ROWS tokens of the output, each the norm of its four patches: left column first, top to bottom.
 
     Patches beyond an odd height or width are zeros, which count in the statistics.

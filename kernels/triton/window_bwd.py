@@ -268,7 +268,10 @@ def _window_attention_bwd_query_kernel(
 ):  # fmt: skip
     """dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of one window and head of one image.
 
-    They stay, with dO and their numbers, and dQ (BLOCK_M, BLOCK_D) gathers in registers; keys and values pass by.
+        P = exp(S − lse)        dP = dO Vᵀ        dS = P ∘ (dP − δ)        dQ = scale · Σ dS K
+
+    summed over tiles of keys and values, which pass by. Queries, dO, lse and δ stay, and dQ (BLOCK_M, BLOCK_D) gathers
+    in registers.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
@@ -372,8 +375,11 @@ def _window_attention_bwd_key_kernel(
 ):  # fmt: skip
     """dK and dV. One program: BLOCK_N keys of one window and head of one image.
 
-    They stay, and dK and dV (BLOCK_N, BLOCK_D) gather in registers; queries and dO pass by. Scores are transposed here,
-    (keys, queries), so that both products take them from registers as they are.
+        dV = Σ Pᵀ dO        dK = scale · Σ dSᵀ Q
+
+    summed over tiles of queries and dO, which pass by with lse and δ. Keys and values stay, and dK and dV
+    (BLOCK_N, BLOCK_D) gather in registers. Scores are transposed here, (keys, queries), so that both products take
+    them from registers as they are.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -496,7 +502,7 @@ def _window_attention_bwd_bias_kernel(
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """dB. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images.
+    """dB = Σ dS. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images.
 
     dB (BLOCK_M, BLOCK_N) gathers in registers, where the bias stays too.
     """
