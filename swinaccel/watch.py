@@ -42,7 +42,7 @@ class Watch:
     Args:
         modules: each by itself, without its submodules. None is kept alive but for its attributes, if it is a `twin`.
         unhooked: those of them that must have no hooks now and later.
-        frames: modules of which only what they hold matters, and no setting.
+        frames: modules of which only what they hold matters: no setting, and not where their buffers lie.
     Raises:
         Unwatchable: for a setting that is no plain value, list or set of those, or object of such.
     """
@@ -54,13 +54,14 @@ class Watch:
     def __init__(
         self, modules: Iterable[nn.Module], unhooked: Iterable[nn.Module], frames: Iterable[nn.Module] = ()
     ) -> None:
-        self.owners: list[Any] = list(modules)  # of settings: these modules, and the objects that they name
-        self.modules = [*self.owners, *frames]
+        modules, frames = list(modules), list(frames)
+        self.modules = [*modules, *frames]
         self.types = list(map(type, self.modules))
-        places = [(one, name) for one in self.owners for name in _CONTAINERS]
-        plain = [_settings(module.__dict__, self.owners) for module in self.owners[:]]
-        self.settings = plain + [_attributes(one.__dict__) for one in self.owners[len(plain) :]]
+        self.owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
+        settings = [_settings(one.__dict__, self.owners) for one in modules]
+        self.settings = settings + [_attributes(one.__dict__) for one in self.owners[len(modules) :]]
         # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
+        places = [(one, name) for one in modules for name in _CONTAINERS]
         self.empty = [one.__dict__[name] for one in unhooked for name in _HOOKS]
         self.empty += [one.__dict__[name] for one, name in places if not one.__dict__[name]]
         places = [(one, name) for one, name in places if one.__dict__[name]]
@@ -68,7 +69,7 @@ class Watch:
         self.keepers, self.kept = [one for one, _ in places], [name for _, name in places]
         containers = self._containers()
         self.names, self.contents = list(chain.from_iterable(containers)), _values(containers)
-        self.buffers = [one for module in self.modules for one in module._buffers.values() if one is not None]
+        self.buffers = [one for module in modules for one in module._buffers.values() if one is not None]
         self.layouts = self._layouts()
         if not self.holds():
             raise Unwatchable

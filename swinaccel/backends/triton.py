@@ -672,17 +672,19 @@ def _reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, back
 
 def _compare(differs: Tensor, left: Tensor, right: Tensor) -> None:
     """Raise the flag where two contiguous tensors of one shape differ."""
-    from ..kernels import bias as bias_kernels
-
     if left.shape != right.shape:
         differs.fill_(1)
         return
     count = left.numel()
-    key = ("compare", left.device, count)
-    run = _launches.get(key) or _keep(
-        key, _Launch(bias_kernels._compare_kernel, (-(-count // _BLOCK),), (count, _BLOCK))
-    )
+    run = _launches.get(("compare", left.device, count)) or _plan_compare(left.device, count)
     run(differs, left, right)
+
+
+def _plan_compare(device: torch.device, count: int) -> _Launch:
+    from ..kernels import bias as bias_kernels
+
+    launch = _Launch(bias_kernels._compare_kernel, (-(-count // _BLOCK),), (count, _BLOCK))
+    return _keep(("compare", device, count), launch)
 
 
 def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
@@ -695,19 +697,18 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     Returns:
         (T, heads), fp32.
     """
+    rows, (heads, hidden) = coords.numel() // 2, weight.shape
+    device = coords.device
+    table = torch.empty((rows, heads), dtype=torch.float32, device=device)
+    run = _launches.get(("position", device, rows, heads, hidden)) or _plan_position(device, rows, heads, hidden)
+    run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
+    return table
+
+
+def _plan_position(device: torch.device, rows: int, heads: int, hidden: int) -> _Launch:
     from ..kernels import bias as bias_kernels
     from ..kernels.launch import power_of_two
 
-    rows, (heads, hidden) = coords.numel() // 2, weight.shape
-    table = torch.empty((rows, heads), dtype=torch.float32, device=coords.device)
-    key = ("position", coords.device, rows, heads, hidden)
-    run = _launches.get(key) or _keep(
-        key,
-        _Launch(
-            bias_kernels._position_table_kernel,
-            (-(-rows // 16),),
-            (rows, heads, hidden, 16, power_of_two(heads), 64),
-        ),
-    )
-    run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
-    return table
+    numbers = (rows, heads, hidden, 16, power_of_two(heads), 64)
+    launch = _Launch(bias_kernels._position_table_kernel, (-(-rows // 16),), numbers)
+    return _keep(("position", device, rows, heads, hidden), launch)
