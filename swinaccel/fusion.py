@@ -32,7 +32,7 @@ _DTYPES = (*_HALVES, torch.float32)
 _trusted: set[tuple[type, tuple[str, ...]]] = set()
 _harmless: dict[tuple, bool] = {}  # signature of a module without tensors -> whether it is what it should be
 
-smallest = 1 << 20  # numbers in x; below, the host takes longer to launch these kernels than PyTorch's own
+smallest = 0  # numbers in x; short calls are a matter of host time, which is less than PyTorch's own layers take
 _failed = False  # a kernel did not compile or fit: whole blocks run their own forwards from then on
 
 
@@ -49,10 +49,8 @@ def forget_failures() -> None:
 
 
 def is_worth(x: Tensor, backend: str = "triton") -> bool:
-    """Whether a call's time is that of its kernels, or, in a CUDA graph, will be: short kernels wait for the host."""
-    if backend == "torch":
-        return torch_fusion.is_worth(x)
-    return x.numel() >= smallest or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether a block around x is worth more than its attention alone."""
+    return torch_fusion.is_worth(x) if backend == "torch" else x.numel() >= smallest
 
 
 def fitting(family: Any, module: nn.Module, x: Tensor) -> Look | None:

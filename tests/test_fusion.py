@@ -23,9 +23,7 @@ DTYPES = [*HALVES, torch.float32]
 
 
 @pytest.fixture(autouse=True)
-def whole_blocks(monkeypatch):
-    """The small problems of tests are worth it too."""
-    monkeypatch.setattr(fusion, "smallest", 0)
+def kernels_that_run():
     yield
     assert not fusion._failed
 
@@ -394,7 +392,7 @@ def test_other_layouts_of_memory(launched):
         helpers.assert_close(found, outputs(model, x))
 
 
-def test_short_calls_are_not_worth_it(monkeypatch, launched):
+def test_calls_may_be_too_short_to_be_worth_it(monkeypatch, launched):
     monkeypatch.setattr(fusion, "smallest", 1 << 20)
     outputs(accelerated(block()), X)
     assert launched == []
