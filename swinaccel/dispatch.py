@@ -6,6 +6,7 @@ and, for as long as a `Watch` finds a module the same in all its parts, what was
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Merging
 from .spec import Section
-from .watch import Unwatchable, Watch, twin
+from .watch import Unwatchable, Watch, original_forward, twin
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -34,13 +35,14 @@ class FallbackError(RuntimeError):
 class Stats:
     """What happened to one module: calls, those of them that ran the original, and why the last of those did."""
 
-    __slots__ = ("bias", "calls", "fallbacks", "memory", "patience", "reason")
+    __slots__ = ("bias", "calls", "fallbacks", "index", "memory", "patience", "reason")
 
     def __init__(self) -> None:
         self.calls = 0
         self.fallbacks = 0
         self.reason: str | None = None
         self.bias: str | None = None
+        self.index: tuple[int, int] | None = None  # state of the bias index that was last found to fit its table
         self.memory: _Memory | None = None
         self.patience = 8  # with a module that keeps changing: memories to be made before one has paid for itself
 
@@ -88,8 +90,8 @@ def _is_plain(values: tuple[Any, ...]) -> bool:
 _PLAIN_VALUES = (int, str, type(None))
 
 
-# Types of modules that were seen inside a probed attention: what their family calls is known to fit.
-trusted_types: set[type] = set()
+# By role, what was seen inside probed attention: what their families call, or leave out, is known to fit.
+_trusted: dict[tuple, set[tuple]] = {}
 
 _warned: set[str] = set()
 
@@ -156,6 +158,8 @@ def _remembered(
     section = memory.sections.get(key)
     if section is None or (section.mask is not None and section.mask.requires_grad):
         return None
+    if stats.index != _state(section.index):
+        return None
     stats.patience = 8
     return section
 
@@ -196,14 +200,12 @@ def _directly(call: Callable[..., Any]) -> Callable[..., Any]:
     weight, bias = call.weight, call.bias
 
     def product(x: Tensor) -> Tensor:
-        if _has_any_global_hook() or nn.Linear.forward is not _linear_forward or nn.Module.__call__ is not _module_call:
-            return call(x)
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias) if nn.Module.__call__ is _module_call else call(x)
 
     return product
 
 
-_linear_forward, _module_call = nn.Linear.forward, nn.Module.__call__
+_module_call = nn.Module.__call__
 
 
 def run_around(
@@ -298,6 +300,8 @@ def _plan(
         in_parts = torch_backend.is_plain(attention)
         return section, lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts)
     reason = _triton_reason(section, x)
+    if reason is None and stats is not None:
+        reason = _index_reason(section, stats)
     if reason is not None:
         return reason
     if stats is not None:
@@ -325,33 +329,67 @@ def _context_reason(x: Any) -> str | None:
         return "the call is inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if _has_any_global_hook():
+        return "hooks of all modules are registered, which expect the original's own"
+    if _active_mode(_PROXY) is not None:
+        return "the call is being traced into a graph"
     return None
 
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+_active_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
-def _hook_reason(module: nn.Module, is_called: bool) -> str | None:
+def trust(attention: nn.Module) -> None:
+    """Let sections stand in for the parts of a probed attention, and for others in the same roles."""
+    parts: list[tuple[type | None, str, nn.Module]] = [(None, "", attention)]
+    parts += [(type(parent), name, child) for parent in attention.modules() for name, child in parent.named_children()]
+    for parent, name, part in parts:
+        _trusted.setdefault((parent, name, type(part)), set()).add(_nature(part))
+
+
+def _nature(part: nn.Module) -> tuple:
+    """A class's forward as it is now, and what a part without parameters is set to.
+
+    Such parts are not called by a section, which reads drop rates (`p`) anew at each call.
+    """
+    attributes = part.__dict__
+    if attributes["_parameters"] or attributes["_modules"]:
+        return (original_forward(type(part)),)
+    settings = frozenset([(key, repr(attributes[key])) for key in attributes.keys() - _READ_OTHERWISE])
+    return original_forward(type(part)), settings
+
+
+_READ_OTHERWISE = {*nn.Module().__dict__, "p"}
+
+
+def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None, name: str = "") -> str | None:
     """Why modules that the section stands in for must be called: someone watches them, or changed them since.
 
     Args:
         module: the attention, and from there down.
         is_called: the module itself is called all the same, so that its own hooks run.
+        parent, name: whose part it is, where it is not the attention.
     """
     if not is_called:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
-        if "forward" in module.__dict__:
-            return f"{type(module).__name__} inside the attention has a forward of its own"
-    if type(module) not in trusted_types:
-        return f"a {type(module).__name__} came into the attention after accelerate(); call it again"
-    for child in module._modules.values():
+        for key, value in module.__dict__.items():
+            if isinstance(value, _FUNCTIONS) and hasattr(type(module), key):
+                return f"{type(module).__name__} inside the attention has a {key} of its own"
+    natures = _trusted.get((parent, name, type(module)))
+    if natures is None or not (torch.compiler.is_compiling() or _nature(module) in natures):
+        return f"a {type(module).__name__} came into the attention after accelerate(), or was changed; call it again"
+    for key, child in module._modules.items():
         if child is not None:
-            reason = _hook_reason(child, False)
+            reason = _hook_reason(child, False, type(module), key)
             if reason is not None:
                 return reason
     return None
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType)
 
 
 def _section_reason(section: Section, x: Tensor) -> str | None:
@@ -367,6 +405,8 @@ def _section_reason(section: Section, x: Tensor) -> str | None:
     mask = section.mask
     if mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens):
         return f"the mask {tuple(mask.shape)} belongs to another image size than {geometry.size}"
+    if mask is not None and not mask.is_floating_point():
+        return f"the mask is of {mask.dtype}"
     if mask is not None and mask.requires_grad:
         return "the mask has a gradient"
     return None
@@ -413,6 +453,24 @@ def _triton_reason(section: Section, x: Tensor) -> str | None:
     if reason is None and ops.has_failures():
         reason = _kernel_failure(section, x)
     return reason
+
+
+def _index_reason(section: Section, stats: Stats) -> str | None:
+    """Why the kernels, which check no index, cannot take this one; it is looked through once in each of its states."""
+    index, state = section.index, _state(section.index)
+    if state == stats.index or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    low, high = index.aminmax()
+    with torch.no_grad():
+        rows = section.table().shape[0]
+    if low < 0 or high >= rows:
+        return f"the bias index goes from {int(low)} to {int(high)}, and its table has {rows} rows"
+    stats.index = state
+    return None
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _kernel_failure(section: Section, x: Tensor) -> str | None:

@@ -27,6 +27,7 @@ from torch import nn
 from . import dispatch
 from .config import AccelConfig, env_disabled
 from .families import AROUND, Family, Surrounding, by_name
+from .watch import DISPATCHER
 
 MARKER = "_swinaccel"
 
@@ -244,4 +245,5 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     functools.update_wrapper(function, method)
     # update_wrapper copies it, and dynamo would then take the dispatcher for the original.
     function.__dict__.pop("_torchdynamo_orig_callable", None)
+    function.__dict__[DISPATCHER] = True
     return function

@@ -158,7 +158,7 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> s
     for reason in reasons:
         if reason is not None:
             return reason
-    dispatch.trusted_types.update(type(part) for part in family.attention(module).modules())
+    dispatch.trust(family.attention(module))
     return None
 
 

@@ -8,14 +8,15 @@ written in place, as all training does, is no change here: tensors are read when
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
-from operator import getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+DISPATCHER = "_swinaccel_dispatcher"  # attribute of functions
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _OWN = frozenset(nn.Module().__dict__)  # PyTorch's, of which `_HOOKS` and `_CONTAINERS` are looked into
@@ -36,6 +37,15 @@ def twin(module: nn.Module) -> nn.Module:
     return other
 
 
+_forward = attrgetter("forward")
+
+
+def original_forward(cls: type) -> Callable[..., Any]:
+    """A class's forward, without a dispatcher of ours."""
+    forward = cls.forward  # type: ignore[attr-defined]
+    return forward.__wrapped__ if getattr(forward, DISPATCHER, False) else forward
+
+
 class Watch:
     """Modules, as they were when this was made.
 
@@ -48,7 +58,8 @@ class Watch:
     """
 
     __slots__ = (
-        "buffers", "contents", "empty", "keepers", "kept", "layouts", "modules", "names", "owners", "settings", "types",
+        "buffers", "classes", "contents", "empty", "forwards", "keepers", "kept", "layouts", "modules", "names",
+        "owners", "settings", "types",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +68,8 @@ class Watch:
         modules, frames = list(modules), list(frames)
         self.modules = [*modules, *frames]
         self.types = list(map(type, self.modules))
+        self.classes = list(dict.fromkeys(self.types))
+        self.forwards = list(map(_forward, self.classes))
         self.owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
         settings = [_settings(one.__dict__, self.owners) for one in modules]
         self.settings = settings + [_attributes(one.__dict__) for one in self.owners[len(modules) :]]
@@ -81,6 +94,7 @@ class Watch:
             contents = _values(containers)
             return (
                 list(map(type, self.modules)) == self.types
+                and all(map(is_, map(_forward, self.classes), self.forwards))
                 and len(contents) == len(self.contents)
                 and all(map(is_, contents, self.contents))
                 and list(chain.from_iterable(containers)) == self.names

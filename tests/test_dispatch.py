@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import warnings
 
@@ -11,7 +12,9 @@ import helpers
 import pytest
 import torch
 from helpers import BACKENDS, TRITON_DEVICE, check, check_fallback
+from timm.models import swin_transformer_v2_cr
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import ops
@@ -749,3 +752,96 @@ def test_hooks_of_triton_see_launches(launched):
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
     assert seen == [("whole", 16, 7)]
+
+
+# What came after accelerate(), and is seen at the next call.
+
+
+def changed(backend, change):
+    """Why an accelerated block runs its original after a change, which it underwent between calls."""
+    model, x = helpers.microsoft_block((8, 8), shift=2).to(helpers.DEVICES[backend]), torch.randn(2, 64, 16)
+    x = x.to(helpers.DEVICES[backend])
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend, fuse="attention")
+    for _ in range(2):
+        run(twin, x)
+    change(model)
+    change(twin)
+    expected = run(model, x)
+    for _ in range(2):
+        assert torch.equal(run(twin, x), expected)
+    return reason_of(twin)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softmax", [nn.Identity(), nn.Softmax(dim=-2)], ids=str)
+def test_another_softmax(softmax, backend):
+    """Of a class that is known from elsewhere, or of the same."""
+    with_identity = swin_transformer_v2_cr.SwinTransformerV2CrBlock(16, 2, (8, 8), (4, 4))
+    swinaccel.accelerate(helpers.randomize(with_identity), backend="torch")
+    assert "came into the attention" in changed(backend, lambda model: setattr(model.attn, "softmax", softmax))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", ["attn", "attn.softmax", "attn.qkv"])
+def test_forward_of_a_class_is_patched(part, backend, monkeypatch):
+    def change(model):
+        cls = type(model.get_submodule(part))
+        forward = cls.forward
+        if not hasattr(forward, "patched"):
+            patched = functools.wraps(forward)(lambda self, *args, **kwargs: 2 * forward(self, *args, **kwargs))
+            patched.patched = True
+            monkeypatch.setattr(cls, "forward", patched)
+
+    assert "was changed" in changed(backend, change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_method_inside_is_replaced_on_an_instance(backend):
+    def change(model):
+        plain = model.attn.bias
+        model.attn.bias = lambda: 2 * plain()
+
+    assert "has a bias of its own" in changed(backend, change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_of_all_modules(backend):
+    handles = []
+
+    def change(_):
+        if not handles:
+            hook = torch.nn.modules.module.register_module_forward_hook
+            handles.append(hook(lambda module, _, out: 2 * out if isinstance(module, nn.Softmax) else None))
+
+    try:
+        assert "hooks of all modules" in changed(backend, change)
+    finally:
+        handles[0].remove()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_mask_of_other_than_numbers(dtype, backend):
+    """Added as zeros and ones: no -100."""
+
+    def change(model):
+        model.attn_mask = (model.attn_mask != 0).to(dtype)
+
+    assert f"the mask is of {dtype}" in changed(backend, change)
+
+
+def test_index_outside_of_the_table():
+    """Negative rows count from the end in PyTorch; the kernels would read what lies before."""
+
+    def change(model):
+        model.attn.relative_position_index.sub_(model.attn.relative_position_index.max() + 1)
+
+    assert "the bias index goes from -49 to -1" in changed("triton", change)
+
+
+def test_tracing_into_a_graph():
+    model = swinaccel.accelerate(helpers.microsoft_block((8, 8), shift=2), backend="torch")
+    x = torch.randn(2, 64, 16)
+    with torch.no_grad():
+        graph = make_fx(model, tracing_mode="real")(x)
+    helpers.assert_close(graph(x), run(model, x))
