@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Merging
-from .watch import Unwatchable, Watch, twin
+from .watch import Unwatchable, Watch, original_forward, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -28,18 +28,21 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32)
 
-# (type, names of its children) of blocks and what they hold, as they were when they were proven.
-_trusted: set[tuple[type, tuple[str, ...]]] = set()
+# (type, its forward, names of its children) of blocks and what they hold, as they were when they were proven.
+_trusted: set[tuple] = set()
+_OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout)}
 _harmless: dict[tuple, bool] = {}  # signature of a module without tensors -> whether it is what it should be
-
-smallest = 0  # numbers in x; short calls are a matter of host time, which is less than PyTorch's own layers take
 _failed = False  # a kernel did not compile or fit: whole blocks run their own forwards from then on
 
 
 def trust(module: nn.Module, facts: Block | Merging) -> None:
     """Take the children of a proven block, by their names, for what it consists of."""
     for holder in (module, *(facts.holders if isinstance(facts, Block) else ())):
-        _trusted.add((type(holder), tuple(holder._modules)))
+        _trusted.add(_make_up(holder))
+
+
+def _make_up(holder: nn.Module) -> tuple:
+    return type(holder), original_forward(type(holder)), tuple(holder._modules)
 
 
 def forget_failures() -> None:
@@ -50,7 +53,7 @@ def forget_failures() -> None:
 
 def is_worth(x: Tensor, backend: str = "triton") -> bool:
     """Whether a block around x is worth more than its attention alone."""
-    return torch_fusion.is_worth(x) if backend == "torch" else x.numel() >= smallest
+    return backend != "torch" or torch_fusion.is_worth(x)
 
 
 def fitting(family: Any, module: nn.Module, x: Tensor) -> Look | None:
@@ -106,13 +109,13 @@ class Look:
             named = [facts.norm, facts.reduction]
         self.channels = channels if isinstance(facts, Block) else channels // 4
         for norm, size in norms:
-            _demand(type(norm) is nn.LayerNorm and norm.normalized_shape == (size,))
+            _demand(_is(norm, nn.LayerNorm) and norm.normalized_shape == (size,))
         for linear, fan_in, fan_out in linears:
-            _demand(type(linear) is nn.Linear and tuple(linear.weight.shape) == (fan_out, fan_in))
+            _demand(_is(linear, nn.Linear) and tuple(linear.weight.shape) == (fan_out, fan_in))
             _demand(linear.bias is None or linear.bias.numel() == fan_out)
         idle = []
         for holder in (module, *holders):
-            _demand(not holder._parameters and (type(holder), tuple(holder._modules)) in _trusted)
+            _demand(not holder._parameters and _make_up(holder) in _trusted)
             for child in holder._modules.values():
                 if child is not None and not any(child is one for one in named):
                     _demand(_is_idle(child))
@@ -156,19 +159,24 @@ def _demand(holds: bool) -> None:
         raise _Unfit
 
 
+def _is(module: Any, cls: type) -> bool:
+    """Whether this is PyTorch's very layer, whose class nobody has patched."""
+    return type(module) is cls and cls.forward is _OWN_FORWARD[cls]
+
+
 def _is_gelu(module: Any) -> bool:
-    if type(module) is nn.GELU:
+    if _is(module, nn.GELU):
         return module.approximate == "none"
     return _is_proven(module, _does_gelu)
 
 
 def _is_idle(module: Any) -> bool:
     """Whether a module gives back what it is given."""
-    if type(module) is nn.Identity:
+    if _is(module, nn.Identity):
         return True
     if module.training:
         return False
-    return type(module) is nn.Dropout or _is_proven(module, _does_nothing)
+    return _is(module, nn.Dropout) or _is_proven(module, _does_nothing)
 
 
 def _is_proven(module: Any, test: Any) -> bool:
@@ -176,7 +184,7 @@ def _is_proven(module: Any, test: Any) -> bool:
     if module._parameters or module._buffers or module._modules:
         return False
     settings = tuple([(name, value) for name, value in module.__dict__.items() if name[0] != "_"])
-    key = (test, type(module), settings)
+    key = (test, type(module), type(module).forward, settings)
     try:
         found = _harmless.get(key)
     except TypeError:  # a setting that is no plain value
