@@ -135,7 +135,8 @@ def shifted_window_attention(
         num_heads: heads, which lie side by side in the last axis of q, of k and of v.
         shift_size: how far windows are shifted, likewise, 0 or more and less than window_size.
         table, index: the relative position bias as parameters hold it: (rows, heads), natural units, and (N, N) int64,
-            the row for (query, key) of a window, numbered row by row; every entry less than the table's rows. Or
+            the row for (query, key) of a window, numbered row by row. Entries are 0 or more and less than the table's
+            rows: looking through them would make every call wait for the GPU, so the kernels trust that. Or
         bias: (heads, N, N), the same as one tensor; with neither there is none.
         padding: (3 * heads * D,), what a padding token has for q, k and v; where a projection makes them of zeros, its
             bias. Zeros without.
