@@ -23,7 +23,7 @@ ALLOWED = {
     "report": {"spec"},
     "reference": {"spec"},
     "families": {"families", "layout", "spec"},
-    "patching": {"config", "dispatch", "families"},
+    "patching": {"config", "dispatch", "families", "watch"},
     "probe": {"dispatch", "families", "fusion", "layout", "reference", "spec"},
     "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec", "watch"},
     "fusion": {"backends", "backends.torch_fusion", "backends.triton_fusion", "layout", "watch"},
