@@ -375,9 +375,9 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
     if not is_called:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
-        for key, value in module.__dict__.items():
-            if isinstance(value, _FUNCTIONS) and hasattr(type(module), key):
-                return f"{type(module).__name__} inside the attention has a {key} of its own"
+        replaced = _replaced(module)
+        if replaced is not None:
+            return f"{type(module).__name__} inside the attention has a {replaced} of its own"
     natures = _trusted.get((parent, name, type(module)))
     if natures is None or not (torch.compiler.is_compiling() or _nature(module) in natures):
         return f"a {type(module).__name__} came into the attention after accelerate(), or was changed; call it again"
@@ -386,6 +386,16 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
             reason = _hook_reason(child, False, type(module), key)
             if reason is not None:
                 return reason
+    return None
+
+
+def _replaced(module: nn.Module) -> str | None:
+    """Which method was replaced on this very instance; a compiler, which cannot walk over attributes, asks for one."""
+    if torch.compiler.is_compiling():
+        return "forward" if "forward" in module.__dict__ else None
+    for name, value in module.__dict__.items():
+        if isinstance(value, _FUNCTIONS) and hasattr(type(module), name):
+            return name
     return None
 
 
