@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
-from .config import AccelConfig, cache_dir
+from .config import AccelConfig, cache_dir, written_at_once
 from .spec import Section
 
 logger = logging.getLogger("swinaccel")
@@ -194,16 +193,7 @@ def _write(path: Path, record: tuple[Tensor, Tensor, int]) -> None:
     """Write a record in one step; a folder that cannot be written means running without."""
     q, k, rank = record
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.parent.is_symlink():
-            return
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file({"q": q.cpu(), "k": k.cpu()}, temporary, metadata={"rank": str(rank)})
-            os.chmod(temporary, 0o600)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with written_at_once(path) as file:
+            save_file({"q": q.cpu(), "k": k.cpu()}, file, metadata={"rank": str(rank)})
     except OSError as error:
         logger.debug("bias factors are not kept on disk: %s", error)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,22 @@ def env_strict() -> bool:
 def env_interpret() -> bool:
     """Whether Triton kernels are interpreted on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in _TRUE
+
+
+@contextmanager
+def written_at_once(path: Path) -> Iterator[str]:
+    """The name of a new file, for this user alone, that takes the place of `path` at the end; OSError if it cannot."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.is_symlink():
+        raise OSError(f"{path.parent} is a link, and nothing is written through it")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o600)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def cache_dir() -> Path:

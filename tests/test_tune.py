@@ -369,7 +369,7 @@ def test_a_write_that_fails_leaves_what_was(job, store, monkeypatch):
     def full(*args, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr(tuned.json, "dump", full)
+    monkeypatch.setattr(tuned.Path, "write_text", full)
     with pytest.raises(OSError, match="no space"):
         tuned.write(DEVICE, {job.key: None})
     assert path.read_bytes() == before

@@ -15,7 +15,6 @@ import logging
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..config import cache_dir
+from ..config import cache_dir, written_at_once
 
 logger = logging.getLogger("swinaccel")
 
@@ -248,16 +247,9 @@ def write(device: torch.device, found: dict[str, Any | None]) -> Path:
     """Add to what is known of a device, or with None take away, in one step; OSError where that cannot be."""
     path = path_of(device)
     launches = {key: record for key, record in {**read(device), **found}.items() if record is not None}
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.parent.is_symlink():
-        raise OSError(f"{path.parent} is a link, and launches are not written through it")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")  # of mode 0600
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"format": _FORMAT, "environment": environment(device), "launches": launches}, file, indent=1)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    document = {"format": _FORMAT, "environment": environment(device), "launches": launches}
+    with written_at_once(path) as file:
+        Path(file).write_text(json.dumps(document, indent=1))
     forget()
     return path
 
