@@ -197,7 +197,7 @@ def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     reason = patching.foreign_reason(module, family.method)
     if reason is not None:
         return reason
-    return probe.doubt(module, family, spec, patching.original)
+    return probe.doubt(module, family, spec)
 
 
 def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:
@@ -232,7 +232,7 @@ def _is_known(module: nn.Module, family: Any, method: str, attention: str | None
     if patching.foreign_reason(module, method) is not None:
         return False
     with patching.switched_off():  # attention inside runs its own forward
-        return probe.doubt_around(module, family, method, attention, patching.original) is None
+        return probe.doubt_around(module, family, method, attention) is None
 
 
 def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:

@@ -23,7 +23,7 @@ from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Merging
 from .spec import Section
-from .watch import Unwatchable, Watch, original_forward, twin
+from .watch import Unwatchable, Watch, own_method, twin
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -356,9 +356,9 @@ def _nature(part: nn.Module) -> tuple:
     """
     attributes = part.__dict__
     if attributes["_parameters"] or attributes["_modules"]:
-        return (original_forward(type(part)),)
+        return (own_method(type(part), "forward"),)
     settings = frozenset([(key, repr(attributes[key])) for key in attributes.keys() - _READ_OTHERWISE])
-    return original_forward(type(part)), settings
+    return own_method(type(part), "forward"), settings
 
 
 _READ_OTHERWISE = {*nn.Module().__dict__, "p"}
@@ -375,9 +375,9 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
     if not is_called:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
-        replaced = _replaced(module)
-        if replaced is not None:
-            return f"{type(module).__name__} inside the attention has a {replaced} of its own"
+    for method in replaced(module):
+        if method != "forward" or not is_called:
+            return f"{type(module).__name__} inside the attention has a {method} of its own"
     natures = _trusted.get((parent, name, type(module)))
     if natures is None or not (torch.compiler.is_compiling() or _nature(module) in natures):
         return f"a {type(module).__name__} came into the attention after accelerate(), or was changed; call it again"
@@ -389,14 +389,12 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
     return None
 
 
-def _replaced(module: nn.Module) -> str | None:
-    """Which method was replaced on this very instance; a compiler, which cannot walk over attributes, asks for one."""
+def replaced(module: nn.Module) -> list[str]:
+    """Methods replaced on this very instance; a compiler, which cannot walk over attributes, asks for `forward`."""
     if torch.compiler.is_compiling():
-        return "forward" if "forward" in module.__dict__ else None
-    for name, value in module.__dict__.items():
-        if isinstance(value, _FUNCTIONS) and hasattr(type(module), name):
-            return name
-    return None
+        return ["forward"] if "forward" in module.__dict__ else []
+    cls, attributes = type(module), module.__dict__
+    return [name for name, value in attributes.items() if isinstance(value, _FUNCTIONS) and hasattr(cls, name)]
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType)

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Merging
-from .watch import Unwatchable, Watch, original_forward, twin
+from .watch import Unwatchable, Watch, own_method, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -42,7 +41,7 @@ def trust(module: nn.Module, facts: Block | Merging) -> None:
 
 
 def _make_up(holder: nn.Module) -> tuple:
-    return type(holder), original_forward(type(holder)), tuple(holder._modules)
+    return type(holder), own_method(type(holder), "forward"), tuple(holder._modules)
 
 
 def forget_failures() -> None:
@@ -63,7 +62,7 @@ def fitting(family: Any, module: nn.Module, x: Tensor) -> Look | None:
         return None
     if dtype == torch.bfloat16 and not x.is_cuda:
         return None  # Triton's interpreter does not multiply it
-    if torch.is_autocast_enabled(x.device.type) or _has_any_global_hook() or torch._C._len_torch_dispatch_stack():
+    if torch.is_autocast_enabled(x.device.type) or torch._C._len_torch_dispatch_stack():
         return None  # autocast has dtypes of its own between the layers
     records = torch.is_grad_enabled()
     if records and x.requires_grad:

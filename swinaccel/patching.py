@@ -27,7 +27,7 @@ from torch import nn
 from . import dispatch
 from .config import AccelConfig, env_disabled
 from .families import AROUND, Family, Surrounding, by_name
-from .watch import DISPATCHER
+from .watch import DISPATCHER, owner
 
 MARKER = "_swinaccel"
 
@@ -94,19 +94,6 @@ def _decode(marker: str) -> _Marked | None:
         except (ValueError, TypeError, KeyError):  # written by another version
             _parsed[marker] = None
     return _parsed[marker]
-
-
-def owner(cls: type, method: str) -> type:
-    """The class that defines the method which instances of `cls` run."""
-    return next(base for base in cls.__mro__ if method in vars(base))
-
-
-def original(cls: type, method: str) -> Callable[..., Any]:
-    """The class's own method, unbound, without our dispatcher."""
-    base = owner(cls, method)
-    function = vars(base)[method]
-    handle = _installed.get((base, method))
-    return function.__wrapped__ if handle is not None and function is handle else function
 
 
 def foreign_reason(module: nn.Module, method: str) -> str | None:
@@ -245,5 +232,5 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     functools.update_wrapper(function, method)
     # update_wrapper copies it, and dynamo would then take the dispatcher for the original.
     function.__dict__.pop("_torchdynamo_orig_callable", None)
-    function.__dict__[DISPATCHER] = True
+    function.__dict__[DISPATCHER] = function
     return function

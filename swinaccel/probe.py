@@ -23,6 +23,7 @@ from . import dispatch, fusion, reference
 from .families import Family, Surrounding, examples
 from .layout import Block
 from .spec import Section, WindowSpec
+from .watch import own_method
 
 # Homes of the surveyed implementations, whose instances differ in nothing but what their family reads.
 _SURVEYED = (
@@ -38,12 +39,10 @@ _NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.
 _DROP_RATES = ("attention_dropout", "dropout")  # numbers that families read
 _OWN = frozenset(nn.Module().__dict__)
 
-Original = Callable[[type, str], Callable[..., Any]]  # a class's own method, unbound, without a dispatcher of ours
-
 _verdicts: dict[tuple, str | None] = {}
 
 
-def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Original) -> str | None:
+def doubt(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     """Why this kind of module is not what its family takes it for, or None where it is; probed once for each kind.
 
     Args:
@@ -54,15 +53,13 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec, original: Origina
     reason = _replaced(family.attention(module))
     if reason is not None:
         return reason
-    key = family.name, *_kind(module, family.attention(module), original), spec.window, any(spec.shift)
+    key = family.name, *_kind(module, family.attention(module)), spec.window, any(spec.shift)
     if key not in _verdicts:
-        _verdicts[key] = _probe(module, family, original(type(module), family.method))
+        _verdicts[key] = _probe(module, family, own_method(type(module), family.method))
     return _verdicts[key]
 
 
-def doubt_around(
-    module: nn.Module, family: Family | Surrounding, method: str, attention: str | None, original: Original
-) -> str | None:
+def doubt_around(module: nn.Module, family: Family | Surrounding, method: str, attention: str | None) -> str | None:
     """Why what this kind of module does around its attention is not what its family takes it for, or None.
 
     Args:
@@ -70,24 +67,23 @@ def doubt_around(
         method: runs the whole module.
         attention: the method for its attention, where that is another one.
     """
-    key = "around", family.name, *_kind(module, None, original)
+    key = "around", family.name, *_kind(module, None)
     if key not in _verdicts:
-        own = None if attention is None else original(type(module), attention)
-        _verdicts[key] = _probe_around(module, family, original(type(module), method), own)
+        own = None if attention is None else own_method(type(module), attention)
+        _verdicts[key] = _probe_around(module, family, own_method(type(module), method), own)
     return _verdicts[key]
 
 
 def _replaced(attention: nn.Module) -> str | None:
     """Which method other than forward, which `dispatch` looks after, was replaced on an instance in the attention."""
     for part in attention.modules():
-        for name, value in part.__dict__.items():
-            is_method = isinstance(value, (types.FunctionType, types.MethodType)) and hasattr(type(part), name)
-            if is_method and name != "forward":
+        for name in dispatch.replaced(part):
+            if name != "forward":
                 return f"{name} of a {type(part).__name__} was replaced on this instance"
     return None
 
 
-def _kind(module: nn.Module, attention: nn.Module | None, original: Original) -> tuple:
+def _kind(module: nn.Module, attention: nn.Module | None) -> tuple:
     """All that decides what modules of one kind compute, but for their tensors' values and sizes."""
     surveyed = type(module).__module__.startswith(_SURVEYED)
     inside = set() if attention is None else set(attention.modules())
@@ -98,12 +94,12 @@ def _kind(module: nn.Module, attention: nn.Module | None, original: Original) ->
             or (not surveyed and (part is module or not inside or part in inside))
             or (part in inside and not part._parameters and not part._modules)  # a softmax, a dropout
         )
-        parts.append((name, type(part), _code(type(part), original), _settings(part) if matters else ()))
+        parts.append((name, type(part), _code(type(part)), _settings(part) if matters else ()))
     tensors = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
     return tuple(parts), tensors
 
 
-def _code(cls: type, original: Original) -> tuple:
+def _code(cls: type) -> tuple:
     """Functions that instances run, as they are now, and those of their modules that they name."""
     found: list[Any] = []
     for base in cls.__mro__:
@@ -111,7 +107,7 @@ def _code(cls: type, original: Original) -> tuple:
             break
         for name, value in vars(base).items():
             if isinstance(value, types.FunctionType):
-                value = original(base, name)
+                value = own_method(base, name)
                 named = map(value.__globals__.get, value.__code__.co_names)
                 found += value, *(one for one in named if isinstance(one, types.FunctionType))
             elif isinstance(value, (property, staticmethod, classmethod)):

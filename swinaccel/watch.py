@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DISPATCHER = "_swinaccel_dispatcher"  # attribute of functions
+DISPATCHER = "_swinaccel_dispatcher"  # attribute of a function that takes a method's place: itself
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _OWN = frozenset(nn.Module().__dict__)  # PyTorch's, of which `_HOOKS` and `_CONTAINERS` are looked into
@@ -40,10 +40,16 @@ def twin(module: nn.Module) -> nn.Module:
 _forward = attrgetter("forward")
 
 
-def original_forward(cls: type) -> Callable[..., Any]:
-    """A class's forward, without a dispatcher of ours."""
-    forward = cls.forward  # type: ignore[attr-defined]
-    return forward.__wrapped__ if getattr(forward, DISPATCHER, False) else forward
+def owner(cls: type, method: str) -> type:
+    """The class that defines the method which instances of `cls` run."""
+    return next(base for base in cls.__mro__ if method in vars(base))
+
+
+def own_method(cls: type, method: str) -> Callable[..., Any]:
+    """The class's own method, unbound, without a dispatcher of ours."""
+    function = vars(owner(cls, method))[method]
+    # Itself: functools.wraps copies attributes, and what wraps a dispatcher is none.
+    return function.__wrapped__ if getattr(function, DISPATCHER, None) is function else function
 
 
 class Watch:

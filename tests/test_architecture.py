@@ -24,7 +24,7 @@ ALLOWED = {
     "reference": {"spec"},
     "families": {"families", "layout", "spec"},
     "patching": {"config", "dispatch", "families", "watch"},
-    "probe": {"dispatch", "families", "fusion", "layout", "reference", "spec"},
+    "probe": {"dispatch", "families", "fusion", "layout", "reference", "spec", "watch"},
     "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec", "watch"},
     "fusion": {"backends", "backends.torch_fusion", "backends.triton_fusion", "layout", "watch"},
     "watch": set(),

@@ -804,6 +804,18 @@ def test_a_method_inside_is_replaced_on_an_instance(backend):
     assert "has a bias of its own" in changed(backend, change)
 
 
+def test_a_method_is_replaced_on_attention_that_is_called_itself():
+    model, x = helpers.torchvision_model(), torch.randn(1, 3, 32, 32)
+    attention = next(one for one in model.modules() if hasattr(one, "get_relative_position_bias"))
+    twin, *_ = helpers.both(model, x)
+    for one in (model, twin):
+        changed = one.get_submodule(dict(map(reversed, model.named_modules()))[attention])
+        changed.get_relative_position_bias = lambda plain=changed.get_relative_position_bias: 20 * plain()
+    assert torch.equal(run(twin, x), run(model, x)) is False  # the others stay accelerated
+    helpers.assert_close(run(twin, x), run(model, x))
+    assert any("of its own" in (entry.reason or "") for entry in swinaccel.report(twin))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hooks_of_all_modules(backend):
     handles = []

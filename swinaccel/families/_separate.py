@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ._common import is_plain_linear, zero_token
 
@@ -66,6 +65,6 @@ def is_worth(x: Tensor, channels: int) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True  # launches cost little there, and nothing may depend on how large a batch is
-    if _has_any_global_hook() or x.numel() < rows_per_channel * channels * channels:
+    if x.numel() < rows_per_channel * channels * channels:
         return False
     return x.numel() >= smallest or torch.cuda.is_current_stream_capturing()
