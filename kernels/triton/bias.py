@@ -111,34 +111,30 @@ def _position_table_kernel(
     hidden_weight_ptr, hidden_bias_ptr,  # (HIDDEN, 2) and (HIDDEN,)
     weight_ptr,  # (heads, HIDDEN)
     num_rows, num_heads,
-    HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3 and section 3.3)."""
+    """SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3 and section 3.3).
+
+    One program: BLOCK_T rows of one head. Every head computes the hidden channels anew, since what so small a kernel
+    takes is the way through one program, and not the work of all.
+    """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_head = tl.arange(0, BLOCK_HEADS)
-    mask_t, mask_head = offs_t < num_rows, offs_head < num_heads
+    head = tl.program_id(1)
+    mask_t = offs_t < num_rows
     row = tl.load(coords_ptr + 2 * offs_t, mask=mask_t, other=0.0).to(tl.float32)
     col = tl.load(coords_ptr + 2 * offs_t + 1, mask=mask_t, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_T, BLOCK_HEADS), tl.float32)
+    acc = tl.zeros((BLOCK_T,), tl.float32)
     for first in tl.range(0, HIDDEN, BLOCK_HIDDEN):
         offs = first + tl.arange(0, BLOCK_HIDDEN)
         inside = offs < HIDDEN
         row_weight = tl.load(hidden_weight_ptr + 2 * offs, mask=inside, other=0.0).to(tl.float32)
         col_weight = tl.load(hidden_weight_ptr + 2 * offs + 1, mask=inside, other=0.0).to(tl.float32)
         hidden_bias = tl.load(hidden_bias_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + head * HIDDEN + offs, mask=inside, other=0.0).to(tl.float32)
         hidden = row[:, None] * row_weight[None, :] + col[:, None] * col_weight[None, :] + hidden_bias[None, :]
-        weight = tl.load(
-            weight_ptr + offs_head[None, :] * HIDDEN + offs[:, None],
-            mask=inside[:, None] & mask_head[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(tl.maximum(hidden, 0.0), weight.to(tl.float32), acc, input_precision="ieee")
-    table = 16.0 / (1.0 + tl.exp(-acc))
-    tl.store(
-        table_ptr + offs_t[:, None] * num_heads + offs_head[None, :],
-        table,
-        mask=mask_t[:, None] & mask_head[None, :],
-    )
+        hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc += tl.sum(hidden * weight[None, :], axis=1)
+    tl.store(table_ptr + offs_t * num_heads + head, 16.0 / (1.0 + tl.exp(-acc)), mask=mask_t)
 
 
 @triton.jit

@@ -709,6 +709,6 @@ def _plan_position(device: torch.device, rows: int, heads: int, hidden: int) -> 
     from ..kernels import bias as bias_kernels
     from ..kernels.launch import power_of_two
 
-    numbers = (rows, heads, hidden, 16, power_of_two(heads), 64)
-    launch = _Launch(bias_kernels._position_table_kernel, (-(-rows // 16),), numbers)
+    numbers = (rows, heads, hidden, 16, min(512, power_of_two(hidden)))
+    launch = _Launch(bias_kernels._position_table_kernel, (-(-rows // 16), heads), numbers)
     return _keep(("position", device, rows, heads, hidden), launch)
