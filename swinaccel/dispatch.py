@@ -235,7 +235,7 @@ def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor
     """What is known of a block or patch merging whose norms, sums and MLP may be fused in this call, or None."""
     if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x, backend):
         return None
-    return fusion.fitting(family, module, x)
+    return fusion.fitting(family, module, x, backend)
 
 
 def _tokens(family: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -372,9 +372,9 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
         is_called: the module itself is called all the same, so that its own hooks run.
         parent, name: whose part it is, where it is not the attention.
     """
-    if not is_called:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if not is_called and any(hooks):
+        return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
     for method in replaced(module):
         if method != "forward" or not is_called:
             return f"{type(module).__name__} inside the attention has a {method} of its own"

@@ -1,4 +1,4 @@
-"""A whole block in inference: its attention with norms, residual sums and MLP around it in few kernels.
+"""A whole block: its attention with norms, residual sums and MLP around it in few kernels.
 
 That a class of blocks is built as its family says is proven by `probe` before; here it is decided, at each call and
 from live modules, whether these are plain enough to be stood in for. Where they are not, and where anything about
@@ -7,6 +7,7 @@ dtypes is not obviously the same, the answer is no, and the block runs its own f
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import types
 import weakref
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fusion_autograd as recorded
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Merging
@@ -55,25 +57,33 @@ def is_worth(x: Tensor, backend: str = "triton") -> bool:
     return backend != "torch" or torch_fusion.is_worth(x)
 
 
-def fitting(family: Any, module: nn.Module, x: Tensor) -> Look | None:
+def fitting(family: Any, module: nn.Module, x: Tensor, backend: str) -> Look | None:
     """What is known of a module that may be fused in a call about x; None where it holds a surprise or is watched."""
-    dtype = x.dtype
-    if _failed or dtype not in _DTYPES or not x.is_contiguous():
+    dtype = product_dtype(x)
+    if _failed or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32) or not x.is_contiguous():
         return None
-    if dtype == torch.bfloat16 and not x.is_cuda:
-        return None  # Triton's interpreter does not multiply it
-    if torch.is_autocast_enabled(x.device.type) or torch._C._len_torch_dispatch_stack():
-        return None  # autocast has dtypes of its own between the layers
-    records = torch.is_grad_enabled()
-    if records and x.requires_grad:
-        return None
+    if (dtype == torch.bfloat16 and not x.is_cuda) or torch._C._len_torch_dispatch_stack():
+        return None  # Triton's interpreter does not multiply bfloat16
     looked = _looks.get(module)
     if looked is None or not looked.holds(module):
         try:
             looked = _looks[module] = Look(module, family.block(module))
         except (AttributeError, TypeError, KeyError, Unwatchable, _Unfit):
             return None
-    return looked if looked.suits(x, records) else None
+    if not looked.suits(x):
+        return None
+    return None if backend == "torch" and looked.is_mixed(x) else looked
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _norm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that layer norms come out in."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class _Unfit(Exception):
@@ -87,9 +97,10 @@ class Look:
         facts: what the module consists of.
         norms: weight, bias and eps of each, in the order of their use.
         linears: weight and bias of each, likewise.
+        drops: what drops samples of the attention and of the MLP; None where nothing is dropped.
     """
 
-    __slots__ = ("channels", "facts", "linears", "norms", "shapes", "twin", "watch")
+    __slots__ = ("channels", "drops", "facts", "linears", "norms", "shapes", "twin", "watch")
 
     def __init__(self, module: nn.Module, facts: Block | Merging) -> None:
         self.facts: Any = facts
@@ -99,10 +110,12 @@ class Look:
             (hidden, channels), holders = facts.fc1.weight.shape, facts.holders
             norms = (facts.norm1, channels), (facts.norm2, channels)
             linears = (facts.fc1, channels, hidden), (facts.fc2, hidden, channels)
+            drops = [facts.drop1, facts.drop2]
             named = [facts.norm1, facts.norm2, facts.fc1, facts.fc2, facts.activation, facts.attention, *facts.holders]
+            named += drops
             _demand(_is_gelu(facts.activation))
         else:
-            (width, channels), holders = facts.reduction.weight.shape, ()
+            (width, channels), holders, drops = facts.reduction.weight.shape, (), []
             norms = ((facts.norm, width if facts.post_norm else channels),)
             linears = ((facts.reduction, channels, width),)
             named = [facts.norm, facts.reduction]
@@ -119,6 +132,9 @@ class Look:
                 if child is not None and not any(child is one for one in named):
                     _demand(_is_idle(child))
                     idle.append(child)
+        self.drops = [None if one is None or _is_idle(one) else one for one in drops]
+        _demand(all(one is None or _is_proven(one, _drops_samples) for one in self.drops))
+        idle += [one for one in drops if one is not None]
         settled = [norm for norm, _ in norms] + idle + ([facts.activation] if isinstance(facts, Block) else [])
         stood_in_for = [*settled, *(linear for linear, *_ in linears), *holders]
         _demand(not any("forward" in one.__dict__ for one in stood_in_for))
@@ -135,19 +151,25 @@ class Look:
         """Whether module, submodules, their settings and parameters are those that were looked at, and unhooked."""
         return module.__dict__ is self.twin.__dict__ and type(module) is type(self.twin) and self.watch.holds()
 
-    def suits(self, x: Tensor, records: bool) -> bool:
-        """Whether the parameters are like x, and none of them wants a gradient where gradients are recorded."""
-        dtype, device = x.dtype, x.get_device()
+    def suits(self, x: Tensor) -> bool:
+        """Whether the parameters are like x; under autocast their dtypes may be others."""
+        dtype, device, kind = x.dtype, x.get_device(), x.device.type
+        is_autocast = torch.is_autocast_enabled(kind)
         for tensor, shape in self.shapes:
             if not (
-                tensor.dtype is dtype
+                (tensor.dtype is dtype or (is_autocast and tensor.dtype in _DTYPES))
                 and tensor.get_device() == device
                 and tensor.shape == shape
                 and tensor.is_contiguous()
-                and not (records and tensor.requires_grad)
             ):
                 return False
         return x.shape[-1] == self.channels
+
+    def is_mixed(self, x: Tensor) -> bool:
+        """Whether gradients are recorded, samples dropped, or autocast has dtypes of its own between the layers."""
+        if torch.is_autocast_enabled(x.device.type) or any(one is not None for one in self.drops):
+            return True
+        return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one, _ in self.shapes))
 
 
 _looks: weakref.WeakKeyDictionary[nn.Module, Look] = weakref.WeakKeyDictionary()
@@ -173,7 +195,7 @@ def _is_idle(module: Any) -> bool:
     """Whether a module gives back what it is given."""
     if _is(module, nn.Identity):
         return True
-    if module.training:
+    if module.training and getattr(module, "p", getattr(module, "drop_prob", None)) != 0.0:
         return False
     return _is(module, nn.Dropout) or _is_proven(module, _does_nothing)
 
@@ -210,6 +232,23 @@ def _does_nothing(module: Any) -> bool:
     return all(torch.equal(module(x.clone()), x) for x in examples)
 
 
+def _drops_samples(module: Any) -> bool:
+    """Whether each sample is multiplied by one number, which is drawn alike whatever the samples are."""
+    if not module.training:
+        return False
+    for shape in ((64, 3, 4), (64, 2, 3, 4)):
+        x = torch.randn(shape, dtype=torch.float32, device="cpu")
+        results = []
+        for one in (x.clone(), x.new_ones((64,) + (1,) * (len(shape) - 1))):
+            torch.default_generator.manual_seed(0)
+            results.append(module(one))
+        if results[1].dim() != len(shape) or results[1].numel() != 64:
+            return False
+        if not torch.allclose(results[0], x * results[1], rtol=1e-6, atol=0):
+            return False
+    return True
+
+
 def _does_gelu(module: Any) -> bool:
     values = torch.linspace(-12, 12, 4096, dtype=torch.float32, device="cpu").view(1, 4, -1)
     return all(torch.equal(module(x.clone()), F.gelu(x)) for x in (values, values.bfloat16(), values.double()))
@@ -224,10 +263,13 @@ def forward(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] | None,
         backend: "torch" on CPUs.
     """
     block: Block = look.facts
+    if look.is_mixed(x):
+        out = _forward_mixed(look, attend, x, size)
+        return out if block.give is None else block.give(out)
     on_cpu = backend == "torch"
     y = x if block.post_norm else block.norm1(x) if on_cpu else _norm(x, look)
     branch = _branch(attend, y, size)
-    if not _is_like(branch, x):
+    if not _is_like(branch, x, x.dtype) or (branch.requires_grad and torch.is_grad_enabled()):
         out = _rest(block, x, branch)
     elif on_cpu:
         out = torch_fusion.rest(x, branch, block)
@@ -242,29 +284,66 @@ def reference(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | N
     return out if block.give is None else block.give(out)
 
 
+def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """The result where gradients are recorded or autocast is active."""
+    block: Block = look.facts
+    (norm1, norm2), (fc1, fc2), (drop1, drop2) = look.norms, look.linears, look.drops
+    dtype = product_dtype(x)
+    try:
+        x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, dtype)
+    except kernels.LaunchError as error:
+        _fail(error)
+        return reference(dataclasses.replace(block, give=None), attend, x, size)
+    branch = _branch(attend, y, size)
+    if not _is_like(branch, x, dtype):
+        return _rest(block, x, branch)
+    try:
+        if block.post_norm:
+            wide = _norm_dtype(x)
+            total, narrow = recorded.norm_add(x, branch, _drawn(drop1, x, wide), norm1, wide, True)
+            added = recorded.mlp(None, total if narrow is None else narrow, None, fc1, fc2)
+            return recorded.norm_add(total, added, _drawn(drop2, x, wide), norm2, wide, False)[0]
+        total, y = recorded.add_norm(x, branch, _drawn(drop1, x, dtype), norm2)
+        return recorded.mlp(total, y, _drawn(drop2, x, dtype), fc1, fc2)
+    except kernels.LaunchError as error:
+        _fail(error)
+        return _rest(block, x, branch)
+
+
+def _drawn(drop: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The factor of each sample, (samples,), from the numbers that the module would draw for a branch in that dtype."""
+    if drop is None:
+        return None
+    return drop(torch.ones((x.shape[0],) + (1,) * (x.dim() - 1), dtype=dtype, device=x.device)).reshape(-1)
+
+
 def _branch(attend: Attend, y: Tensor, size: tuple[int, int] | None) -> Tensor:
     return attend(y) if size is None else attend(y.view(y.shape[0], *size, y.shape[2])).view(y.shape)
 
 
-def _is_like(branch: Any, x: Tensor) -> bool:
+def _is_like(branch: Any, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the attention gave what plain projections give."""
     return (
         type(branch) in _PLAIN_TENSORS
-        and branch.dtype is x.dtype
+        and branch.dtype is dtype
         and branch.shape == x.shape
         and branch.device == x.device
         and branch.is_contiguous()
-        and not (branch.requires_grad and torch.is_grad_enabled())
     )
 
 
 def _rest(block: Block, x: Tensor, branch: Tensor) -> Tensor:
     """What follows the attention, by the modules themselves."""
+    drop1, drop2 = (_nothing if one is None else one for one in (block.drop1, block.drop2))
     if block.post_norm:
-        x = x + block.norm1(branch)
-        return x + block.norm2(block.fc2(block.activation(block.fc1(x))))
-    x = x + branch
-    return x + block.fc2(block.activation(block.fc1(block.norm2(x))))
+        x = x + drop1(block.norm1(branch))
+        return x + drop2(block.norm2(block.fc2(block.activation(block.fc1(x)))))
+    x = x + drop1(branch)
+    return x + drop2(block.fc2(block.activation(block.fc1(block.norm2(x)))))
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x
 
 
 def _fail(error: kernels.LaunchError) -> None:
@@ -289,7 +368,7 @@ def _fits_one_kernel(look: Look, x: Tensor) -> bool:
 def _hidden(look: Look, x: Tensor) -> Tensor:
     """activation(fc1(x)) as a matrix."""
     hidden = F.linear(x.view(-1, look.channels), *look.linears[0])
-    return kernels.gelu_(hidden) if hidden.dtype in _HALVES else F.gelu(hidden)
+    return kernels.gelu(hidden, out=hidden) if hidden.dtype in _HALVES else F.gelu(hidden)
 
 
 def _rest_post(look: Look, x: Tensor, branch: Tensor) -> Tensor:
@@ -325,7 +404,12 @@ def merge(look: Look, x: Tensor, size: tuple[int, int] | None) -> Tensor:
     image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
     (affine,), (reduction,) = look.norms, look.linears
     try:
-        if merging.post_norm:
+        if look.is_mixed(x):
+            if merging.post_norm:
+                out = recorded.norm(F.linear(merged(image), *reduction), affine, _norm_dtype(x))[1]
+            else:
+                out = F.linear(recorded.norm(merged(image), affine, product_dtype(x))[1], *reduction)
+        elif merging.post_norm:
             out = kernels.norm(F.linear(merged(image), *reduction), affine)
         else:
             out = F.linear(kernels.merge_norm(image, affine), *reduction)

@@ -15,12 +15,14 @@ Attend = Callable[[Tensor], Tensor]
 class Block:
     """x + attention(norm1(x)), x + mlp(norm2(x)); with `post_norm` (V2) x + norm1(attention(x)), x + norm2(mlp(x)).
 
-    Here mlp is fc2(activation(fc1(x))). Every other module in the block and in `holders` must do nothing: dropouts,
-    drop-paths. The fields of type Any are modules of whatever kind; whether they are plain is for `fusion` to see.
+    Here mlp is fc2(activation(fc1(x))). What is added to x goes through `drop1` and `drop2` before, where there are
+    such, which drop whole samples or nothing. Every other module in the block and in `holders` must do nothing. The
+    fields of type Any are modules of whatever kind; whether they are plain is for `fusion` to see.
 
     Attributes:
         attention: what holds the section.
         holders: the modules that hold the rest of the MLP.
+        drop1, drop2: drop-paths of the attention and of the MLP; they may be one module.
         give: makes what the block returns out of the result, where that is not the result.
     """
 
@@ -32,6 +34,8 @@ class Block:
     activation: Any
     fc2: Any
     post_norm: bool
+    drop1: Any = None
+    drop2: Any = None
     give: Callable[[Tensor], Any] | None = None
 
 

@@ -162,29 +162,59 @@ def _probe_around(
     module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
 ) -> str | None:
     try:
-        with _undisturbed(), torch.no_grad():
-            first = _random_twin(module, family, training=False)
-            for args in _calls(family, first):
-                twin, other = copy.deepcopy(first), copy.deepcopy(first)
-                facts, (x, size) = family.block(other), family.tokens(other, *args)
-                if not isinstance(facts, Block):
-                    found = fusion.merge_reference(facts, x, size)
-                else:
-                    if attention is not None:
-                        attend: Any = functools.partial(attention, other)
-                    elif hasattr(family, "attend"):
-                        attend = family.attend(other)
-                    else:
-                        attend = functools.partial(_attend, family.section(other, *args))
-                    found = fusion.reference(facts, attend, x, size)
-                reason = _difference(family.name, _parts(original(twin, *args)), _parts(found))
-                reason = reason or _other_state(twin, other)
-                if reason is not None:
-                    return reason
-                fusion.trust(twin, facts)
+        with _undisturbed():
+            for training in (False, True):
+                twin = _random_twin(module, family, training)
+                facts = family.block(twin)
+                calls = _calls(family, twin)
+                for rate in (0.0, 0.2) if training else (0.0,):
+                    _set_drop_rates(facts, rate)
+                    for args in calls:
+                        pair = copy.deepcopy(twin), copy.deepcopy(twin)
+                        with torch.set_grad_enabled(training):
+                            reason = _compare_around(*pair, family, original, attention, args)
+                        if reason is not None:
+                            return reason
+            fusion.trust(twin, facts)
     except Exception as error:
         return _failure(error)
     return None
+
+
+def _set_drop_rates(facts: Any, rate: float) -> None:
+    for drop in (facts.drop1, facts.drop2) if isinstance(facts, Block) else ():
+        for name in ("p", "drop_prob"):
+            if drop is not None and name in vars(drop) and type(drop) is not nn.Dropout:
+                setattr(drop, name, rate)
+
+
+def _compare_around(
+    twin: nn.Module,
+    other: nn.Module,
+    family: Any,
+    original: Callable[..., Any],
+    attention: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+) -> str | None:
+    """As `_compare`, for what is around the attention."""
+    facts = family.block(other)
+    inputs = [args[0].clone().requires_grad_(twin.training) for _ in range(2)]
+    _seed()
+    expected = _parts(original(twin, inputs[0], *args[1:]))
+    _seed()
+    args = inputs[1], *args[1:]
+    x, size = family.tokens(other, *args)
+    if not isinstance(facts, Block):
+        found = fusion.merge_reference(facts, x, size)
+    else:
+        if attention is not None:
+            attend: Any = functools.partial(attention, other)
+        elif hasattr(family, "attend"):
+            attend = family.attend(other)
+        else:
+            attend = functools.partial(_attend, family.section(other, *args))
+        found = fusion.reference(facts, attend, x, size)
+    return _reason(family.name, expected, _parts(found), inputs, twin, other)
 
 
 def _calls(family: Any, twin: nn.Module) -> list[tuple[Any, ...]]:
@@ -219,14 +249,26 @@ def _compare(
         if tensor is not None and id(tensor) not in known and id(tensor._base) not in known:
             return "what its scores start from is computed anew at each call, and is no parameter or buffer"
     x, *rest = args
-    left, right = (x.clone().requires_grad_(twin.training) for _ in range(2))
+    inputs = [x.clone().requires_grad_(twin.training) for _ in range(2)]
     _seed()
-    expected = _parts(original(twin, left, *rest))
+    expected = _parts(original(twin, inputs[0], *rest))
     _seed()
-    found = _parts(family.forward(other, lambda image: _attend(section, image), right, *rest))
-    reason = _difference(family.name, expected, found) or _other_state(twin, other)
+    found = _parts(family.forward(other, lambda image: _attend(section, image), inputs[1], *rest))
+    return _reason(family.name, expected, found, inputs, twin, other)
+
+
+def _reason(
+    name: str,
+    expected: tuple[Any, ...],
+    found: tuple[Any, ...],
+    inputs: list[Tensor],
+    twin: nn.Module,
+    other: nn.Module,
+) -> str | None:
+    """Why two modules that were given one of the inputs each are not alike, or None where they are."""
+    reason = _difference(name, expected, found) or _other_state(twin, other)
     if reason is None and twin.training:
-        reason = _other_gradients(_gradients(expected, left, twin), _gradients(found, right, other))
+        reason = _other_gradients(_gradients(expected, inputs[0], twin), _gradients(found, inputs[1], other))
     return None if reason is None else f"in training, {reason}" if twin.training else reason
 
 

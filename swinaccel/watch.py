@@ -47,9 +47,10 @@ def owner(cls: type, method: str) -> type:
 
 def own_method(cls: type, method: str) -> Callable[..., Any]:
     """The class's own method, unbound, without a dispatcher of ours."""
-    function = vars(owner(cls, method))[method]
+    function: Any = vars(owner(cls, method))[method]
     # Itself: functools.wraps copies attributes, and what wraps a dispatcher is none.
-    return function.__wrapped__ if getattr(function, DISPATCHER, None) is function else function
+    is_ours = getattr(function, DISPATCHER, None) is function
+    return function.__wrapped__ if is_ours else function
 
 
 class Watch:

@@ -26,10 +26,12 @@ ALLOWED = {
     "patching": {"config", "dispatch", "families", "watch"},
     "probe": {"dispatch", "families", "fusion", "layout", "reference", "spec", "watch"},
     "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec", "watch"},
-    "fusion": {"backends", "backends.torch_fusion", "backends.triton_fusion", "layout", "watch"},
+    "fusion": {"backends", "backends.torch_fusion", "backends.triton_fusion", "fusion_autograd", "layout", "watch"},
+    "fusion_autograd": {"backends", "backends.triton_fusion", "backends.triton_fusion_bwd"},
     "watch": set(),
     "backends.torch_fusion": set(),
     "backends.triton_fusion": {"backends", "backends.triton", "kernels"},
+    "backends.triton_fusion_bwd": {"backends", "backends.triton", "backends.triton_fusion", "kernels"},
     "bias": {"config", "reference", "spec"},
     "ops": {"backends.triton", "config", "reference", "spec"},
     "backends.torch": {"reference", "spec"},
@@ -137,7 +139,8 @@ def test_kernels_import_triton_only(path):
 
 def test_only_the_triton_backend_imports_the_kernels():
     importers = {name_of(path) for path in sources(PACKAGE) if "kernels" in own_imports(path)}
-    assert importers <= {"backends.triton", "backends.triton_fusion", "backends.triton_sequence", "backends.tuned"}
+    fusion = {"backends.triton_fusion", "backends.triton_fusion_bwd"}
+    assert importers <= {"backends.triton", *fusion, "backends.triton_sequence", "backends.tuned"}
 
 
 def test_only_the_kernels_import_triton():

@@ -7,6 +7,8 @@ from .launch import power_of_two
 _NUMBERS = 2048  # that a program holds of each tensor
 GELU_BLOCK = 2048
 NORM_WARPS, MERGE_WARPS, GELU_WARPS = 4, 2, 4
+COLUMNS, COLUMN_ROWS, BACKWARD_WARPS = 128, 16, 4  # of a program that sums over rows
+_BACKWARD_PROGRAMS = 8  # on a multiprocessor
 
 MLP_CHANNELS = 256  # at most; beyond, and where channels leave room in their tile, products of their own are faster
 
@@ -31,6 +33,11 @@ class MlpLaunch(NamedTuple):
 def rows(channels: int) -> RowsLaunch:
     block_c = power_of_two(channels)
     return RowsLaunch(max(1, _NUMBERS // block_c), block_c)
+
+
+def backward_programs(tiles: int, multiprocessors: int) -> int:
+    """How many programs share that many tiles of rows."""
+    return max(1, min(tiles, _BACKWARD_PROGRAMS * multiprocessors))
 
 
 def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) -> MlpLaunch | None:

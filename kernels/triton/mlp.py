@@ -12,9 +12,8 @@ from .pointwise import load_channels, normalised
 
 
 @triton.jit
-def gelu(x):
-    """x · Φ(x) of fp32 numbers, for results in 16 bits."""
-    h = tl.minimum(tl.abs(x) * 0.5, 16.0)
+def _erfc(h):
+    """erfc(h · √2) of h ≥ 0."""
     p = 4.053060256e-04 * h + 1.324298792e-03
     p = p * h + 9.554697899e-04
     p = p * h + 2.599453181e-02
@@ -25,21 +24,39 @@ def gelu(x):
     p *= p
     p *= p
     p *= p
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - h * tl.rsqrt(p * p)
+    return tl.rsqrt(p * p)
+
+
+@triton.jit
+def gelu(x):
+    """x · Φ(x) of fp32 numbers, for results in 16 bits."""
+    h = tl.minimum(tl.abs(x) * 0.5, 16.0)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - h * _erfc(h)
+
+
+@triton.jit
+def gelu_and_slope(x):
+    """x · Φ(x), and its derivative Φ(x) + x · φ(x), likewise."""
+    h = tl.minimum(tl.abs(x) * 0.5, 16.0)
+    erfc = _erfc(h)
+    out = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - h * erfc
+    share = tl.where(x > 0, 1.0 - 0.5 * erfc, 0.5 * erfc)
+    return out, share + x * tl.exp(-2.0 * h * h) * 0.3989422804014327
 
 
 @triton.jit
 def _gelu_kernel(
-    x_ptr,  # (numbers,), replaced
+    out_ptr,  # (numbers,), which may be x
+    x_ptr,  # (numbers,)
     numbers,
     BLOCK: tl.constexpr,
 ):
-    """GELU in place."""
-    x_ptr += tl.cast(tl.program_id(0), tl.int64) * BLOCK
+    """GELU of each number."""
+    first = tl.cast(tl.program_id(0), tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
-    inside = offs < numbers - tl.cast(tl.program_id(0), tl.int64) * BLOCK
-    x = tl.load(x_ptr + offs, mask=inside, other=0.0)
-    tl.store(x_ptr + offs, gelu(x.to(tl.float32)).to(x.dtype), mask=inside)
+    inside = offs < numbers - first
+    x = tl.load(x_ptr + first + offs, mask=inside, other=0.0)
+    tl.store(out_ptr + first + offs, gelu(x.to(tl.float32)).to(x.dtype), mask=inside)
 
 
 @triton.jit

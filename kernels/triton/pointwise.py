@@ -12,6 +12,7 @@ import triton.language as tl
 NORM = tl.constexpr(0)  # out = norm(x)
 ADD_NORM = tl.constexpr(1)  # total = x + branch (+ total_bias), out = norm(x + branch)
 NORM_ADD = tl.constexpr(2)  # out = x + norm(branch)
+ADD = tl.constexpr(3)  # total = x + branch
 
 
 @triton.jit
@@ -21,54 +22,91 @@ def load_channels(ptr, offs_c, C: tl.constexpr):
 
 
 @triton.jit
+def standardised(tile, offs_c, eps, C: tl.constexpr):
+    """(tile - mean) / sqrt(variance + eps) of each row, and of the rows mean and 1 / sqrt(variance + eps).
+
+    The tile is (rows, BLOCK_C), fp32, zero beyond C, and so is the result.
+    """
+    mean = tl.sum(tile, axis=1) / C
+    centred = tl.where((offs_c < C)[None, :], tile - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / C
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    return centred * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def weighted(tile, weight_ptr, bias_ptr, offs_c, C: tl.constexpr):
+    """tile * weight + bias, where there are those of each channel."""
+    if weight_ptr is not None:
+        tile *= load_channels(weight_ptr, offs_c, C)
+    if bias_ptr is not None:
+        tile += load_channels(bias_ptr, offs_c, C)
+    return tile
+
+
+@triton.jit
 def normalised(
     tile,  # (rows, BLOCK_C), fp32, zero beyond C
     weight_ptr, bias_ptr,  # (C,) or None
     offs_c, eps, C: tl.constexpr,
 ):  # fmt: skip
-    """(tile - mean) / sqrt(variance + eps) * weight + bias of each row, as `torch.nn.functional.layer_norm`; fp32."""
-    inside = offs_c < C
-    mean = tl.sum(tile, axis=1) / C
-    centred = tl.where(inside[None, :], tile - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / C
-    out = centred * (1.0 / tl.sqrt(variance + eps))[:, None]
-    if weight_ptr is not None:
-        out *= load_channels(weight_ptr, offs_c, C)
-    if bias_ptr is not None:
-        out += load_channels(bias_ptr, offs_c, C)
-    return out
+    """Each row as `torch.nn.functional.layer_norm` makes it; fp32."""
+    return weighted(standardised(tile, offs_c, eps, C)[0], weight_ptr, bias_ptr, offs_c, C)
+
+
+@triton.jit
+def load_factors(scale_ptr, row, rows, sample_rows):
+    """What the branch of each row's sample is multiplied by: (rows, 1), fp32."""
+    return tl.load(scale_ptr + row // sample_rows, mask=row < rows, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
 def _norm_kernel(
-    out_ptr,  # (rows, C)
-    total_ptr,  # (rows, C); ADD_NORM only
     x_ptr,  # (rows, C)
+    out_ptr,  # (rows, C); not with ADD
+    total_ptr,  # (rows, C): with ADD_NORM and ADD; with NORM_ADD the result once more, in another dtype, or None
+    stats_ptr,  # (2, rows): mean and 1 / sqrt(variance + eps), fp32, or None
     branch_ptr,  # (rows, C); not with NORM
+    scale_ptr,  # (samples,): what the branch, or its norm, of each sample is multiplied by; or None
     weight_ptr, bias_ptr, total_bias_ptr,  # (C,) or None
-    rows, eps,
+    rows, sample_rows, eps,
     C: tl.constexpr, MODE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The norm of rows, or of their sum, or the sum with a norm. One program: ROWS rows."""
+    """The norm of rows, or of their sum, or the sum with a norm, or the sum. One program: ROWS rows."""
     tl.static_assert(C <= BLOCK_C)
     first = tl.cast(tl.program_id(0), tl.int64) * ROWS
     offs_r = tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     inside = (first + offs_r < rows)[:, None] & (offs_c < C)[None, :]
     offs = offs_r[:, None] * C + offs_c[None, :]
-    x = tl.load(x_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
-    if MODE == NORM_ADD:
-        branch = tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
-        out = x + normalised(branch, weight_ptr, bias_ptr, offs_c, eps, C)
-    else:
-        if MODE == ADD_NORM:
-            x += tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
-            total = x
-            if total_bias_ptr is not None:
-                total += load_channels(total_bias_ptr, offs_c, C)
-            tl.store(total_ptr + first * C + offs, total.to(total_ptr.dtype.element_ty), mask=inside)
-        out = normalised(x, weight_ptr, bias_ptr, offs_c, eps, C)
-    tl.store(out_ptr + first * C + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+    source = tl.load(x_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+    x = source
+    if MODE != NORM:
+        source = tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+    if MODE == ADD_NORM or MODE == ADD:
+        if scale_ptr is not None:
+            source *= load_factors(scale_ptr, first + offs_r, rows, sample_rows)
+        source += x
+        total = source
+        if total_bias_ptr is not None:
+            total += load_channels(total_bias_ptr, offs_c, C)
+        total = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + first * C + offs, total, mask=inside)
+        if stats_ptr is not None:
+            source = total.to(tl.float32)  # the backward finds it rounded
+    if MODE != ADD:
+        out, mean, rstd = standardised(source, offs_c, eps, C)
+        if stats_ptr is not None:
+            tl.store(stats_ptr + first + offs_r, mean, mask=first + offs_r < rows)
+            tl.store(stats_ptr + rows + first + offs_r, rstd, mask=first + offs_r < rows)
+        out = weighted(out, weight_ptr, bias_ptr, offs_c, C)
+        if MODE == NORM_ADD:
+            if scale_ptr is not None:
+                out *= load_factors(scale_ptr, first + offs_r, rows, sample_rows)
+            out += x
+            if total_ptr is not None:
+                tl.store(total_ptr + first * C + offs, out.to(total_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + first * C + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

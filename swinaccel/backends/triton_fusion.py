@@ -1,7 +1,7 @@
 """Launches what stands around the attention: norms with residual sums, GELU, the MLP of few channels.
 
-All tensors are contiguous, on one device and of one dtype, and no gradient is recorded. Any failure to compile or
-launch is a `LaunchError`.
+All tensors are contiguous and on one device; but for `run_norm` they are of one dtype, and no gradient is recorded. Any
+failure to compile or launch is a `LaunchError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import triton as windows
 
 Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
+NORM, ADD_NORM, NORM_ADD, ADD = range(4)  # modes of `kernels.pointwise._norm_kernel`
 
 
 class LaunchError(RuntimeError):
@@ -31,42 +32,57 @@ def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> No
         raise LaunchError(windows.first_line(error)) from error
 
 
-def _plan_norm(device: torch.device, rows: int, channels: int, eps: float, mode: int) -> Any:
+def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, eps: float, mode: int) -> Any:
     from ..kernels import fusion_launch, pointwise
 
     shape = fusion_launch.rows(channels)
     return windows._Launch(
         pointwise._norm_kernel,
         (-(-rows // shape.rows),),
-        (rows, eps, channels, mode, shape.block_c, shape.rows),
+        (rows, sample_rows, eps, channels, mode, shape.block_c, shape.rows),
         num_warps=fusion_launch.NORM_WARPS,
     )
 
 
-def _norm(mode: int, x: Tensor, branch: Tensor | None, affine: Affine, total_bias: Tensor | None) -> tuple[Any, Tensor]:
+def run_norm(
+    mode: int,
+    x: Tensor,
+    branch: Tensor | None,
+    affine: Affine,
+    *,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
+    stats: Tensor | None = None,
+    scale: Tensor | None = None,
+    total_bias: Tensor | None = None,
+) -> None:
+    """`kernels.pointwise._norm_kernel`, whose modes and operands these are."""
     channels, (weight, bias, eps) = x.shape[-1], affine
-    out = torch.empty_like(x)
-    total = torch.empty_like(x) if mode == 1 else None
-    numbers = x.numel()
-    if numbers:
-        key = ("norm", x.device, numbers // channels, channels, eps, mode)
-        _launch(key, _plan_norm, out, total, x, branch, weight, bias, total_bias)
-    return total, out
+    rows = x.numel() // channels
+    if rows:
+        key = ("norm", x.device, rows, 1 if scale is None else rows // scale.numel(), channels, eps, mode)
+        _launch(key, _plan_norm, x, out, total, stats, branch, scale, weight, bias, total_bias)
 
 
 def norm(x: Tensor, affine: Affine) -> Tensor:
     """Layer norm of the last axis; statistics in fp32."""
-    return _norm(0, x, None, affine, None)[1]
+    out = torch.empty_like(x)
+    run_norm(NORM, x, None, affine, out=out)
+    return out
 
 
 def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
-    return _norm(1, x, branch, affine, total_bias)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
+    return total, out
 
 
 def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
     """x + the layer norm of branch, which is not rounded before."""
-    return _norm(2, x, branch, affine, None)[1]
+    out = torch.empty_like(x)
+    run_norm(NORM_ADD, x, branch, affine, out=out)
+    return out
 
 
 def merge_norm(x: Tensor, affine: Affine) -> Tensor:
@@ -91,12 +107,12 @@ def _plan_merge(device: torch.device, batch: int, height: int, width: int, chann
     )
 
 
-def gelu_(x: Tensor) -> Tensor:
-    """Exact GELU in place, of 16-bit numbers."""
-    numbers = x.numel()
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Exact GELU of 16-bit numbers; `out` may be x."""
+    out, numbers = torch.empty_like(x) if out is None else out, x.numel()
     if numbers:
-        _launch(("gelu", x.device, numbers), _plan_gelu, x)
-    return x
+        _launch(("gelu", x.device, numbers), _plan_gelu, out, x)
+    return out
 
 
 def _plan_gelu(device: torch.device, numbers: int) -> Any:

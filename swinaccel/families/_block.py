@@ -45,7 +45,9 @@ def block_facts(module: Any) -> Block:
     """The same, as facts."""
     attn, mlp = module.attn, module.mlp
     post_norm = hasattr(attn, "logit_scale")
-    return Block(attn, module.norm1, module.norm2, (mlp,), mlp.fc1, mlp.act, mlp.fc2, post_norm)
+    names = ("drop_path1", "drop_path2") if hasattr(module, "drop_path1") else ("drop_path", "drop_path")
+    drops = [getattr(module, name) for name in names]
+    return Block(attn, module.norm1, module.norm2, (mlp,), mlp.fc1, mlp.act, mlp.fc2, post_norm, *drops)
 
 
 def strange_mask(mask: Any, x: Tensor) -> str | None:

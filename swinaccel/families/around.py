@@ -29,9 +29,10 @@ class TorchvisionBlock:
         return len(positional_names(type(module).forward)) == 1 and Torchvision().match(module.attn) is not None
 
     def block(self, module: Any) -> Block:
-        mlp, attn = module.mlp, module.attn
+        mlp, attn, drop = module.mlp, module.attn, module.stochastic_depth
         fc1, activation, _, fc2, _ = mlp._modules.values()
-        return Block(attn, module.norm1, module.norm2, (mlp,), fc1, activation, fc2, hasattr(attn, "logit_scale"))
+        post_norm = hasattr(attn, "logit_scale")
+        return Block(attn, module.norm1, module.norm2, (mlp,), fc1, activation, fc2, post_norm, drop, drop)
 
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, None

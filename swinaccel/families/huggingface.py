@@ -104,7 +104,7 @@ class HuggingFaceSwin:
         mlp = module.mlp
         norms = module.layernorm_before, module.layernorm_after
         parts = mlp.fc1, mlp.activation_fn, mlp.fc2
-        return Block(module.attention, *norms, (mlp,), *parts, post_norm=False, give=lambda out: (out, None))
+        return Block(module.attention, *norms, (mlp,), *parts, False, module.drop_path, give=lambda out: (out, None))
 
     def tokens(self, module: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any) -> Tokens:
         return hidden_states, tuple(input_dimensions)

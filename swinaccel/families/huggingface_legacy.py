@@ -109,7 +109,8 @@ class HuggingFaceSwinLegacy:
         norms = module.layernorm_before, module.layernorm_after
         parts = first.dense, first.intermediate_act_fn, last.dense
         post_norm = hasattr(attention.self, "logit_scale")
-        return Block(attention, *norms, (first, last), *parts, post_norm, lambda out: (out,))
+        drops = module.drop_path, module.drop_path if post_norm else None
+        return Block(attention, *norms, (first, last), *parts, post_norm, *drops, give=lambda out: (out,))
 
     def tokens(self, module: Any, *args: Any, **kwargs: Any) -> Tokens:
         arguments = _named(module, args, kwargs)

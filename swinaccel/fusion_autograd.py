@@ -1,0 +1,228 @@
+"""What stands around the attention where gradients are recorded, or autocast has dtypes between the layers.
+
+As in inference, norms are fused with the sums beside them; what a layer is given is written in that layer's dtype at
+once, and gradients are added where they are made. Kept for the backward are the residual stream, two numbers of each
+row for each norm, and two inputs of the MLP: not GELU, which is computed again.
+
+Gradients that are to be differentiated again are PyTorch's own, of the same formulas.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import triton_fusion as kernels
+from .backends import triton_fusion_bwd as backward_kernels
+from .backends.triton_fusion import ADD, ADD_NORM, NORM, NORM_ADD, Affine
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def norm(x: Tensor, affine: Affine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x, and its layer norm in a dtype: the gradients of both are added as they are made."""
+    return _Norm.apply(x, *affine, dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        stats, out = _stats(x), torch.empty_like(x, dtype=dtype)
+        kernels.run_norm(NORM, x, None, (weight, bias, eps), out=out, stats=stats)
+        ctx.save_for_backward(x, stats, weight, bias)
+        ctx.eps = eps
+        return x, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None) -> tuple[Any, ...]:
+        if grad_out is None:
+            return grad_x, None, None, None, None
+        x, stats, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grad, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (x, weight, bias), grad_out)
+            return grad if grad_x is None else grad_x if grad is None else grad + grad_x, *others, None, None
+        grad, grad_x = torch.empty_like(x), None if grad_x is None else grad_x.contiguous()
+        sums = backward_kernels.norm(NORM, grad_out.contiguous(), grad_x, x, stats, None, weight, grad_x=grad)
+        return grad, *_like(sums, weight, bias), None, None
+
+
+def add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, affine: Affine) -> tuple[Tensor, Tensor]:
+    """x + scale · branch in the dtype of x, and its layer norm in that of branch; scale: (samples,), or None."""
+    return _AddNorm.apply(x, branch, scale, *affine)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, scale: Tensor | None, weight: Any, bias: Any, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, out, stats = torch.empty_like(x), torch.empty_like(branch), _stats(x)
+        kernels.run_norm(ADD_NORM, x, branch, (weight, bias, eps), out=out, total=total, stats=stats, scale=scale)
+        ctx.save_for_backward(total, stats, scale, weight, bias)
+        ctx.eps = eps
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, grad_out: Tensor) -> tuple[Any, ...]:
+        total, stats, scale, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grad, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
+            grad_x = grad_total if grad is None else grad_total + grad
+            return grad_x, _scaled(grad_x, scale).to(grad_out.dtype), None, *others, None
+        grad_x = torch.empty_like(total)
+        is_same = scale is None and total.dtype is grad_out.dtype
+        grad_branch = None if is_same else torch.empty_like(total, dtype=grad_out.dtype)
+        sums = backward_kernels.norm(
+            ADD_NORM,
+            grad_out.contiguous(),
+            grad_total.contiguous(),
+            total,
+            stats,
+            scale,
+            weight,
+            grad_x=grad_x,
+            grad_branch=grad_branch,
+        )
+        return grad_x, grad_x if is_same else grad_branch, None, *_like(sums, weight, bias), None
+
+
+def norm_add(
+    x: Tensor, branch: Tensor, scale: Tensor | None, affine: Affine, dtype: torch.dtype, wants_copy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x + scale · the layer norm of branch in a dtype, and, where wanted, the same in the dtype of branch."""
+    return _NormAdd.apply(x, branch, scale, *affine, dtype, wants_copy and dtype is not branch.dtype)
+
+
+class _NormAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        scale: Tensor | None,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        dtype: torch.dtype,
+        wants_copy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, stats = torch.empty_like(x, dtype=dtype), _stats(x)
+        other = torch.empty_like(branch) if wants_copy else None
+        kernels.run_norm(NORM_ADD, x, branch, (weight, bias, eps), out=out, total=other, stats=stats, scale=scale)
+        ctx.save_for_backward(branch, stats, scale, weight, bias)
+        ctx.eps, ctx.dtype = eps, x.dtype
+        return out, other
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_other: Tensor | None) -> tuple[Any, ...]:
+        branch, stats, scale, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            total = grad_out if grad_other is None else grad_out + grad_other
+            function = partial(_layer_norm, ctx.eps, total.dtype)
+            grad, *others = _again(function, (branch, weight, bias), _scaled(total, scale))
+            return total.to(ctx.dtype), grad, None, *others, None, None, None
+        grad_out, grad_branch = grad_out.contiguous(), torch.empty_like(branch)
+        is_same = grad_other is None and grad_out.dtype is ctx.dtype
+        grad_x = grad_out if is_same else torch.empty_like(grad_out, dtype=ctx.dtype)
+        sums = backward_kernels.norm(
+            NORM_ADD,
+            grad_out,
+            None if grad_other is None else grad_other.contiguous(),
+            branch,
+            stats,
+            scale,
+            weight,
+            grad_x=None if is_same else grad_x,
+            grad_branch=grad_branch,
+        )
+        return grad_x, grad_branch, None, *_like(sums, weight, bias), None, None, None
+
+
+def mlp(x: Tensor | None, y: Tensor, scale: Tensor | None, fc1: Any, fc2: Any) -> Tensor:
+    """fc2(GELU(fc1(y))) in the dtype of y, or x + scale · that in the dtype of x; fc1, fc2: weight and bias."""
+    return _Mlp.apply(x, y, scale, *fc1, *fc2)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, y: Tensor, scale: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
+        dtype, rows = y.dtype, y.view(-1, y.shape[-1])
+        first, second = weight1.to(dtype), weight2.to(dtype)
+        hidden = F.linear(rows, first, None if bias1 is None else bias1.to(dtype))
+        active = F.gelu(hidden) if dtype not in _HALVES else kernels.gelu(hidden)
+        branch = F.linear(active, second, None if bias2 is None else bias2.to(dtype)).view(y.shape)
+        ctx.save_for_backward(y, scale, hidden, first, second, weight1, bias1, weight2, bias2)
+        if x is None:
+            return branch
+        out = torch.empty_like(x)
+        kernels.run_norm(ADD, x, branch, (None, None, 0.0), total=out, scale=scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        y, scale, hidden, first, second, *parameters = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return grad if needs[0] else None, *_again_mlp(y, parameters, _scaled(grad, scale).to(y.dtype))
+        rows = y.view(-1, y.shape[-1])
+        grad_branch, sums2 = backward_kernels.scaled_columns(grad.contiguous().view(rows.shape), scale, y.dtype)
+        grad_active = grad_branch @ second
+        if y.dtype in _HALVES:
+            grad_hidden, active, sums1 = backward_kernels.gelu(grad_active, hidden)
+        else:
+            grad_hidden, active = torch.ops.aten.gelu_backward(grad_active, hidden), F.gelu(hidden)
+            sums1 = grad_hidden.sum(0)
+        found = (
+            grad_hidden.t() @ rows if needs[3] else None,
+            sums1 if needs[4] else None,
+            grad_branch.t() @ active if needs[5] else None,
+            sums2 if needs[6] else None,
+        )
+        grads = [None if one is None else one.to(like.dtype) for one, like in zip(found, parameters, strict=True)]
+        grad_y = (grad_hidden @ first).view(y.shape) if needs[1] else None
+        return grad if needs[0] else None, grad_y, None, *grads
+
+
+def _stats(x: Tensor) -> Tensor:
+    """Room for mean and reciprocal standard deviation of each row."""
+    return torch.empty((2, x.numel() // x.shape[-1]), dtype=torch.float32, device=x.device)
+
+
+def _like(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
+    """Gradients of a norm's parameters, in their dtypes."""
+    pairs = zip(sums.unbind(), (weight, bias), strict=True)
+    return [None if one is None else total if one.dtype is total.dtype else total.to(one.dtype) for total, one in pairs]
+
+
+def _again(function: Any, inputs: tuple[Any, ...], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of a function's inputs by PyTorch's own, which have gradients in turn."""
+    views = [None if one is None else one.view_as(one) for one in inputs]
+    wanted = [one for one in views if one is not None and one.requires_grad]
+    if not wanted:
+        return [None] * len(views)
+    found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=True))
+    return [next(found) if one is not None and one.requires_grad else None for one in views]
+
+
+def _layer_norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    weight, bias = (None if one is None else one.float() for one in (weight, bias))
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def _again_mlp(y: Tensor, parameters: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def function(y: Tensor, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
+        bias1, bias2 = (None if one is None else one.to(y.dtype) for one in (bias1, bias2))
+        return F.linear(F.gelu(F.linear(y, weight1.to(y.dtype), bias1)), weight2.to(y.dtype), bias2)
+
+    grad_y, *grads = _again(function, (y, *parameters), grad)
+    return grad_y, None, *grads
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Each sample multiplied by its factor."""
+    return x if scale is None else x * scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))

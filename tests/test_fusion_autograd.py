@@ -1,0 +1,564 @@
+"""Whole blocks where gradients are recorded or autocast is active: every output and gradient against fp64, dropped
+samples against the original's own, and everything that must leave a block to itself."""
+
+from __future__ import annotations
+
+import copy
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TRITON_DEVICE
+from test_families import MODELS
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import swinaccel
+from swinaccel import fusion
+from swinaccel import fusion_autograd as recorded
+from swinaccel.backends import triton_fusion as kernels
+
+ON_GPU = TRITON_DEVICE == "cuda"
+HALF = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter does not multiply bfloat16
+HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+# Of the residual stream, and of products: as in plain training, and under autocast before and after it was rounded.
+DTYPES = [
+    (torch.float32, torch.float32),
+    *((half, half) for half in HALVES),
+    *((torch.float32, half) for half in HALVES),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels_that_run():
+    yield
+    assert not fusion._failed
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the functions that ran, in order."""
+    names = []
+
+    def spy(name):
+        plain = getattr(recorded, name)
+
+        def run(*args):
+            names.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(recorded, name, run)
+
+    for name in ("norm", "add_norm", "norm_add", "mlp"):
+        spy(name)
+    return names
+
+
+def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(TRITON_DEVICE, dtype)
+
+
+def leaves(*tensors):
+    return [None if one is None else one.detach().clone().requires_grad_(one.is_floating_point()) for one in tensors]
+
+
+def results(function, tensors, grads):
+    """Outputs, and gradients of all that was given."""
+    given = leaves(*tensors)
+    outputs = [one for one in function(*given) if one is not None]
+    torch.autograd.backward(outputs, [grad.to(one) for one, grad in zip(outputs, grads, strict=True)])
+    return [*outputs, *(None if one is None else one.grad for one in given)]
+
+
+def check(function, original, tensors, grads, dtype):
+    """Ours and plain PyTorch's, against plain PyTorch in fp64."""
+    exact = results(original, [None if one is None else one.double().cpu() for one in tensors], grads)
+    found, own = results(function, tensors, grads), results(original, tensors, grads)
+    for place, (one, other, expected) in enumerate(zip(found, own, exact, strict=True)):
+        if expected is None or other is None:
+            continue
+        assert one.dtype == other.dtype, place
+        if dtype == torch.float32:
+            helpers.assert_close(one.double().cpu(), expected.cpu(), 2e-6)
+        else:
+            helpers.assert_no_worse(one.cpu(), other.cpu(), expected.cpu(), dtype)
+
+
+def layer_norm(x, weight, bias):
+    """As under autocast: in fp32, whatever comes in; fp64 stays."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (None if one is None else one.to(wide) for one in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, 1e-5)
+
+
+def scaled(branch, scale):
+    return branch if scale is None else branch * scale.detach().to(branch.dtype).view(-1, 1, 1)
+
+
+SHAPES = [(3, 37, 24), (2, 5, 180)]
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_dtype = pytest.mark.parametrize(("wide", "dtype"), DTYPES)
+
+
+def narrowed(y, dtype):
+    return y if y.dtype == torch.float64 else y.to(dtype)
+
+
+@every_shape
+@every_dtype
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm(shape, wide, dtype, affine, poisoned):
+    weight, bias = (1 + random(shape[-1], scale=0.3), random(shape[-1], seed=2)) if affine else (None, None)
+    x, grads = 2 + random(*shape, dtype=wide), [random(*shape, seed=seed) for seed in (5, 6)]
+
+    def original(x, weight, bias):
+        return x * 1, narrowed(layer_norm(x, weight, bias), dtype)
+
+    check(lambda x, w, b: recorded.norm(x, (w, b, 1e-5), dtype), original, (x, weight, bias), grads, dtype)
+
+
+@every_shape
+@every_dtype
+@pytest.mark.parametrize("drops", [False, True])
+def test_add_norm(shape, wide, dtype, drops, poisoned):
+    weight, bias = 1 + random(shape[-1], scale=0.3), random(shape[-1], seed=2)
+    scale = torch.tensor([0, 1.25, 1.25][: shape[0]]).to(TRITON_DEVICE, dtype) if drops else None
+    x, branch, grads = (
+        random(*shape, dtype=wide),
+        2 + random(*shape, dtype=dtype, seed=1),
+        [random(*shape), random(*shape, seed=9)],
+    )
+
+    def original(x, branch, weight, bias):
+        total = x + scaled(branch, scale if scale is None else scale.to(branch.device))
+        return total, narrowed(layer_norm(total, weight, bias), dtype)
+
+    def ours(x, branch, weight, bias):
+        return recorded.add_norm(x, branch, scale, (weight, bias, 1e-5))
+
+    check(ours, original, (x, branch, weight, bias), grads, dtype)
+
+
+@every_shape
+@every_dtype
+@pytest.mark.parametrize("copy_too", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_norm_add(shape, wide, dtype, drops, copy_too, poisoned):
+    weight, bias = 1 + random(shape[-1], scale=0.3), random(shape[-1], seed=2)
+    scale = torch.tensor([1.25, 0, 1.25][: shape[0]]).to(TRITON_DEVICE, wide) if drops else None
+    x, branch = random(*shape, dtype=wide), 2 + random(*shape, dtype=dtype, seed=1)
+    twice = copy_too and wide is not dtype
+    grads = [random(*shape), random(*shape, seed=9)][: 1 + twice]
+
+    def original(x, branch, weight, bias):
+        norm = narrowed(layer_norm(branch, weight, bias), wide)
+        total = x + scaled(norm, scale if scale is None else scale.to(branch.device))
+        return (total, narrowed(total, dtype)) if twice else (total,)
+
+    def ours(x, branch, weight, bias):
+        return recorded.norm_add(x, branch, scale, (weight, bias, 1e-5), wide, copy_too)
+
+    check(ours, original, (x, branch, weight, bias), grads, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_mlp(wide, dtype, adds, biases, poisoned):
+    shape, hidden = (3, 21, 24), 136
+    x = random(*shape, dtype=wide, seed=3) if adds else None
+    scale = torch.tensor([1.25, 0, 1.25]).to(TRITON_DEVICE, dtype) if adds else None
+    y = random(*shape, dtype=dtype)
+    parameters = (
+        random(hidden, 24, scale=0.3),
+        random(hidden, seed=1) if biases else None,
+        random(24, hidden, scale=0.1),
+        random(24, seed=2) if biases else None,
+    )
+
+    def original(x, y, weight1, bias1, weight2, bias2):
+        weight1, bias1, weight2, bias2 = (
+            None if p is None else narrowed(p, dtype) for p in (weight1, bias1, weight2, bias2)
+        )
+        branch = F.linear(F.gelu(F.linear(y, weight1, bias1)), weight2, bias2)
+        return (branch if x is None else x + scaled(branch, scale.to(branch.device)),)
+
+    def ours(x, y, weight1, bias1, weight2, bias2):
+        return (recorded.mlp(x, y, scale, (weight1, bias1), (weight2, bias2)),)
+
+    check(ours, original, (x, y, *parameters), [random(*shape, seed=8)], dtype)
+
+
+def test_slope_of_gelu():
+    if torch.bfloat16 == HALF:
+        x = torch.linspace(-12, 12, 4001, device=TRITON_DEVICE).to(torch.float16)
+    else:
+        x = torch.linspace(-12, 12, 4001).to(torch.float16)
+    from swinaccel.backends import triton_fusion_bwd
+
+    rows = x.view(1, -1)
+    slope, out, sums = triton_fusion_bwd.gelu(torch.ones_like(rows), rows)
+    leaf = rows.double().requires_grad_()
+    F.gelu(leaf).sum().backward()
+    assert (slope.double() - leaf.grad).abs().max() <= 6e-4  # half a unit in the last place of 1.13
+    assert torch.equal(out, kernels.gelu(rows))
+    assert torch.allclose(sums.double(), leaf.grad[0], atol=2e-5)
+
+
+def test_empty_tensors():
+    x = random(0, 5, 24).requires_grad_()
+    parameters = [random(*size) for size in ((48, 24), (48,), (24, 48), (24,))]
+    total, y = recorded.norm(x, (random(24).requires_grad_(), None, 1e-5), torch.float32)
+    recorded.mlp(total, y, None, parameters[:2], parameters[2:]).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_second_derivatives(v2, ran):
+    """A gradient penalty."""
+    model, twin = pair(drop_paths(helpers.timm_block((4, 4), shift=2, v2=v2)))
+    found = []
+    for one in (twin, model):
+        torch.manual_seed(0)
+        x = random(3, 4, 4, 16).requires_grad_()
+        first = torch.autograd.grad(one(x).pow(3).mean(), (x, *one.parameters()), create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, *one.parameters())))
+    assert ran
+    for ours, expected in zip(*found, strict=True):
+        helpers.assert_close(ours, expected, 1e-3)
+
+
+# Models.
+
+
+def autocast(dtype):
+    return torch.autocast(TRITON_DEVICE, dtype, enabled=dtype is not None)
+
+
+def gradients(model, x, dtype=None, seed=1):
+    """Output, and gradients of input and parameters, by name."""
+    leaf = x.to(TRITON_DEVICE).clone().requires_grad_(x.is_floating_point())
+    torch.manual_seed(seed)
+    with autocast(dtype):
+        outputs = [one for one in helpers.tensors(model(leaf)) if one.is_floating_point()]
+    generator = torch.Generator().manual_seed(2)
+    sum((one * torch.randn(one.shape, generator=generator).to(one)).sum() for one in outputs).backward()
+    found = {"output": outputs[0].detach(), "input": leaf.grad}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def pair(model):
+    model = model.to(TRITON_DEVICE).train()
+    return model, swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+
+
+WHOLE = {
+    "timm-v1": (["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"]),
+    "timm-v2": (["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"]),
+    "torchvision-v1-padded": (["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
+    "torchvision-v2": (["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
+    "hf-swin-padded": (["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
+    "hf-swinv2": (["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
+    "microsoft-v1": ["norm", "add_norm", "mlp"] * 2,
+    "microsoft-v2": ["norm_add", "mlp", "norm_add"] * 2,
+}
+
+
+def drop_paths(model, rate=0.4):
+    """Make every drop-path drop; Identity where there was none is replaced by timm's."""
+    from timm.layers import DropPath
+
+    for part in model.modules():
+        for name, child in list(part.named_children()):
+            if name.startswith(("drop_path", "stochastic_depth")):
+                if isinstance(child, nn.Identity):
+                    setattr(part, name, DropPath(rate))
+                else:
+                    setattr(child, "p" if hasattr(child, "p") else "drop_prob", rate)
+    return model
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_training_equals_the_original(name, ran):
+    """The very samples are dropped that the original drops."""
+    make, example, count = MODELS[name]
+    model, twin = pair(drop_paths(make()))
+    x = torch.cat([example()] * 3)[:4]
+    found, expected = (gradients(one, x) for one in (twin, model))
+    assert ran == WHOLE[name]
+    helpers.assert_accelerated(twin, count)
+    largest = max(one.abs().max() for one in expected.values() if one is not None)
+    for key, one in expected.items():
+        assert (one is None) == (found[key] is None), key
+        if one is not None:
+            error = (found[key] - one).abs().max()
+            assert error <= 2e-4 * one.abs().max() + 2e-6 * largest, key
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "name", ["timm-v1", "timm-v2", "torchvision-v2", "hf-swin-padded", "hf-swinv2", "microsoft-v1"]
+)
+def test_autocast_is_no_worse(name, dtype, ran):
+    """Outputs and gradients under autocast, against fp64, on the mean of all parameters of a kind."""
+    make, example, count = MODELS[name]
+    model, twin = pair(make())
+    x = example()
+    exact = gradients(copy.deepcopy(model).double(), x.double())
+    found, own = (gradients(one, x, dtype) for one in (twin, model))
+    assert ran == WHOLE[name]
+    helpers.assert_accelerated(twin, count)
+    sums = [0.0, 0.0]
+    for key, expected in exact.items():
+        if expected is None or not own[key].isfinite().all():
+            continue
+        if key != "output":  # Hugging Face's own differs by whether a block drops
+            assert found[key].dtype == own[key].dtype, key
+        size = expected.abs().mean() + 1e-12
+        errors = [((one[key].double() - expected).abs().mean() / size).item() for one in (found, own)]
+        sums = [total + min(error, 1.0) for total, error in zip(sums, errors, strict=True)]
+        assert errors[0] <= 2 * errors[1] + 1e-3, key
+    assert sums[0] <= 1.1 * sums[1]
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "timm-v2"])
+def test_autocast_without_gradients(name, ran):
+    make, example, _count = MODELS[name]
+    model, twin = pair(make())
+    x = example().to(TRITON_DEVICE)
+    exact = copy.deepcopy(model).eval().double()(x.double())
+    with torch.no_grad(), autocast(HALF):
+        found, own = (one.eval()(x) for one in (twin, model))
+    assert ran == WHOLE[name]
+    assert found.dtype == own.dtype
+    helpers.assert_no_worse(found, own, exact.to(found.device), HALF)
+
+
+def block(**options):
+    return helpers.timm_block((8, 8), shift=2, **options)
+
+
+X = torch.randn(6, 8, 8, 16, generator=torch.Generator().manual_seed(3))
+
+
+def assert_alike(twin, model, x=X, dtype=None):
+    found, expected = (gradients(one, x, dtype) for one in (twin, model))
+    for key, one in expected.items():
+        assert (one is None) == (found[key] is None), key
+        if one is not None:
+            helpers.assert_close(found[key], one, 1e-4 if dtype is None else 2e-2)
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("trained", ["norm1", "norm2", "mlp.fc1.weight", "mlp.fc2.bias", "attn.proj", "nothing"])
+def test_frozen_but_for_a_part(v2, trained, ran):
+    model, _ = pair(drop_paths(block(v2=v2)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    assert_alike(swinaccel.accelerate(copy.deepcopy(model), backend="triton"), model)
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("part", ["attn.proj", "mlp.fc1", "norm2"])
+def test_an_input_without_gradient(v2, part, ran):
+    """As in the first block of a backbone whose stem is frozen."""
+    model, _ = pair(block(v2=v2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(part))
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+    found = []
+    for one in (twin, model):
+        one(X.to(TRITON_DEVICE)).square().sum().backward()
+        found.append([parameter.grad for parameter in one.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if other is not None:
+            helpers.assert_close(one, other, 1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_checkpointing_drops_the_same_samples(v2, reentrant, ran):
+    model, twin = pair(drop_paths(block(v2=v2)))
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = twin
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    found, expected = gradients(Checkpointed(), X), gradients(model, X)
+    assert len(ran) == 6
+    for key, one in expected.items():
+        helpers.assert_close(found[key if key in found else f"inner.{key}"], one, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, HALF])
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_what_is_kept_for_the_backward(v2, dtype):
+    """In numbers of x: V1 keeps x, the first norm, qkv (3), attention, the sum, the second norm, and 4 hidden ones."""
+    model, twin = pair(block(v2=v2))
+    kept = {}
+
+    def pack(tensor):
+        if tensor.numel() and tensor.numel() % X.numel() == 0:  # no parameters, no tables
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    sizes = []
+    for one in (twin, model):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype):
+            out = one(X.to(TRITON_DEVICE).requires_grad_())
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / X.numel() / 4)
+        del out
+    expected = {(False, None): 12, (True, None): 12, (False, HALF): 7, (True, HALF): 8}[v2, dtype]
+    assert sizes[0] <= expected + 0.3, sizes
+    assert sizes[0] < 0.75 * sizes[1], sizes
+
+
+class PerToken(nn.Module):
+    """Drops tokens, not samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x):
+        return x * torch.empty((*x.shape[:-1], 1), device=x.device).bernoulli_(1 - self.drop_prob)
+
+
+class Centred(nn.Module):
+    """Multiplies each sample by what the sample is like."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x):
+        return x * x.flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
+
+
+def hook(part, kind):
+    return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
+
+
+def drop_of(make):
+    return lambda model: setattr(model, "drop_path1", make().to(TRITON_DEVICE))
+
+
+UNUSUAL = {
+    "dropout": lambda model: setattr(model.mlp.drop1, "p", 0.5),
+    "drop-path-of-tokens": drop_of(PerToken),
+    "drop-path-by-value": drop_of(Centred),
+    "dropout-as-drop-path": drop_of(lambda: nn.Dropout(0.5)),
+    "hook-drop-path": hook("drop_path2", "forward_hook"),
+    "hook-norm": hook("norm1", "forward_pre_hook"),
+    "hook-fc2": hook("mlp.fc2", "full_backward_hook"),
+    "tanh": lambda model: setattr(model.mlp, "act", nn.GELU("tanh")),
+    "double": lambda model: model.norm2.double(),
+}
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_unusual_blocks_run_their_own_forward(change, v2, ran):
+    model, twin = pair(drop_paths(block(v2=v2)))
+    assert_alike(twin, model)
+    assert ran
+    ran.clear()
+    for one in (model, twin):
+        UNUSUAL[change](one)
+    if change == "double":
+        with pytest.raises(RuntimeError):
+            model(X.to(TRITON_DEVICE))
+        with pytest.raises(RuntimeError):
+            twin(X.to(TRITON_DEVICE))
+    else:
+        assert_alike(twin, model)
+    assert ran == []
+
+
+def test_rates_that_change_are_followed(ran):
+    model, twin = pair(drop_paths(block(), 0.2))
+    for rate in (0.2, 0.7, 0.0, 0.4):
+        for one in (model, twin):
+            one.drop_path1.drop_prob = one.drop_path2.drop_prob = rate
+        assert_alike(twin, model)
+    for mode in (False, True):
+        model.train(mode), twin.train(mode)
+        assert_alike(twin, model)
+    assert len(ran) == 18
+
+
+def test_samples_are_dropped_without_gradients(ran):
+    model, twin = pair(drop_paths(block()))
+    with torch.no_grad():
+        found = []
+        for one in (twin, model):
+            torch.manual_seed(4)
+            found.append(one(X.to(TRITON_DEVICE)))
+    helpers.assert_close(*found)
+    assert len(ran) == 3
+
+
+def odd(kind):
+    """Blocks that look like timm's, and are not in training."""
+    from timm.models.swin_transformer import SwinTransformerBlock
+
+    class Odd(SwinTransformerBlock):
+        def forward(self, x):
+            if kind == "detached":
+                x = x + self.drop_path1(self._attn(self.norm1(x.detach())))
+            elif kind == "other-drop" and self.training:
+                x = x + self._attn(self.norm1(x))
+            else:
+                x = x + self.drop_path1(self._attn(self.norm1(x)))
+            y = self.mlp(self.norm2(x))
+            if kind == "noise" and self.training:
+                y = y * 1.5
+            return x + self.drop_path2(y)
+
+    made = Odd(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.3)
+    return helpers.randomize(made)
+
+
+@pytest.mark.parametrize("kind", ["detached", "other-drop", "noise"])
+def test_blocks_that_differ_in_training_are_no_known_ones(kind, ran):
+    model, twin = pair(odd(kind))
+    assert_alike(twin, model)
+    assert ran == []
+    helpers.assert_accelerated(twin, 1)
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_kernel_that_fails(fails_at, v2, monkeypatch, caplog):
+    """At any of a block's three, what is left is done by its own modules."""
+    model, twin = pair(block(v2=v2))
+    calls, run_norm = [], kernels.run_norm
+
+    def fail(*args, **options):
+        calls.append(args)
+        if len(calls) > fails_at:
+            raise kernels.LaunchError("no")
+        run_norm(*args, **options)
+
+    monkeypatch.setattr(kernels, "run_norm", fail)
+    assert_alike(twin, model)
+    assert fusion._failed == (fails_at < (2 if v2 else 3))
+    fusion.forget_failures()
+
+
+def test_the_cpu_trains_by_itself(ran):
+    model = block().train()
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    assert_alike(twin.cpu(), model.cpu()) if not ON_GPU else twin(X).sum().backward()
+    assert ran == []
