@@ -220,19 +220,18 @@ def run_around(
     x = _first_tensor(args, kwargs)
     if _context_reason(x) is None:
         backend = _backend(config, x.device)
-        look = _surroundings(family, module, config, x, backend)
-        is_merging = look is not None and isinstance(look.facts, Merging)
-        if look is not None and not (is_merging and backend == "torch"):
-            tokens = _tokens(family, module, x, args, kwargs)
-            if tokens is not None and is_merging:
-                return fusion.merge(look, *tokens)
-            if tokens is not None:
+        is_block = hasattr(family, "attend")
+        look = _surroundings(family, module, config, x, backend) if is_block or backend != "torch" else None
+        tokens = None if look is None else _tokens(family, module, x, args, kwargs)
+        if look is not None and tokens is not None:
+            if is_block:
                 return fusion.forward(look, family.attend(module), *tokens, backend=backend)
+            return fusion.merge(look, *tokens) if isinstance(look.facts, Merging) else fusion.embed(look, x)
     return original(module, *args, **kwargs)
 
 
 def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor, backend: str) -> fusion.Look | None:
-    """What is known of a block or patch merging whose norms, sums and MLP may be fused in this call, or None."""
+    """What is known of a block, merging or embedding that may be fused in this call, or None."""
     if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x, backend):
         return None
     return fusion.fitting(family, module, x, backend)

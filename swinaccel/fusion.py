@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import fusion_autograd as recorded
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
-from .layout import Attend, Block, Merging
+from .layout import Attend, Block, Embedding, Merging
 from .watch import Unwatchable, Watch, own_method, twin
 
 logger = logging.getLogger("swinaccel")
@@ -29,21 +29,35 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32)
 
-# (type, its forward, names of its children) of blocks and what they hold, as they were when they were proven.
+# (type, its forward, names of its children) of blocks and what they hold, as they were when they were proven; of
+# embeddings also their switches.
 _trusted: set[tuple] = set()
-_OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout)}
+_OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)}
+_OWN_CONVOLUTION = nn.Conv2d._conv_forward  # what its forward calls
 _harmless: dict[tuple, bool] = {}  # signature of a module without tensors -> whether it is what it should be
 _failed = False  # a kernel did not compile or fit: whole blocks run their own forwards from then on
 
 
-def trust(module: nn.Module, facts: Block | Merging) -> None:
+def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
     """Take the children of a proven block, by their names, for what it consists of."""
     for holder in (module, *(facts.holders if isinstance(facts, Block) else ())):
-        _trusted.add(_make_up(holder))
+        _trusted.add(_make_up(holder, facts))
 
 
-def _make_up(holder: nn.Module) -> tuple:
-    return type(holder), own_method(type(holder), "forward"), tuple(holder._modules)
+def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
+    switches = _switches(holder) if isinstance(facts, Embedding) else ()
+    return type(holder), own_method(type(holder), "forward"), tuple(holder._modules), switches
+
+
+def _switches(module: nn.Module) -> tuple:
+    """Settings but for sizes, and methods of its own: what an embedding does, and its children do not show."""
+    return tuple(
+        sorted(
+            (name, repr(value))
+            for name, value in module.__dict__.items()
+            if callable(value) or (isinstance(value, (bool, float, str)) and name[0] != "_" and name != "training")
+        )
+    )
 
 
 def forget_failures() -> None:
@@ -96,13 +110,13 @@ class Look:
     Attributes:
         facts: what the module consists of.
         norms: weight, bias and eps of each, in the order of their use.
-        linears: weight and bias of each, likewise.
+        linears: weight and bias of each, likewise; of an embedding, those of its projection.
         drops: what drops samples of the attention and of the MLP; None where nothing is dropped.
     """
 
     __slots__ = ("channels", "drops", "facts", "linears", "norms", "shapes", "twin", "watch")
 
-    def __init__(self, module: nn.Module, facts: Block | Merging) -> None:
+    def __init__(self, module: nn.Module, facts: Block | Merging | Embedding) -> None:
         self.facts: Any = facts
         norms: tuple[tuple[Any, int], ...]
         linears: tuple[tuple[Any, int, int], ...]
@@ -114,12 +128,18 @@ class Look:
             named = [facts.norm1, facts.norm2, facts.fc1, facts.fc2, facts.activation, facts.attention, *facts.holders]
             named += drops
             _demand(_is_gelu(facts.activation))
+        elif isinstance(facts, Embedding):
+            (width, channels, *patch), holders, linears = facts.projection.weight.shape, (), ()
+            norms = () if facts.norm is None else ((facts.norm, width),)
+            named = [facts.projection, facts.norm]
+            _demand(_is_patchwise(facts.projection) and not module.training)
+            _demand(kernels.embed_launch(width, channels * patch[0] * patch[1]) is not None)
         else:
             (width, channels), holders, drops = facts.reduction.weight.shape, (), []
             norms = ((facts.norm, width if facts.post_norm else channels),)
             linears = ((facts.reduction, channels, width),)
             named = [facts.norm, facts.reduction]
-        self.channels = channels if isinstance(facts, Block) else channels // 4
+        self.channels = channels // 4 if isinstance(facts, Merging) else channels
         for norm, size in norms:
             _demand(_is(norm, nn.LayerNorm) and norm.normalized_shape == (size,))
         for linear, fan_in, fan_out in linears:
@@ -127,7 +147,7 @@ class Look:
             _demand(linear.bias is None or linear.bias.numel() == fan_out)
         idle = []
         for holder in (module, *holders):
-            _demand(not holder._parameters and _make_up(holder) in _trusted)
+            _demand(not holder._parameters and _make_up(holder, facts) in _trusted)
             for child in holder._modules.values():
                 if child is not None and not any(child is one for one in named):
                     _demand(_is_idle(child))
@@ -136,16 +156,19 @@ class Look:
         _demand(all(one is None or _is_proven(one, _drops_samples) for one in self.drops))
         idle += [one for one in drops if one is not None]
         settled = [norm for norm, _ in norms] + idle + ([facts.activation] if isinstance(facts, Block) else [])
-        stood_in_for = [*settled, *(linear for linear, *_ in linears), *holders]
-        _demand(not any("forward" in one.__dict__ for one in stood_in_for))
         plain_norms, plain_linears = [norm for norm, _ in norms], [linear for linear, *_ in linears]
+        plain_linears += [facts.projection] if isinstance(facts, Embedding) else []
+        stood_in_for = [*settled, *plain_linears, *holders]
+        _demand(not any("forward" in one.__dict__ for one in stood_in_for))
         parameters = [one._parameters[name] for one in (*plain_norms, *plain_linears) for name in ("weight", "bias")]
         _demand(all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in parameters))
         self.shapes = [(tensor, tensor.shape) for tensor in parameters if tensor is not None]
         self.norms = [(norm.weight, norm.bias, norm.eps) for norm in plain_norms]
         self.linears = [(linear.weight, linear.bias) for linear in plain_linears]
         self.twin = twin(module)
-        self.watch = Watch(stood_in_for, stood_in_for, [self.twin])
+        # What an embedding gives depends on its settings.
+        own = [self.twin] if isinstance(facts, Embedding) else []
+        self.watch = Watch([*stood_in_for, *own], stood_in_for, [self.twin])
 
     def holds(self, module: nn.Module) -> bool:
         """Whether module, submodules, their settings and parameters are those that were looked at, and unhooked."""
@@ -163,6 +186,8 @@ class Look:
                 and tensor.is_contiguous()
             ):
                 return False
+        if isinstance(self.facts, Embedding):
+            return x.dim() == 4 and x.shape[1] == self.channels and _is_embeddable(x)
         return x.shape[-1] == self.channels
 
     def is_mixed(self, x: Tensor) -> bool:
@@ -183,6 +208,26 @@ def _demand(holds: bool) -> None:
 def _is(module: Any, cls: type) -> bool:
     """Whether this is PyTorch's very layer, whose class nobody has patched."""
     return type(module) is cls and cls.forward is _OWN_FORWARD[cls]
+
+
+def _is_patchwise(module: Any) -> bool:
+    """Whether this is a plain convolution of patches that neither overlap nor leave gaps."""
+    return (
+        _is(module, nn.Conv2d)
+        and "_conv_forward" not in module.__dict__
+        and module.kernel_size == module.stride == tuple(module.weight.shape[2:])
+        and module.padding == (0, 0)
+        and module.dilation == (1, 1)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+    )
+
+
+def _is_embeddable(image: Tensor) -> bool:
+    """Whether the kernel is to be preferred: in fp32 convolutions on GPUs may use TF32; patches are told by 32 bits."""
+    if image.dtype is torch.float32 and image.is_cuda:
+        return False
+    return nn.Conv2d._conv_forward is _OWN_CONVOLUTION and image.shape[0] * image.shape[2] * image.shape[3] < 2**31 - 64
 
 
 def _is_gelu(module: Any) -> bool:
@@ -433,3 +478,22 @@ def merged(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
     parts = x.view(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
     return parts.permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def embed(look: Look, x: Tensor) -> Any:
+    """What a patch embedding returns that is `fitting`, of an image of whole patches (B, C_in, H, W)."""
+    embedding: Embedding = look.facts
+    ((weight, bias),), affine = look.linears, look.norms[0] if look.norms else None
+    try:
+        image = kernels.embed(x, weight, bias, affine)
+    except kernels.LaunchError as error:
+        _fail(error)
+        return embed_reference(embedding, x)
+    return image if embedding.give is None else embedding.give(image)
+
+
+def embed_reference(embedding: Embedding, x: Tensor) -> Any:
+    """The same by its own modules."""
+    image = embedding.projection(x).permute(0, 2, 3, 1)
+    image = image if embedding.norm is None else embedding.norm(image)
+    return image if embedding.give is None else embedding.give(image)

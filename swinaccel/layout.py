@@ -1,4 +1,4 @@
-"""How a block is built around its attention, and a patch merging, as their families say."""
+"""How a block is built around its attention, a patch merging and a patch embedding, as their families say."""
 
 from __future__ import annotations
 
@@ -51,5 +51,21 @@ class Merging:
     post_norm: bool
 
 
-# x and the (H, W) of its tokens, where it holds them in one axis; None in place of these where it has both axes.
+@dataclass(slots=True)
+class Embedding:
+    """norm(projection(image)) over channels that come last: (B, C_in, H, W) to (B, H / p, W / q, C).
+
+    Attributes:
+        projection: a convolution of p x q patches, which neither overlap nor leave gaps.
+        norm: None where there is none.
+        give: makes what the module returns out of the result, where that is not the result.
+    """
+
+    projection: Any
+    norm: Any
+    give: Callable[[Tensor], Any] | None = None
+
+
+# x and the (H, W) of its tokens, where it holds them in one axis; None in place of these where it has both axes, as an
+# image to be embedded has.
 Tokens = tuple[Tensor, tuple[int, int] | None]

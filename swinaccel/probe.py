@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import dispatch, fusion, reference
 from .families import Family, Surrounding, examples
-from .layout import Block
+from .layout import Block, Merging
 from .spec import Section, WindowSpec
 from .watch import own_method
 
@@ -204,8 +204,10 @@ def _compare_around(
     _seed()
     args = inputs[1], *args[1:]
     x, size = family.tokens(other, *args)
-    if not isinstance(facts, Block):
+    if isinstance(facts, Merging):
         found = fusion.merge_reference(facts, x, size)
+    elif not isinstance(facts, Block):
+        found = fusion.embed_reference(facts, x)
     else:
         if attention is not None:
             attend: Any = functools.partial(attention, other)
@@ -277,7 +279,7 @@ def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...]) ->
         return f"its forward gives {len(expected)} outputs where {name} gives {len(found)}"
     for place, (one, other) in enumerate(zip(expected, found, strict=True)):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-            if one is not other:
+            if one is not other and not (isinstance(one, tuple) and one == other):
                 return f"its forward gives other outputs than {name}"
             continue
         if place and torch.equal(one, other):  # a loss may be zero; where the output is, nothing is shown

@@ -12,6 +12,8 @@ _BACKWARD_PROGRAMS = 8  # on a multiprocessor
 
 MLP_CHANNELS = 256  # at most; beyond, and where channels leave room in their tile, products of their own are faster
 
+EMBED_CHANNELS, EMBED_NUMBERS = 512, 256  # of a token, and of a patch, at most: what keeps a program in registers
+
 
 class RowsLaunch(NamedTuple):
     """Rows of a program, and the channels that it has room for."""
@@ -26,6 +28,16 @@ class MlpLaunch(NamedTuple):
     block_m: int
     block_c: int
     block_h: int
+    num_warps: int
+    num_stages: int
+
+
+class EmbedLaunch(NamedTuple):
+    """Launch of the patch embedding."""
+
+    block_m: int
+    block_c: int
+    block_k: int
     num_warps: int
     num_stages: int
 
@@ -49,3 +61,14 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
     own, stage = (block_m * block_c + block_m * block_h) * element_size, 2 * block_h * block_c * element_size
     num_stages = min(2 if is_wide else 3, (shared_memory - own) // stage)
     return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None
+
+
+def embed(*, channels: int, numbers: int) -> EmbedLaunch | None:
+    """Launch for patches of so many numbers that become C channels, or None where the convolution is to be preferred.
+
+    A program reads all of the weight anew, so that it takes as many patches as its registers hold.
+    """
+    block_c = power_of_two(channels)
+    if channels > EMBED_CHANNELS or numbers > EMBED_NUMBERS:
+        return None
+    return EmbedLaunch(64 if block_c <= 256 else 32, block_c, 16, 4 if block_c <= 128 else 8, 3)

@@ -1,4 +1,4 @@
-"""Launches what stands around the attention: norms with residual sums, GELU, the MLP of few channels.
+"""Launches what stands around the attention: norms with residual sums, GELU, the MLP of few channels, embeddings.
 
 All tensors are contiguous and on one device; but for `run_norm` they are of one dtype, and no gradient is recorded. Any
 failure to compile or launch is a `LaunchError`.
@@ -104,6 +104,58 @@ def _plan_merge(device: torch.device, batch: int, height: int, width: int, chann
         (-(-rows // shape.rows),),
         (rows, height, width, eps, channels, shape.block_c, shape.rows),
         num_warps=fusion_launch.MERGE_WARPS,
+    )
+
+
+@lru_cache(maxsize=256)
+def embed_launch(channels: int, numbers: int) -> Any:
+    """How `embed` would run for patches of so many numbers, or None where it is not to."""
+    from ..kernels import fusion_launch
+
+    return fusion_launch.embed(channels=channels, numbers=numbers)
+
+
+def embed(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine | None) -> Tensor:
+    """(B, C_in, H, W) to (B, H / p, W / q, C): each patch times the weight (C, C_in, p, q), and the norm of that.
+
+    Args:
+        x: its sides are multiples of the patch's, and it has less than 2^31 - 64 patches.
+        affine: of the norm; None: there is none.
+    """
+    (batch, _, height, width), (channels, _, *patch) = x.shape, weight.shape
+    down, across = height // patch[0], width // patch[1]
+    out = x.new_empty((batch, down, across, channels))
+    if out.numel():
+        norm_weight, norm_bias, eps = (None, None, None) if affine is None else affine
+        key = ("embed", x.device, batch, down, across, weight.shape, eps)
+        _launch(key, _plan_embed, out, x, weight, bias, norm_weight, norm_bias)
+    return out
+
+
+def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight: torch.Size, eps: float | None) -> Any:
+    from ..kernels import embedding
+
+    channels, inputs, *patch = weight
+    rows, numbers = batch * down * across, inputs * patch[0] * patch[1]
+    shape = embed_launch(channels, numbers)
+    return windows._Launch(
+        embedding._embed_kernel,
+        (-(-rows // shape.block_m),),
+        (
+            rows,
+            down,
+            across,
+            0.0 if eps is None else eps,
+            channels,
+            numbers,
+            *patch,
+            eps is not None,
+            shape.block_m,
+            shape.block_c,
+            shape.block_k,
+        ),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
     )
 
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..layout import Block, Merging, Tokens
+from ..layout import Block, Embedding, Merging, Tokens
 from ..spec import Section, WindowSpec
 from .around import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
+from .embedding import PatchEmbed
 from .huggingface import HuggingFaceSwin
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
@@ -62,7 +63,7 @@ class Family(Protocol):
 
 
 class Surrounding(Protocol):
-    """A module around window attention that holds no section of its own: a block, a patch merging.
+    """A module around window attention that holds no section of its own: a block, a patch merging, a patch embedding.
 
     A block also has `attend(module)`, what stands for its attention: (B, H, W, C) to the same.
     """
@@ -73,7 +74,7 @@ class Surrounding(Protocol):
     def match(self, module: nn.Module) -> bool:
         """Whether a module looks like one."""
 
-    def block(self, module: nn.Module) -> Block | Merging:
+    def block(self, module: nn.Module) -> Block | Embedding | Merging:
         """What a module consists of."""
 
     def tokens(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tokens:
@@ -101,7 +102,7 @@ FAMILIES: list[Family] = [
 ]
 
 
-AROUND: list[Surrounding] = [TorchvisionBlock(), PatchMerging()]
+AROUND: list[Surrounding] = [TorchvisionBlock(), PatchMerging(), PatchEmbed()]
 
 
 def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:

@@ -1,0 +1,76 @@
+"""Patch embeddings: timm's of Swin and SwinV2, the official code's, Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import Embedding, Tokens
+from ._common import pair, positional_names
+
+
+def _tokens(image: Tensor) -> Tensor:
+    return image.flatten(1, 2)
+
+
+def _tokens_and_size(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    return image.flatten(1, 2), (image.shape[1], image.shape[2])
+
+
+_FORMATS: dict[str, Callable[[Tensor], Any] | None] = {"NHWC": None, "NLC": _tokens}  # timm's; of others, none is here
+
+
+class PatchEmbed:
+    """`proj` and `norm`: (B, C_in, H, W) to (B, H / p, W / q, C) or (B, N, C). `projection`: to (B, N, C) and its size.
+
+    Images that the original pads, cuts or refuses are its own to take.
+    """
+
+    name = "patch_embed"
+    method = "forward"
+
+    def match(self, module: Any) -> bool:
+        projection, norm = _projection(module), module._modules.get("norm")
+        if not isinstance(projection, nn.Conv2d) or not isinstance(norm, (nn.LayerNorm, nn.Identity, type(None))):
+            return False
+        if module._parameters or module._buffers or not module._modules.keys() <= {"proj", "projection", "norm"}:
+            return False
+        _give(module)
+        patch, form = pair(module.patch_size), positional_names(type(module).forward)
+        return projection.kernel_size == projection.stride == patch and len(form) == 1
+
+    def block(self, module: Any) -> Embedding:
+        norm = module._modules.get("norm")
+        return Embedding(_projection(module), None if isinstance(norm, nn.Identity) else norm, _give(module))
+
+    def tokens(self, module: Any, x: Tensor) -> Tokens:
+        _, _, height, width = x.shape
+        patch, size = _projection(module).kernel_size, getattr(module, "img_size", None)
+        if pair(module.patch_size) != patch or not height or height % patch[0] or not width or width % patch[1]:
+            raise ValueError("the image does not consist of patches")
+        if size is not None and getattr(module, "strict_img_size", True) and pair(size) != (height, width):
+            raise ValueError("the image is of another size than the module demands")
+        return x, None
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        projection, size = _projection(module), pair(getattr(module, "img_size", None))
+        height, width = projection.kernel_size
+        sizes = [(3 * height, 2 * width), (2 * height, 5 * width)]
+        if size is not None:
+            sizes = [size] if getattr(module, "strict_img_size", True) else [size, *sizes]
+        return [(torch.Size((2, projection.in_channels, *sides)),) for sides in sizes]
+
+
+def _projection(module: Any) -> Any:
+    children = module._modules
+    return children["projection"] if "projection" in children else children["proj"]
+
+
+def _give(module: Any) -> Callable[[Tensor], Any] | None:
+    """What makes the module's own output of an image of tokens; KeyError where that is another form."""
+    if "projection" in module._modules:
+        return _tokens_and_size
+    return _tokens if getattr(module, "flatten", True) else _FORMATS[module.output_fmt]
