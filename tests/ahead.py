@@ -51,10 +51,11 @@ WINDOWS = [
 ]
 SEQUENCES = [(128, 64, FP16, FP32, True)]  # head_dim, rank, dtype, dtype of factors, mask
 MLPS = [256]  # channels
+EMBEDDINGS = [512]  # channels
 GPUS_BY_DEFAULT = ("sm_86", "gfx942")
 
 
-def everything() -> tuple[list[Any], list[Any], list[Any]]:
+def everything() -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     windows_and_sizes = itertools.product(
         [(2, 2), (7, 7), (8, 8), (9, 8), (12, 12), (16, 16), (24, 24), (2, 7, 7), (8, 7, 7)],
         [16, 32, 64, 96, 128],
@@ -66,7 +67,7 @@ def everything() -> tuple[list[Any], list[Any], list[Any]]:
         for head_dim, rank, dtype, mask in itertools.product([16, 64, 128], [0, 16, 64], [FP16, FP32], [False, True])
         for factor_dtype in dict.fromkeys((dtype, FP32))
     ]
-    return list(windows_and_sizes), sequences, [32, 96, 128, 256]
+    return list(windows_and_sizes), sequences, [32, 96, 128, 256], [96, 128, 192, 512]
 
 
 def launches(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
@@ -138,6 +139,12 @@ def mlp(channels: int) -> None:
         triton_fusion.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
 
 
+def embed(channels: int) -> None:
+    image, weight = torch.zeros(2, 3, 64, 64, dtype=FP16), torch.zeros(channels, 3, 4, 4, dtype=FP16)
+    norm = torch.zeros(channels, dtype=FP16)
+    triton_fusion.embed(image, weight, norm, (norm, norm, 1e-5))
+
+
 def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
     """Compile a launch; bytes of shared memory of one program."""
     signature: dict[str, str] = {}
@@ -163,7 +170,7 @@ def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
 
 def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
     """(GPU, problem, plan)."""
-    windows_, sequences, mlps = everything() if everywhere else (WINDOWS, SEQUENCES, MLPS)
+    windows_, sequences, mlps, embeddings = everything() if everywhere else (WINDOWS, SEQUENCES, MLPS, EMBEDDINGS)
     for gpu in GPUS if everywhere else GPUS_BY_DEFAULT:
         for one in windows_:
             yield gpu, f"window {one}", lambda one=one: window(*one)
@@ -171,6 +178,8 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
             yield gpu, f"sequence {one}", lambda one=one: sequence(*one)
         for channels in mlps:
             yield gpu, f"mlp {channels}", lambda channels=channels: mlp(channels)
+        for channels in embeddings:
+            yield gpu, f"embed {channels}", lambda channels=channels: embed(channels)
 
 
 def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:
@@ -193,7 +202,10 @@ def main() -> None:
             continue
         seen = set()
         for launch, tensors in launches(plan, gpu):
-            if launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp") and id(launch) not in seen:
+            if (
+                launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed")
+                and id(launch) not in seen
+            ):
                 seen.add(id(launch))
                 work.append((gpu, problem, launch, tensors))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

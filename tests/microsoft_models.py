@@ -187,3 +187,21 @@ class SwinTransformerBlock(nn.Module):
             return x + self.drop_path(self.norm2(self.mlp(x)))
         x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Patches of an image as rows of channels, with a norm where one is given: (B, C, H, W) to (B, N, dim)."""
+
+    def __init__(self, img_size, patch_size=4, in_chans=3, embed_dim=16, norm_layer=None):
+        super().__init__()
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
+        self.patches_resolution = [img_size // patch_size] * 2
+        self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = None if norm_layer is None else norm_layer(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert tuple(x.shape[2:]) == self.img_size, "the image is not of the model's size"
+        x = self.proj(x).flatten(2).mT
+        return x if self.norm is None else self.norm(x)
