@@ -22,6 +22,7 @@ from swinaccel.backends import triton_fusion as kernels
 HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
 DTYPES = HALVES if TRITON_DEVICE == "cuda" else [*HALVES, torch.float32]
 DTYPE = DTYPES[-1]
+TOLERANCE = {torch.float32: 1e-6}.get(DTYPE, 2**-7)
 
 
 @pytest.fixture
@@ -461,13 +462,13 @@ def test_edits_are_followed(embedded):
     embedding.proj.weight = nn.Parameter(embedding.proj.weight.detach() * 1.5)
     found = given(model, x)
     with swinaccel.disabled():
-        helpers.assert_close(found, given(model, x), 1e-6 if DTYPE == torch.float32 else 2**-7)
+        helpers.assert_close(found, given(model, x), TOLERANCE)
     embedding.norm = nn.Identity()
     embedding.proj.bias = None
     found = given(model, x)
     assert len(embedded) == 3
     with swinaccel.disabled():
-        helpers.assert_close(found, given(model, x), 1e-6 if DTYPE == torch.float32 else 2**-7)
+        helpers.assert_close(found, given(model, x), TOLERANCE)
 
 
 def test_another_size_is_followed(embedded):
