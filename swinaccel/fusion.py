@@ -74,7 +74,7 @@ def is_worth(x: Tensor, backend: str = "triton") -> bool:
 def fitting(family: Any, module: nn.Module, x: Tensor, backend: str) -> Look | None:
     """What is known of a module that may be fused in a call about x; None where it holds a surprise or is watched."""
     dtype = product_dtype(x)
-    if _failed or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32) or not x.is_contiguous():
+    if _failed or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32):
         return None
     if (dtype == torch.bfloat16 and not x.is_cuda) or torch._C._len_torch_dispatch_stack():
         return None  # Triton's interpreter does not multiply bfloat16
@@ -96,8 +96,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that layer norms come out in."""
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """The dtype that layer norms of products come out in."""
+    kind = x.device.type
+    return torch.float32 if kind != "cpu" and torch.is_autocast_enabled(kind) else product_dtype(x)
 
 
 class _Unfit(Exception):
@@ -129,10 +130,10 @@ class Look:
             named += drops
             _demand(_is_gelu(facts.activation))
         elif isinstance(facts, Embedding):
-            (width, channels, *patch), holders, linears = facts.projection.weight.shape, (), ()
+            (width, channels, *patch), holders, linears, drops = facts.projection.weight.shape, (), (), []
             norms = () if facts.norm is None else ((facts.norm, width),)
             named = [facts.projection, facts.norm]
-            _demand(_is_patchwise(facts.projection) and not module.training)
+            _demand(_is_patchwise(facts.projection))
             _demand(kernels.embed_launch(width, channels * patch[0] * patch[1]) is not None)
         else:
             (width, channels), holders, drops = facts.reduction.weight.shape, (), []
@@ -187,8 +188,10 @@ class Look:
             ):
                 return False
         if isinstance(self.facts, Embedding):
-            return x.dim() == 4 and x.shape[1] == self.channels and _is_embeddable(x)
-        return x.shape[-1] == self.channels
+            if nn.Conv2d._conv_forward is not _OWN_CONVOLUTION or x.dim() != 4 or x.shape[1] != self.channels:
+                return False
+            return self.is_mixed(x) or (x.is_contiguous() and _is_embeddable(x))
+        return x.is_contiguous() and x.shape[-1] == self.channels
 
     def is_mixed(self, x: Tensor) -> bool:
         """Whether gradients are recorded, samples dropped, or autocast has dtypes of its own between the layers."""
@@ -227,7 +230,7 @@ def _is_embeddable(image: Tensor) -> bool:
     """Whether the kernel is to be preferred: in fp32 convolutions on GPUs may use TF32; patches are told by 32 bits."""
     if image.dtype is torch.float32 and image.is_cuda:
         return False
-    return nn.Conv2d._conv_forward is _OWN_CONVOLUTION and image.shape[0] * image.shape[2] * image.shape[3] < 2**31 - 64
+    return image.shape[0] * image.shape[2] * image.shape[3] < 2**31 - 64
 
 
 def _is_gelu(module: Any) -> bool:
@@ -344,10 +347,11 @@ def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] 
         return _rest(block, x, branch)
     try:
         if block.post_norm:
-            wide = _norm_dtype(x)
-            total, narrow = recorded.norm_add(x, branch, _drawn(drop1, x, wide), norm1, wide, True)
+            normed = _norm_dtype(x)
+            wide = torch.promote_types(x.dtype, normed)
+            total, narrow = recorded.norm_add(x, branch, _drawn(drop1, x, normed), norm1, wide, True)
             added = recorded.mlp(None, total if narrow is None else narrow, None, fc1, fc2)
-            return recorded.norm_add(total, added, _drawn(drop2, x, wide), norm2, wide, False)[0]
+            return recorded.norm_add(total, added, _drawn(drop2, x, normed), norm2, wide, False)[0]
         total, y = recorded.add_norm(x, branch, _drawn(drop1, x, dtype), norm2)
         return recorded.mlp(total, y, _drawn(drop2, x, dtype), fc1, fc2)
     except kernels.LaunchError as error:
@@ -485,11 +489,22 @@ def embed(look: Look, x: Tensor) -> Any:
     embedding: Embedding = look.facts
     ((weight, bias),), affine = look.linears, look.norms[0] if look.norms else None
     try:
-        image = kernels.embed(x, weight, bias, affine)
+        if look.is_mixed(x):
+            image = F.linear(_patches(x, weight.shape[2:]), weight.flatten(1), bias)
+            if affine is not None:
+                image = recorded.norm(image, affine, _norm_dtype(x))[1]
+        else:
+            image = kernels.embed(x, weight, bias, affine)
     except kernels.LaunchError as error:
         _fail(error)
         return embed_reference(embedding, x)
     return image if embedding.give is None else embedding.give(image)
+
+
+def _patches(x: Tensor, patch: torch.Size) -> Tensor:
+    """(B, C_in, H, W) to (B, H / p, W / q, C_in * p * q), in the dtype of products."""
+    parts = x.unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0])).permute(0, 2, 4, 1, 3, 5)
+    return parts.to(product_dtype(x), memory_format=torch.contiguous_format).flatten(3)
 
 
 def embed_reference(embedding: Embedding, x: Tensor) -> Any:
