@@ -23,7 +23,7 @@ from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Merging
 from .spec import Section
-from .watch import Unwatchable, Watch, own_method, twin
+from .watch import Unwatchable, Watch, has_own_forward, own_method, twin
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -133,6 +133,8 @@ def run(
     try:
         if look is None or tokens is None:
             result = family.forward(module, attend, *args, **kwargs)
+        elif torch.compiler.is_compiling():
+            result = fusion.forward_traced(look, attend, *tokens)
         else:
             result = fusion.forward(look, attend, *tokens, backend=backend)
     except ops.KernelError as error:
@@ -224,15 +226,22 @@ def run_around(
         look = _surroundings(family, module, config, x, backend) if is_block or backend != "torch" else None
         tokens = None if look is None else _tokens(family, module, x, args, kwargs)
         if look is not None and tokens is not None:
+            if is_block and torch.compiler.is_compiling():
+                return fusion.forward_traced(look, family.attend(module), *tokens)
             if is_block:
                 return fusion.forward(look, family.attend(module), *tokens, backend=backend)
             return fusion.merge(look, *tokens) if isinstance(look.facts, Merging) else fusion.embed(look, x)
     return original(module, *args, **kwargs)
 
 
-def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor, backend: str) -> fusion.Look | None:
+def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor, backend: str) -> Any:
     """What is known of a block, merging or embedding that may be fused in this call, or None."""
-    if config.fuse != "auto" or torch.compiler.is_compiling() or not fusion.is_worth(x, backend):
+    if config.fuse != "auto":
+        return None
+    if torch.compiler.is_compiling():
+        is_block = hasattr(family, "attend") or hasattr(family, "section")
+        return fusion.traced(family, module, x) if is_block and backend == "triton" else None
+    if not fusion.is_worth(x, backend):
         return None
     return fusion.fitting(family, module, x, backend)
 
@@ -391,7 +400,7 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
 def replaced(module: nn.Module) -> list[str]:
     """Methods replaced on this very instance; a compiler, which cannot walk over attributes, asks for `forward`."""
     if torch.compiler.is_compiling():
-        return ["forward"] if "forward" in module.__dict__ else []
+        return ["forward"] if has_own_forward(module) else []
     cls, attributes = type(module), module.__dict__
     return [name for name, value in attributes.items() if isinstance(value, _FUNCTIONS) and hasattr(cls, name)]
 

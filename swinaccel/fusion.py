@@ -7,6 +7,7 @@ dtypes is not obviously the same, the answer is no, and the block runs its own f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import types
@@ -18,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion_autograd as recorded
+from . import fusion_ops
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Embedding, Merging
-from .watch import Unwatchable, Watch, own_method, twin
+from .watch import Unwatchable, Watch, has_own_forward, own_method, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -42,6 +44,8 @@ def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
     """Take the children of a proven block, by their names, for what it consists of."""
     for holder in (module, *(facts.holders if isinstance(facts, Block) else ())):
         _trusted.add(_make_up(holder, facts))
+    if isinstance(facts, Block):
+        _trust_compiled(module, facts)
 
 
 def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
@@ -164,8 +168,8 @@ class Look:
         parameters = [one._parameters[name] for one in (*plain_norms, *plain_linears) for name in ("weight", "bias")]
         _demand(all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in parameters))
         self.shapes = [(tensor, tensor.shape) for tensor in parameters if tensor is not None]
-        self.norms = [(norm.weight, norm.bias, norm.eps) for norm in plain_norms]
-        self.linears = [(linear.weight, linear.bias) for linear in plain_linears]
+        self.norms: Any = tuple((norm.weight, norm.bias, norm.eps) for norm in plain_norms)
+        self.linears: Any = tuple((linear.weight, linear.bias) for linear in plain_linears)
         self.twin = twin(module)
         # What an embedding gives depends on its settings.
         own = [self.twin] if isinstance(facts, Embedding) else []
@@ -322,7 +326,11 @@ def forward(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] | None,
     elif on_cpu:
         out = torch_fusion.rest(x, branch, block)
     else:
-        out = _rest_post(look, x, branch) if block.post_norm else _rest_pre(look, x, branch)
+        try:
+            out = fusion_ops.after_attention(x, branch, look.norms, look.linears, block.post_norm)
+        except kernels.LaunchError as error:
+            _fail(error)
+            out = _rest(block, x, branch)
     return out if block.give is None else block.give(out)
 
 
@@ -409,42 +417,78 @@ def _norm(x: Tensor, look: Look) -> Tensor:
         return look.facts.norm1(x)
 
 
-def _fits_one_kernel(look: Look, x: Tensor) -> bool:
-    hidden, channels = look.linears[0][0].shape
-    return kernels.mlp_launch(x.device, x.dtype, channels, hidden) is not None
+# What a compiler can look up, which cannot walk over attributes: names of children, and types of what is proven.
+_children: dict[type, tuple[str, ...]] = {}
+_idle_types: set[type] = set()
+_gelu_types: set[type] = set()
+_LIBRARIES = ("torch.nn.", "timm.layers.", "torchvision.ops.", "transformers.")  # settings change nothing there
 
 
-def _hidden(look: Look, x: Tensor) -> Tensor:
-    """activation(fc1(x)) as a matrix."""
-    hidden = F.linear(x.view(-1, look.channels), *look.linears[0])
-    return kernels.gelu(hidden, out=hidden) if hidden.dtype in _HALVES else F.gelu(hidden)
+def _trust_compiled(module: nn.Module, block: Block) -> None:
+    for holder in (module, *block.holders):
+        _children[type(holder)] = tuple(holder._modules)
+        for child in holder.children():
+            if type(child).__module__.startswith(_LIBRARIES) and _is_idle(copy.deepcopy(child).eval()):
+                _idle_types.add(type(child))
+    activation = type(block.activation)
+    if activation is not nn.GELU and activation.__module__.startswith(_LIBRARIES) and _is_gelu(block.activation):
+        _gelu_types.add(activation)
 
 
-def _rest_post(look: Look, x: Tensor, branch: Tensor) -> Tensor:
-    (norm1, norm2), (fc1, fc2) = look.norms, look.linears
-    try:
-        total = kernels.norm_add(x, branch, norm1)
-        if _fits_one_kernel(look, x):
-            return kernels.mlp(total, None, norm2, fc1, fc2)
-        return kernels.norm_add(total, F.linear(_hidden(look, total), *fc2), norm2)
-    except kernels.LaunchError as error:
-        _fail(error)
-        return _rest(look.facts, x, branch)
+def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:
+    """What a compiler finds the module to be, if it may take one operator for all that follows its attention."""
+    if _failed or x.dtype not in _HALVES or torch.is_autocast_enabled(x.device.type):
+        return None
+    block = family.block(module)
+    norms, linears = (block.norm1, block.norm2), (block.fc1, block.fc2)
+    named = (*norms, *linears, block.activation, block.attention, *block.holders)
+    for holder in (module, *block.holders):
+        if holder._parameters or _children.get(type(holder)) != tuple(holder._modules):
+            return None
+        for child in holder._modules.values():
+            if not any(child is one for one in named) and (child.training or type(child) not in _idle_types):
+                return None
+    for part in (*norms, *linears, *block.holders, block.activation, block.drop1, block.drop2):
+        if part is not None and not _is_untouched(part):
+            return None
+    if type(block.activation) not in _gelu_types and not _is_exact(block.activation):
+        return None
+    parameters = []
+    for norm in norms:
+        if type(norm) is not nn.LayerNorm or norm.normalized_shape != x.shape[-1:]:
+            return None
+        parameters += norm.weight, norm.bias
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return None
+        parameters += linear.weight, linear.bias
+    for one in parameters:
+        if one is not None and (type(one) is not nn.Parameter or one.dtype != x.dtype or not one.is_contiguous()):
+            return None
+    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
+        return None
+    return block
 
 
-def _rest_pre(look: Look, x: Tensor, branch: Tensor) -> Tensor:
-    (_, norm2), (fc1, fc2) = look.norms, look.linears
-    try:
-        if _fits_one_kernel(look, x):
-            return kernels.mlp(x, branch, norm2, fc1, fc2)
-        weight, bias = fc2
-        total, y = kernels.add_norm(x, branch, norm2, bias)
-        # The second product adds to the sum, which holds its bias already, where it lies.
-        total.view(-1, look.channels).addmm_(_hidden(look, y), weight.t())
-        return total
-    except kernels.LaunchError as error:
-        _fail(error)
-        return _rest(look.facts, x, branch)
+def _is_untouched(part: nn.Module) -> bool:
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return not hooks and not has_own_forward(part)
+
+
+def _is_exact(activation: nn.Module) -> bool:
+    return type(activation) is nn.GELU and activation.approximate == "none"
+
+
+def forward_traced(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Any:
+    """What such a block returns."""
+    branch = _branch(attend, x if block.post_norm else block.norm1(x), size)
+    if branch.dtype != x.dtype or branch.shape != x.shape:
+        out = _rest(block, x, branch)
+    else:
+        norms = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
+        linears = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
+        out = fusion_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
+    return out if block.give is None else block.give(out)
 
 
 def merge(look: Look, x: Tensor, size: tuple[int, int] | None) -> Tensor:

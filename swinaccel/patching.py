@@ -221,7 +221,7 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         family = found.family
         if found.is_around or name != family.method:
-            if compiling or found.config.fuse != "auto":
+            if found.config.fuse != "auto":
                 return method(self, *args, **kwargs)
             return dispatch.run_around(family, self, method, found.config, args, kwargs)
         counted = None if compiling else stats(self)

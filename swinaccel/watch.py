@@ -40,6 +40,11 @@ def twin(module: nn.Module) -> nn.Module:
 _forward = attrgetter("forward")
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether forward was replaced on this instance; reading it is what makes a compiler guard the answer."""
+    return module.forward is None or "forward" in module.__dict__
+
+
 def owner(cls: type, method: str) -> type:
     """The class that defines the method which instances of `cls` run."""
     return next(base for base in cls.__mro__ if method in vars(base))

@@ -14,7 +14,7 @@ from test_families import MODELS
 from torch import nn
 
 import swinaccel
-from swinaccel import fusion, patching
+from swinaccel import fusion, fusion_ops, patching
 from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_fusion as kernels
 
@@ -487,14 +487,87 @@ def test_kernels_that_fail(v2, monkeypatch, caplog):
     helpers.assert_close(again, expected)
 
 
-def test_compiled_blocks_are_the_compilers(launched):
-    model = accelerated(block())
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+@pytest.fixture
+def after_attention(monkeypatch):
+    """The dtypes of what the operator was given."""
+    dtypes, plain = [], fusion_ops.after_attention
+
+    def run(x, *rest):
+        dtypes.append(x.dtype)
+        return plain(x, *rest)
+
+    monkeypatch.setattr(fusion_ops, "after_attention", run)
+    return dtypes
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["timm-v1", "timm-v2", "torchvision-v1", "torchvision-v2", "hf-swin", "hf-swinv2"])
+def test_compiled_models(name, dtype, after_attention):
+    """What follows the attention is one operator, in half precision; in fp32 the compiler's own."""
+    make, example, count = MODELS[name]
+    model, x = make().to(TRITON_DEVICE, dtype), example().to(TRITON_DEVICE, dtype)
+    twin = accelerated(model)
     with torch.no_grad():
-        found = compiled(X.to(TRITON_DEVICE))
-    assert launched == []
-    with swinaccel.disabled():
-        helpers.assert_close(found, outputs(model, X))
+        found = helpers.tensors(compiled(twin)(x))[0]
+    assert after_attention == ([] if dtype == torch.float32 else [dtype] * count)
+    exact = helpers.tensors(outputs(copy.deepcopy(model).double(), x.double()))[0]
+    own = helpers.tensors(outputs(model, x))[0]
+    errors = [(one.double() - exact).abs().mean() for one in (found, own)]
+    assert errors[0] <= 1.5 * errors[1] + 1e-6
+
+
+UNUSUAL_COMPILED = [
+    "hook-norm", "hook-fc2", "hook-activation", "norm", "activation", "tanh", "mlp-norm", "drop-path", "forward",
+    "child", "training",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("change", UNUSUAL_COMPILED)
+def test_unusual_blocks_are_the_compilers(change, v2, after_attention):
+    model = accelerated(block(v2=v2).to(HALVES[0]))
+    run, x = compiled(model), X.to(TRITON_DEVICE, HALVES[0])
+    with torch.no_grad():
+        run(x)
+        assert len(after_attention) == 1
+        UNUSUAL[change](model.float())
+        model.to(HALVES[0])
+        torch.manual_seed(0)
+        try:
+            found = run(x)
+        except torch._dynamo.exc.Unsupported:  # hooks that break a graph
+            found = torch.compile(model, backend="aot_eager")(x)
+        assert len(after_attention) == 1
+        if change != "training":
+            with swinaccel.disabled():
+                helpers.assert_close(found, model(x), 5e-3)
+
+
+def test_training_is_the_compilers(after_attention):
+    model = accelerated(block().to(HALVES[0]))
+    x = X.to(TRITON_DEVICE, HALVES[0])
+    compiled(model)(x).sum().backward()
+    with torch.no_grad(), torch.autocast(TRITON_DEVICE, HALVES[0]):
+        compiled(model.float())(x.float())
+    assert after_attention == []
+
+
+def test_the_operator():
+    model = block()
+    linears = [(one.weight.data, one.bias.data) for one in (model.mlp.fc1, model.mlp.fc2)]
+    norms = [(one.weight.data, one.bias.data, one.eps) for one in (model.norm1, model.norm2)]
+    for post_norm in (False, True):
+        arguments = X, X.flip(0), *norms[0], *norms[1], *linears[0], *linears[1], post_norm
+        arguments = [one.to(TRITON_DEVICE) if torch.is_tensor(one) else one for one in arguments]
+        torch.library.opcheck(torch.ops.swinaccel.after_attention.default, tuple(arguments))
+        found = torch.ops.swinaccel.after_attention(*arguments)
+        norm, linear = (arguments[2:5], arguments[5:8]), (arguments[8:10], arguments[10:12])
+        helpers.assert_close(found, fusion_ops._plain(*arguments[:2], norm, linear, post_norm))
 
 
 def test_nothing_keeps_a_block_alive():
