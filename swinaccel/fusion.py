@@ -453,7 +453,7 @@ def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:
             return None
     if type(block.activation) not in _gelu_types and not _is_exact(block.activation):
         return None
-    parameters = []
+    parameters: list[Any] = []
     for norm in norms:
         if type(norm) is not nn.LayerNorm or norm.normalized_shape != x.shape[-1:]:
             return None
@@ -485,8 +485,8 @@ def forward_traced(block: Block, attend: Attend, x: Tensor, size: tuple[int, int
     if branch.dtype != x.dtype or branch.shape != x.shape:
         out = _rest(block, x, branch)
     else:
-        norms = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
-        linears = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
+        norms: Any = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
+        linears: Any = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
         out = fusion_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
     return out if block.give is None else block.give(out)
 

@@ -177,15 +177,22 @@ class _Mlp(torch.autograd.Function):
         else:
             grad_hidden, active = torch.ops.aten.gelu_backward(grad_active, hidden), F.gelu(hidden)
             sums1 = grad_hidden.sum(0)
-        found = (
-            grad_hidden.t() @ rows if needs[3] else None,
-            sums1 if needs[4] else None,
-            grad_branch.t() @ active if needs[5] else None,
-            sums2 if needs[6] else None,
+        weight1, bias1, weight2, bias2 = parameters
+        grads = (
+            _product(grad_hidden.t(), rows, weight1.dtype) if needs[3] else None,
+            sums1.to(bias1.dtype) if needs[4] else None,
+            _product(grad_branch.t(), active, weight2.dtype) if needs[5] else None,
+            sums2.to(bias2.dtype) if needs[6] else None,
         )
-        grads = [None if one is None else one.to(like.dtype) for one, like in zip(found, parameters, strict=True)]
         grad_y = (grad_hidden @ first).view(y.shape) if needs[1] else None
         return grad if needs[0] else None, grad_y, None, *grads
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in a dtype, to which sums are rounded from fp32 but once, where that is possible."""
+    if a.is_cuda and a.dtype in _HALVES and dtype is torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
 
 
 def _stats(x: Tensor) -> Tensor:

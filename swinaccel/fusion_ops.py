@@ -1,4 +1,4 @@
-"""All of a block after its attention, without gradients: as a function, and as an operator that compilers keep whole."""
+"""All of a block after its attention, without gradients: a function, and an operator that compilers keep whole."""
 
 from __future__ import annotations
 

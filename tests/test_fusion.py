@@ -537,7 +537,8 @@ def test_unusual_blocks_are_the_compilers(change, v2, after_attention):
         assert len(after_attention) == 1
         UNUSUAL[change](model.float())
         model.to(HALVES[0])
-        torch.manual_seed(0)
+        if change.startswith("hook"):  # one that comes later is seen by no compiled model
+            run = compiled(model)
         try:
             found = run(x)
         except torch._dynamo.exc.Unsupported:  # hooks that break a graph
