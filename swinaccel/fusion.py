@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fusion_autograd as recorded
-from . import fusion_ops
+from . import fusion_ops, harmless
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Embedding, Merging
@@ -36,12 +36,11 @@ _DTYPES = (*_HALVES, torch.float32)
 _trusted: set[tuple] = set()
 _OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)}
 _OWN_CONVOLUTION = nn.Conv2d._conv_forward  # what its forward calls
-_harmless: dict[tuple, bool] = {}  # signature of a module without tensors -> whether it is what it should be
 _failed = False  # a kernel did not compile or fit: whole blocks run their own forwards from then on
 
 
 def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
-    """Take the children of a proven block, by their names, for what it consists of."""
+    """Take a proven module, with its children by their names, for what it looks like; and others made alike."""
     for holder in (module, *(facts.holders if isinstance(facts, Block) else ())):
         _trusted.add(_make_up(holder, facts))
     if isinstance(facts, Block):
@@ -49,19 +48,26 @@ def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
 
 
 def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
-    switches = _switches(holder) if isinstance(facts, Embedding) else ()
-    return type(holder), own_method(type(holder), "forward"), tuple(holder._modules), switches
+    """All that decides what a module does with its children; of one whose code is not known, settings as well."""
+    drops = (type(facts.drop1), type(facts.drop2)) if isinstance(facts, Block) else ()
+    cls, kinds = type(holder), _SETTINGS[harmless.is_of_library(holder), isinstance(facts, Embedding)]
+    attributes = sorted(holder.__dict__.items())
+    settings = tuple([(key, repr(one)) for key, one in attributes if key not in _LIVE and isinstance(one, kinds)])
+    return cls, own_method(cls, "forward"), tuple(holder._modules), tuple(holder._buffers), drops, settings
 
 
-def _switches(module: nn.Module) -> tuple:
-    """Settings but for sizes, and methods of its own: what an embedding does, and its children do not show."""
-    return tuple(
-        sorted(
-            (name, repr(value))
-            for name, value in module.__dict__.items()
-            if callable(value) or (isinstance(value, (bool, float, str)) and name[0] != "_" and name != "training")
-        )
-    )
+# Settings that families read at each call, the marker of accelerated instances, and what every module has.
+_LIVE = {"H", "W", "img_size", "input_resolution", "shift_size", "window_size", "_swinaccel", *nn.Module().__dict__}
+
+
+# What of a module decides what it does: where its code is known, methods of its own, and the switches of an embedding.
+_METHODS = (types.FunctionType, types.MethodType)
+_SETTINGS: dict[tuple[bool, bool], Any] = {
+    (True, False): _METHODS,
+    (True, True): (bool, float, str, *_METHODS),
+    (False, False): object,
+    (False, True): object,
+}
 
 
 def forget_failures() -> None:
@@ -117,9 +123,10 @@ class Look:
         norms: weight, bias and eps of each, in the order of their use.
         linears: weight and bias of each, likewise; of an embedding, those of its projection.
         drops: what drops samples of the attention and of the MLP; None where nothing is dropped.
+        has_plain_products: whether the attention's products take their input in any dtype, under autocast.
     """
 
-    __slots__ = ("channels", "drops", "facts", "linears", "norms", "shapes", "twin", "watch")
+    __slots__ = ("channels", "drops", "facts", "has_plain_products", "linears", "norms", "shapes", "twin", "watch")
 
     def __init__(self, module: nn.Module, facts: Block | Merging | Embedding) -> None:
         self.facts: Any = facts
@@ -144,6 +151,8 @@ class Look:
             norms = ((facts.norm, width if facts.post_norm else channels),)
             linears = ((facts.reduction, channels, width),)
             named = [facts.norm, facts.reduction]
+        inside = facts.attention.modules() if isinstance(facts, Block) else ()
+        self.has_plain_products = all(type(one) is nn.Linear for one in inside if isinstance(one, nn.Linear))
         self.channels = channels // 4 if isinstance(facts, Merging) else channels
         for norm, size in norms:
             _demand(_is(norm, nn.LayerNorm) and norm.normalized_shape == (size,))
@@ -151,14 +160,19 @@ class Look:
             _demand(_is(linear, nn.Linear) and tuple(linear.weight.shape) == (fan_out, fan_in))
             _demand(linear.bias is None or linear.bias.numel() == fan_out)
         idle = []
+        roles = set()
         for holder in (module, *holders):
             _demand(not holder._parameters and _make_up(holder, facts) in _trusted)
+            _demand(harmless.is_of_library(holder) or holder._buffers.keys() <= {"attn_mask"})
             for child in holder._modules.values():
-                if child is not None and not any(child is one for one in named):
+                if child is not None and any(child is one for one in named):
+                    _demand(child not in roles)  # it may be called in one place only
+                    roles.add(child)
+                elif child is not None:
                     _demand(_is_idle(child))
                     idle.append(child)
         self.drops = [None if one is None or _is_idle(one) else one for one in drops]
-        _demand(all(one is None or _is_proven(one, _drops_samples) for one in self.drops))
+        _demand(all(one is None or harmless.passes(one, harmless.drops_samples) for one in self.drops))
         idle += [one for one in drops if one is not None]
         settled = [norm for norm, _ in norms] + idle + ([facts.activation] if isinstance(facts, Block) else [])
         plain_norms, plain_linears = [norm for norm, _ in norms], [linear for linear, *_ in linears]
@@ -171,8 +185,8 @@ class Look:
         self.norms: Any = tuple((norm.weight, norm.bias, norm.eps) for norm in plain_norms)
         self.linears: Any = tuple((linear.weight, linear.bias) for linear in plain_linears)
         self.twin = twin(module)
-        # What an embedding gives depends on its settings.
-        own = [self.twin] if isinstance(facts, Embedding) else []
+        # What an embedding gives depends on its settings, and so may what a module of unknown code does.
+        own = [self.twin] if isinstance(facts, Embedding) or not harmless.is_of_library(module) else []
         self.watch = Watch([*stood_in_for, *own], stood_in_for, [self.twin])
 
     def holds(self, module: nn.Module) -> bool:
@@ -240,7 +254,7 @@ def _is_embeddable(image: Tensor) -> bool:
 def _is_gelu(module: Any) -> bool:
     if _is(module, nn.GELU):
         return module.approximate == "none"
-    return _is_proven(module, _does_gelu)
+    return harmless.passes(module, harmless.does_gelu)
 
 
 def _is_idle(module: Any) -> bool:
@@ -249,61 +263,7 @@ def _is_idle(module: Any) -> bool:
         return True
     if module.training and getattr(module, "p", getattr(module, "drop_prob", None)) != 0.0:
         return False
-    return _is(module, nn.Dropout) or _is_proven(module, _does_nothing)
-
-
-def _is_proven(module: Any, test: Any) -> bool:
-    """Whether a module without tensors and children passes a test, which is made once for each kind and settings."""
-    if module._parameters or module._buffers or module._modules:
-        return False
-    settings = tuple([(name, value) for name, value in module.__dict__.items() if name[0] != "_"])
-    key = (test, type(module), type(module).forward, settings)
-    try:
-        found = _harmless.get(key)
-    except TypeError:  # a setting that is no plain value
-        return False
-    if found is None:
-        plain = all(isinstance(value, _PLAIN_VALUES) for _, value in settings)
-        found = _harmless[key] = plain and _passes(module, test)
-    return found
-
-
-_PLAIN_VALUES = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
-
-
-def _passes(module: Any, test: Any) -> bool:
-    try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            return test(module)
-    except Exception:
-        return False
-
-
-def _does_nothing(module: Any) -> bool:
-    examples = [torch.randn(shape, dtype=torch.float32, device="cpu") for shape in ((64, 3, 4), (64, 2, 3, 4))]
-    return all(torch.equal(module(x.clone()), x) for x in examples)
-
-
-def _drops_samples(module: Any) -> bool:
-    """Whether each sample is multiplied by one number, which is drawn alike whatever the samples are."""
-    if not module.training:
-        return False
-    for shape in ((64, 3, 4), (64, 2, 3, 4)):
-        x = torch.randn(shape, dtype=torch.float32, device="cpu")
-        results = []
-        for one in (x.clone(), x.new_ones((64,) + (1,) * (len(shape) - 1))):
-            torch.default_generator.manual_seed(0)
-            results.append(module(one))
-        if results[1].dim() != len(shape) or results[1].numel() != 64:
-            return False
-        if not torch.allclose(results[0], x * results[1], rtol=1e-6, atol=0):
-            return False
-    return True
-
-
-def _does_gelu(module: Any) -> bool:
-    values = torch.linspace(-12, 12, 4096, dtype=torch.float32, device="cpu").view(1, 4, -1)
-    return all(torch.equal(module(x.clone()), F.gelu(x)) for x in (values, values.bfloat16(), values.double()))
+    return _is(module, nn.Dropout) or harmless.passes(module, harmless.does_nothing)
 
 
 def forward(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] | None, *, backend: str = "triton") -> Any:
@@ -346,7 +306,8 @@ def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] 
     (norm1, norm2), (fc1, fc2), (drop1, drop2) = look.norms, look.linears, look.drops
     dtype = product_dtype(x)
     try:
-        x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, dtype)
+        narrow = dtype if look.has_plain_products else torch.promote_types(x.dtype, _norm_dtype(x))
+        x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, narrow)
     except kernels.LaunchError as error:
         _fail(error)
         return reference(dataclasses.replace(block, give=None), attend, x, size)
@@ -357,8 +318,8 @@ def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] 
         if block.post_norm:
             normed = _norm_dtype(x)
             wide = torch.promote_types(x.dtype, normed)
-            total, narrow = recorded.norm_add(x, branch, _drawn(drop1, x, normed), norm1, wide, True)
-            added = recorded.mlp(None, total if narrow is None else narrow, None, fc1, fc2)
+            total, copied = recorded.norm_add(x, branch, _drawn(drop1, x, normed), norm1, wide, True)
+            added = recorded.mlp(None, total if copied is None else copied, None, fc1, fc2)
             return recorded.norm_add(total, added, _drawn(drop2, x, normed), norm2, wide, False)[0]
         total, y = recorded.add_norm(x, branch, _drawn(drop1, x, dtype), norm2)
         return recorded.mlp(total, y, _drawn(drop2, x, dtype), fc1, fc2)
@@ -421,18 +382,19 @@ def _norm(x: Tensor, look: Look) -> Tensor:
 _children: dict[type, tuple[str, ...]] = {}
 _idle_types: set[type] = set()
 _gelu_types: set[type] = set()
-_LIBRARIES = ("torch.nn.", "timm.layers.", "torchvision.ops.", "transformers.")  # settings change nothing there
 
 
 def _trust_compiled(module: nn.Module, block: Block) -> None:
     for holder in (module, *block.holders):
         _children[type(holder)] = tuple(holder._modules)
         for child in holder.children():
-            if type(child).__module__.startswith(_LIBRARIES) and _is_idle(copy.deepcopy(child).eval()):
-                _idle_types.add(type(child))
-    activation = type(block.activation)
-    if activation is not nn.GELU and activation.__module__.startswith(_LIBRARIES) and _is_gelu(block.activation):
-        _gelu_types.add(activation)
+            kind, is_bare = type(child), not (child._parameters or child._modules)
+            is_new = kind not in _idle_types and is_bare and harmless.is_of_library(child)
+            if is_new and _is_idle(copy.deepcopy(child).eval()):
+                _idle_types.add(kind)
+    kind, is_known = type(block.activation), harmless.is_of_library(block.activation)
+    if kind is not nn.GELU and is_known and _is_gelu(block.activation):
+        _gelu_types.add(kind)
 
 
 def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:

@@ -4,11 +4,13 @@ As in inference, norms are fused with the sums beside them; what a layer is give
 once, and gradients are added where they are made. Kept for the backward are the residual stream, two numbers of each
 row for each norm, and two inputs of the MLP: not GELU, which is computed again.
 
-Gradients that are to be differentiated again are PyTorch's own, of the same formulas.
+Gradients that are to be differentiated again are PyTorch's own, of the same formulas; and so are those that a kernel
+cannot give, such as of a batch of gradients.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,12 +45,13 @@ class _Norm(torch.autograd.Function):
         if grad_out is None:
             return grad_x, None, None, None, None
         x, stats, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grad, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (x, weight, bias), grad_out)
-            return grad if grad_x is None else grad_x if grad is None else grad + grad_x, *others, None, None
-        grad, grad_x = torch.empty_like(x), None if grad_x is None else grad_x.contiguous()
-        sums = backward_kernels.norm(NORM, grad_out.contiguous(), grad_x, x, stats, None, weight, grad_x=grad)
-        return grad, *_like(sums, weight, bias), None, None
+        if not torch.is_grad_enabled():
+            grad, other = torch.empty_like(x), None if grad_x is None else grad_x.contiguous()
+            with suppress(kernels.LaunchError):
+                sums = backward_kernels.norm(NORM, grad_out.contiguous(), other, x, stats, None, weight, grad_x=grad)
+                return grad, *_like(sums, weight, bias), None, None
+        own, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (x, weight, bias), grad_out)
+        return own if grad_x is None else grad_x if own is None else own + grad_x, *others, None, None
 
 
 def add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, affine: Affine) -> tuple[Tensor, Tensor]:
@@ -70,25 +73,17 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad_out: Tensor) -> tuple[Any, ...]:
         total, stats, scale, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grad, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
-            grad_x = grad_total if grad is None else grad_total + grad
-            return grad_x, _scaled(grad_x, scale).to(grad_out.dtype), None, *others, None
-        grad_x = torch.empty_like(total)
-        is_same = scale is None and total.dtype is grad_out.dtype
-        grad_branch = None if is_same else torch.empty_like(total, dtype=grad_out.dtype)
-        sums = backward_kernels.norm(
-            ADD_NORM,
-            grad_out.contiguous(),
-            grad_total.contiguous(),
-            total,
-            stats,
-            scale,
-            weight,
-            grad_x=grad_x,
-            grad_branch=grad_branch,
-        )
-        return grad_x, grad_x if is_same else grad_branch, None, *_like(sums, weight, bias), None
+        if not torch.is_grad_enabled():
+            grad_x = torch.empty_like(total)
+            is_same = scale is None and total.dtype is grad_out.dtype
+            grad_branch = None if is_same else torch.empty_like(total, dtype=grad_out.dtype)
+            grads, saved = (grad_out.contiguous(), grad_total.contiguous()), (total, stats, scale, weight)
+            with suppress(kernels.LaunchError):
+                sums = backward_kernels.norm(ADD_NORM, *grads, *saved, grad_x=grad_x, grad_branch=grad_branch)
+                return grad_x, grad_x if is_same else grad_branch, None, *_like(sums, weight, bias), None
+        grad, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
+        grad_x = grad_total if grad is None else grad_total + grad
+        return grad_x, _scaled(grad_x, scale).to(grad_out.dtype), None, *others, None
 
 
 def norm_add(
@@ -121,26 +116,20 @@ class _NormAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_other: Tensor | None) -> tuple[Any, ...]:
         branch, stats, scale, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            total = grad_out if grad_other is None else grad_out + grad_other
-            function = partial(_layer_norm, ctx.eps, total.dtype)
-            grad, *others = _again(function, (branch, weight, bias), _scaled(total, scale))
-            return total.to(ctx.dtype), grad, None, *others, None, None, None
-        grad_out, grad_branch = grad_out.contiguous(), torch.empty_like(branch)
-        is_same = grad_other is None and grad_out.dtype is ctx.dtype
-        grad_x = grad_out if is_same else torch.empty_like(grad_out, dtype=ctx.dtype)
-        sums = backward_kernels.norm(
-            NORM_ADD,
-            grad_out,
-            None if grad_other is None else grad_other.contiguous(),
-            branch,
-            stats,
-            scale,
-            weight,
-            grad_x=None if is_same else grad_x,
-            grad_branch=grad_branch,
-        )
-        return grad_x, grad_branch, None, *_like(sums, weight, bias), None, None, None
+        if not torch.is_grad_enabled():
+            is_same = grad_other is None and grad_out.dtype is ctx.dtype
+            grad_x = None if is_same else torch.empty_like(grad_out, dtype=ctx.dtype)
+            grad_branch = torch.empty_like(branch)
+            grads = grad_out.contiguous(), None if grad_other is None else grad_other.contiguous()
+            saved = branch, stats, scale, weight
+            with suppress(kernels.LaunchError):
+                sums = backward_kernels.norm(NORM_ADD, *grads, *saved, grad_x=grad_x, grad_branch=grad_branch)
+                grad_x = grads[0] if grad_x is None else grad_x
+                return grad_x, grad_branch, None, *_like(sums, weight, bias), None, None, None
+        total = grad_out if grad_other is None else grad_out + grad_other
+        function = partial(_layer_norm, ctx.eps, total.dtype)
+        grad, *others = _again(function, (branch, weight, bias), _scaled(total, scale))
+        return total.to(ctx.dtype), grad, None, *others, None, None, None
 
 
 def mlp(x: Tensor | None, y: Tensor, scale: Tensor | None, fc1: Any, fc2: Any) -> Tensor:
@@ -156,7 +145,8 @@ class _Mlp(torch.autograd.Function):
         hidden = F.linear(rows, first, None if bias1 is None else bias1.to(dtype))
         active = F.gelu(hidden) if dtype not in _HALVES else kernels.gelu(hidden)
         branch = F.linear(active, second, None if bias2 is None else bias2.to(dtype)).view(y.shape)
-        ctx.save_for_backward(y, scale, hidden, first, second, weight1, bias1, weight2, bias2)
+        ctx.save_for_backward(y, scale, hidden, first, second)
+        ctx.parameters = weight1, bias1, weight2, bias2  # which may change meanwhile: their copies count
         if x is None:
             return branch
         out = torch.empty_like(x)
@@ -165,19 +155,18 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        y, scale, hidden, first, second, *parameters = ctx.saved_tensors
+        y, scale, hidden, first, second = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        weight1, bias1, weight2, bias2 = ctx.parameters
         if torch.is_grad_enabled():
-            return grad if needs[0] else None, *_again_mlp(y, parameters, _scaled(grad, scale).to(y.dtype))
+            return grad if needs[0] else None, *_again_mlp(y, ctx.parameters, _scaled(grad, scale).to(y.dtype))
         rows = y.view(-1, y.shape[-1])
-        grad_branch, sums2 = backward_kernels.scaled_columns(grad.contiguous().view(rows.shape), scale, y.dtype)
-        grad_active = grad_branch @ second
-        if y.dtype in _HALVES:
-            grad_hidden, active, sums1 = backward_kernels.gelu(grad_active, hidden)
-        else:
-            grad_hidden, active = torch.ops.aten.gelu_backward(grad_active, hidden), F.gelu(hidden)
-            sums1 = grad_hidden.sum(0)
-        weight1, bias1, weight2, bias2 = parameters
+        try:
+            grad_branch, sums2 = backward_kernels.scaled_columns(grad.contiguous().view(rows.shape), scale, y.dtype)
+            grad_hidden, active, sums1 = _gelu_backward(grad_branch @ second, hidden)
+        except kernels.LaunchError:
+            parameters = first, bias1, second, bias2
+            return grad if needs[0] else None, *_again_mlp(y, parameters, _scaled(grad, scale).to(y.dtype))
         grads = (
             _product(grad_hidden.t(), rows, weight1.dtype) if needs[3] else None,
             sums1.to(bias1.dtype) if needs[4] else None,
@@ -186,6 +175,14 @@ class _Mlp(torch.autograd.Function):
         )
         grad_y = (grad_hidden @ first).view(y.shape) if needs[1] else None
         return grad if needs[0] else None, grad_y, None, *grads
+
+
+def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of hidden, GELU(hidden), and the sums of the gradient's columns."""
+    if hidden.dtype in _HALVES:
+        return backward_kernels.gelu(grad, hidden)
+    grad = torch.ops.aten.gelu_backward(grad, hidden)
+    return grad, F.gelu(hidden), grad.sum(0)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,12 +204,17 @@ def _like(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tens
 
 
 def _again(function: Any, inputs: tuple[Any, ...], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of a function's inputs by PyTorch's own, which have gradients in turn."""
-    views = [None if one is None else one.view_as(one) for one in inputs]
-    wanted = [one for one in views if one is not None and one.requires_grad]
-    if not wanted:
-        return [None] * len(views)
-    found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=True))
+    """Gradients of a function's inputs by PyTorch's own, which have gradients in turn where that is wanted."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if twice:
+            views = [None if one is None else one.view_as(one) for one in inputs]
+        else:
+            views = [None if one is None else one.detach().requires_grad_() for one in inputs]
+        wanted = [one for one in views if one is not None and one.requires_grad]
+        if not wanted:
+            return [None] * len(views)
+        found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=twice))
     return [next(found) if one is not None and one.requires_grad else None for one in views]
 
 

@@ -20,20 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, fusion, reference
-from .families import Family, Surrounding, examples
+from .families import Family, examples
+from .harmless import LIBRARIES, SURVEYED
 from .layout import Block, Merging
 from .spec import Section, WindowSpec
 from .watch import own_method
 
-# Homes of the surveyed implementations, whose instances differ in nothing but what their family reads.
-_SURVEYED = (
-    "timm.models.swin_transformer",
-    "torchvision.models.swin_transformer",
-    "torchvision.models.video.swin_transformer",
-    "transformers.models.",
-    "monai.networks.nets.swin_unetr",
-)
-_BUILDING_BLOCKS = (*_SURVEYED, "torch.nn.", "timm.layers.", "torchvision.ops.", "transformers.", "monai.networks.")
 _TOLERANCE = 1e-6
 _NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.Linear"  # such calls run the original
 _DROP_RATES = ("attention_dropout", "dropout")  # numbers that families read
@@ -59,7 +51,7 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     return _verdicts[key]
 
 
-def doubt_around(module: nn.Module, family: Family | Surrounding, method: str, attention: str | None) -> str | None:
+def doubt_around(module: nn.Module, family: Any, method: str, attention: str | None) -> str | None:
     """Why what this kind of module does around its attention is not what its family takes it for, or None.
 
     Args:
@@ -67,11 +59,38 @@ def doubt_around(module: nn.Module, family: Family | Surrounding, method: str, a
         method: runs the whole module.
         attention: the method for its attention, where that is another one.
     """
+    reason = _replaced(module) or _beyond_proof(module, family)
+    if reason is not None:
+        return reason
     key = "around", family.name, *_kind(module, None)
     if key not in _verdicts:
         own = None if attention is None else own_method(type(module), attention)
         _verdicts[key] = _probe_around(module, family, own_method(type(module), method), own)
+    if _verdicts[key] is None:
+        fusion.trust(module, family.block(module))
     return _verdicts[key]
+
+
+def _beyond_proof(module: nn.Module, family: Any) -> str | None:
+    """Which name in the code around the attention speaks of what a probe in fp64 cannot see."""
+    inside = set(family.attention(module).modules()) if hasattr(family, "attention") else set()
+    for part in module.modules():
+        if part in inside or type(part).__module__.startswith(LIBRARIES):
+            continue
+        for function in _code(type(part)):
+            if isinstance(function, types.FunctionType) and not _NOT_RUN.intersection(function.__name__.split("_")):
+                names = _DTYPE_WORDS.intersection(function.__code__.co_names)
+                if names:
+                    return f"{type(part).__name__}.{function.__name__} has to do with {min(names)}"
+    return None
+
+
+_NOT_RUN = {"init", "repr", "flops", "mask"}  # words in names of methods that make no activations
+_DTYPE_WORDS = {
+    "amp", "apply", "autocast", "bfloat16", "clamp", "clamp_", "clip", "detach", "double", "dropout", "dtype", "finfo",
+    "float", "float16", "float32", "half", "is_autocast_enabled", "isfinite", "isinf", "isnan", "nan_to_num", "no_grad",
+    "type_as",
+}  # fmt: skip
 
 
 def _replaced(attention: nn.Module) -> str | None:
@@ -85,12 +104,12 @@ def _replaced(attention: nn.Module) -> str | None:
 
 def _kind(module: nn.Module, attention: nn.Module | None) -> tuple:
     """All that decides what modules of one kind compute, but for their tensors' values and sizes."""
-    surveyed = type(module).__module__.startswith(_SURVEYED)
+    surveyed = type(module).__module__.startswith(SURVEYED)
     inside = set() if attention is None else set(attention.modules())
     parts = []
     for name, part in module.named_modules():
         matters = (
-            not type(part).__module__.startswith(_BUILDING_BLOCKS)
+            not type(part).__module__.startswith(LIBRARIES)
             or (not surveyed and (part is module or not inside or part in inside))
             or (part in inside and not part._parameters and not part._modules)  # a softmax, a dropout
         )
@@ -164,7 +183,7 @@ def _probe_around(
     try:
         with _undisturbed():
             for training in (False, True):
-                twin = _random_twin(module, family, training)
+                twin = _random_twin(module, family, training, around=True)
                 facts = family.block(twin)
                 calls = _calls(family, twin)
                 for rate in (0.0, 0.2) if training else (0.0,):
@@ -175,17 +194,18 @@ def _probe_around(
                             reason = _compare_around(*pair, family, original, attention, args)
                         if reason is not None:
                             return reason
-            fusion.trust(twin, facts)
     except Exception as error:
         return _failure(error)
     return None
 
 
 def _set_drop_rates(facts: Any, rate: float) -> None:
-    for drop in (facts.drop1, facts.drop2) if isinstance(facts, Block) else ():
+    """Let drop-paths drop, the second more than the first."""
+    drops = ((facts.drop1, rate), (facts.drop2, 2 * rate)) if isinstance(facts, Block) else ()
+    for drop, own in drops:
         for name in ("p", "drop_prob"):
             if drop is not None and name in vars(drop) and type(drop) is not nn.Dropout:
-                setattr(drop, name, rate)
+                setattr(drop, name, own)
 
 
 def _compare_around(
@@ -340,7 +360,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
 
 
-def _random_twin(module: nn.Module, family: Any, training: bool) -> nn.Module:
+def _random_twin(module: nn.Module, family: Any, training: bool, around: bool = False) -> nn.Module:
     """A CPU copy in fp64, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
 
     Of more than one head, the first has a table whose spread lets tokens see past the shift mask's -100, which is not
@@ -365,10 +385,15 @@ def _random_twin(module: nn.Module, family: Any, training: bool) -> nn.Module:
             hooks.clear()
         if type(part) is nn.Dropout:
             part.p = 0.0
-    for part in {twin, *family.attention(twin).modules()} if hasattr(family, "attention") else {twin}:
+    attention = (
+        family.attention(twin) if hasattr(family, "attention") else getattr(family.block(twin), "attention", None)
+    )
+    inside = set() if attention is None else set(attention.modules())
+    for part in twin.modules() if around else {twin, *inside}:
         for name, number in vars(part).items():
             if type(number) is float and not type(part).__module__.startswith("torch.nn."):
-                vars(part)[name] = 0.0 if name in _DROP_RATES else 1.25 * number + 0.05
+                is_rate = name in _DROP_RATES and (part in inside or not around)
+                vars(part)[name] = 0.0 if is_rate else 1.25 * number + 0.05
     return twin
 
 

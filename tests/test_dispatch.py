@@ -638,9 +638,10 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
         yield
         current[0] = 0
 
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
-    monkeypatch.setattr(torch.cuda, "device", switched)
-    triton_backend._Launch(Kernel(), (1,), ())(OnSecond(), None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+        patch.setattr(torch.cuda, "device", switched)
+        triton_backend._Launch(Kernel(), (1,), ())(OnSecond(), None)
     assert seen == [1]
     assert current == [0]
 

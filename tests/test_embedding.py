@@ -205,7 +205,7 @@ def test_embedding_equals_its_original(name, dtype, embedded, poisoned):
 )
 def test_models(make, size, embedded):
     """The report is about attention alone, and undoing leaves nothing behind."""
-    model, x = make().to(TRITON_DEVICE, torch.float16), random(1, 3, size, size, dtype=torch.float16)
+    model, x = make().to(TRITON_DEVICE, torch.float16), random(4, 3, size, size, dtype=torch.float16)
     expected = given(copy.deepcopy(model).double(), x.double())
     own = given(model, x)
     before = {part: dict(vars(part)) for part in model.modules()}
@@ -213,7 +213,7 @@ def test_models(make, size, embedded):
     entries = len(swinaccel.plan(model, backend="triton"))
     swinaccel.accelerate(model, backend="triton")
     found = given(model, x)
-    assert embedded == [(1, 3, size, size)]
+    assert embedded == [(4, 3, size, size)]
     helpers.assert_accelerated(model, entries)
     one, two, three = (helpers.tensors(output)[0].double() for output in (found, own, expected))
     assert (one - three).abs().mean() <= 1.5 * (two - three).abs().mean()  # of a handful of numbers
@@ -575,12 +575,16 @@ def test_training(name, autocast, embedded, monkeypatch):
         expected = results(model, x, autocast)
         exact = results(copy.deepcopy(model).double(), x.double(), False)
     assert len(products) == 1
+    errors = []
     for one, other, third in zip(found, expected, exact, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        if autocast:
-            helpers.assert_no_worse(one, other, third, half)
-        else:
+        if not autocast:
             helpers.assert_close(one.double(), third, 1e-4 if TRITON_DEVICE == "cuda" else 1e-5)
+        errors.append([(tensor.double() - third).norm() / third.norm() for tensor in (one, other)])
+    if autocast:  # parameters are few, and their errors with them
+        ours, own = (sum(column) for column in zip(*errors, strict=True))
+        assert ours <= 1.1 * own
+        assert all(one <= 2 * other + 1e-4 for one, other in errors)
     assert embedded == []
 
 

@@ -325,8 +325,10 @@ def test_unusual_blocks_run_their_own_forward(change, v2, launched):
     assert launched
     UNUSUAL[change](model)
     launched.clear()
+    torch.manual_seed(0)
     found = outputs(model, X)
     assert launched == []
+    torch.manual_seed(0)
     with swinaccel.disabled():
         helpers.assert_close(found, outputs(model, X))
     (entry,) = swinaccel.report(model)
@@ -387,15 +389,6 @@ def test_recorded_gradients_are_the_originals(launched):
     assert launched
     model.attn.qkv.weight.requires_grad_()
     assert model(X.to(TRITON_DEVICE)).requires_grad
-
-
-def test_autocast_runs_the_block_itself(launched):
-    model = accelerated(block())
-    with torch.autocast(TRITON_DEVICE, torch.float16 if TRITON_DEVICE == "cuda" else torch.bfloat16):
-        found = outputs(model, X)
-        with swinaccel.disabled():
-            assert found.dtype == outputs(model, X).dtype
-    assert launched == []
 
 
 def test_other_layouts_of_memory(launched):

@@ -4,6 +4,7 @@ samples against the original's own, and everything that must leave a block to it
 from __future__ import annotations
 
 import copy
+import types
 
 import helpers
 import pytest
@@ -18,6 +19,7 @@ import swinaccel
 from swinaccel import fusion
 from swinaccel import fusion_autograd as recorded
 from swinaccel.backends import triton_fusion as kernels
+from swinaccel.backends import triton_fusion_bwd
 
 ON_GPU = TRITON_DEVICE == "cuda"
 HALF = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter does not multiply bfloat16
@@ -196,8 +198,6 @@ def test_slope_of_gelu():
         x = torch.linspace(-12, 12, 4001, device=TRITON_DEVICE).to(torch.float16)
     else:
         x = torch.linspace(-12, 12, 4001).to(torch.float16)
-    from swinaccel.backends import triton_fusion_bwd
-
     rows = x.view(1, -1)
     slope, out, sums = triton_fusion_bwd.gelu(torch.ones_like(rows), rows)
     leaf = rows.double().requires_grad_()
@@ -307,21 +307,26 @@ def test_autocast_is_no_worse(name, dtype, ran):
     """Outputs and gradients under autocast, against fp64, on the mean of all parameters of a kind."""
     make, example, count = MODELS[name]
     model, twin = pair(make())
-    x = example()
-    exact = gradients(copy.deepcopy(model).double(), x.double())
-    found, own = (gradients(one, x, dtype) for one in (twin, model))
-    assert ran == WHOLE[name]
+    errors = {}
+    for seed in range(3):  # of one draw alone, they are too few
+        x = random(*example().shape, seed=seed)
+        exact = gradients(copy.deepcopy(model).double(), x.double())
+        found, own = (gradients(one, x, dtype) for one in (twin, model))
+        for key, expected in exact.items():
+            if expected is None or not own[key].isfinite().all() or not expected.any():
+                continue
+            assert found[key].dtype == own[key].dtype, key
+            pair_of = [((one[key].double() - expected).norm() / expected.norm()).item() for one in (found, own)]
+            errors.setdefault(key, []).append(pair_of)
+    assert ran == WHOLE[name] * 3
     helpers.assert_accelerated(twin, count)
-    sums = [0.0, 0.0]
-    for key, expected in exact.items():
-        if expected is None or not own[key].isfinite().all():
-            continue
-        assert found[key].dtype == own[key].dtype, key
-        size = expected.abs().mean() + 1e-12
-        errors = [((one[key].double() - expected).abs().mean() / size).item() for one in (found, own)]
-        sums = [total + min(error, 1.0) for total, error in zip(sums, errors, strict=True)]
-        assert errors[0] <= 2 * errors[1] + 1e-3, key
-    assert sums[0] <= 1.1 * sums[1]
+    ours, its = torch.tensor([torch.tensor(both).mean(0).tolist() for both in errors.values()]).T
+    keep = its < 0.5  # where the original's own gradient is noise there is nothing to compare
+    assert ours[keep].mean() <= 1.1 * its[keep].mean()
+    # The scale's gradient is a small sum of large terms, and as uncertain as any of them.
+    sums = torch.tensor(["logit_scale" in key for key in errors])
+    assert (ours[keep & ~sums] <= 2 * its[keep & ~sums].clamp_min(its[keep].median())).all()
+    assert (ours[keep & sums] <= 2 * its[keep].max()).all()
 
 
 @pytest.mark.parametrize("name", ["timm-v1", "timm-v2"])
@@ -423,6 +428,50 @@ def test_what_is_kept_for_the_backward(v2, dtype):
     assert sizes[0] < 0.75 * sizes[1], sizes
 
 
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_batches_of_gradients(v2, ran):
+    """No kernel takes them: PyTorch's own do."""
+    model, twin = pair(block(v2=v2))
+    found = []
+    for one in (twin, model):
+        x = X.to(TRITON_DEVICE).clone().requires_grad_()
+        out = one(x)
+        grads = torch.stack([torch.ones_like(out), out.detach()])
+        found.append(torch.autograd.grad(out, (x, *one.parameters()), grads, is_grads_batched=True))
+    assert len(ran) == 3
+    for ours, expected in zip(*found, strict=True):
+        helpers.assert_close(ours, expected, 1e-4)
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_a_backward_that_fails(v2, monkeypatch):
+    model, twin = pair(drop_paths(block(v2=v2)))
+
+    def fail(*_, **__):
+        raise kernels.LaunchError("no")
+
+    monkeypatch.setattr(triton_fusion_bwd, "_launch", fail)
+    assert_alike(twin, model)
+    assert_alike(twin, model, dtype=HALF)
+
+
+@pytest.mark.parametrize("trained", ["biases", "all"])
+def test_steps_between_forward_and_backward(trained):
+    """The original keeps casts of the MLP's weights, and none of its biases."""
+    model, twin = pair(block())
+    for one in (model, twin):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(trained == "all" or name in ("mlp.fc1.bias", "mlp.fc2.bias"))
+        with autocast(HALF if trained == "all" else None):
+            out = one(X.to(TRITON_DEVICE))
+        with torch.no_grad():
+            one.mlp.fc1.bias.add_(1)
+            if trained == "all":
+                one.mlp.fc1.weight.mul_(2)
+        out.square().sum().backward()
+    helpers.assert_close(twin.mlp.fc1.bias.grad, model.mlp.fc1.bias.grad, 1e-4 if trained != "all" else 2e-2)
+
+
 class PerToken(nn.Module):
     """Drops tokens, not samples."""
 
@@ -449,6 +498,56 @@ def hook(part, kind):
     return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
 
 
+class StraightThrough(nn.Module):
+    """Drops samples, but for the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x):
+        kept = x * x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.drop_prob)
+        return x + (kept - x).detach()
+
+
+class Halving(nn.Module):
+    """Nothing, but for the gradient."""
+
+    p = 0.0
+
+    def forward(self, x):
+        return x * 0.5 + (x * 0.5).detach()
+
+
+class SlowGelu(nn.Module):
+    """GELU, but for the gradient."""
+
+    def forward(self, x):
+        return F.gelu(x.detach()) + 0 * x
+
+
+class Counting(nn.Module):
+    """GELU of what was called so often."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return F.gelu(x) * (1 + 0.1 * self.calls)
+
+
+class Promoting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.4
+
+    def forward(self, x):
+        drawn = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device)
+        return x / (1 - self.drop_prob) * (drawn > self.drop_prob).float()
+
+
 def drop_of(make):
     return lambda model: setattr(model, "drop_path1", make().to(TRITON_DEVICE))
 
@@ -458,6 +557,13 @@ UNUSUAL = {
     "drop-path-of-tokens": drop_of(PerToken),
     "drop-path-by-value": drop_of(Centred),
     "dropout-as-drop-path": drop_of(lambda: nn.Dropout(0.5)),
+    "small-dropout-as-drop-path": drop_of(lambda: nn.Dropout(1e-3)),
+    "straight-through-drop-path": drop_of(StraightThrough),
+    "drop-path-that-promotes": drop_of(Promoting),
+    "halving": lambda model: setattr(model.mlp, "drop1", Halving()),
+    "gelu-without-gradient": lambda model: setattr(model.mlp, "act", SlowGelu()),
+    "gelu-that-counts": lambda model: setattr(model.mlp, "act", Counting()),
+    "child-in-two-roles": lambda model: setattr(model.mlp, "drop2", model.mlp.act),
     "hook-drop-path": hook("drop_path2", "forward_hook"),
     "hook-norm": hook("norm1", "forward_pre_hook"),
     "hook-fc2": hook("mlp.fc2", "full_backward_hook"),
@@ -508,33 +614,127 @@ def test_samples_are_dropped_without_gradients(ran):
     assert len(ran) == 3
 
 
-def odd(kind):
-    """Blocks that look like timm's, and are not in training."""
+def branches(self, x, drop1, drop2):
+    x = x + drop1(self._attn(self.norm1(x)))
+    return x, lambda y: x + drop2(y)
+
+
+def plain(self, x):
+    x, end = branches(self, x, self.drop_path1, self.drop_path2)
+    return end(self.ffn(x) * (0.5 if self.flag else 1))
+
+
+def detached(self, x):
+    x = x + self.drop_path1(self._attn(self.norm1(x.detach())))
+    return x + self.drop_path2(self.ffn(x))
+
+
+def other_drop(self, x):
+    x, end = branches(self, x, nn.Identity() if self.training else self.drop_path1, self.drop_path2)
+    return end(self.ffn(x))
+
+
+def noise(self, x):
+    x, end = branches(self, x, self.drop_path1, self.drop_path2)
+    return end(self.ffn(x) * (1.5 if self.training else 1))
+
+
+def swapped(self, x):
+    x, end = branches(self, x, self.drop_path2, self.drop_path1)
+    return end(self.ffn(x))
+
+
+def autocast_off(self, x):
+    x, end = branches(self, x, self.drop_path1, self.drop_path2)
+    with torch.autocast(x.device.type, enabled=False):
+        return end(self.ffn(x))
+
+
+def dropout(self, x):
+    x, end = branches(self, x, self.drop_path1, self.drop_path2)
+    return end(F.dropout(self.ffn(x), self.dropout, self.training))
+
+
+def half(self, x):
+    x, end = branches(self, x, self.drop_path1, self.drop_path2)
+    y = self.ffn(x)
+    return end(y.clamp(-1, 1) if x.dtype == torch.float16 else y)
+
+
+def odd(forward):
+    """A block that looks like timm's, with another forward."""
     from timm.models.swin_transformer import SwinTransformerBlock
 
-    class Odd(SwinTransformerBlock):
-        def forward(self, x):
-            if kind == "detached":
-                x = x + self.drop_path1(self._attn(self.norm1(x.detach())))
-            elif kind == "other-drop" and self.training:
-                x = x + self._attn(self.norm1(x))
-            else:
-                x = x + self.drop_path1(self._attn(self.norm1(x)))
-            y = self.mlp(self.norm2(x))
-            if kind == "noise" and self.training:
-                y = y * 1.5
-            return x + self.drop_path2(y)
+    def ffn(self, x):
+        return self.mlp(self.norm2(x))
 
-    made = Odd(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.3)
+    cls = type("Odd", (SwinTransformerBlock,), {"forward": forward, "ffn": ffn, "__module__": __name__})
+    made = cls(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.3)
+    made.dropout, made.flag, made.drop_path2.drop_prob = 0.3, False, 0.6
     return helpers.randomize(made)
 
 
-@pytest.mark.parametrize("kind", ["detached", "other-drop", "noise"])
-def test_blocks_that_differ_in_training_are_no_known_ones(kind, ran):
-    model, twin = pair(odd(kind))
+ODD = [detached, other_drop, noise, swapped, autocast_off, dropout, half]
+
+
+@pytest.mark.parametrize("forward", ODD, ids=lambda forward: forward.__name__)
+def test_blocks_that_differ_in_training_are_no_known_ones(forward, ran):
+    model, twin = pair(odd(forward))
     assert_alike(twin, model)
+    assert_alike(twin, model, dtype=HALF)
     assert ran == []
     helpers.assert_accelerated(twin, 1)
+
+
+def ffn(model):
+    model.ffn = types.MethodType(lambda self, x: 2 * self.mlp(self.norm2(x)), model)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize("change", [ffn, lambda model: setattr(model, "flag", True)], ids=["method", "flag"])
+def test_what_a_block_of_unknown_code_is_set_to(change, before, ran):
+    model = odd(plain).to(TRITON_DEVICE).train()
+    assert_alike(swinaccel.accelerate(copy.deepcopy(model), backend="triton"), model)
+    assert len(ran) == 3
+    ran.clear()
+    if before:
+        change(model)
+        twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+    else:
+        twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+        change(model), change(twin)
+    assert_alike(twin, model)
+    assert ran == []
+
+
+def test_a_drop_path_that_comes_later(ran):
+    """Where nothing dropped, it was not seen what a drop-path does."""
+    model, twin = pair(odd(plain))
+    for one in (model, twin):
+        one.drop_path1 = nn.Identity()
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+    assert_alike(twin, model)
+    assert ran
+    ran.clear()
+    for one in (model, twin):
+        one.drop_path1 = PerToken()
+    assert_alike(twin, model)
+    assert ran == []
+
+
+def test_products_that_want_their_own_dtype(ran):
+    class Wide(nn.Linear):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x, self.weight, self.bias)
+
+    model = block()
+    qkv = Wide(16, 48)
+    qkv.load_state_dict(model.attn.qkv.state_dict())
+    model.attn.qkv = qkv
+    model, twin = pair(model)
+    assert_alike(twin, model, dtype=HALF)
+    assert ran
 
 
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
