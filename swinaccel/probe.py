@@ -78,7 +78,9 @@ def _beyond_proof(module: nn.Module, family: Any) -> str | None:
         if part in inside or type(part).__module__.startswith(LIBRARIES):
             continue
         for function in _code(type(part)):
-            if isinstance(function, types.FunctionType) and not _NOT_RUN.intersection(function.__name__.split("_")):
+            if not isinstance(function, types.FunctionType) or function.__module__.startswith(LIBRARIES):
+                continue
+            if not _NOT_RUN.intersection(function.__name__.split("_")):
                 names = _DTYPE_WORDS.intersection(function.__code__.co_names)
                 if names:
                     return f"{type(part).__name__}.{function.__name__} has to do with {min(names)}"
