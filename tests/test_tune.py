@@ -59,7 +59,7 @@ def attend(case, train=False):
 def jobs_of(case, train=False):
     """By kernel, what a call asks for; nothing is run."""
     with pytest.MonkeyPatch.context() as patch, tuning.posed() as found:
-        patch.setattr(backend._Launch, "__call__", lambda launch, *tensors: tensors[0].zero_())
+        patch.setattr(backend._Launch, "__call__", lambda launch, *tensors: tensors[0].data.zero_())
         attend(case, train)
     return {job.kernel: job for job in found.values()}
 
@@ -67,7 +67,7 @@ def jobs_of(case, train=False):
 @pytest.fixture
 def unlaunched(monkeypatch):
     """Launches are planned, and launch nothing."""
-    monkeypatch.setattr(backend._Launch, "__call__", lambda launch, *tensors: tensors[0].zero_())
+    monkeypatch.setattr(backend._Launch, "__call__", lambda launch, *tensors: tensors[0].data.zero_())
 
 
 @pytest.fixture
