@@ -133,6 +133,8 @@ class Look:
         norms: tuple[tuple[Any, int], ...]
         linears: tuple[tuple[Any, int, int], ...]
         if isinstance(facts, Block):
+            for holder in (module, *facts.holders):  # looked for at every call of a model that is trained with dropout
+                _demand(not any(type(one) is nn.Dropout and one.training and one.p for one in holder._modules.values()))
             (hidden, channels), holders = facts.fc1.weight.shape, facts.holders
             norms = (facts.norm1, channels), (facts.norm2, channels)
             linears = (facts.fc1, channels, hidden), (facts.fc2, hidden, channels)
