@@ -90,6 +90,7 @@ def fitting(family: Any, module: nn.Module, x: Tensor, backend: str) -> Look | N
         return None  # Triton's interpreter does not multiply bfloat16
     looked = _looks.get(module)
     if looked is None or not looked.holds(module):
+        _looks.pop(module, None)  # what came in since may be the module itself, which the look would keep alive
         try:
             looked = _looks[module] = Look(module, family.block(module))
         except (AttributeError, TypeError, KeyError, Unwatchable, _Unfit):
