@@ -13,6 +13,13 @@ from .pointwise import NORM_ADD, load_channels, load_factors
 
 
 @triton.jit
+def place_tile(tile, rows, offs_c, C: tl.constexpr, ROWS: tl.constexpr):
+    """A tile's rows (ROWS,); and of its numbers (ROWS, BLOCK_C), whether they are there, and where."""
+    row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, (row < rows)[:, None] & (offs_c < C)[None, :], row[:, None] * C + offs_c[None, :]
+
+
+@triton.jit
 def _norm_bwd_kernel(
     sums_ptr,  # (programs, 2, C), fp32: of the gradients of the norm's weight and bias
     grad_x_ptr,  # (rows, C), or None where it is grad_out itself
@@ -37,9 +44,7 @@ def _norm_bwd_kernel(
     weight_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     bias_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (offs_c < C)[None, :]
-        offs = row[:, None] * C + offs_c[None, :]
+        row, inside, offs = place_tile(tile, rows, offs_c, C, ROWS)
         grad = tl.load(grad_out_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         source = tl.load(source_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + row, mask=row < rows, other=0.0)[:, None]
@@ -86,9 +91,7 @@ def _gelu_bwd_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (offs_c < C)[None, :]
-        offs = row[:, None] * C + offs_c[None, :]
+        _, inside, offs = place_tile(tile, rows, offs_c, C, ROWS)
         x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_out_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         out, slope = gelu_and_slope(x)
@@ -112,9 +115,7 @@ def _column_sums_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (offs_c < C)[None, :]
-        offs = row[:, None] * C + offs_c[None, :]
+        row, inside, offs = place_tile(tile, rows, offs_c, C, ROWS)
         x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         if scale_ptr is not None:
             x *= load_factors(scale_ptr, row, rows, sample_rows)
