@@ -6,7 +6,6 @@ and, for as long as a `Watch` finds a module the same in all its parts, what was
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +22,7 @@ from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Merging
 from .spec import Section
-from .watch import Unwatchable, Watch, has_own_forward, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, own_method, twin
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -380,8 +379,7 @@ def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None,
         is_called: the module itself is called all the same, so that its own hooks run.
         parent, name: whose part it is, where it is not the attention.
     """
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if not is_called and any(hooks):
+    if not is_called and has_hooks(module):
         return f"{type(module).__name__} inside the attention has hooks, which expect its own tensors"
     for method in replaced(module):
         if method != "forward" or not is_called:
@@ -402,10 +400,7 @@ def replaced(module: nn.Module) -> list[str]:
     if torch.compiler.is_compiling():
         return ["forward"] if has_own_forward(module) else []
     cls, attributes = type(module), module.__dict__
-    return [name for name, value in attributes.items() if isinstance(value, _FUNCTIONS) and hasattr(cls, name)]
-
-
-_FUNCTIONS = (types.FunctionType, types.MethodType)
+    return [name for name, value in attributes.items() if isinstance(value, METHODS) and hasattr(cls, name)]
 
 
 def _section_reason(section: Section, x: Tensor) -> str | None:
@@ -452,17 +447,10 @@ def _backend(config: AccelConfig, device: torch.device) -> str:
     return "triton" if device.type == "cuda" or (device.type == "cpu" and env_interpret()) else "torch"
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that projections of x come out in."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def _triton_reason(section: Section, x: Tensor) -> str | None:
     interpret = x.device.type == "cpu" and env_interpret()
     reason = ops.unsupported_reason(
-        x.device, compute_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
+        x.device, fusion.product_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
     )
     if reason is None and section.geometry.is_padded and section.padding is None:
         reason = "the image is padded and the projection is not a plain nn.Linear"
@@ -490,7 +478,9 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 
 def _kernel_failure(section: Section, x: Tensor) -> str | None:
-    return ops.failure(x.device, compute_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None)
+    return ops.failure(
+        x.device, fusion.product_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None
+    )
 
 
 def _attend_triton(section: Section, config: AccelConfig, stats: Stats | None, image: Tensor) -> Tensor:

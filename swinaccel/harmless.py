@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .watch import has_hooks
+
 # Homes of the surveyed implementations, whose instances differ in nothing but what their family reads; and of layers.
 SURVEYED = (
     "timm.models.swin_transformer",
@@ -36,7 +38,7 @@ def passes(module: Any, test: Callable[[Any], bool]) -> bool:
     """Whether a module passes a test of this file, which is made once for each class and its settings."""
     if module._parameters or module._buffers or module._modules:
         return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return False
     settings = {name: value for name, value in module.__dict__.items() if name[0] != "_"}
     key = (test, type(module), type(module).forward, *settings.items())

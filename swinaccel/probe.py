@@ -59,13 +59,14 @@ def doubt_around(module: nn.Module, family: Any, method: str, attention: str | N
         method: runs the whole module.
         attention: the method for its attention, where that is another one.
     """
-    reason = _replaced(module) or _beyond_proof(module, family)
+    reason = _replaced(module)
     if reason is not None:
         return reason
     key = "around", family.name, *_kind(module, None)
     if key not in _verdicts:
         own = None if attention is None else own_method(type(module), attention)
-        _verdicts[key] = _probe_around(module, family, own_method(type(module), method), own)
+        forward = own_method(type(module), method)
+        _verdicts[key] = _beyond_proof(module, family) or _probe_around(module, family, forward, own)
     if _verdicts[key] is None:
         fusion.trust(module, family.block(module))
     return _verdicts[key]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 DISPATCHER = "_swinaccel_dispatcher"  # attribute of a function that takes a method's place: itself
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+METHODS = (types.FunctionType, types.MethodType)  # what is one where it is found among an instance's attributes
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _OWN = frozenset(nn.Module().__dict__)  # PyTorch's, of which `_HOOKS` and `_CONTAINERS` are looked into
 _PLAIN = (
@@ -38,6 +39,13 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 _forward = attrgetter("forward")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anyone wants to see what this module is given or gives, or the gradients of that."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def has_own_forward(module: nn.Module) -> bool:
