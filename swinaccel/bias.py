@@ -196,4 +196,4 @@ def _write(path: Path, record: tuple[Tensor, Tensor, int]) -> None:
         with written_at_once(path) as file:
             save_file({"q": q.cpu(), "k": k.cpu()}, file, metadata={"rank": str(rank)})
     except OSError as error:
-        logger.debug("bias factors are not kept on disk: %s", error)
+        logger.debug("bias factors are not kept on disk: %s", str(error))

@@ -197,7 +197,7 @@ def read(device: torch.device) -> dict[str, Any]:
     try:
         document = _document(path_of(device)) if folder().is_dir() else None
     except ValueError as error:  # no folder to look in
-        logger.warning("default launches serve: %s", error)
+        logger.warning("default launches serve: %s", str(error))
         return {}
     return {} if document is None or document["environment"] != environment(device) else document["launches"]
 
