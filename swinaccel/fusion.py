@@ -8,9 +8,7 @@ dtypes is not obviously the same, the answer is no, and the block runs its own f
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
-import types
 import weakref
 from typing import Any
 
@@ -23,7 +21,7 @@ from . import fusion_ops, harmless
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Embedding, Merging
-from .watch import Unwatchable, Watch, has_own_forward, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, own_method, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -31,8 +29,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32)
 
-# (type, its forward, names of its children) of blocks and what they hold, as they were when they were proven; of
-# embeddings also their switches.
+# What blocks and other modules around attention, and what they hold, were made up of when they were proven.
 _trusted: set[tuple] = set()
 _OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)}
 _OWN_CONVOLUTION = nn.Conv2d._conv_forward  # what its forward calls
@@ -50,7 +47,12 @@ def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
 def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
     """All that decides what a module does with its children; of one whose code is not known, settings as well."""
     drops = (type(facts.drop1), type(facts.drop2)) if isinstance(facts, Block) else ()
-    cls, kinds = type(holder), _SETTINGS[harmless.is_of_library(holder), isinstance(facts, Embedding)]
+    cls = type(holder)
+    kinds: tuple[type, ...] = METHODS
+    if not harmless.is_of_library(holder):
+        kinds = (object,)
+    elif isinstance(facts, Embedding):
+        kinds = (*METHODS, bool, float, str)  # its switches
     attributes = sorted(holder.__dict__.items())
     settings = tuple([(key, repr(one)) for key, one in attributes if key not in _LIVE and isinstance(one, kinds)])
     return cls, own_method(cls, "forward"), tuple(holder._modules), tuple(holder._buffers), drops, settings
@@ -58,16 +60,6 @@ def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
 
 # Settings that families read at each call, the marker of accelerated instances, and what every module has.
 _LIVE = {"H", "W", "img_size", "input_resolution", "shift_size", "window_size", "_swinaccel", *nn.Module().__dict__}
-
-
-# What of a module decides what it does: where its code is known, methods of its own, and the switches of an embedding.
-_METHODS = (types.FunctionType, types.MethodType)
-_SETTINGS: dict[tuple[bool, bool], Any] = {
-    (True, False): _METHODS,
-    (True, True): (bool, float, str, *_METHODS),
-    (False, False): object,
-    (False, True): object,
-}
 
 
 def forget_failures() -> None:
@@ -103,7 +95,9 @@ def fitting(family: Any, module: nn.Module, x: Tensor, backend: str) -> Look | N
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are computed."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
@@ -313,7 +307,7 @@ def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] 
         x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, narrow)
     except kernels.LaunchError as error:
         _fail(error)
-        return reference(dataclasses.replace(block, give=None), attend, x, size)
+        return _rest(block, x, _branch(attend, block.norm1(x), size))
     branch = _branch(attend, y, size)
     if not _is_like(branch, x, dtype):
         return _rest(block, x, branch)
@@ -370,7 +364,7 @@ def _nothing(x: Tensor) -> Tensor:
 def _fail(error: kernels.LaunchError) -> None:
     global _failed
     _failed = True
-    logger.warning("the Triton kernel failed: %s; only attention is accelerated from now on", error)
+    logger.warning("the Triton kernel failed: %s; only attention is accelerated from now on", str(error))
 
 
 def _norm(x: Tensor, look: Look) -> Tensor:
@@ -436,8 +430,7 @@ def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:
 
 
 def _is_untouched(part: nn.Module) -> bool:
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return not hooks and not has_own_forward(part)
+    return not has_hooks(part) and not has_own_forward(part)
 
 
 def _is_exact(activation: nn.Module) -> bool:

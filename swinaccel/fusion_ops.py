@@ -29,7 +29,7 @@ def after_attention(
     """
     (norm1, norm2), (fc1, fc2) = norms, linears
     hidden, channels = fc1[0].shape
-    in_one = kernels.mlp_launch(x.device, x.dtype, channels, hidden) is not None
+    in_one = kernels.is_one_kernel(x, fc1[0])
     if post_norm:
         total = kernels.norm_add(x, branch, norm1)
         if in_one:
@@ -45,8 +45,12 @@ def after_attention(
 
 
 def _active(x: Tensor, fc1: Layer) -> Tensor:
-    hidden = F.linear(x, *fc1)
-    return kernels.gelu(hidden, out=hidden) if hidden.dtype in _HALVES else F.gelu(hidden)
+    is_half = x.dtype in _HALVES
+    active = kernels.linear_gelu(x, *fc1) if is_half else None
+    if active is None:
+        hidden = F.linear(x, *fc1)
+        active = kernels.gelu(hidden, out=hidden) if is_half else F.gelu(hidden)
+    return active
 
 
 def compiled_after_attention(
@@ -70,7 +74,7 @@ def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
     try:
         return after_attention(x, branch, norms, linears, arguments[10])
     except LaunchError as error:
-        logger.warning("the Triton kernel failed: %s; plain PyTorch runs", error)
+        logger.warning("the Triton kernel failed: %s; plain PyTorch runs", str(error))
         return _plain(x, branch, norms, linears, arguments[10])
 
 

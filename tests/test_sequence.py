@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinaccel import functional, reference, sequence_ops
 from swinaccel.backends import torch_sequence
+from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_sequence as backend
 from swinaccel.backends.triton_sequence import Problem
 from swinaccel.ops import KernelError
@@ -139,8 +140,6 @@ def small_tiles(monkeypatch):
     """Tiles of 16, so that a few dozen tokens make several of them."""
     from swinaccel.kernels import sequence_launch
 
-    from swinaccel.backends import triton as windows
-
     if TRITON_DEVICE == "cpu":
         first = sequence_launch._first
         monkeypatch.setattr(sequence_launch, "_first", lambda shapes, *rest: first(((16, 16, 2, 1),), *rest))
@@ -247,13 +246,13 @@ def descriptors(monkeypatch, small_tiles):
     from swinaccel.kernels import sequence_launch
 
     if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(backend, "_has_copy_engine", lambda device: True)
+        monkeypatch.setattr(windows, "has_copy_engine", lambda device: True)
         for name, columns in (("FORWARD", 32), ("QUERY", 16), ("KEY", 16)):
             shape = sequence_launch.SequenceLaunch(16, columns, 64, 16, 4, 1)
             monkeypatch.setattr(sequence_launch, f"DESCRIBED_{name}", shape)
     made = []
-    launch = backend._Descriptors.__call__
-    monkeypatch.setattr(backend._Descriptors, "__call__", lambda self, *args: made.append(1) or launch(self, *args))
+    launch = windows.DescribedLaunch.__call__
+    monkeypatch.setattr(windows.DescribedLaunch, "__call__", lambda self, *args: made.append(1) or launch(self, *args))
     return made
 
 
@@ -813,8 +812,6 @@ def test_full_sizes(case, dtype):
 @pytest.mark.parametrize("limit", [64, 99])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 def test_small_shared_memory(limit, dtype, monkeypatch):
-    from swinaccel.backends import triton as windows
-
     monkeypatch.setattr(windows, "shared_memory_override", limit * 1024)
     for case in (Case(300, rank=16, dim=64, causal=True, masks=1), Case(300, block_size=64, window_blocks=2, dim=128)):
         compare(case, "triton", dtype)

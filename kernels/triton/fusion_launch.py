@@ -1,6 +1,8 @@
 """Launches of what stands around the attention. Chosen by measurement on an H200 (docs/benchmarks.md)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import power_of_two
 
@@ -10,7 +12,8 @@ NORM_WARPS, MERGE_WARPS, GELU_WARPS = 4, 2, 4
 COLUMNS, COLUMN_ROWS, BACKWARD_WARPS = 128, 16, 4  # of a program that sums over rows
 _BACKWARD_PROGRAMS = 8  # on a multiprocessor
 
-MLP_CHANNELS = 256  # at most; beyond, and where channels leave room in their tile, products of their own are faster
+MLP_CHANNELS = 128  # at most; beyond, products of their own are faster
+MLP_ROWS = 64  # of a program, which goes through all hidden channels: it pays where each multiprocessor has one
 
 EMBED_CHANNELS, EMBED_NUMBERS = 512, 256  # of a token, and of a patch, at most: what keeps a program in registers
 
@@ -30,6 +33,22 @@ class MlpLaunch(NamedTuple):
     block_h: int
     num_warps: int
     num_stages: int
+
+
+class LinearLaunch(NamedTuple):
+    """Launch of a product with descriptors: tiles, tiles of rows that go together, programs on a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+# Best of twelve for the sizes of Swin's stages, from 1,568 rows of 512 channels to 50,176 of 256.
+LINEAR_GELU = LinearLaunch(128, 128, 64, 8, 2, 8, 3)
 
 
 class EmbedLaunch(NamedTuple):
@@ -54,13 +73,27 @@ def backward_programs(tiles: int, multiprocessors: int) -> int:
 
 def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) -> MlpLaunch | None:
     """Launch for C channels and as many hidden ones, or None where products of their own are to be preferred."""
-    block_m, block_c, block_h = 64, power_of_two(channels), 32 if channels > 96 else 64
-    is_wide = channels > 128
-    if channels > MLP_CHANNELS or (is_wide and channels != block_c) or channels % 16 or hidden % block_h:
+    block_m, block_c, block_h = MLP_ROWS, power_of_two(channels), 32 if channels > 96 else 64
+    if channels > MLP_CHANNELS or channels % 16 or hidden % block_h:
         return None
     own, stage = (block_m * block_c + block_m * block_h) * element_size, 2 * block_h * block_c * element_size
-    num_stages = min(2 if is_wide else 3, (shared_memory - own) // stage)
+    num_stages = min(3, (shared_memory - own) // stage)
     return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None
+
+
+def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> int:
+    """How many programs take the first product and GELU; 0 where PyTorch's product and a kernel for GELU are faster."""
+    launch = LINEAR_GELU
+    if channels % launch.block_k or hidden % launch.block_n:
+        return 0
+    tiles, programs = -(-rows // launch.block_m) * (hidden // launch.block_n), launch.programs * multiprocessors
+    return programs if tiles >= programs else 0
+
+
+def describe(matrix: Any, block: tuple[int, int]) -> TensorDescriptor:
+    """The descriptor of a contiguous tensor (..., columns) for tiles of so many rows and columns."""
+    columns = matrix.shape[-1]
+    return TensorDescriptor(matrix, [matrix.numel() // columns, columns], [columns, 1], list(block))
 
 
 def embed(*, channels: int, numbers: int) -> EmbedLaunch | None:

@@ -1,4 +1,5 @@
-"""The MLP of a block: its activation, and, for few channels, all that follows the attention in one kernel.
+"""The MLP of a block: its activation, alone or with the product before it, and, for few channels, all that follows
+the attention in one kernel.
 
 GELU is x · Φ(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415), written as max(x, 0) − |x| · erfc(|x| / √2) / 2, which
 cancels nothing. With h = |x| / 2, erfc is p(h) to the power of −16, p of degree 6 fitted so that the result errs by
@@ -57,6 +58,44 @@ def _gelu_kernel(
     inside = offs < numbers - first
     x = tl.load(x_ptr + first + offs, mask=inside, other=0.0)
     tl.store(out_ptr + first + offs, gelu(x.to(tl.float32)).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _linear_gelu_kernel(
+    out_desc,  # (rows, N), in tiles (BLOCK_M, BLOCK_N / 2)
+    x_desc,  # (rows, K), in tiles (BLOCK_M, BLOCK_K)
+    weight_desc,  # (N, K), in tiles (BLOCK_N, BLOCK_K)
+    bias_ptr,  # (N,) or None
+    rows,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """GELU(x weightᵀ + bias). One program takes one tile (BLOCK_M, BLOCK_N) after the other.
+
+    Both loops are one to the compiler, so that the next tile's operands are on their way while the last one's GELU is
+    computed, and another program of the multiprocessor multiplies meanwhile. Tiles leave in halves, for the sake of
+    the shared memory which that other program needs.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    tiles_m, TILES_N = tl.cdiv(rows, BLOCK_M), N // BLOCK_N
+    tl.static_assert(N % BLOCK_N == 0)
+    tl.static_assert(K % BLOCK_K == 0)
+    for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
+        # Tiles that are worked on at a time share rows and columns: GROUP down, then the next ones across.
+        top = tile // (GROUP * TILES_N) * GROUP
+        height = tl.minimum(tiles_m - top, GROUP)
+        row = (top + tile % (GROUP * TILES_N) % height) * BLOCK_M
+        col = tile % (GROUP * TILES_N) // height * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
+        left, right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
+        offs = col + tl.arange(0, HALF)
+        if bias_ptr is not None:
+            left += tl.load(bias_ptr + offs).to(tl.float32)[None, :]
+            right += tl.load(bias_ptr + HALF + offs).to(tl.float32)[None, :]
+        out_desc.store([row, col], gelu(left).to(out_desc.dtype))
+        out_desc.store([row, col + HALF], gelu(right).to(out_desc.dtype))
 
 
 @triton.jit

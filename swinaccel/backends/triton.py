@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -48,12 +49,23 @@ def unsupported_reason(
 
 
 @lru_cache(maxsize=16)
-def _device_shared_memory(device: torch.device) -> int:
+def device_shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
     if device.type != "cuda":
         return 1 << 17
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache(maxsize=16)
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether a device copies tiles by descriptors, and is of the kind that this was measured on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -128,6 +140,22 @@ class _Launch:
         return tensors
 
 
+class DescribedLaunch(_Launch):
+    """A launch that gives some of its tensors as descriptors."""
+
+    __slots__ = ("describe",)
+
+    def __init__(self, describe: Mapping[int, Callable[[Any], Any]], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.describe = describe  # by place among the tensors
+
+    def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        passed: list[Any] = list(tensors)
+        for place, describe in self.describe.items():
+            passed[place] = describe(passed[place])
+        return tuple(passed)
+
+
 _NOT_COMPILED = (None, False)
 
 
@@ -145,7 +173,7 @@ def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: in
     """Whether forward and backward of such a problem run the small-window kernels, which keep no log-sum-exp."""
     from ..kernels import launch
 
-    shared_memory = shared_memory_override or _device_shared_memory(device)
+    shared_memory = shared_memory_override or device_shared_memory(device)
     return launch.is_small_backward(
         tokens=tokens, head_dim=head_dim, element_size=dtype.itemsize, shared_memory=shared_memory
     )
@@ -304,7 +332,7 @@ class _Forward:
         from ..kernels import launch, tiles, window_fwd
 
         geometry, tokens = problem.geometry, problem.geometry.tokens
-        shared_memory = problem.shared_memory or _device_shared_memory(problem.device)
+        shared_memory = problem.shared_memory or device_shared_memory(problem.device)
         self.is_small = problem.is_small
         self.check: Any = None
         self.expand: Any = None
@@ -507,7 +535,7 @@ class _Backward:
         options: dict[str, int] = {
             "head_dim": problem.head_dim,
             "element_size": problem.dtype.itemsize,
-            "shared_memory": problem.shared_memory or _device_shared_memory(problem.device),
+            "shared_memory": problem.shared_memory or device_shared_memory(problem.device),
         }
         if self.is_small:
             default = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)

@@ -1,4 +1,4 @@
-"""Launches what stands around the attention: norms with residual sums, GELU, the MLP of few channels, embeddings.
+"""Launches what stands around the attention: norms with residual sums, GELU with a product, the MLP, embeddings.
 
 All tensors are contiguous and on one device; but for `run_norm` they are of one dtype, and no gradient is recorded. Any
 failure to compile or launch is a `LaunchError`.
@@ -7,7 +7,7 @@ failure to compile or launch is a `LaunchError`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
     )
 
 
+def sample_rows(rows: int, scale: Tensor | None) -> int:
+    """How many rows one factor of `scale` is for."""
+    return 1 if scale is None else rows // scale.numel()
+
+
 def run_norm(
     mode: int,
     x: Tensor,
@@ -60,7 +65,7 @@ def run_norm(
     channels, (weight, bias, eps) = x.shape[-1], affine
     rows = x.numel() // channels
     if rows:
-        key = ("norm", x.device, rows, 1 if scale is None else rows // scale.numel(), channels, eps, mode)
+        key = ("norm", x.device, rows, sample_rows(rows, scale), channels, eps, mode)
         _launch(key, _plan_norm, x, out, total, stats, branch, scale, weight, bias, total_bias)
 
 
@@ -176,9 +181,60 @@ def _plan_gelu(device: torch.device, numbers: int) -> Any:
     )
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """GELU(x weightᵀ + bias), exact, of 16-bit numbers; None where PyTorch's product is to be preferred.
+
+    Args:
+        x, weight: (..., K) and (N, K).
+    """
+    (hidden, channels), device = weight.shape, x.device
+    rows = x.numel() // channels
+    programs = _linear_gelu_programs(device, rows, channels, hidden)
+    if not programs or (x.data_ptr() | weight.data_ptr()) & 15:  # which a descriptor cannot start from
+        return None
+    out = x.new_empty((*x.shape[:-1], hidden))
+    _launch(("linear gelu", device, rows, channels, hidden, programs), _plan_linear_gelu, out, x, weight, bias)
+    return out
+
+
+@lru_cache(maxsize=256)
+def _linear_gelu_programs(device: torch.device, rows: int, channels: int, hidden: int) -> int:
+    if not windows.has_copy_engine(device) or windows.shared_memory_override:
+        return 0
+    from ..kernels import fusion_launch
+
+    multiprocessors = windows.multiprocessors(device)
+    return fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors)
+
+
+def _plan_linear_gelu(device: torch.device, rows: int, channels: int, hidden: int, programs: int) -> Any:
+    from ..kernels import fusion_launch, mlp
+
+    shape = fusion_launch.LINEAR_GELU
+    block_m, block_n, block_k = shape[:3]
+    tiles = (block_m, block_n // 2), (block_m, block_k), (block_n, block_k)  # of the output, x and the weight
+    return windows.DescribedLaunch(
+        {place: partial(fusion_launch.describe, block=tile) for place, tile in enumerate(tiles)},
+        mlp._linear_gelu_kernel,
+        (programs,),
+        (rows, hidden, channels, block_m, block_n, block_k, shape.group),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
+
+
+def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether `mlp` is to be preferred to products of their own, for (..., C) and the first weight (hidden, C)."""
+    from ..kernels import fusion_launch
+
+    hidden, channels = weight.shape
+    is_long = x.numel() >= channels * fusion_launch.MLP_ROWS * windows.multiprocessors(x.device)
+    return is_long and mlp_launch(x.device, x.dtype, channels, hidden) is not None
+
+
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
-    """How `mlp` would run, or None where products of their own are to be preferred."""
-    shared_memory = windows.shared_memory_override or windows._device_shared_memory(device)
+    """How `mlp` would run, or None where it cannot, or never is to."""
+    shared_memory = windows.shared_memory_override or windows.device_shared_memory(device)
     return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import triton as windows
-from .triton_fusion import _launch
+from .triton_fusion import _launch, sample_rows
 
 
 def norm(
@@ -36,9 +36,9 @@ def norm(
     if not rows:
         return torch.zeros((2, channels), dtype=torch.float32, device=device)
     shape = fusion_launch.rows(channels)
-    programs = fusion_launch.backward_programs(-(-rows // shape.rows), _multiprocessors(device))
+    programs = fusion_launch.backward_programs(-(-rows // shape.rows), windows.multiprocessors(device))
     sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=device)
-    key = ("norm backward", device, rows, _sample_rows(rows, scale), channels, mode, programs)
+    key = ("norm backward", device, rows, sample_rows(rows, scale), channels, mode, programs)
     _launch(key, _plan_norm, sums, grad_x, grad_branch, grad_out, grad_total, source, stats, scale, weight)
     return sums.sum(0)
 
@@ -88,9 +88,9 @@ def _columns(
         return torch.zeros(channels, dtype=torch.float32, device=device)
     blocks = -(-channels // fusion_launch.COLUMNS)
     tiles = -(-rows // fusion_launch.COLUMN_ROWS)
-    programs = fusion_launch.backward_programs(tiles, -(-_multiprocessors(device) // blocks))
+    programs = fusion_launch.backward_programs(tiles, -(-windows.multiprocessors(device) // blocks))
     sums = torch.empty((programs, channels), dtype=torch.float32, device=device)
-    key = (plan.__name__, device, rows, _sample_rows(rows, scale), channels, programs)
+    key = (plan.__name__, device, rows, sample_rows(rows, scale), channels, programs)
     _launch(key, plan, sums, *results, *operands)
     return sums.sum(0)
 
@@ -116,17 +116,3 @@ def _plan_columns(kernel: Any, sizes: tuple[int, ...], channels: int, programs: 
         (*sizes, channels, fusion_launch.COLUMNS, fusion_launch.COLUMN_ROWS),
         num_warps=fusion_launch.BACKWARD_WARPS,
     )
-
-
-def _sample_rows(rows: int, scale: Tensor | None) -> int:
-    return 1 if scale is None else rows // scale.numel()
-
-
-_counts: dict[int, int] = {}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    index = device.index if device.type == "cuda" else -1
-    if index not in _counts:
-        _counts[index] = torch.cuda.get_device_properties(device).multi_processor_count if index != -1 else 1
-    return _counts[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +197,7 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
             "element_size": q.element_size(),
             "factor_size": factor_dtype.itemsize,
             "has_mask": mask is not None,
-            "shared_memory": windows.shared_memory_override or windows._device_shared_memory(q.device),
+            "shared_memory": windows.shared_memory_override or windows.device_shared_memory(q.device),
         },
         (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
         pattern.value,
@@ -217,12 +217,6 @@ def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
     return bool(block_size and (block_size % block_m or block_size % block_n))
 
 
-@lru_cache(maxsize=16)
-def _has_copy_engine(device: torch.device) -> bool:
-    """Whether a device copies tiles by descriptors, and is of the kind that this was measured on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor) -> bool:
     """Whether the tensors that pass through a pipeline may be described: see `sequence_launch.describe`."""
     from ..kernels.sequence_launch import DESCRIBED_HEAD_DIM
@@ -230,7 +224,7 @@ def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor)
     first = tensors[0]
     if q_factor is not None or mask is not None or first.shape[-1] != DESCRIBED_HEAD_DIM or first.element_size() != 2:
         return False
-    if not _has_copy_engine(first.device) or windows.shared_memory_override:
+    if not windows.has_copy_engine(first.device) or windows.shared_memory_override:
         return False
     for tensor in tensors:
         batch, head, token, _ = tensor.stride()
@@ -239,24 +233,6 @@ def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor)
         if head % token and (tensor.shape[1] - 1) * head + DESCRIBED_HEAD_DIM > token:
             return False
     return True
-
-
-class _Descriptors(windows._Launch):
-    """A launch that gives some of its tensors as descriptors."""
-
-    __slots__ = ("blocks",)
-
-    def __init__(self, blocks: dict[int, int], *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.blocks = blocks  # place among the tensors -> rows of a tile
-
-    def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-        from ..kernels.sequence_launch import describe
-
-        passed: list[Any] = list(tensors)
-        for place, rows in self.blocks.items():
-            passed[place] = describe(passed[place], rows)
-        return tuple(passed)
 
 
 def _plan(
@@ -289,8 +265,10 @@ def _plan(
         ),
     )  # fmt: skip
     if described:
-        blocks = {place: getattr(shape, rows) for place, rows in passing.items()}
-        return _Descriptors(blocks, kernel, *arguments, **options)
+        from ..kernels import sequence_launch
+
+        tiles = {place: partial(sequence_launch.describe, rows=getattr(shape, rows)) for place, rows in passing.items()}
+        return windows.DescribedLaunch(tiles, kernel, *arguments, **options)
     return windows._Launch(kernel, *arguments, **options)
 
 
