@@ -225,8 +225,10 @@ def run_around(
         look = _surroundings(family, module, config, x, backend) if is_block or backend != "torch" else None
         tokens = None if look is None else _tokens(family, module, x, args, kwargs)
         if look is not None and tokens is not None:
-            if is_block and torch.compiler.is_compiling():
-                return fusion.forward_traced(look, family.attend(module), *tokens)
+            if torch.compiler.is_compiling():
+                if is_block:
+                    return fusion.forward_traced(look, family.attend(module), *tokens)
+                return fusion.embed_traced(look, x)
             if is_block:
                 return fusion.forward(look, family.attend(module), *tokens, backend=backend)
             return fusion.merge(look, *tokens) if isinstance(look.facts, Merging) else fusion.embed(look, x)
@@ -239,7 +241,8 @@ def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor
         return None
     if torch.compiler.is_compiling():
         is_block = hasattr(family, "attend") or hasattr(family, "section")
-        return fusion.traced(family, module, x) if is_block and backend == "triton" else None
+        look = fusion.traced if is_block else fusion.traced_embedding
+        return look(family, module, x) if backend == "triton" else None
     if not fusion.is_worth(x, backend):
         return None
     return fusion.fitting(family, module, x, backend)

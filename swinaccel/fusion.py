@@ -42,6 +42,8 @@ def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
         _trusted.add(_make_up(holder, facts))
     if isinstance(facts, Block):
         _trust_compiled(module, facts)
+    elif isinstance(facts, Embedding) and harmless.is_of_library(module):
+        _embedding_types.add(type(module))
 
 
 def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
@@ -141,7 +143,7 @@ class Look:
             (width, channels, *patch), holders, linears, drops = facts.projection.weight.shape, (), (), []
             norms = () if facts.norm is None else ((facts.norm, width),)
             named = [facts.projection, facts.norm]
-            _demand(_is_patchwise(facts.projection))
+            _demand(_is(facts.projection, nn.Conv2d) and _is_patchwise(facts.projection))
             _demand(kernels.embed_launch(width, channels * patch[0] * patch[1]) is not None)
         else:
             (width, channels), holders, drops = facts.reduction.weight.shape, (), []
@@ -229,10 +231,9 @@ def _is(module: Any, cls: type) -> bool:
 
 
 def _is_patchwise(module: Any) -> bool:
-    """Whether this is a plain convolution of patches that neither overlap nor leave gaps."""
+    """Whether a plain convolution is one of patches that neither overlap nor leave gaps."""
     return (
-        _is(module, nn.Conv2d)
-        and "_conv_forward" not in module.__dict__
+        "_conv_forward" not in module.__dict__
         and module.kernel_size == module.stride == tuple(module.weight.shape[2:])
         and module.padding == (0, 0)
         and module.dilation == (1, 1)
@@ -379,6 +380,7 @@ def _norm(x: Tensor, look: Look) -> Tensor:
 _children: dict[type, tuple[str, ...]] = {}
 _idle_types: set[type] = set()
 _gelu_types: set[type] = set()
+_embedding_types: set[type] = set()
 
 
 def _trust_compiled(module: nn.Module, block: Block) -> None:
@@ -429,6 +431,16 @@ def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:
     return block
 
 
+def traced_embedding(family: Any, module: nn.Module, x: Tensor) -> Embedding | None:
+    """What a compiler finds a patch embedding to be, if it may multiply patches where there was a convolution."""
+    if type(module) not in _embedding_types or product_dtype(x) not in _HALVES:
+        return None
+    embedding: Embedding = family.block(module)
+    projection = embedding.projection
+    is_plain = type(projection) is nn.Conv2d and type(projection.weight) is nn.Parameter
+    return embedding if is_plain and _is_untouched(projection) and _is_patchwise(projection) else None
+
+
 def _is_untouched(part: nn.Module) -> bool:
     return not has_hooks(part) and not has_own_forward(part)
 
@@ -449,6 +461,12 @@ def forward_traced(block: Block, attend: Attend, x: Tensor, size: tuple[int, int
     return out if block.give is None else block.give(out)
 
 
+def embed_traced(embedding: Embedding, x: Tensor) -> Any:
+    """What such a patch embedding returns; by a product, which compilers fuse with its neighbours."""
+    weight, bias = embedding.projection.weight, embedding.projection.bias
+    return _embedded(embedding, F.linear(_patches(x, weight.shape[2:]), weight.flatten(1), bias))
+
+
 def merge(look: Look, x: Tensor, size: tuple[int, int] | None) -> Tensor:
     """What a patch merging returns that is `fitting`; `x` and `size` as in `layout.Tokens`."""
     merging: Merging = look.facts
@@ -461,9 +479,9 @@ def merge(look: Look, x: Tensor, size: tuple[int, int] | None) -> Tensor:
             else:
                 out = F.linear(recorded.norm(merged(image), affine, product_dtype(x))[1], *reduction)
         elif merging.post_norm:
-            out = kernels.norm(F.linear(merged(image), *reduction), affine)
+            out = kernels.norm(F.linear(kernels.merge(image, None), *reduction), affine)
         else:
-            out = F.linear(kernels.merge_norm(image, affine), *reduction)
+            out = F.linear(kernels.merge(image, affine), *reduction)
     except kernels.LaunchError as error:
         _fail(error)
         return merge_reference(merging, x, size)
@@ -511,6 +529,9 @@ def _patches(x: Tensor, patch: torch.Size) -> Tensor:
 
 def embed_reference(embedding: Embedding, x: Tensor) -> Any:
     """The same by its own modules."""
-    image = embedding.projection(x).permute(0, 2, 3, 1)
+    return _embedded(embedding, embedding.projection(x).permute(0, 2, 3, 1))
+
+
+def _embedded(embedding: Embedding, image: Tensor) -> Any:
     image = image if embedding.norm is None else embedding.norm(image)
     return image if embedding.give is None else embedding.give(image)

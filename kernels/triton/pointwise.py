@@ -110,15 +110,15 @@ def _norm_kernel(
 
 
 @triton.jit
-def _merge_norm_kernel(
+def _merge_kernel(
     out_ptr,  # (batch, ceil(height / 2), ceil(width / 2), 4 * C)
     x_ptr,  # (batch, height, width, C)
     weight_ptr, bias_ptr,  # (4 * C,) or None
     rows,  # of the output: batch * ceil(height / 2) * ceil(width / 2)
     height, width, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS tokens of the output, each the norm of its four patches: left column first, top to bottom.
+    """One program: ROWS tokens of the output, each its four patches: left column first, top to bottom; or their norm.
 
     Patches beyond an odd height or width are zeros, which count in the statistics.
     """
@@ -133,7 +133,8 @@ def _merge_norm_kernel(
     image = (token // (out_width * out_height))[:, None]
     real = (token < rows)[:, None] & (offs_c < 4 * C)[None, :] & (row < height) & (col < width)
     offs = ((image * height + row) * width + col) * C + channel[None, :]
-    x = tl.load(x_ptr + offs, mask=real, other=0.0).to(tl.float32)
-    out = normalised(x, weight_ptr, bias_ptr, offs_c, eps, 4 * C)
+    out = tl.load(x_ptr + offs, mask=real, other=0.0)
+    if HAS_NORM:
+        out = normalised(out.to(tl.float32), weight_ptr, bias_ptr, offs_c, eps, 4 * C)
     inside = (token < rows)[:, None] & (offs_c < 4 * C)[None, :]
     tl.store(out_ptr + token[:, None] * (4 * C) + offs_c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -90,24 +90,25 @@ def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
     return out
 
 
-def merge_norm(x: Tensor, affine: Affine) -> Tensor:
-    """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): the layer norm of each four neighbours."""
-    (batch, height, width, channels), (weight, bias, eps) = x.shape, affine
+def merge(x: Tensor, affine: Affine | None) -> Tensor:
+    """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
+    batch, height, width, channels = x.shape
     out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
     if out.numel():
-        key = ("merge", x.device, batch, height, width, channels, eps)
-        _launch(key, _plan_merge, out, x, weight, bias)
+        weight, bias, eps = (None, None, None) if affine is None else affine
+        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, weight, bias)
     return out
 
 
-def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float) -> Any:
+def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float | None) -> Any:
     from ..kernels import fusion_launch, pointwise
 
     rows, shape = batch * ((height + 1) // 2) * ((width + 1) // 2), fusion_launch.rows(4 * channels)
+    numbers = rows, height, width, 0.0 if eps is None else eps, channels, eps is not None
     return windows._Launch(
-        pointwise._merge_norm_kernel,
+        pointwise._merge_kernel,
         (-(-rows // shape.rows),),
-        (rows, height, width, eps, channels, shape.block_c, shape.rows),
+        (*numbers, shape.block_c, shape.rows),
         num_warps=fusion_launch.MERGE_WARPS,
     )
 
