@@ -403,7 +403,7 @@ def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, 
         _failures[_POSITION] = f"the Triton kernel failed: {backend.first_line(error)}"
         logger.warning("%s; PyTorch computes the bias table instead", _failures[_POSITION])
         hidden = torch.relu(coords.view(-1, 2).float() @ hidden_weight.float().t() + hidden_bias.float())
-        return 16 * torch.sigmoid(hidden @ weight.float().t())
+        return 16 * torch.sigmoid(weight.float() @ hidden.t()).t()
 
 
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -432,7 +432,7 @@ def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *rest: Any) ->
 
 
 def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
-    return coords.new_empty((coords.numel() // 2, weight.shape[0]), dtype=torch.float32)
+    return coords.new_empty((weight.shape[0], coords.numel() // 2), dtype=torch.float32).t()
 
 
 for _key in ("CUDA", "CPU"):

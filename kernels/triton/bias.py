@@ -106,17 +106,18 @@ def _check_mask_kernel(
 
 @triton.jit
 def _position_table_kernel(
-    table_ptr,  # (T, heads), fp32
+    table_ptr,  # (heads, T), fp32
     coords_ptr,  # (T, 2)
     hidden_weight_ptr, hidden_bias_ptr,  # (HIDDEN, 2) and (HIDDEN,)
     weight_ptr,  # (heads, HIDDEN)
-    num_rows, num_heads,
+    num_rows,
     HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3 and section 3.3).
 
     One program: BLOCK_T rows of one head. Every head computes the hidden channels anew, since what so small a kernel
-    takes is the way through one program, and not the work of all.
+    takes is the way through one program, and not the work of all. The heads come first in memory: neighbours in a
+    window look up neighbours in the table.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = tl.program_id(1)
@@ -134,7 +135,7 @@ def _position_table_kernel(
         hidden = row[:, None] * row_weight[None, :] + col[:, None] * col_weight[None, :] + hidden_bias[None, :]
         hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
         acc += tl.sum(hidden * weight[None, :], axis=1)
-    tl.store(table_ptr + offs_t * num_heads + head, 16.0 / (1.0 + tl.exp(-acc)), mask=mask_t)
+    tl.store(table_ptr + head * num_rows + offs_t, 16.0 / (1.0 + tl.exp(-acc)), mask=mask_t)
 
 
 @triton.jit

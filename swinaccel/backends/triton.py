@@ -407,8 +407,8 @@ def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) 
     assert problem.table_strides is not None
     return _Launch(
         bias_kernels._expand_bias_kernel,
-        (-(-rows // 16), -(-cols // 128), -(-heads // 4)),
-        (rows * cols, cols, *problem.table_strides, problem.geometry.tokens, rows, cols, heads, limit, 4, 16, 128),
+        (-(-rows // 8), -(-cols // 128), -(-heads // 4)),
+        (rows * cols, cols, *problem.table_strides, problem.geometry.tokens, rows, cols, heads, limit, 4, 8, 128),
     )
 
 
@@ -723,20 +723,20 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
         hidden_weight, hidden_bias: (hidden, 2) and (hidden,).
         weight: (heads, hidden).
     Returns:
-        (T, heads), fp32.
+        (T, heads), fp32; the heads come first in memory.
     """
     rows, (heads, hidden) = coords.numel() // 2, weight.shape
     device = coords.device
-    table = torch.empty((rows, heads), dtype=torch.float32, device=device)
+    table = torch.empty((heads, rows), dtype=torch.float32, device=device)
     run = _launches.get(("position", device, rows, heads, hidden)) or _plan_position(device, rows, heads, hidden)
     run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
-    return table
+    return table.t()
 
 
 def _plan_position(device: torch.device, rows: int, heads: int, hidden: int) -> _Launch:
     from ..kernels import bias as bias_kernels
     from ..kernels.launch import power_of_two
 
-    numbers = (rows, heads, hidden, 16, min(512, power_of_two(hidden)))
+    numbers = (rows, hidden, 16, min(512, power_of_two(hidden)))
     launch = _Launch(bias_kernels._position_table_kernel, (-(-rows // 16), heads), numbers)
     return _keep(("position", device, rows, heads, hidden), launch)
