@@ -216,7 +216,8 @@ def _notes(rows: list[Row]) -> list[str]:
                 lines.append(f"{where}, {variant['name']}: {variant['timed']}")
             difference = variant["difference"]  # infinity is no number in JSON everywhere, and may come as a word
             if difference is not None and row["mode"] != "training" and not float(difference) < 0.1:
-                lines.append(f"{where}, {variant['name']}: its output differs from the first column's by {difference}")
+                relative = f"{float(difference):.2g}"
+                lines.append(f"{where}, {variant['name']}: its output differs from the first column's by {relative}")
     return lines
 
 

@@ -44,7 +44,7 @@ SEEDS = {
     "Flash Window Attention": (("flash_swin_attn", "flash_swin_attn_func"),),
     "Flash Window Attention V2": (
         ("fwca", "FlashWindowCosineAttention"),
-        ("flash_win_attn_v2", "flash_win_attn_v2"),
+        ("flash_win_attn_v2", "flash_win_attn_v2_func"),
         ("flash_win_attn_2", "FlashWindowAttention2"),
     ),
     "FlashBias, rank 16": (("flash_bias_triton", "flash_bias_func"),),
