@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_fusion, triton_sequence
@@ -32,6 +33,7 @@ GPUS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),  # A100
     "sm_86": (GPUTarget("cuda", 86, 32), 99 * KIB),  # RTX 30; sm_89 is as small
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_90 twice": (GPUTarget("cuda", 90, 32), 113 * KIB),  # two programs on a multiprocessor
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),  # MI300
 }
 NAMES = {
@@ -50,7 +52,7 @@ WINDOWS = [
     ((8, 8), 128, FP32, "cosine"),
 ]
 SEQUENCES = [(128, 64, FP16, FP32, True)]  # head_dim, rank, dtype, dtype of factors, mask
-MLPS = [256]  # channels
+MLPS = [128]  # channels
 EMBEDDINGS = [512]  # channels
 GPUS_BY_DEFAULT = ("sm_86", "gfx942")
 
@@ -67,7 +69,7 @@ def everything() -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         for head_dim, rank, dtype, mask in itertools.product([16, 64, 128], [0, 16, 64], [FP16, FP32], [False, True])
         for factor_dtype in dict.fromkeys((dtype, FP32))
     ]
-    return list(windows_and_sizes), sequences, [32, 96, 128, 256], [96, 128, 192, 512]
+    return list(windows_and_sizes), sequences, [32, 96, 128], [96, 128, 192, 512]
 
 
 def launches(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
@@ -139,6 +141,13 @@ def mlp(channels: int) -> None:
         triton_fusion.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
 
 
+def linear_gelu(channels: int) -> None:
+    """Two programs are to share a multiprocessor."""
+    x, up = torch.zeros(4096, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
+    launch = triton_fusion._plan_linear_gelu(x.device, 4096, channels, 4 * channels, 264)
+    launch(torch.zeros(4096, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
+
+
 def embed(channels: int) -> None:
     image, weight = torch.zeros(2, 3, 64, 64, dtype=FP16), torch.zeros(channels, 3, 4, 4, dtype=FP16)
     norm = torch.zeros(channels, dtype=FP16)
@@ -150,12 +159,15 @@ def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
-    for place, (parameter, value) in enumerate(zip(launch.kernel.params, (*tensors, *launch.arguments), strict=True)):
+    values = (*launch._passed(tensors), *launch.arguments)
+    for place, (parameter, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
             continue
         aligned = isinstance(value, torch.Tensor)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -171,7 +183,7 @@ def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
 def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
     """(GPU, problem, plan)."""
     windows_, sequences, mlps, embeddings = everything() if everywhere else (WINDOWS, SEQUENCES, MLPS, EMBEDDINGS)
-    for gpu in GPUS if everywhere else GPUS_BY_DEFAULT:
+    for gpu in [name for name in GPUS if "twice" not in name] if everywhere else GPUS_BY_DEFAULT:
         for one in windows_:
             yield gpu, f"window {one}", lambda one=one: window(*one)
         for one in sequences:
@@ -180,6 +192,7 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
             yield gpu, f"mlp {channels}", lambda channels=channels: mlp(channels)
         for channels in embeddings:
             yield gpu, f"embed {channels}", lambda channels=channels: embed(channels)
+    yield "sm_90 twice", "linear_gelu 512", lambda: linear_gelu(512)
 
 
 def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:
@@ -203,7 +216,7 @@ def main() -> None:
         seen = set()
         for launch, tensors in launches(plan, gpu):
             if (
-                launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed")
+                launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed", "linear")
                 and id(launch) not in seen
             ):
                 seen.add(id(launch))
