@@ -190,7 +190,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     """
     (hidden, channels), device = weight.shape, x.device
     rows = x.numel() // channels
-    programs = _linear_gelu_programs(device, rows, channels, hidden)
+    programs = 0 if windows.shared_memory_override else _linear_gelu_programs(device, rows, channels, hidden)
     if not programs or (x.data_ptr() | weight.data_ptr()) & 15:  # which a descriptor cannot start from
         return None
     out = x.new_empty((*x.shape[:-1], hidden))
@@ -200,7 +200,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
 
 @lru_cache(maxsize=256)
 def _linear_gelu_programs(device: torch.device, rows: int, channels: int, hidden: int) -> int:
-    if not windows.has_copy_engine(device) or windows.shared_memory_override:
+    if not windows.has_copy_engine(device):
         return 0
     from ..kernels import fusion_launch
 
