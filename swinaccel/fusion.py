@@ -239,6 +239,7 @@ def _is_patchwise(module: Any) -> bool:
         and module.dilation == (1, 1)
         and module.groups == 1
         and module.padding_mode == "zeros"
+        and (module.bias is None or module.bias.shape == module.weight.shape[:1])
     )
 
 
@@ -433,12 +434,28 @@ def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:
 
 def traced_embedding(family: Any, module: nn.Module, x: Tensor) -> Embedding | None:
     """What a compiler finds a patch embedding to be, if it may multiply patches where there was a convolution."""
-    if type(module) not in _embedding_types or product_dtype(x) not in _HALVES:
+    dtype = product_dtype(x)
+    if type(module) not in _embedding_types or type(x) is not Tensor or x.dtype not in (dtype, torch.float32):
         return None
-    embedding: Embedding = family.block(module)
-    projection = embedding.projection
-    is_plain = type(projection) is nn.Conv2d and type(projection.weight) is nn.Parameter
-    return embedding if is_plain and _is_untouched(projection) and _is_patchwise(projection) else None
+    if dtype not in _HALVES or not family.constrains_sizes(module) or torch.compiler.is_exporting():
+        return None
+    try:
+        embedding: Embedding = family.block(module)
+    except KeyError:
+        return None
+    projection, norm = embedding.projection, module._modules.get("norm")
+    if not _is(projection, nn.Conv2d) or nn.Conv2d._conv_forward is not _OWN_CONVOLUTION:
+        return None
+    if not _is_untouched(projection) or not _is_patchwise(projection):
+        return None
+    if type(projection.weight) is not nn.Parameter or type(projection.bias) not in (nn.Parameter, type(None)):
+        return None
+    if norm is None:
+        return embedding if "projection" in module._modules else None  # others call their norm
+    is_plain = type(norm) is nn.Identity
+    if type(norm) is nn.LayerNorm:
+        is_plain = norm.normalized_shape == projection.weight.shape[:1]
+    return embedding if is_plain and _is_untouched(norm) else None
 
 
 def _is_untouched(part: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from contextlib import suppress
 
 import helpers
 import microsoft_models
@@ -613,8 +614,11 @@ def multiplied(monkeypatch):
     return shapes
 
 
+ANY_SIZE = ("timm-any-size", "timm-no-size", "timm-padding")
+
+
 @pytest.mark.parametrize("mode", ["inference", "training", "autocast"])
-@pytest.mark.parametrize("name", [name for name in EMBEDDINGS if name != "timm-no-size"])
+@pytest.mark.parametrize("name", EMBEDDINGS)
 def test_compilers_multiply(name, mode, multiplied):
     make, shape = EMBEDDINGS[name]
     dtype = torch.float32 if mode == "autocast" else HALVES[0]
@@ -626,8 +630,9 @@ def test_compilers_multiply(name, mode, multiplied):
         torch.autocast(TRITON_DEVICE, HALVES[0], enabled=mode == "autocast"),
     ):
         found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-        # What code that is not known reads is not known either, and would not be seen to change.
-        assert multiplied == ([] if name.startswith("microsoft") else [shape])
+        # What code that is not known reads is not known either, and would not be seen to change; and where any size
+        # is taken, a compiler is not to ask about it.
+        assert multiplied == ([] if name.startswith("microsoft") or name in ANY_SIZE else [shape])
         with swinaccel.disabled():
             own = model(x)
     for one, two, three in zip(*map(helpers.tensors, (found, own, exact)), strict=True):
@@ -643,28 +648,101 @@ def test_compilers_multiply(name, mode, multiplied):
             helpers.assert_close(one.float(), two.float(), 2e-2)
 
 
-@pytest.mark.parametrize("change", ["fp32", "hook", "forward", "padding", "weight", "subclass"])
-def test_compilers_keep_what_is_unusual(change, multiplied):
+def set_norm(model, norm):
+    model.embedding.norm = norm.to(model.embedding.proj.weight)
+
+
+def kind_of(cls, forward):
+    return type(cls.__name__, (cls,), {"forward": forward})
+
+
+def class_convolution(model, patch):
+    plain = nn.Conv2d._conv_forward
+    patch(nn.Conv2d, "_conv_forward", lambda self, *args: 2 * plain(self, *args))
+
+
+def class_forward(model, patch):
+    plain = nn.Conv2d.forward
+    patch(nn.Conv2d, "forward", lambda self, x: 2 * plain(self, x))
+
+
+# What is done to an accelerated model before it is compiled. Eager calls see all of that, too.
+UNUSUAL_COMPILED = {
+    "fp32": lambda model, patch: model.float(),
+    "hook": lambda model, patch: model.embedding.proj.register_forward_hook(lambda module, args, output: output + 1),
+    "forward": lambda model, patch: patch(
+        model.embedding.proj, "forward", lambda x: 2 * x[:, :, ::4, ::4].repeat(1, 16, 1, 1)
+    ),
+    "padding": lambda model, patch: patch(model.embedding.proj, "padding", (2, 2)),
+    "weight": lambda model, patch: patch(model.embedding.proj, "weight", Marked(model.embedding.proj.weight.data)),
+    "bias": lambda model, patch: patch(model.embedding.proj, "bias", Marked(model.embedding.proj.bias.data)),
+    "subclass": lambda model, patch: patch(
+        model.embedding.proj, "__class__", kind_of(nn.Conv2d, lambda self, x: 2 * nn.Conv2d.forward(self, x))
+    ),
+    "class-convolution": class_convolution,
+    "class-forward": class_forward,
+    "identity-hook": lambda model, patch: (
+        set_norm(model, nn.Identity()),
+        model.embedding.norm.register_forward_hook(lambda module, args, output: 2 * output),
+    ),
+    "identity-kind": lambda model, patch: set_norm(model, kind_of(nn.Identity, lambda self, x: 2 * x)()),
+    "norm-hook": lambda model, patch: model.embedding.norm.register_forward_hook(
+        lambda module, args, output: 2 * output
+    ),
+    "norm-kind": lambda model, patch: set_norm(model, nn.GroupNorm(3, 6)),
+    "norm-size": lambda model, patch: set_norm(model, nn.LayerNorm((6, 48))),
+    "format": lambda model, patch: (
+        set_norm(model, nn.Identity()),
+        patch(model.embedding, "output_fmt", type(model.embedding.output_fmt)("NCHW")),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", UNUSUAL_COMPILED)
+def test_compilers_keep_what_is_unusual(change, multiplied, monkeypatch):
     model, x = accelerated(timm(), HALVES[0]), random(2, 3, 24, 24, dtype=HALVES[0])
-    projection = model.embedding.proj
-    if change == "fp32":
-        model, x = model.float(), x.float()
-    elif change == "hook":
-        projection.register_forward_hook(lambda module, args, output: output + 1)
-    elif change == "forward":
-        projection.forward = lambda x: nn.Conv2d.forward(projection, x) * 2
-    elif change == "padding":
-        projection.padding = (2, 2)
-        model.embedding.strict_img_size = False
-    elif change == "weight":
-        projection.weight = Marked(projection.weight.data)
-    else:
-        projection.__class__ = type("Conv2d", (nn.Conv2d,), {"forward": lambda self, x: 2 * nn.Conv2d.forward(self, x)})
+    UNUSUAL_COMPILED[change](model, monkeypatch.setattr)
+    x = x.to(model.embedding.proj.weight.dtype)
     with torch.no_grad():
-        found = torch.compile(model, backend="aot_eager")(x)
+        found = torch.compile(model, backend="aot_eager", fullgraph=change == "format")(x)
     assert multiplied == []
     with swinaccel.disabled():
         helpers.assert_close(found, given(model, x), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "half", "subclass"])
+def test_compilers_keep_unusual_images(kind, multiplied):
+    """That autocast does not cast, or a compiler cannot look into."""
+    model, x = accelerated(timm(), torch.float32), random(2, 3, 24, 24)
+    if kind == "uint8":
+        x = (50 * x).to(torch.uint8)
+    elif kind == "half":
+        x = x.half()
+    else:
+        x = x.as_subclass(type("Image", (torch.Tensor,), {}))
+    dtype = torch.bfloat16 if kind == "half" else HALVES[0]
+    with torch.no_grad(), torch.autocast(TRITON_DEVICE, dtype), suppress(Exception):
+        torch.compile(model, backend="eager")(x)
+    assert multiplied == []
+
+
+def test_exported_sizes_stay_free(multiplied):
+    model, x = accelerated(timm(img_size=None), HALVES[0]), random(2, 3, 24, 24, dtype=HALVES[0])
+    sides = {axis: torch.export.Dim(name, min=8, max=512) for axis, name in ((2, "h"), (3, "w"))}
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": sides}, strict=True).module()
+    other = random(2, 3, 28, 16, dtype=HALVES[0])
+    helpers.assert_close(exported(other), given(model, other), 1e-2)
+    assert multiplied == []
+
+
+def test_a_bias_of_another_shape_raises(embedded):
+    """As it does originally; the kernel would read what lies behind it."""
+    model, x = accelerated(timm()), random(2, 3, 24, 24, dtype=DTYPE)
+    model.embedding.proj.bias = nn.Parameter(model.embedding.proj.bias.data[:1])
+    for run in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(Exception, match="bias"):
+            given(run, x)
+    assert embedded == []
 
 
 class Marked(nn.Parameter):

@@ -55,6 +55,12 @@ class PatchEmbed:
             raise ValueError("the image is of another size than the module demands")
         return x, None
 
+    def constrains_sizes(self, module: Any) -> bool:
+        """Whether the original asks of an image what `tokens` does, so that compilers find out nothing else of it."""
+        if "projection" in module._modules:
+            return True
+        return getattr(module, "img_size", None) is not None and getattr(module, "strict_img_size", True)
+
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         projection, size = _projection(module), pair(getattr(module, "img_size", None))
         height, width = projection.kernel_size
