@@ -437,7 +437,7 @@ def traced_embedding(family: Any, module: nn.Module, x: Tensor) -> Embedding | N
     dtype = product_dtype(x)
     if type(module) not in _embedding_types or type(x) is not Tensor or x.dtype not in (dtype, torch.float32):
         return None
-    if dtype not in _HALVES or not family.constrains_sizes(module) or torch.compiler.is_exporting():
+    if dtype not in _HALVES or not family.constrains_sizes(module):
         return None
     try:
         embedding: Embedding = family.block(module)
