@@ -327,6 +327,8 @@ def _context_reason(x: Any) -> str | None:
     """Why nothing can be replaced for this input, or where this call runs."""
     if not isinstance(x, Tensor):
         return "the input is no tensor"
+    if _has_any_global_hook():
+        return "hooks of all modules are registered, which expect the original's own"
     if torch.compiler.is_compiling():
         return None  # what follows is no concern of a compiler's own tracing, and cannot be traced
     if _tracing_state() is not None:
@@ -339,8 +341,6 @@ def _context_reason(x: Any) -> str | None:
         return "the call is inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if _has_any_global_hook():
-        return "hooks of all modules are registered, which expect the original's own"
     if _active_mode(_PROXY) is not None:
         return "the call is being traced into a graph"
     return None

@@ -832,6 +832,26 @@ def test_hooks_of_all_modules(backend):
         handles[0].remove()
 
 
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Linear])
+def test_compilers_see_hooks_of_all_modules(kind):
+    """Also of those that come after compiling."""
+    block = helpers.randomize(helpers.timm_block((8, 8), shift=2)).to(TRITON_DEVICE, torch.float16)
+    swinaccel.accelerate(block, backend="triton")
+    run, x = torch.compile(block, backend="eager"), torch.randn(1, 8, 8, 16).to(TRITON_DEVICE, torch.float16)
+    with torch.no_grad():
+        plain = run(x)
+        hook = torch.nn.modules.module.register_module_forward_hook
+        handle = hook(lambda module, _, out: 2 * out if type(module) is kind else None)
+        try:
+            with swinaccel.disabled():
+                expected = block(x)
+            helpers.assert_close(run(x), expected, 1e-2)
+        finally:
+            handle.remove()
+        assert torch.equal(run(x), plain)
+    assert (plain - expected).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
 def test_mask_of_other_than_numbers(dtype, backend):
