@@ -81,6 +81,10 @@ def _clean_slate(monkeypatch, tmp_path_factory):
     leftover = dict(patching._installed)
     for key in leftover:
         patching._remove(key)
+    if leftover:  # something holds a model still, such as an error's frames: it is none of the next test's
+        for instance in gc.get_objects():
+            if issubclass(type(instance), torch.nn.Module):
+                instance.__dict__.pop(patching.MARKER, None)
     torch._dynamo.reset()
     if HAS_CUDA and torch.cuda.memory_reserved() > 2**32:
         torch.cuda.empty_cache()  # other workers share the GPU
