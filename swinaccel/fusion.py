@@ -480,8 +480,7 @@ def forward_traced(block: Block, attend: Attend, x: Tensor, size: tuple[int, int
 
 def embed_traced(embedding: Embedding, x: Tensor) -> Any:
     """What such a patch embedding returns; by a product, which compilers fuse with its neighbours."""
-    weight, bias = embedding.projection.weight, embedding.projection.bias
-    return _embedded(embedding, F.linear(_patches(x, weight.shape[2:]), weight.flatten(1), bias))
+    return _embedded(embedding, _multiplied(x, embedding.projection.weight, embedding.projection.bias))
 
 
 def merge(look: Look, x: Tensor, size: tuple[int, int] | None) -> Tensor:
@@ -527,7 +526,7 @@ def embed(look: Look, x: Tensor) -> Any:
     ((weight, bias),), affine = look.linears, look.norms[0] if look.norms else None
     try:
         if look.is_mixed(x):
-            image = F.linear(_patches(x, weight.shape[2:]), weight.flatten(1), bias)
+            image = _multiplied(x, weight, bias)
             if affine is not None:
                 image = recorded.norm(image, affine, _norm_dtype(x))[1]
         else:
@@ -538,10 +537,11 @@ def embed(look: Look, x: Tensor) -> Any:
     return image if embedding.give is None else embedding.give(image)
 
 
-def _patches(x: Tensor, patch: torch.Size) -> Tensor:
-    """(B, C_in, H, W) to (B, H / p, W / q, C_in * p * q), in the dtype of products."""
-    parts = x.unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0])).permute(0, 2, 4, 1, 3, 5)
-    return parts.to(product_dtype(x), memory_format=torch.contiguous_format).flatten(3)
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of patches as a product: (B, C_in, H, W) to (B, H / p, W / q, C), in the dtype of products."""
+    parts = x.unflatten(3, (-1, weight.shape[3])).unflatten(2, (-1, weight.shape[2])).permute(0, 2, 4, 1, 3, 5)
+    patches = parts.to(product_dtype(x), memory_format=torch.contiguous_format).flatten(3)
+    return F.linear(patches, weight.flatten(1), bias)
 
 
 def embed_reference(embedding: Embedding, x: Tensor) -> Any:

@@ -226,11 +226,10 @@ def _plan_linear_gelu(device: torch.device, rows: int, channels: int, hidden: in
 
 def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether `mlp` is to be preferred to products of their own, for (..., C) and the first weight (hidden, C)."""
-    from ..kernels import fusion_launch
-
     hidden, channels = weight.shape
-    is_long = x.numel() >= channels * fusion_launch.MLP_ROWS * windows.multiprocessors(x.device)
-    return is_long and mlp_launch(x.device, x.dtype, channels, hidden) is not None
+    launch = mlp_launch(x.device, x.dtype, channels, hidden)
+    # A program goes through all hidden channels, which pays where each multiprocessor has one.
+    return launch is not None and x.numel() >= channels * launch.block_m * windows.multiprocessors(x.device)
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
