@@ -732,6 +732,33 @@ def test_each_kind_of_tensors_has_its_own_compiled_kernel(launched, monkeypatch)
     assert seen == compiled + 2 * turn
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_descriptors_are_made_once_and_copied_for_other_tensors(launched, elsewhere):
+    launch, seen = launched
+
+    class Descriptor:
+        def __init__(self, base, shape):
+            self.base, self.shape = base, shape
+            if base.data_ptr() % 16:
+                raise ValueError("no address of a descriptor")
+            made.append(base)
+
+    made, second = [], OnGpu(16, -1 if elsewhere else 0)
+    describe = {1: lambda tensor: Descriptor(tensor, [3, 4])}
+    described = triton_backend.DescribedLaunch(describe, launch.kernel, (5,), (7,))
+    tensors = [(OnGpu(pointer), OnGpu(pointer), second) for pointer in (16, 32, 48)]
+    for given in tensors:
+        described(*given)
+    assert len(made) == (3 if elsewhere else 1)
+    for (first, base, last), arguments in zip(tensors[1:], seen, strict=True):
+        pointer, descriptor, *rest = arguments[9:]
+        assert type(descriptor) is Descriptor
+        assert (descriptor.base, descriptor.shape) == (base, [3, 4])
+        assert [pointer, *rest] == ([first, last, 7] if elsewhere else [first.pointer, 16, 7])
+    with pytest.raises(ValueError, match="no address"):  # and what is not like the first is looked at again
+        described(OnGpu(16), OnGpu(8), second)
+
+
 @pytest.mark.parametrize("index", [-1, 1], ids=["cpu", "another-gpu"])
 def test_tensors_elsewhere_are_for_triton_to_judge(index, launched):
     launch, seen = launched

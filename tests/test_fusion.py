@@ -167,7 +167,8 @@ def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, biases, m
     kernels._linear_gelu_programs.cache_clear()
     x, weight = random(1, rows, channels, dtype=dtype), random(hidden, channels, dtype=dtype, scale=1.5 / channels**0.5)
     inputs = (x, weight, random(hidden, dtype=dtype, seed=2) if biases else None)
-    found = kernels.linear_gelu(*inputs)
+    kernels.linear_gelu(-x, *inputs[1:])
+    found = kernels.linear_gelu(*inputs)  # on a GPU, without compiling
     kernels._linear_gelu_programs.cache_clear()
     compare(found, F.gelu(F.linear(*inputs)), F.gelu(F.linear(*exact(*inputs))))
     assert kernels.linear_gelu(random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels), weight, None) is None

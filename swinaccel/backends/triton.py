@@ -91,11 +91,12 @@ class _Launch:
     under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
     """
 
-    __slots__ = ("arguments", "grid", "kernel", "latest", "options", "runners")
+    __slots__ = ("arguments", "described", "grid", "kernel", "latest", "options", "runners")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> None:
         self.kernel, self.arguments, self.options = kernel, arguments, options
         self.grid = (*grid, 1, 1)[:3]
+        self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`
         self.runners: dict[tuple, tuple[Any, bool]] = {}
         self.latest: tuple[Any, tuple[Any, bool]] = None, _NOT_COMPILED  # of the runners, and what it is kept under
 
@@ -120,7 +121,13 @@ class _Launch:
             self.latest = kind, (run, takes_pointers)
         if run is None:
             return self._compile(index, tensors, tuple(kind))
-        run(pointers if takes_pointers else self._passed(tensors))
+        if takes_pointers:
+            for place, (cls, attributes) in self.described.items():
+                pointers[place] = one = object.__new__(cls)  # type: ignore[call-overload]
+                one.__dict__ = {**attributes, "base": tensors[place]}
+            run(pointers)
+        else:
+            run(self._passed(tensors))
 
     def _compile(self, index: int, tensors: tuple[Tensor | None, ...], kind: tuple) -> None:
         compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
@@ -132,7 +139,7 @@ class _Launch:
             is_here = index >= 0 and all(one is None or one.get_device() == index for one in tensors)
             stream_of = torch._C._cuda_getCurrentRawStream if index >= 0 else None
             run = runner(compiled, self.grid, self.arguments, stream_of, index)
-            self.runners[kind] = run, is_here and type(self) is _Launch
+            self.runners[kind] = run, is_here
             self.latest = list(kind), self.runners[kind]
 
     def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
@@ -141,7 +148,11 @@ class _Launch:
 
 
 class DescribedLaunch(_Launch):
-    """A launch that gives some of its tensors as descriptors."""
+    """A launch that gives some of its tensors, each of one shape and strides only, as descriptors.
+
+    Triton's checks of a descriptor take as long as a launch: they are made once, when a kind of tensors is compiled
+    for. From then on a descriptor is a copy of that one, about another tensor.
+    """
 
     __slots__ = ("describe",)
 
@@ -152,7 +163,8 @@ class DescribedLaunch(_Launch):
     def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         passed: list[Any] = list(tensors)
         for place, describe in self.describe.items():
-            passed[place] = describe(passed[place])
+            passed[place] = one = describe(passed[place])
+            self.described[place] = type(one), {**vars(one), "base": None}
         return tuple(passed)
 
 
