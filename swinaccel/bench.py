@@ -41,7 +41,8 @@ class Variant:
     Attributes:
         name: "original" (as it came, the yardstick of the others), "SDPA" or "eager attention" (the library's
             other attention, where it has one), "torch.compile" (of the original), "accelerated",
-            "accelerated + torch.compile".
+            "accelerated + torch.compile", each with the mode where one was asked for; and, in inference on a GPU,
+            "original, CUDA graph" and "accelerated, CUDA graph": their kernels without the launches.
         latency_ms: median over the rounds, for one batch.
         p10_ms, p90_ms: a tenth of the rounds was faster, and slower, than these.
         images_per_s: batch / median.
@@ -203,9 +204,16 @@ def run(
     def start(make: Callable[[], Any]) -> Runner:
         return Runner(_Step(make(), autocast) if train else make(), inputs, device, own_bytes)
 
+    def replay(make: Callable[[], Any]) -> Runner:
+        return Replayed(make(), inputs, device, own_bytes)
+
     with compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train):
         makers, accelerated = _variants(model, modes if compile else (), options, train)
-        starters = {name: partial(start, make) for name, make in makers.items()}
+        starters: dict[str, Callable[[], Runner]] = {}
+        for name, make in makers.items():
+            starters[name] = partial(start, make)
+            if name in ("original", "accelerated") and device.type == "cuda" and not train:
+                starters[f"{name}, CUDA graph"] = partial(replay, make)
         variants, rounds = measure(starters, rounds, batch, progress, deadline)
         report = api.report(accelerated)
     return BenchResult(
@@ -284,7 +292,7 @@ def _variants(
     def compiled(mode: str | None, fast: nn.Module | None = None) -> Callable[..., Any]:
         return torch.compile(twin() if fast is None else fast, mode=mode)
 
-    labels = [f" {mode}" if mode and len(modes) > 1 else "" for mode in modes]
+    labels = [f" {mode}" if mode else "" for mode in modes]
     for mode, label in zip(modes, labels, strict=True):
         makers[f"torch.compile{label}"] = partial(compiled, mode)
     makers["accelerated"] = lambda: accelerated
@@ -423,6 +431,53 @@ class Runner:
             difference=self.difference,
             timed=self.timed,
         )
+
+
+class Replayed(Runner):
+    """A variant whose calls are timed as a CUDA graph of some of them where they can be captured, else as they are.
+
+    Args:
+        adapt: what brings the outputs into the layout of the other variants'.
+    """
+
+    def __init__(self, *args: Any, adapt: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapt, self.repeat = adapt, 1
+
+    def warm_up(self) -> list[Tensor]:
+        outputs = super().warm_up()
+        if self.is_cuda:
+            self._capture()
+        return outputs if self.adapt is None else [self.adapt(output) for output in outputs]
+
+    def _capture(self) -> None:
+        repeat = max(1, min(20, math.ceil(self.calls_per_sample * 0.5 / max(1e-3, self.sample_ms))))  # about 0.5 ms
+        call = partial(self.call, *self.inputs)
+        try:
+            with torch.cuda.device(self.device):
+                side = torch.cuda.Stream(self.device)
+                side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(side):
+                    for _ in range(2):
+                        call()
+                torch.cuda.synchronize(self.device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=side):
+                    for _ in range(repeat):
+                        call()
+                graph.replay()
+                torch.cuda.synchronize(self.device)
+        except Exception as error:
+            self.timed = f"calls with their launches, since there is no CUDA graph: {first_line(error)}"
+            return
+        self.captured = call  # what the graph reads lives as long as the call that brought it
+        self.call, self.inputs, self.timed = graph.replay, (), "CUDA graph"
+        self.repeat, self.calls_per_sample = repeat, 1
+        replay_ms = self._time() * repeat
+        self.calls_per_sample = max(1, min(50, math.ceil(SAMPLE_MS / max(1e-3, replay_ms))))
+
+    def _time(self) -> float:
+        return super()._time() / self.repeat
 
 
 def compiler_room() -> Any:

@@ -119,7 +119,7 @@ def verify(
 
 
 _SUITE_OPTIONS = {"output", "only", "quick", "minutes", "seed_repos", "from_files"}
-_SHARED_OPTIONS = {"suite", "dtype", "device", "rounds", "compile", "as_json"}
+_SHARED_OPTIONS = {"suite", "dtype", "device", "rounds", "compile", "compile_mode", "as_json"}
 _DRAWING_OPTIONS = {"suite", "from_files", "output", "as_json"}
 
 
@@ -182,6 +182,7 @@ def bench(
             options: dict[str, Any] = {"dtype": dtype, "device": device or _default_device(), "rounds": rounds}
             options |= {
                 "compile": compile,
+                "compile_mode": compile_mode,
                 "only": wanted,
                 "quick": quick,
                 "minutes": minutes,

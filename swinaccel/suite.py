@@ -115,6 +115,7 @@ class Setting:
     device: torch.device
     rounds: int
     compile: bool
+    compile_mode: str | None = None
     seed_repos: Path | None = None
     deadline: float | None = None  # of time.monotonic()
     progress: Callable[[str], None] = lambda text: None
@@ -183,6 +184,7 @@ def run(
     minutes: float | None = None,
     rounds: int | None = None,
     compile: bool | None = None,
+    compile_mode: str | None = None,
     seed_repos: str | Path | None = None,
     rows: list[Row] | None = None,
     progress: bench.Progress | None = None,
@@ -198,6 +200,8 @@ def run(
         minutes: no row is begun after so many; what is left is noted as not run.
         rounds: samples behind each median; 20, or 5 where `quick`, unless given.
         compile: with the torch.compile variants; on CUDA devices, unless given.
+        compile_mode: `mode` of torch.compile for whole models and training; its own default, and at batch 1 on CUDA
+            devices "reduce-overhead" as well, unless given.
         seed_repos: a checkout of a peer's repository, or a folder of several; gives their kernels columns.
         rows: what to measure instead of `plan(...)`.
         progress: called with what happens now, the rows done, and the rows in all.
@@ -221,6 +225,7 @@ def run(
         device,
         rounds or (5 if quick else 20),
         device.type == "cuda" if compile is None else compile,
+        compile_mode,
         None if seed_repos is None else Path(seed_repos).expanduser(),
         None if minutes is None else time.monotonic() + 60 * minutes,
     )
@@ -324,7 +329,7 @@ def _product_rate(device: torch.device, dtype: str) -> float | None:
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    runner = Replayed(call, device)
+    runner = bench.Replayed(call, (), device)
     with torch.no_grad():
         runner.warm_up()
         for _ in range(10):
@@ -340,51 +345,7 @@ def _floor(machine: dict[str, Any], dtype: str, row: dict[str, Any]) -> dict[str
     }
 
 
-# Calls: those of a row take turns; on a GPU each is captured, so that the time is that of its kernels.
-
-
-class Replayed(bench.Runner):
-    """A call without inputs, timed as a CUDA graph of some of them where it can be captured, else as it is."""
-
-    def __init__(
-        self, call: Callable[[], Any], device: torch.device, adapt: Callable[[Tensor], Tensor] = lambda out: out
-    ) -> None:
-        super().__init__(call, (), device)
-        self.adapt, self.repeat = adapt, 1
-
-    def warm_up(self) -> list[Tensor]:
-        """As that of every runner; outputs are brought into one layout."""
-        outputs = super().warm_up()
-        if self.is_cuda:
-            self._capture()
-        return [self.adapt(output) for output in outputs]
-
-    def _capture(self) -> None:
-        repeat = max(1, min(20, math.ceil(self.calls_per_sample * 0.5 / max(1e-3, self.sample_ms))))  # about 0.5 ms
-        try:
-            with torch.cuda.device(self.device):
-                side = torch.cuda.Stream(self.device)
-                side.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(side):
-                    for _ in range(2):
-                        self.call()
-                torch.cuda.synchronize(self.device)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=side):
-                    for _ in range(repeat):
-                        self.call()
-                graph.replay()
-                torch.cuda.synchronize(self.device)
-        except Exception as error:
-            self.timed = f"calls with their launches, since there is no CUDA graph: {first_line(error)}"
-            return
-        self.captured = self.call  # what the graph reads lives as long as the call that brought it
-        self.call, self.repeat, self.calls_per_sample, self.timed = graph.replay, repeat, 1, "CUDA graph"
-        replay_ms = self._time() * repeat
-        self.calls_per_sample = max(1, min(50, math.ceil(bench.SAMPLE_MS / max(1e-3, replay_ms))))
-
-    def _time(self) -> float:
-        return super()._time() / self.repeat
+# Attention: calls of a row take turns; on a GPU each is captured, so that the time is that of its kernels.
 
 
 Call = Callable[[], Tensor]  # forward, or forward and backward; gives the output
@@ -398,8 +359,8 @@ def compare(
 ) -> dict[str, Any]:
     """The variants of a row, measured by turns; `cut` brings swinaccel's output into the layout of the others'."""
 
-    def start(name: str, make: Callable[[], Call]) -> Replayed:
-        return Replayed(make(), setting.device, cut if name == "swinaccel" else lambda out: out)
+    def start(name: str, make: Callable[[], Call]) -> bench.Replayed:
+        return bench.Replayed(make(), (), setting.device, adapt=cut if name == "swinaccel" else None)
 
     starters = {name: partial(start, name, make) for name, make in makers.items()}
     with torch.set_grad_enabled(backward), bench.compiler_room() if setting.compile else nullcontext():
@@ -629,7 +590,8 @@ def measure_model(setting: Setting, name: str, batch: int, dtype: str, train: bo
     inputs = loaded.example_inputs(batch)
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     products = _products(loaded.model, loaded.example_inputs(1))
-    modes = (None, "reduce-overhead") if batch == 1 and not train and setting.device.type == "cuda" else None
+    launches_matter = batch == 1 and not train and setting.device.type == "cuda"
+    modes = (None, "reduce-overhead") if launches_matter and setting.compile_mode is None else setting.compile_mode
     result = bench.run(
         loaded.model,
         inputs,

@@ -75,8 +75,8 @@ def test_compiled_rows(monkeypatch):
     result = bench.run(
         helpers.timm_v1(), IMAGES, rounds=1, compile=True, compile_mode="reduce-overhead", backend="torch"
     )
-    assert result["torch.compile"].difference == 0
-    assert 0 < result["accelerated + torch.compile"].difference < 1e-4
+    assert result["torch.compile reduce-overhead"].difference == 0
+    assert 0 < result["accelerated + torch.compile reduce-overhead"].difference < 1e-4
 
 
 def test_forms(tmp_path):
@@ -115,6 +115,12 @@ def test_memory_and_compile_on_a_gpu():
         assert row.error is None
         assert row.peak_memory_mib > 0
         assert row.difference < 2e-2
+        assert row.timed == ("CUDA graph" if "graph" in row.name else "calls")
+    names = [row.name for row in result.variants]
+    assert names == [
+        "original", "original, CUDA graph", "SDPA", "torch.compile", "accelerated", "accelerated, CUDA graph",
+        "accelerated + torch.compile",
+    ]  # fmt: skip
 
 
 def test_training_steps():

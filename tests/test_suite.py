@@ -247,6 +247,19 @@ def test_json(tmp_path, monkeypatch):
     assert json.loads(result.stdout)["format"] == plots.FORMAT
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_the_compilers_mode_is_that_of_whole_models(tiny, tmp_path, monkeypatch, mode):  # noqa: F811
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: given.append(mode) or model)
+    monkeypatch.setattr(suite, "plan", lambda *_: [ROW, suite.model_row(f"{tiny}:swin", 2, "float32")])
+    options = ("--compile", "--compile-mode", mode) if mode else ("--compile",)
+    result = call("bench", "--suite", "--output", tmp_path, "--rounds", 1, "--device", "cpu", "--json", *options)
+    assert result.exit_code == 0, result.output
+    assert given == [mode, mode]
+    names = variants(json.loads(result.stdout)["rows"][1])
+    assert f"accelerated + torch.compile{f' {mode}' if mode else ''}" in names
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     cases = (WINDOW, COSINE, suite.SequenceCase(1024, 2, 64, 128, 2))

@@ -123,8 +123,9 @@ class _Launch:
             return self._compile(index, tensors, tuple(kind))
         if takes_pointers:
             for place, (cls, attributes) in self.described.items():
-                pointers[place] = one = object.__new__(cls)  # type: ignore[call-overload]
-                one.__dict__ = {**attributes, "base": tensors[place]}
+                descriptor: Any = object.__new__(cls)
+                descriptor.__dict__ = {**attributes, "base": tensors[place]}
+                pointers[place] = descriptor
             run(pointers)
         else:
             run(self._passed(tensors))
