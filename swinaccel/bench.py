@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 SAMPLE_MS = 20.0  # a CUDA sample is as many calls as take this long
 _BUDGET_MS = 20_000.0  # for all samples, where the number of rounds is not given
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they make CUDA graphs, whose memory stays
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Variant:
         p10_ms, p90_ms: a tenth of the rounds was faster, and slower, than these.
         images_per_s: batch / median.
         peak_memory_mib: at the height of a call, with parameters and the optimizer's state; None where the device
-            does not count it.
+            does not count it, and for torch.compile's own CUDA graphs, which keep theirs.
         speedup: the original's median over this one's.
         difference: largest difference to the original's output, relative to its largest value.
         timed: what the times are of: "calls", or "CUDA graph".
@@ -201,8 +202,8 @@ def run(
     own_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     own_bytes += 2 * sum(t.nbytes for t in model.parameters() if train and t.requires_grad)  # the optimizer's moments
 
-    def start(make: Callable[[], Any]) -> Runner:
-        return Runner(_Step(make(), autocast) if train else make(), inputs, device, own_bytes)
+    def start(make: Callable[[], Any], counts: bool) -> Runner:
+        return Runner(_Step(make(), autocast) if train else make(), inputs, device, own_bytes if counts else None)
 
     def replay(make: Callable[[], Any]) -> Runner:
         return Replayed(make(), inputs, device, own_bytes)
@@ -211,7 +212,7 @@ def run(
         makers, accelerated = _variants(model, modes if compile else (), options, train)
         starters: dict[str, Callable[[], Runner]] = {}
         for name, make in makers.items():
-            starters[name] = partial(start, make)
+            starters[name] = partial(start, make, not name.endswith(_GRAPH_MODES))
             if name in ("original", "accelerated") and device.type == "cuda" and not train:
                 starters[f"{name}, CUDA graph"] = partial(replay, make)
         variants, rounds = measure(starters, rounds, batch, progress, deadline)
@@ -367,7 +368,7 @@ class Runner:
     timed = "calls"
 
     def __init__(
-        self, call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, own_bytes: int = 0
+        self, call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, own_bytes: int | None = 0
     ) -> None:
         self.call, self.inputs, self.device, self.own_bytes = call, inputs, device, own_bytes
         self.is_cuda = device.type == "cuda"
@@ -389,7 +390,8 @@ class Runner:
             before = torch.cuda.memory_allocated(self.device)
             self.call(*self.inputs)
             torch.cuda.synchronize(self.device)
-            self.peak_mib = (torch.cuda.max_memory_allocated(self.device) - before + self.own_bytes) / 2**20
+            if self.own_bytes is not None:
+                self.peak_mib = (torch.cuda.max_memory_allocated(self.device) - before + self.own_bytes) / 2**20
         call_ms = self._time()
         if self.is_cuda:
             self.calls_per_sample = max(1, min(50, math.ceil(SAMPLE_MS / max(1e-3, call_ms))))
@@ -461,6 +463,9 @@ class Replayed(Runner):
                     for _ in range(2):
                         call()
                 torch.cuda.synchronize(self.device)
+                # The graph keeps the address of cuBLAS's workspace and not its memory, which torch.compile's own graphs
+                # give back (pytorch#193402): so it is to be allocated anew, from this graph's own pool.
+                torch._C._cuda_clearCublasWorkspaces()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=side):
                     for _ in range(repeat):
