@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ LIBRARIES = (*SURVEYED, "torch.nn.", "timm.layers.", "torchvision.ops.", "transf
 
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 _SHAPES = ((64, 3, 4), (64, 2, 3, 4))
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _verdicts: dict[tuple, bool] = {}
 
@@ -75,19 +77,37 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def does_nothing(module: Any) -> bool:
-    """Whether it gives back what it is given, and its gradient."""
-    return all(
-        torch.equal(out, x) and torch.equal(slope, torch.ones_like(x))
-        for x, out, slope in _results(module, (torch.randn(shape, device="cpu") for shape in _SHAPES))
-    )
+    """Whether it gives back what it is given, however large or small, and its gradient."""
+    inputs = (_numbers(shape, dtype) for shape in _SHAPES for dtype in _DTYPES)
+    return all(_is_same(out, x) and _is_same(slope, torch.ones_like(x)) for x, out, slope in _results(module, inputs))
 
 
 def does_gelu(module: Any) -> bool:
     """Whether it is exact GELU, with its gradient."""
-    values = torch.linspace(-12, 12, 4096, dtype=torch.float32, device="cpu").view(1, 4, -1)
-    inputs = (values, values.bfloat16(), values.double())
+    inputs = [torch.linspace(-12, 12, 4096, device="cpu").view(1, 4, -1).to(dtype) for dtype in _DTYPES]
+    inputs += [_numbers(_SHAPES[0], dtype) for dtype in _DTYPES]
     pairs = zip(_results(module, inputs), _results(F.gelu, inputs), strict=True)
-    return all(torch.equal(out, own) and torch.equal(slope, other) for (_, out, slope), (_, own, other) in pairs)
+    return all(_is_same(out, own) and _is_same(slope, other) for (_, out, slope), (_, own, other) in pairs)
+
+
+def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """From the smallest to the largest that a dtype has, of both signs, in no order; zero, infinities and NaN."""
+    limits, count = torch.finfo(dtype), math.prod(shape)
+    sizes = torch.logspace(
+        math.log2(limits.tiny), math.log2(limits.max), count - 4, 2.0, dtype=torch.float64, device="cpu"
+    )
+    sizes = sizes.clamp(max=limits.max) * (torch.arange(count - 4, device="cpu") % 2 * 2 - 1)
+    numbers = torch.cat([sizes, sizes.new_tensor([0.0, math.inf, -math.inf, math.nan])])
+    return numbers[torch.randperm(count, device="cpu")].view(shape).to(dtype)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """The very numbers, in the same dtype."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and bool(((one == other) | (one != one) & (other != other)).all())
+    )
 
 
 def drops_samples(module: Any) -> bool:
@@ -105,7 +125,7 @@ def drops_samples(module: Any) -> bool:
             ones = torch.ones((64,) + (1,) * (len(shape) - 1), dtype=dtype, device="cpu")
             torch.default_generator.manual_seed(0)
             scale = module(ones)
-            x = torch.randn(shape, device="cpu").to(dtype)
+            x = (torch.randn(shape, device="cpu") * 10.0 ** torch.randint(-3, 4, shape, device="cpu")).to(dtype)
             torch.default_generator.manual_seed(0)
             ((x, out, slope),) = _results(module, (x,))
             if scale.shape != ones.shape or scale.dtype is not dtype or out.dtype is not dtype:

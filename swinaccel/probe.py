@@ -4,7 +4,8 @@ Attributes can look right and mean something else: a subclass with a changed for
 projection, another version of a library. So before a kind of module is trusted, two small copies of one run the two
 ways, in eval mode, and in training mode with gradients. Every parameter is drawn at random (fresh tables are almost
 zero and fresh norms can be exactly zero, and would hide a difference), and buffers and numbers are moved: what is one
-or zero now may be something else after some steps of training.
+or zero now may be something else after some steps of training. What limits values is seen where they are a thousand
+times larger, and smaller; what a probe in fp64 cannot see at all is looked for in the code's names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,6 +28,8 @@ from .spec import Section, WindowSpec
 from .watch import own_method
 
 _TOLERANCE = 1e-6
+# Whether training, and by what input and parameters are multiplied, each, so that some numbers are 1e9 times larger.
+_SETTINGS = ((False, 1.0), (False, 1e3), (False, 1e-3), (True, 1.0))
 _NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.Linear"  # such calls run the original
 _DROP_RATES = ("attention_dropout", "dropout")  # numbers that families read
 _OWN = frozenset(nn.Module().__dict__)
@@ -42,12 +45,14 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its tensors are on the meta device; call accelerate() once they are loaded"
-    reason = _replaced(family.attention(module))
+    attention = family.attention(module)
+    reason = _replaced(attention)
     if reason is not None:
         return reason
-    key = family.name, *_kind(module, family.attention(module)), spec.window, any(spec.shift)
+    key = family.name, *_kind(module, attention), spec.window, any(spec.shift)
     if key not in _verdicts:
-        _verdicts[key] = _probe(module, family, own_method(type(module), family.method))
+        original = own_method(type(module), family.method)
+        _verdicts[key] = _beyond_proof(attention.modules(), _GATES) or _probe(module, family, original)
     return _verdicts[key]
 
 
@@ -66,33 +71,37 @@ def doubt_around(module: nn.Module, family: Any, method: str, attention: str | N
     if key not in _verdicts:
         own = None if attention is None else own_method(type(module), attention)
         forward = own_method(type(module), method)
-        _verdicts[key] = _beyond_proof(module, family) or _probe_around(module, family, forward, own)
+        inside = set(family.attention(module).modules()) if hasattr(family, "attention") else set()
+        around = [part for part in module.modules() if part not in inside]
+        _verdicts[key] = _beyond_proof(around, _GATES | _DTYPE_WORDS) or _probe_around(module, family, forward, own)
     if _verdicts[key] is None:
         fusion.trust(module, family.block(module))
     return _verdicts[key]
 
 
-def _beyond_proof(module: nn.Module, family: Any) -> str | None:
-    """Which name in the code around the attention speaks of what a probe in fp64 cannot see."""
-    inside = set(family.attention(module).modules()) if hasattr(family, "attention") else set()
-    for part in module.modules():
-        if part in inside or type(part).__module__.startswith(LIBRARIES):
+def _beyond_proof(parts: Iterable[nn.Module], words: set[str]) -> str | None:
+    """Which name in the code of modules, if it is not a library's, speaks of what a probe in fp64 cannot see."""
+    for part in parts:
+        if type(part).__module__.startswith(LIBRARIES):
             continue
         for function in _code(type(part)):
             if not isinstance(function, types.FunctionType) or function.__module__.startswith(LIBRARIES):
                 continue
             if not _NOT_RUN.intersection(function.__name__.split("_")):
-                names = _DTYPE_WORDS.intersection(function.__code__.co_names)
+                names = words.intersection(function.__code__.co_names)
                 if names:
                     return f"{type(part).__name__}.{function.__name__} has to do with {min(names)}"
     return None
 
 
 _NOT_RUN = {"init", "repr", "flops", "mask"}  # words in names of methods that make no activations
+# What decides by dtypes, or by numbers that are not finite. In attention this is all: it may clamp its logit_scale.
+_GATES = {
+    "bfloat16", "finfo", "float16", "half", "is_autocast_enabled", "isfinite", "isinf", "isnan", "nan_to_num",
+}  # fmt: skip
 _DTYPE_WORDS = {
-    "amp", "apply", "autocast", "bfloat16", "clamp", "clamp_", "clip", "detach", "double", "dropout", "dtype", "finfo",
-    "float", "float16", "float32", "half", "is_autocast_enabled", "isfinite", "isinf", "isnan", "nan_to_num", "no_grad",
-    "type_as",
+    "amp", "apply", "autocast", "clamp", "clamp_", "clip", "detach", "double", "dropout", "dtype", "float", "float32",
+    "no_grad", "type_as",
 }  # fmt: skip
 
 
@@ -164,9 +173,9 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> s
     reasons = []
     try:
         with _undisturbed():
-            for training in (False, True):
-                twin = _random_twin(module, family, training)
-                for args in _calls(family, twin):
+            for training, factor in _SETTINGS:
+                twin = _random_twin(module, family, training, factor)
+                for args in _calls(family, twin, factor):
                     with torch.set_grad_enabled(training):
                         reasons.append(_compare(copy.deepcopy(twin), copy.deepcopy(twin), family, original, args))
     except Exception as error:
@@ -185,10 +194,10 @@ def _probe_around(
 ) -> str | None:
     try:
         with _undisturbed():
-            for training in (False, True):
-                twin = _random_twin(module, family, training, around=True)
+            for training, factor in _SETTINGS:
+                twin = _random_twin(module, family, training, factor, around=True)
                 facts = family.block(twin)
-                calls = _calls(family, twin)
+                calls = _calls(family, twin, factor)
                 for rate in (0.0, 0.2) if training else (0.0,):
                     _set_drop_rates(facts, rate)
                     for args in calls:
@@ -242,14 +251,14 @@ def _compare_around(
     return _reason(family.name, expected, _parts(found), inputs, twin, other)
 
 
-def _calls(family: Any, twin: nn.Module) -> list[tuple[Any, ...]]:
+def _calls(family: Any, twin: nn.Module, factor: float) -> list[tuple[Any, ...]]:
     """Arguments of the calls that a family's examples describe: an input, a mask and the like of random numbers."""
 
     def made(place: int, arg: Any) -> Any:
         if not isinstance(arg, torch.Size):
             return arg
         numbers = torch.randn(arg, dtype=torch.float64)
-        return numbers - 100 * (torch.rand(arg) < 0.5) if place else numbers
+        return numbers - 100 * (torch.rand(arg) < 0.5) if place else numbers * factor
 
     _seed()
     return [tuple(made(*arg) for arg in enumerate(example)) for example in examples(family, twin)]
@@ -363,7 +372,9 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
 
 
-def _random_twin(module: nn.Module, family: Any, training: bool, around: bool = False) -> nn.Module:
+def _random_twin(
+    module: nn.Module, family: Any, training: bool, factor: float = 1.0, around: bool = False
+) -> nn.Module:
     """A CPU copy in fp64, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
 
     Of more than one head, the first has a table whose spread lets tokens see past the shift mask's -100, which is not
@@ -378,7 +389,7 @@ def _random_twin(module: nn.Module, family: Any, training: bool, around: bool = 
             value = torch.linspace(5.5, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
         elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1:
             value[:, 0] *= 200
-        memo[id(parameter)] = nn.Parameter(value, training)
+        memo[id(parameter)] = nn.Parameter(value * factor, training)
     for buffer in module.buffers():
         value = buffer.detach().to("cpu", copy=True)
         memo[id(buffer)] = value + torch.rand_like(value) if value.is_floating_point() else value

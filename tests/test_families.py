@@ -526,6 +526,58 @@ def test_differences_that_do_not_show_in_one_forward(kind):
     assert (entry.status, entry.name) == ("original", ""), entry
 
 
+def limited(name, limit):
+    """An attention whose method limits what it gives, as copies do that are to run in fp16."""
+
+    def method(self, *args, **kwargs):
+        return limit(getattr(microsoft_models.WindowAttention, name)(self, *args, **kwargs))
+
+    return type("Limited", (microsoft_models.WindowAttention,), {name: method, "__module__": __name__})
+
+
+LIMITS = {
+    "clamp": lambda x: x.clamp(-20.0, 20.0),
+    "far": lambda x: x.clamp(-60000.0, 60000.0),
+    "minimum": lambda x: torch.minimum(x, torch.full_like(x, 50.0)),
+    "gate": lambda x: torch.where(x > 100.0, 0.0, x),
+    "dead-zone": lambda x: torch.where(x.abs() < 1e-4, 0.0, x),
+    "hardtanh": nn.Hardtanh(-30.0, 30.0),
+}
+HIDDEN = ("scores", "dead-zone")  # which no softmax shows
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [(name, limit) for name in ("packed", "scores", "forward") for limit in LIMITS if (name, limit) != HIDDEN],
+)
+def test_limits_of_numbers_are_seen_wherever_they_lie(name, limit):
+    model = helpers.microsoft_block((8, 8), shift=2)
+    model.attn = limited(name, LIMITS[limit])(16, (4, 4), 2)
+    (entry,) = swinaccel.plan(randomize(model))
+    assert entry.status == "original"
+    assert "outputs differ by" in entry.reason
+
+
+def finite(self, x, mask=None):
+    out = microsoft_models.WindowAttention.forward(self, x, mask)
+    return out if out.isfinite().all() else torch.nan_to_num(out)
+
+
+def in_half(self, x, mask=None):
+    out = microsoft_models.WindowAttention.forward(self, x, mask)
+    return out.clamp(-1.0, 1.0) if x.dtype is torch.float16 else out
+
+
+@pytest.mark.parametrize(("forward", "word"), [(finite, "isfinite"), (in_half, "float16")])
+def test_attention_that_decides_by_what_no_probe_sees(forward, word):
+    model = helpers.microsoft_block((8, 8), shift=2)
+    model.attn = type("Odd", (microsoft_models.WindowAttention,), {"forward": forward, "__module__": __name__})(
+        16, (4, 4), 2
+    )
+    (entry,) = swinaccel.plan(randomize(model))
+    assert entry.reason.endswith(f"Odd.{forward.__name__} has to do with {word}")
+
+
 def test_block_without_gradient_is_accelerated_at_its_attention():
     class WithoutGradient(microsoft_models.SwinTransformerBlock):
         @torch.no_grad()

@@ -6,6 +6,7 @@ import copy
 
 import helpers
 import pytest
+import timm
 import torch
 from helpers import check
 from torch import nn
@@ -173,3 +174,46 @@ def test_worth():
     assert fusion.is_worth(torch.empty(8, 784, 192), "torch")
     assert not fusion.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16), "torch")
     assert not fusion.is_worth(torch.empty(0, 3136, 96), "torch")
+
+
+class Minimum(nn.Module):
+    def forward(self, x):
+        return torch.minimum(x, torch.full_like(x, 60.0))
+
+
+class WithoutNan(nn.Module):
+    def forward(self, x):
+        return torch.nan_to_num(x, 0.0, torch.inf, -torch.inf)
+
+
+IDLE = {
+    "hardtanh": (lambda: nn.Hardtanh(-60.0, 60.0), False),
+    "far": (lambda: nn.Hardtanh(-3e4, 3e4), False),
+    "shrink": (lambda: nn.Hardshrink(1e-6), False),
+    "threshold": (lambda: nn.Threshold(-1e30, -1e30), False),
+    "minimum": (Minimum, False),
+    "nan": (WithoutNan, False),
+    "identity": (nn.Identity, True),
+    "dropout": (lambda: nn.Dropout(0.5), True),
+    "droppath": (lambda: timm.layers.DropPath(0.5), True),
+}
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_what_passes_ordinary_numbers_on_may_still_limit_others(kind):
+    make, is_idle = IDLE[kind]
+    assert fusion._is_idle(make().eval()) == is_idle
+
+
+def test_limits_within_an_mlp(small):
+    """A dropout's place is taken by what limits activations, which here are large."""
+    block = helpers.microsoft_block((8, 8), shift=2).eval()
+    block.mlp.drop = nn.Hardtanh(-60.0, 60.0)
+    with torch.no_grad():
+        for parameter in block.mlp.parameters():
+            parameter.mul_(60)
+        x = torch.randn(2, 64, 16)
+        expected = block(x)
+        swinaccel.accelerate(block)
+        assert (block(x) - expected).abs().max() < 0.1  # it was thousands
+        assert not small
