@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,8 +24,9 @@ class VerifyResult:
 
     Attributes:
         passed: the accelerated model errs at most twice (max) and 1.1 times (mean) as much as the original does, or
-            less than one rounding of the output; it is finite where the original is; something was accelerated, and
-            none of it ran its original.
+            less than one rounding of the output, where original and reference are finite, and somewhere they are;
+            its infinities and NaNs are the original's; something was accelerated, and none of it ran its original.
+            The result's truth is this.
         max_error, mean_error: of the accelerated model, relative to the reference's largest absolute value.
         original_max_error, original_mean_error: likewise of the original.
         reference: dtype of the reference, "float64" or "float32".
@@ -38,6 +40,9 @@ class VerifyResult:
     original_mean_error: float
     reference: str
     report: Report
+
+    def __bool__(self) -> bool:
+        return self.passed
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -85,13 +90,15 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Any) -> VerifyResu
             module.training = training
     if not found:
         raise ValueError("the model's output holds no floating-point tensor to compare")
-    max_error, mean_error, finite = _errors(found, reference)
-    original_max, original_mean, original_finite = _errors(original, reference)
+    where = [one.isfinite() & exact.isfinite() for one, exact in zip(original, reference, strict=True)]
+    max_error, mean_error = _errors(found, reference, where)
+    original_max, original_mean = _errors(original, reference, where)
     floor = max(_FLOOR.get(tensor.dtype, 1e-5) for tensor in found)
     passed = (
-        (finite or not original_finite)
-        and (not original_finite or max_error <= max(MAX_RATIO * original_max, floor))
-        and (not original_finite or mean_error <= max(MEAN_RATIO * original_mean, floor / 4))
+        any(bool(compared.any()) for compared in where)
+        and all(torch.equal(_kinds(one), _kinds(other)) for one, other in zip(found, original, strict=True))
+        and max_error <= max(MAX_RATIO * original_max, floor)
+        and mean_error <= max(MEAN_RATIO * original_mean, floor / 4)
         and bool(report.accelerated)
         and all(entry.fallbacks == earlier.fallbacks for entry, earlier in zip(report, before, strict=True))
     )
@@ -124,16 +131,21 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _errors(outputs: list[Tensor], references: list[Tensor]) -> tuple[float, float, bool]:
-    """Largest and mean error relative to the reference's size, over all tensors, and whether all are finite."""
+def _kinds(tensor: Tensor) -> Tensor:
+    """What every element is: 0 for a number, and something else for each infinity and NaN."""
+    return tensor.isposinf() + 2 * tensor.isneginf() + 3 * tensor.isnan()
+
+
+def _errors(outputs: list[Tensor], references: list[Tensor], where: list[Tensor]) -> tuple[float, float]:
+    """Largest and mean error relative to the reference's size, over all tensors, of the elements `where` says."""
     largest = mean = 0.0
-    finite = True
-    for output, reference in zip(outputs, references, strict=True):
-        if output.numel() == 0:
+    for output, reference, compared in zip(outputs, references, where, strict=True):
+        exact = reference[compared]
+        if exact.numel() == 0:
             continue
-        error = (output.to(reference.dtype) - reference).abs()
-        size = reference.abs().max().clamp_min(1e-30)
+        # Comparisons with NaN are false, and max(0.0, nan) is 0.0.
+        error = (output[compared].to(exact.dtype) - exact).abs().nan_to_num(math.inf, math.inf)
+        size = exact.abs().max().clamp_min(1e-30)
         largest = max(largest, (error.max() / size).item())
         mean = max(mean, (error.mean() / size).item())
-        finite = finite and bool(torch.isfinite(output).all())
-    return largest, mean, finite
+    return largest, mean
