@@ -34,14 +34,15 @@ class FallbackError(RuntimeError):
 class Stats:
     """What happened to one module: calls, those of them that ran the original, and why the last of those did."""
 
-    __slots__ = ("bias", "calls", "fallbacks", "index", "memory", "patience", "reason")
+    __slots__ = ("bias", "calls", "fallbacks", "index", "looked_at", "memory", "patience", "reason")
 
     def __init__(self) -> None:
         self.calls = 0
         self.fallbacks = 0
         self.reason: str | None = None
         self.bias: str | None = None
-        self.index: tuple[int, int] | None = None  # state of the bias index that was last found to fit its table
+        self.looked_at: Tensor | None = None  # the bias index last found to fit its table; kept, its address is its own
+        self.index: tuple[Any, ...] | None = None  # and the state of both
         self.memory: _Memory | None = None
         self.patience = 8  # with a module that keeps changing: memories to be made before one has paid for itself
 
@@ -159,7 +160,7 @@ def _remembered(
     section = memory.sections.get(key)
     if section is None or (section.mask is not None and section.mask.requires_grad):
         return None
-    if stats.index != _state(section.index):
+    if stats.index != _index_state(section):
         return None
     stats.patience = 8
     return section
@@ -464,20 +465,25 @@ def _triton_reason(section: Section, x: Tensor) -> str | None:
 
 def _index_reason(section: Section, stats: Stats) -> str | None:
     """Why the kernels, which check no index, cannot take this one; it is looked through once in each of its states."""
-    index, state = section.index, _state(section.index)
-    if state == stats.index or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+    index, state = section.index, _index_state(section)
+    if state == stats.index:
         return None
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "its bias index was not looked through before a CUDA graph is captured; run the model once before"
     low, high = index.aminmax()
     with torch.no_grad():
         rows = section.table().shape[0]
     if low < 0 or high >= rows:
         return f"the bias index goes from {int(low)} to {int(high)}, and its table has {rows} rows"
-    stats.index = state
+    stats.looked_at, stats.index = index, state
     return None
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _index_state(section: Section) -> tuple[Any, ...]:
+    """What tells another index, or one that was written to, or a table of other sizes."""
+    index = section.index
+    version = 0 if index.is_inference() else index._version
+    return index.data_ptr(), version, *[source.shape for source in section.sources]
 
 
 def _kernel_failure(section: Section, x: Tensor) -> str | None:

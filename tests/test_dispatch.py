@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import json
+import types
 import warnings
 
 import helpers
@@ -17,7 +18,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
-from swinaccel import ops
+from swinaccel import dispatch, ops, patching
 from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import triton as triton_backend
 
@@ -897,6 +898,48 @@ def test_index_outside_of_the_table():
         model.attn.relative_position_index.sub_(model.attn.relative_position_index.max() + 1)
 
     assert "the bias index goes from -49 to -1" in changed("triton", change)
+
+
+@pytest.mark.parametrize("way", ["parameter", "data"])
+def test_table_that_became_too_small_for_its_index(way, monkeypatch):
+    """After a call of the same kind, whose index was found to fit."""
+
+    def change(model):
+        attn = model.attn
+        small = attn.relative_position_bias_table.detach()[:20].clone()
+        if way == "parameter":
+            attn.relative_position_bias_table = nn.Parameter(small)
+        else:
+            attn.relative_position_bias_table.data = small
+
+    model = swinaccel.accelerate(helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), backend="triton")
+    x = torch.randn(2, 8, 8, 16).to(TRITON_DEVICE)
+    with torch.no_grad():
+        model(x)
+        model(x)
+        stats = patching.stats(model)
+        assert stats.looked_at.data_ptr() == stats.index[0]  # kept, so that no other index comes to lie there
+        change(model)
+        monkeypatch.setenv("SWINACCEL_STRICT", "1")  # the original's error would take a GPU's process down
+        with pytest.raises(dispatch.FallbackError, match="from 0 to 48, and its table has 20 rows"):
+            model(x)
+
+
+def test_index_that_nobody_looked_through_before_a_capture(monkeypatch):
+    class Index:
+        is_cuda, _version = True, 0
+
+        def data_ptr(self):
+            return 1
+
+        def is_inference(self):
+            return False
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    section, stats = types.SimpleNamespace(index=Index(), sources=()), dispatch.Stats()
+    assert "run the model once before" in dispatch._index_reason(section, stats)
+    stats.index = dispatch._index_state(section)
+    assert dispatch._index_reason(section, stats) is None
 
 
 def test_tracing_into_a_graph():
