@@ -13,7 +13,8 @@ from helpers import TRITON_DEVICE, position_index, table_rows
 
 import swinaccel
 from swinaccel import bias, ops, reference
-from swinaccel.spec import Geometry
+from swinaccel.config import AccelConfig
+from swinaccel.spec import Geometry, Section
 
 WINDOW = (9, 8)
 TOKENS, HEADS = 72, 1  # one more than a small window; few programs, for the interpreter takes its time
@@ -459,16 +460,42 @@ def test_record_with_nan_is_a_miss(folder, made):
     assert len(made) == 2
 
 
-def test_record_with_wrong_numbers_does_no_harm(folder):
-    """Well-formed and not what was computed, as after a flipped bit: the error is measured again when read."""
+def factors_of(table, source, dtype, energy=EXACT):
+    bias.forget()
+    index, config = position_index(WINDOW), AccelConfig(bias="factors", bias_energy=energy)
+    section = Section(Geometry(WINDOW, WINDOW), HEADS, 16, None, None, None, lambda: table, index, (source,))
+    return bias.factors(section, config, dtype)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda k: k + 1.0, lambda k: 1.01 * k, torch.zeros_like], ids=["all", "a bit", "none"]
+)
+@pytest.mark.parametrize("energy", [EXACT, None], ids=["energy", "rounding"])
+def test_record_that_does_not_keep_the_rule_is_a_miss(folder, made, energy, change):
+    """Well-formed and not what was computed, as after a flipped bit."""
     from safetensors.torch import load_file, save_file
 
-    use()
+    table = smooth_table()
+    first = factors_of(table, table, torch.bfloat16, energy)
     (record,) = records(folder)
-    content = load_file(record)
-    content["k"] = content["k"] + 1.0
+    whole, content = record.read_bytes(), load_file(record)
+    content["k"] = change(content["k"])
     save_file(content, record, metadata={"rank": "16"})
-    use()
+    second = factors_of(table, table, torch.bfloat16, energy)
+    assert (second.rank, second.error) == (first.rank, first.error)
+    assert len(made) == 2
+    assert record.read_bytes() == whole
+
+
+def test_tables_made_in_other_ways_from_the_same_share_no_record(folder, made):
+    """SwinV2's table is 16 · sigmoid of what an MLP gives; Swin2SR's is what it gives."""
+    source = smooth_table()
+    for _ in range(2):
+        for table in (source, 16 * torch.sigmoid(source)):
+            found = factors_of(table, source, torch.float32)
+            assert found.error < 1e-2 * table.abs().max()
+    assert len(made) == 2
+    assert len(records(folder)) == 2
 
 
 def test_symbolic_link_is_refused(folder, made, tmp_path):
