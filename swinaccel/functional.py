@@ -356,19 +356,26 @@ def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int,
     """Why the window kernels cannot serve a call, or None."""
     if q.numel() == 0:
         return "there is nothing to compute"
-    if not torch.compiler.is_compiling():
-        if type(q) not in (Tensor, torch.nn.Parameter):
-            return f"q is a {type(q).__name__}"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "the call is inside a torch.func transform"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation is active"
-        if ops.has_failures():
-            failed = ops.failure(q.device, q.dtype, geometry, head_dim, cosine)
-            if failed is not None and not env_strict():
-                return failed
+    reason = _pytorch_reason(q)
+    if reason is not None:
+        return reason
+    if not torch.compiler.is_compiling() and ops.has_failures():
+        failed = ops.failure(q.device, q.dtype, geometry, head_dim, cosine)
+        if failed is not None and not env_strict():
+            return failed
     interpret = q.device.type == "cpu" and env_interpret()
     return ops.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, interpret)
+
+
+def _pytorch_reason(q: Tensor) -> str | None:
+    """Why a call is for PyTorch's own operators, whatever its numbers, or None."""
+    if not torch.compiler.is_compiling() and type(q) not in (Tensor, torch.nn.Parameter):
+        return f"q is a {type(q).__name__}"
+    if torch_sequence.is_in_transform():
+        return "the call is inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
 
 
 def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
@@ -406,5 +413,8 @@ def _unsupported(q: Tensor, rank: int, factor_dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     if q.numel() == 0:
         return "there is nothing to compute"
+    reason = _pytorch_reason(q)
+    if reason is not None:
+        return reason
     interpret = q.device.type == "cpu" and env_interpret()
     return sequence_ops.unsupported_reason(q.device, q.dtype, q.shape[-1], rank, factor_dtype, interpret)

@@ -7,12 +7,11 @@ for every later call of that kind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import torch_sequence
 from .backends import triton_sequence as backend
@@ -60,7 +59,7 @@ def sequence_attention(
     problem: Problem,
 ) -> Tensor:
     """As `reference.sequence_attention`, by the Triton kernels; see `backends.triton_sequence.forward`."""
-    if _is_observed() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_observed():
         return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
     return _Direct.apply(q, k, v, q_factor, k_factor, mask, *problem)[0]
 
@@ -123,14 +122,26 @@ def _backward(
     return [place.copy_(found) for place, found in zip(made, torch.autograd.grad(plain, leaves, grad), strict=True)]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, q_factor: Any, k_factor: Any, mask: Any, problem: Problem) -> Tensor:
+def _plain(
+    q: Any, k: Any, v: Any, q_factor: Any, k_factor: Any, mask: Any, problem: Problem, twice: bool = False
+) -> Tensor:
     if problem.block_size:
         return torch_sequence.block_sliding_window_attention(
-            q, k, v, problem.block_size, problem.window_blocks, problem.scale
+            q, k, v, problem.block_size, problem.window_blocks, problem.scale, twice
         )
     return torch_sequence.factored_bias_attention(
-        q, k, v, q_factor, k_factor, mask, problem.scale, problem.causal
+        q, k, v, q_factor, k_factor, mask, problem.scale, problem.causal, twice
     )  # fmt: skip
+
+
+def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor | None], mask: Tensor | None, problem: Problem) -> list:
+    """Gradients of (q, k, v, q_factor, k_factor) by PyTorch's own, so that they have gradients in turn."""
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
+    q, k, v, q_factor, k_factor = inputs
+    out = _plain(q, k, v, q_factor, k_factor, mask, problem, twice=True)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def _kind(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
@@ -187,8 +198,12 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple:
 
 
 def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> tuple:
-    factor_grad = any(ctx.needs_input_grad[3:5])
-    grads = [*backward(grad, *ctx.saved_tensors, *ctx.problem, factor_grad), None, None][:5]
+    if torch.is_grad_enabled():  # these gradients are to be differentiated again
+        *inputs, mask, _, _ = ctx.saved_tensors
+        grads = _plain_gradients(grad, inputs, mask, Problem(*ctx.problem))
+    else:
+        factor_grad = any(ctx.needs_input_grad[3:5])
+        grads = [*backward(grad, *ctx.saved_tensors, *ctx.problem, factor_grad), None, None][:5]
     wanted = (found if needed else None for found, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return *wanted, None, None, None, None, None
 
@@ -203,7 +218,6 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
         return _gradients(_backward, ctx, grad)
 

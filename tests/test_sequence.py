@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from dataclasses import dataclass, replace
@@ -463,6 +464,16 @@ def test_autocast():
     assert torch.equal(found, functional.factored_bias_attention(*halves))
 
 
+def test_autocast_keeps_the_precision_of_factors_in_plain_pytorch():
+    q, k, v = (torch.randn(1, 1, 3000, 8) for _ in range(3))
+    factors = functional.alibi_factors(1, 3000, [0.5])
+    halves = [tensor.bfloat16() for tensor in (q, k, v)]
+    expected = torch_sequence.factored_bias_attention(*halves, *factors, None, 0.3, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch_sequence.factored_bias_attention(*halves, *factors, None, 0.3, True)
+    assert torch.equal(found, expected)
+
+
 def _good() -> dict[str, Any]:
     q = torch.randn(2, 3, 8, 4)
     return {"q": q, "k": q, "v": q, "q_factor": torch.randn(3, 8, 2), "k_factor": torch.randn(2, 3, 8, 2)}
@@ -590,6 +601,121 @@ def test_plain_blocks_are_linear_in_the_tokens(block_size):
         assert seen.one <= tokens * 400
         totals.append(seen.sum)
     assert totals[1] <= 2.2 * totals[0]
+
+
+# Derivatives beyond the first, which the kernels do not have.
+
+
+def _functions(case: Case) -> tuple[list[Tensor], Any, Any]:
+    """Inputs, what the public function gives for them, and what the oracle does."""
+    inputs, mask, _ = case.make(torch.float32, TRITON_DEVICE)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        if case.block_size:
+            return functional.block_sliding_window_attention(*tensors, case.block_size, case.window_blocks)
+        return functional.factored_bias_attention(*tensors, mask, causal=case.causal)
+
+    wide_mask = None if mask is None else mask.double()
+    return inputs, attend, lambda *tensors: plain(list(tensors), wide_mask, case.problem)
+
+
+FURTHER = pytest.mark.parametrize(
+    "case",
+    [
+        Case(20, block_size=6, window_blocks=2), Case(70, block_size=3, window_blocks=2, heads=1),
+        Case(18, rank=2, causal=True), Case(12, rank=3, masks=2, batch=2, shared=(True, False)),
+    ],
+    ids=str,
+)  # fmt: skip
+
+
+def _close(found: Any, exact: Any) -> None:
+    for ours, truth in zip(found, exact, strict=True):
+        helpers.assert_close(ours.double(), truth, 1e-4)
+
+
+@FURTHER
+@pytest.mark.parametrize("profiled", [False, True], ids=["plain", "profiled"])
+def test_second_derivatives(case, profiled, small_tiles):
+    inputs, attend, oracle = _functions(case)
+
+    def penalty(attend: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = attend(*leaves).square().sum()
+        first = torch.autograd.grad(out, leaves, create_graph=True)
+        return *first, *torch.autograd.grad(out + sum(one.square().sum() for one in first), leaves)
+
+    with torch.profiler.profile() if profiled else contextlib.nullcontext():
+        found = penalty(attend, inputs)
+    _close(found, penalty(oracle, [tensor.double() for tensor in inputs]))
+
+
+def test_second_derivatives_of_some_inputs(small_tiles):
+    """Of q alone, which is what k is as well."""
+    inputs, attend, oracle = _functions(Case(12, rank=2))
+
+    def second(attend: Any, tensors: list[Tensor]) -> Tensor:
+        leaf = tensors[0].detach().requires_grad_()
+        (first,) = torch.autograd.grad(attend(leaf, leaf, *tensors[2:]).square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    _close([second(attend, inputs)], [second(oracle, [tensor.double() for tensor in inputs])])
+
+
+@FURTHER
+def test_transforms_of_functions(case, small_tiles):
+    inputs, attend, oracle = _functions(case)
+    names = tuple(range(len(inputs)))
+
+    def everything(attend: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        def loss(*tensors: Tensor) -> Tensor:
+            return attend(*tensors).square().sum()
+
+        def penalty(*tensors: Tensor) -> Tensor:
+            return sum(one.square().sum() for one in torch.func.grad(loss, names)(*tensors))
+
+        stacks = tuple(torch.stack((tensor, 0.5 * tensor)) for tensor in tensors)
+        return (
+            *torch.func.grad(loss, names)(*tensors), *torch.func.grad(penalty, names)(*tensors),
+            *torch.func.jvp(loss, tuple(tensors), tuple(tensors)), torch.func.vmap(attend)(*stacks),
+            *torch.func.vmap(torch.func.grad(loss, names))(*stacks),
+        )  # fmt: skip
+
+    _close(everything(attend, inputs), everything(oracle, [tensor.double() for tensor in inputs]))
+
+
+@FURTHER
+def test_forward_mode(case, small_tiles):
+    inputs, attend, oracle = _functions(case)
+
+    def tangent(attend: Any, tensors: list[Tensor]) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(tensor, tensor.sin()) for tensor in tensors]
+            return torch.autograd.forward_ad.unpack_dual(attend(*duals)).tangent
+
+    _close([tangent(attend, inputs)], [tangent(oracle, [tensor.double() for tensor in inputs])])
+
+
+@pytest.mark.parametrize("case", [Case(20, block_size=6), Case(18, rank=2)], ids=str)
+def test_compiled_transforms(case, small_tiles):
+    inputs, attend, oracle = _functions(case)
+
+    def both(attend: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        _, tangent = torch.func.jvp(attend, tuple(tensors), tuple(tensors))
+        return attend(*tensors), tangent, torch.func.grad(lambda q: attend(q, *tensors[1:]).square().sum())(tensors[0])
+
+    compiled = torch.compile(lambda *tensors: both(attend, list(tensors)), fullgraph=True, backend="aot_eager")
+    _close(compiled(*inputs), both(oracle, [tensor.double() for tensor in inputs]))
+
+
+def test_subclasses_of_tensors(small_tiles):
+    class Marked(Tensor):
+        pass
+
+    inputs, attend, oracle = _functions(Case(20, block_size=6))
+    found = attend(*(tensor.as_subclass(Marked) for tensor in inputs))
+    assert type(found) is Marked
+    _close([found.as_subclass(Tensor)], [oracle(*(tensor.double() for tensor in inputs))])
 
 
 # Where a kernel fails, plain PyTorch gives the numbers, and says so once.

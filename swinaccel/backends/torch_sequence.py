@@ -1,6 +1,6 @@
 """Attention over sequences in plain PyTorch, by `scaled_dot_product_attention`, which never holds all scores.
 
-Gradients are autograd's.
+Gradients are autograd's. Where they are to have gradients in turn, or in a torch.func transform, scores are held.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ def factored_bias_attention(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    twice: bool = False,
 ) -> Tensor:
     """As `reference.sequence_attention`: the factors ride along as further columns of q and k (FlashBias).
 
-    v gets as many columns of zeros, since the kernels that hold no scores want heads of one width.
+    v gets as many columns of zeros, since the kernels that hold no scores want heads of one width. With `twice` the
+    gradients have gradients.
     """
     if q.numel() == 0:
         return _nothing(q, k, v)
@@ -40,7 +42,7 @@ def factored_bias_attention(
         v = F.pad(v, (0, rank))
     if mask is not None:
         mask = _batch_mask(mask, q, causal)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale)
+    out = _attend(q, k, v, mask, causal and mask is None, scale, twice)
     return out[..., :width].to(dtype)
 
 
@@ -58,12 +60,12 @@ def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:
 
 
 def block_sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, window_blocks: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, window_blocks: int, scale: float, twice: bool = False
 ) -> Tensor:
     """As `reference.sequence_attention`, a chunk of whole blocks at a time; work and memory linear in the tokens.
 
     Keys and values are split once and put together again for every chunk: autograd then adds up pieces, where slices
-    would each give it a gradient of full length.
+    would each give it a gradient of full length. With `twice` the gradients have gradients.
     """
     if q.numel() == 0:
         return _nothing(q, k, v)
@@ -81,12 +83,29 @@ def block_sliding_window_attention(
             ago = offs_m[:, None] - offs_n[None, :]
             mask = (ago >= 0) & (ago < window_blocks)
         window = slice(first, index + 1)
-        outs.append(
-            F.scaled_dot_product_attention(
-                query, torch.cat(keys[window], 2), torch.cat(values[window], 2), attn_mask=mask, scale=scale
-            )
-        )
+        key, value = torch.cat(keys[window], 2), torch.cat(values[window], 2)
+        outs.append(_attend(query, key, value, mask, False, scale, twice))
     return torch.cat(outs, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, twice: bool) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):  # which would round the factors
+        if twice or is_transformed():  # derivatives that only the operators have which it is made of
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+            return torch._scaled_dot_product_attention_math(q, k, v, mask, is_causal=causal, scale=scale)[0]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def is_transformed() -> bool:
+    """Whether derivatives may be wanted that only PyTorch's elementary operators have: torch.func, forward mode."""
+    return is_in_transform() or torch.autograd.forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # compilers call it while they trace, in the transforms that they meet there
+def is_in_transform() -> bool:
+    """Whether the call is inside a torch.func transform."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
