@@ -1,7 +1,8 @@
 """The operators, as PyTorch sees them: one opaque call each for eager mode, autocast, torch.compile and export.
 
-The only importer of the Triton backend. A kernel that fails is not an error here: the failure is noted once,
-with its problem, and the same numbers are computed in plain PyTorch; dispatch then keeps to the originals.
+Dispatch and the functions reach the window kernels through here alone. A kernel that fails is not an error: the failure
+is noted once, with its problem, and the same numbers are computed in plain PyTorch; dispatch then keeps to the
+originals. Memory that runs out is the caller's to know.
 """
 
 from __future__ import annotations
@@ -189,6 +190,8 @@ def _forward(
             seed=seed,
             for_backward=for_backward,
         )
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        raise
     except Exception as error:
         if backend.retry_with_defaults():
             return _forward(
@@ -281,6 +284,8 @@ def _backward(
             None if v is None else _dense(v, geometry), geometry, **options, dropout=dropout, seed=seed,
             grad_table=grad_table,
         )  # fmt: skip
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        raise
     except Exception as error:
         if backend.retry_with_defaults():
             return _backward(
@@ -399,6 +404,8 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
     try:
         return backend.position_table(coords, hidden_weight, hidden_bias, weight)
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        raise
     except Exception as error:
         _failures[_POSITION] = f"the Triton kernel failed: {backend.first_line(error)}"
         logger.warning("%s; PyTorch computes the bias table instead", _failures[_POSITION])

@@ -81,6 +81,8 @@ def _forward(
     if key not in _failures:
         try:
             return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
+        except torch.OutOfMemoryError:  # which says nothing of the kernel
+            raise
         except Exception as error:
             _note(key, error)
     out = backend.empty_like(q)
@@ -109,6 +111,8 @@ def _backward(
         try:
             grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
             return list(grads)
+        except torch.OutOfMemoryError:  # which says nothing of the kernel
+            raise
         except Exception as error:
             _note(key, error)
     inputs = [q, k, v, *((q_factor, k_factor) if factor_grad else ())]

@@ -672,6 +672,42 @@ def test_a_kernel_that_fails(rate, monkeypatch, caplog):
         call(**inputs, dropout=rate)
 
 
+@pytest.mark.parametrize("place", ["shifted_window_attention", "shifted_window_attention_backward"])
+def test_out_of_memory_is_no_failure(place, monkeypatch, caplog):
+    """It comes through as it is, so that a caller can try a smaller batch, which the kernels then run."""
+    from swinaccel.backends import triton as kernels
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    inputs = Case(9).make()
+
+    def step() -> None:
+        call(**{**inputs, "v": inputs["v"].detach().requires_grad_()}).sum().backward()
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "swinaccel"):
+        patch.setattr(kernels, place, full)
+        patch.setattr(kernels, "retry_with_defaults", lambda: pytest.fail("tuned launches are given up"))
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            step()
+    assert not ops.has_failures()
+    assert not caplog.records
+    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+    step()
+
+
+def test_out_of_memory_of_the_bias_table(monkeypatch):
+    from swinaccel.backends import triton as kernels
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(kernels, "position_table", full)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        ops.position_table(torch.randn(9, 2), torch.randn(4, 2), torch.randn(4), torch.randn(1, 4))
+    assert not ops.has_failures()
+
+
 # What is not accepted.
 
 

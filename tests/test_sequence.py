@@ -749,6 +749,25 @@ def test_failed_kernels(broken, case, monkeypatch, caplog, small_tiles):
     ]
 
 
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_out_of_memory_is_no_failure(place, monkeypatch, caplog, small_tiles):
+    """It comes through as it is, so that a caller can try a smaller batch, which the kernels then run."""
+    case = Case(20, block_size=6)
+    inputs, mask, grad = case.make(torch.float32, TRITON_DEVICE)
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "swinaccel"):
+        patch.setattr(backend, place, full)
+        patch.delenv("SWINACCEL_STRICT")
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            differentiate(kernels, inputs, mask, case.problem, grad)
+    assert not sequence_ops.has_failures()
+    assert not caplog.records
+    differentiate(kernels, inputs, mask, case.problem, grad)
+
+
 # Factors.
 
 
