@@ -21,6 +21,7 @@ import swinaccel
 from swinaccel import dispatch, ops, patching
 from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import triton as triton_backend
+from swinaccel.spec import Geometry
 
 X = torch.randn(2, 8, 8, 16)
 
@@ -948,3 +949,21 @@ def test_tracing_into_a_graph():
     with torch.no_grad():
         graph = make_fx(model, tracing_mode="real")(x)
     helpers.assert_close(graph(x), run(model, x))
+
+
+def test_orders_kept_by_the_torch_backend():
+    """Those of one model's stages, and no more: images of many sizes would fill the memory with them."""
+    cache = torch_backend._order
+    cache.cache_clear()
+    for side in range(8, 88, 2):
+        order = cache(Geometry((side, side), (4, 4), (2, 2)), 2, True, torch.device("cpu"))
+        assert order.gather.dtype == order.scatter.dtype == torch.int32
+    assert cache.cache_info().currsize <= 16
+    for shift in (0, 2):
+        for side in (8, 16, 32, 64):
+            for batch in (2, 1):  # the last part of a batch may be a smaller one
+                for _ in range(2):
+                    cache(Geometry((side, side), (4, 4), (shift, shift)), batch, True, torch.device("cpu"))
+    before = cache.cache_info().misses
+    cache(Geometry((8, 8), (4, 4), (0, 0)), 2, True, torch.device("cpu"))
+    assert cache.cache_info().misses == before

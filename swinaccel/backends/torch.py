@@ -37,7 +37,7 @@ class _Order(NamedTuple):
     groups: tuple[tuple[int, int | None], ...]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)  # the stages of one model; each is as large as its images
 def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
     with torch.inference_mode(False):  # it may be saved for a backward later
         return _make_order(geometry, batch, masked, device)
@@ -60,7 +60,8 @@ def _make_order(geometry: Geometry, batch: int, masked: bool, device: torch.devi
     scatter[tokens] = torch.arange(tokens.numel(), device=device)
     gather = torch.where(tokens == 0, count, tokens - 1)
     groups = tuple((part.numel() // geometry.tokens, row) for part, row in kinds)
-    return _Order(gather, scatter[1:].clone(), groups)
+    dtype = torch.int32 if tokens.numel() < 2**31 else torch.int64  # there are as many tokens in windows, or more
+    return _Order(gather.to(dtype), scatter[1:].to(dtype, copy=True), groups)
 
 
 class _Kind(NamedTuple):
