@@ -291,6 +291,9 @@ def factored_bias_attention(
 ) -> Tensor:
     """Attention with the bias q_factor k_factorᵀ, which is never materialised.
 
+    Differentiable in q, k, v and the factors; twice where the kernels run or under torch.func, by plain PyTorch, which
+    holds all scores then.
+
     Args:
         q, k, v: (batch, heads, N, D), one dtype.
         q_factor, k_factor: (heads, N, R), or (batch, heads, N, R) for a bias of each batch, 1 in place of heads where
@@ -300,7 +303,10 @@ def factored_bias_attention(
         scale: multiplies q kᵀ; D^-0.5 without.
         causal: whether a query sees no later key.
     Returns:
-        (batch, heads, N, D), dtype of q. A query that the mask leaves without keys gets zeros.
+        (batch, heads, N, D), dtype of q (autocast's under autocast). A query that the mask leaves without keys gets
+        zeros.
+    Raises:
+        TypeError, ValueError: for arguments of another kind or shape; the message names the argument.
     Source: FlashBias, Wu et al. 2025, arXiv:2505.12044.
     """
     check_qkv(q, k, v)
@@ -327,7 +333,8 @@ def block_sliding_window_attention(
     """Attention of every token to its own block of tokens, all of it, and to the blocks just before.
 
     For videos, block_size is the tokens of a frame, and window_blocks the frames that a frame knows, itself included.
-    Time and memory grow linearly with the number of tokens.
+    Time and memory grow linearly with the number of tokens. Differentiable in q, k and v; twice where the kernels run
+    or under torch.func, by plain PyTorch.
 
     Args:
         q, k, v: (batch, heads, N, D), one dtype; any N, the last block may be shorter than the others.
@@ -335,7 +342,9 @@ def block_sliding_window_attention(
         window_blocks: blocks that a token sees, 1 or more.
         scale: multiplies q kᵀ; D^-0.5 without.
     Returns:
-        (batch, heads, N, D), dtype of q.
+        (batch, heads, N, D), dtype of q (autocast's under autocast).
+    Raises:
+        TypeError, ValueError: for arguments of another kind or shape; the message names the argument.
     """
     check_qkv(q, k, v)
     for name, value in (("block_size", block_size), ("window_blocks", window_blocks)):

@@ -521,6 +521,7 @@ def test_public_names():
     for name in ("factored_bias_attention", "block_sliding_window_attention"):
         documented = inspect.getdoc(getattr(functional, name)).split("Args:")[1].split("Returns:")[0]
         assert all(parameter in documented for parameter in inspect.signature(getattr(functional, name)).parameters)
+        assert all(word in getattr(functional, name).__doc__ for word in ("Raises:", "Differentiable"))
 
 
 # As PyTorch sees them.
