@@ -139,6 +139,8 @@ def run(
             result = fusion.forward(look, attend, *tokens, backend=backend)
     except ops.KernelError as error:
         return _fall_back(str(error), module, original, config, stats, args, kwargs)
+    if look is not None:
+        _demand_fused(module, config)
     if ops.has_failures() and stats is not None:
         failed = _kernel_failure(section, x)
         if failed is not None:
@@ -231,8 +233,11 @@ def run_around(
                     return fusion.forward_traced(look, family.attend(module), *tokens)
                 return fusion.embed_traced(look, x)
             if is_block:
-                return fusion.forward(look, family.attend(module), *tokens, backend=backend)
-            return fusion.merge(look, *tokens) if isinstance(look.facts, Merging) else fusion.embed(look, x)
+                result = fusion.forward(look, family.attend(module), *tokens, backend=backend)
+            else:
+                result = fusion.merge(look, *tokens) if isinstance(look.facts, Merging) else fusion.embed(look, x)
+            _demand_fused(module, config)
+            return result
     return original(module, *args, **kwargs)
 
 
@@ -246,7 +251,15 @@ def _surroundings(family: Any, module: nn.Module, config: AccelConfig, x: Tensor
         return look(family, module, x) if backend == "triton" else None
     if not fusion.is_worth(x, backend):
         return None
+    if backend == "triton":
+        _demand_fused(module, config)
     return fusion.fitting(family, module, x, backend)
+
+
+def _demand_fused(module: nn.Module, config: AccelConfig) -> None:
+    """Raise in strict mode where a kernel failed, so that layers around the attention run one by one."""
+    if fusion.has_failures() and not torch.compiler.is_compiling() and (config.strict or env_strict()):
+        raise FallbackError(f"{type(module).__name__} would run its own layers: {fusion.failure()}")
 
 
 def _tokens(family: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

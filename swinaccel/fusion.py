@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 import weakref
 from typing import Any
 
@@ -33,7 +34,7 @@ _DTYPES = (*_HALVES, torch.float32)
 _trusted: set[tuple] = set()
 _OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)}
 _OWN_CONVOLUTION = nn.Conv2d._conv_forward  # what its forward calls
-_failed = False  # a kernel did not compile or fit: whole blocks run their own forwards from then on
+_failure: str | None = None  # why whole blocks run their own forwards from then on: a kernel did not compile or fit
 
 
 def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
@@ -64,10 +65,19 @@ def _make_up(holder: nn.Module, facts: Block | Merging | Embedding) -> tuple:
 _LIVE = {"H", "W", "img_size", "input_resolution", "shift_size", "window_size", "_swinaccel", *nn.Module().__dict__}
 
 
+def failure() -> str | None:
+    """Why nothing around the attention is fused any more in this process, or None."""
+    return _failure
+
+
+def has_failures() -> bool:
+    return _failure is not None
+
+
 def forget_failures() -> None:
     """Try the kernels again."""
-    global _failed
-    _failed = False
+    global _failure
+    _failure = None
 
 
 def is_worth(x: Tensor, backend: str = "triton") -> bool:
@@ -78,7 +88,7 @@ def is_worth(x: Tensor, backend: str = "triton") -> bool:
 def fitting(family: Any, module: nn.Module, x: Tensor, backend: str) -> Look | None:
     """What is known of a module that may be fused in a call about x; None where it holds a surprise or is watched."""
     dtype = product_dtype(x)
-    if _failed or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32):
+    if _failure is not None or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32):
         return None
     if (dtype == torch.bfloat16 and not x.is_cuda) or torch._C._len_torch_dispatch_stack():
         return None  # Triton's interpreter does not multiply bfloat16
@@ -364,9 +374,11 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 def _fail(error: kernels.LaunchError) -> None:
-    global _failed
-    _failed = True
-    logger.warning("the Triton kernel failed: %s; only attention is accelerated from now on", str(error))
+    global _failure
+    if _failure is None:
+        _failure = f"the Triton kernel failed: {error}"
+        logger.warning("%s; only attention is accelerated from now on", _failure)
+        warnings.warn(f"swinaccel: only attention is accelerated, because {_failure}", stacklevel=4)
 
 
 def _norm(x: Tensor, look: Look) -> Tensor:
@@ -399,7 +411,7 @@ def _trust_compiled(module: nn.Module, block: Block) -> None:
 
 def traced(family: Any, module: nn.Module, x: Tensor) -> Block | None:
     """What a compiler finds the module to be, if it may take one operator for all that follows its attention."""
-    if _failed or x.dtype not in _HALVES or torch.is_autocast_enabled(x.device.type):
+    if _failure is not None or x.dtype not in _HALVES or torch.is_autocast_enabled(x.device.type):
         return None
     block = family.block(module)
     norms, linears = (block.norm1, block.norm2), (block.fc1, block.fc2)

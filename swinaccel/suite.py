@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bench, functional, models, ops, plots, reference, sequence_ops
+from . import bench, functional, fusion, models, ops, plots, reference, sequence_ops
 from .backends.triton import first_line
 from .nn import _position_index
 from .spec import Geometry
@@ -260,7 +260,7 @@ def _measured(setting: Setting, row: Row, machine: dict[str, Any]) -> dict[str, 
         found["floor"] = _floor(machine, row.dtype, found)
     except Exception as error:
         found = {"note": first_line(error)}
-    for module in (ops, sequence_ops):
+    for module in (ops, sequence_ops, fusion):
         if module.has_failures():
             found["note"] = "a kernel of swinaccel failed, and PyTorch stood in"
             module.forget_failures()

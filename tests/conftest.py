@@ -69,6 +69,7 @@ def _clean_slate(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(fusion, "_trusted", set())
     bias.forget()
     ops.forget_failures()
+    fusion.forget_failures()
     torch.manual_seed(0)
     with warnings.catch_warnings():
         # Fallbacks are expected in many tests; those about warnings record them by themselves.

@@ -37,7 +37,7 @@ def embedded(monkeypatch):
 
     monkeypatch.setattr(kernels, "embed", embed)
     yield shapes
-    assert not fusion._failed
+    assert not fusion.has_failures()
 
 
 def random(*shape, dtype=torch.float32, scale=1.0, seed=0):

@@ -4,6 +4,7 @@ everything that must leave a block to its own forward."""
 from __future__ import annotations
 
 import copy
+import warnings
 
 import helpers
 import pytest
@@ -25,7 +26,7 @@ DTYPES = [*HALVES, torch.float32]
 @pytest.fixture(autouse=True)
 def kernels_that_run():
     yield
-    assert not fusion._failed
+    assert not fusion.has_failures()
 
 
 @pytest.fixture
@@ -508,7 +509,8 @@ def test_kernels_that_fail(v2, monkeypatch, caplog):
 
     for name in ("norm", "add_norm", "norm_add", "mlp"):
         monkeypatch.setattr(kernels, name, fail)
-    found = outputs(model, X)
+    with pytest.warns(UserWarning, match="only attention is accelerated, because the Triton kernel failed: no reg"):
+        found = outputs(model, X)
     again = outputs(model, X)
     assert [record.message for record in caplog.records if "no registers" in record.message]
     fusion.forget_failures()
@@ -516,6 +518,40 @@ def test_kernels_that_fail(v2, monkeypatch, caplog):
         expected = outputs(model, X)
     helpers.assert_close(found, expected)
     helpers.assert_close(again, expected)
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "torchvision-v1", "hf-swin"])
+def test_kernels_that_fail_are_errors_where_strict(name, monkeypatch):
+    """Of the call in which one fails, and of all later ones."""
+    make, example, _ = MODELS[name]
+    model, x = accelerated(make()), example()
+    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+
+    def fail(*_):
+        raise kernels.LaunchError("no registers")
+
+    monkeypatch.setattr(kernels, "norm", fail)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(swinaccel.FallbackError, match="own layers: the Triton kernel failed: no registers"):
+                outputs(model, x)
+    fusion.forget_failures()
+
+
+def test_memory_that_runs_out_is_no_failure_of_a_kernel(monkeypatch):
+    model = accelerated(block())
+    outputs(model, X)
+    run = windows._Launch.__call__
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(windows._Launch, "__call__", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        kernels.norm(X, (None, None, 1e-5))
+    monkeypatch.setattr(windows._Launch, "__call__", run)
+    assert not fusion.has_failures()
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> No
     try:
         launch = windows._launches.get(key) or windows._keep(key, plan(*key[1:]))
         launch(*tensors)
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        raise
     except Exception as error:
         raise LaunchError(windows.first_line(error)) from error
 
