@@ -102,10 +102,14 @@ def is_transformed() -> bool:
     return is_in_transform() or torch.autograd.forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result  # compilers call it while they trace, in the transforms that they meet there
 def is_in_transform() -> bool:
     """Whether the call is inside a torch.func transform."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Compilers call it while they trace, in the transforms that they meet there. What torch.compiler.assume_constant_result
+# does, which would import the compiler.
+is_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
