@@ -218,7 +218,9 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         found = _parsed.get(text)
         if found is None:
-            return method(self, *args, **kwargs)
+            found = None if compiling else _decode(text)  # another process may have written it
+            if found is None:
+                return method(self, *args, **kwargs)
         family = found.family
         if found.is_around or name != family.method:
             if found.config.fuse != "auto":
