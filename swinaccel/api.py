@@ -17,6 +17,7 @@ from .report import Entry, Report
 from .spec import WindowSpec
 
 _LEFT_OUT = "the filter left it out"
+_DISABLED = "SWINACCEL_DISABLE is set"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,7 +27,7 @@ def accelerate(model: Model, **options: Any) -> Model:
 
     Modules are found by structure, and each kind is proven against its own forward before it is touched; what
     cannot be replaced keeps its original forward, and `report` says why. Calling it again is harmless and takes
-    new options over.
+    new options over: what a new filter leaves out gets its original back.
 
     Args:
         model: any module; a model, a part of one, or a container of several.
@@ -44,15 +45,17 @@ def accelerate(model: Model, **options: Any) -> Model:
     found = list(_survey(model, config))
     if config.strict or env_strict():
         _insist(model, found)
+    chosen: set[nn.Module] = set()
     for module, family, _, entry in found:
         if entry.status == "accelerated":
             patching.mark(module, patching.encode(family, _with_surroundings(module, family, config)))
-        elif entry.reason != _LEFT_OUT:  # it may have been accelerated before it was changed
-            patching.unmark([module])
+            chosen.add(module)
+    # An earlier call may have accelerated others: before they were changed, or with another filter.
+    patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_around(one))
     around = dict(_surroundings(model, config))
     for module, kind in around.items():
         patching.mark(module, patching.encode(kind, config))
-    patching.unmark(module for module in model.modules() if patching.is_around(module) and module not in around)
+    patching.unmark(one for one in _marked_modules(model) if one not in around and patching.is_around(one))
     return model
 
 
@@ -63,7 +66,7 @@ def restore(model: Model) -> Model:
         The same object.
     """
     _check_model(model)
-    patching.unmark(module for module in model.modules() if patching.marker(module) is not None)
+    patching.unmark(_marked_modules(model))
     return model
 
 
@@ -94,7 +97,10 @@ def disabled() -> Iterator[None]:
 def plan(model: nn.Module, **options: Any) -> Report:
     """What `accelerate` with these options would do, without doing it."""
     config = _prepare(model, options)
-    return Report([entry for *_, entry in _survey(model, config)])
+    entries = [entry for *_, entry in _survey(model, config)]
+    if env_disabled():
+        entries = [dataclasses.replace(one, status="original", reason=one.reason or _DISABLED) for one in entries]
+    return Report(entries)
 
 
 def report(model: nn.Module) -> Report:
@@ -130,6 +136,10 @@ def _prepare(model: nn.Module, options: dict[str, Any]) -> AccelConfig:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+
+
+def _marked_modules(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if patching.marker(module) is not None)
 
 
 # Whether a module is accelerated: yes; no, but the attention in it may be; no, and leave it alone.

@@ -7,6 +7,7 @@ import contextvars
 import copy
 import gc
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -171,6 +172,86 @@ def test_filter_chooses_modules():
     assert all("filter" in entry.reason for entry in report.original)
     planned = swinaccel.plan(model, filter=lambda name, module: False)
     assert [entry.reason for entry in planned] == ["the filter left it out"] * 3
+
+
+@every_model
+def test_a_new_filter_takes_back_what_it_leaves_out(name):
+    model = MODELS[name]()
+    before = snapshot(model)
+    accelerate(model)
+    count = len(swinaccel.report(model))
+    first = swinaccel.report(model).entries[0].name
+    accelerate(model, filter=lambda path, _: path == first)
+    assert [entry.name for entry in swinaccel.report(model).accelerated] == [first]
+    accelerate(model, filter=lambda *_: False)
+    assert not swinaccel.report(model).accelerated
+    gc.collect()
+    patching.unmark(())
+    assert snapshot(model) == before
+    accelerate(model)
+    assert len(swinaccel.report(model).accelerated) == count
+    assert is_accelerated(model)
+
+
+class Doubled(type(helpers.microsoft_block((8, 8)))):
+    """A block that is not what it looks like, around attention that is."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_new_filter_takes_back_attention_in_a_block_that_it_leaves_out():
+    """Where a block is refused its attention is accelerated by itself; the filter is asked of the block first."""
+    model = MODELS["microsoft"]()
+    model.blocks[0].__class__ = Doubled
+    accelerate(model)
+    chosen = [entry.name for entry in swinaccel.report(model).accelerated]
+    assert chosen == ["blocks.0.attn", "blocks.1"]
+    accelerate(model, filter=lambda name, _: name != "blocks.0")
+    assert [entry.name for entry in swinaccel.report(model).accelerated] == ["blocks.1"]
+    assert patching.marker(model.blocks[0].attn) is None
+
+
+def test_a_block_gives_way_to_its_attention():
+    """Accelerated as a whole, it is refused since; of its marker nothing stays."""
+    model = accelerate(MODELS["microsoft"]())
+    model.blocks[0].__class__ = Doubled
+    accelerate(model)
+    marked = [name for name, module in model.named_modules() if patching.marker(module) is not None]
+    assert marked == ["blocks.0.attn", "blocks.1"]
+
+
+def test_a_filter_for_a_part_leaves_the_rest_alone():
+    model = accelerate(MODELS["timm"]())
+    accelerate(model.layers[0], filter=lambda *_: False)
+    assert [entry.name for entry in swinaccel.report(model).accelerated] == ["layers.1.blocks.0"]
+
+
+def test_scope_with_a_filter_leaves_the_rest_original():
+    model = accelerate(MODELS["timm"]())
+    output(model)
+    with swinaccel.accelerated(model, backend="torch", filter=lambda name, _: "layers.1" in name):
+        assert [entry.name for entry in swinaccel.report(model).accelerated] == ["layers.1.blocks.0"]
+    assert is_accelerated(model)
+
+
+def test_plan_says_what_accelerate_does_next():
+    model = accelerate(MODELS["timm"]())
+    for choice in (lambda *_: False, lambda name, _: "layers.1" in name, None):
+        planned = swinaccel.plan(model, filter=choice)
+        accelerate(model, filter=choice)
+        statuses = [(entry.name, entry.status) for entry in swinaccel.report(model)]
+        assert [(entry.name, entry.status) for entry in planned] == statuses
+
+
+def test_plan_where_swinaccel_is_disabled(monkeypatch):
+    model = MODELS["timm"]()
+    monkeypatch.setenv("SWINACCEL_DISABLE", "1")
+    planned = swinaccel.plan(model, filter=lambda name, _: "layers.1" in name)
+    assert not planned.accelerated
+    assert [entry.reason for entry in planned][:2] == ["the filter left it out"] * 2
+    assert planned.entries[2].reason == "SWINACCEL_DISABLE is set"
+    assert not swinaccel.report(accelerate(model)).accelerated
 
 
 def test_filter_is_given_module_and_name():
@@ -517,6 +598,17 @@ def test_save_and_load(name):
     twin = torch.load(file, weights_only=False)
     assert is_accelerated(twin)
     assert torch.equal(output(twin), output(model))
+
+
+def test_marker_of_another_process_with_options_not_seen_here():
+    model, other = accelerate(MODELS["timm"]()), MODELS["timm"]()
+    for module, copied in zip(model.modules(), other.modules(), strict=True):
+        if (text := patching.marker(module)) is not None:
+            content = json.loads(text)
+            content["options"]["bias_energy"] = 0.123
+            copied.__dict__[patching.MARKER] = json.dumps(content, sort_keys=True)
+    output(other)  # before anything else looks at it
+    assert [entry.calls - entry.fallbacks for entry in swinaccel.report(other)] == [1, 1, 1]
 
 
 def test_loading_where_nothing_is_accelerated_yet():
