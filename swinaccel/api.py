@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from . import families, patching, probe
+from . import families, fusion, patching, probe
 from .config import AccelConfig, env_disabled, env_strict, setup_logging
 from .dispatch import FallbackError
 from .families import Family
@@ -108,17 +108,19 @@ def report(model: nn.Module) -> Report:
     _check_model(model)
     entries = []
     for name, module, family, spec in _attentions(model, _is_marked):
-        if patching.marked(module) is None:
+        marked = patching.marked(module)
+        if marked is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue
-        stats = patching.stats(module)
+        stats, (_, config) = patching.stats(module), marked
+        unfused = fusion.failure() if config.fuse == "auto" else None
         entries.append(
             _entry(
                 name,
                 spec,
                 "accelerated",
-                stats.reason,
+                stats.reason or (None if unfused is None else f"its attention only, because {unfused}"),
                 bias=stats.bias,
                 calls=stats.calls,
                 fallbacks=stats.fallbacks,

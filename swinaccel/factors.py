@@ -30,7 +30,7 @@ class BiasFactors(NamedTuple):
 def factorize_bias(
     bias: Tensor, rank: int | None = None, energy: float | None = None, tolerance: float | None = None
 ) -> BiasFactors:
-    """Factors of a bias, of the rank asked for or of the smallest that is good enough.
+    """Factors of a bias, of the rank asked for or of the smallest that is good enough; they have no gradients.
 
     Args:
         bias: (heads, N, K), finite; natural units, as added to the scores.
@@ -41,6 +41,8 @@ def factorize_bias(
             rounding the bias to half precision costs: 2⁻¹¹ of its largest absolute value.
     Returns:
         BiasFactors in fp32, computed in fp32 (fp64 stays fp64).
+    Raises:
+        TypeError, ValueError: for arguments of another kind, shape or range, or more than one of the last three.
     """
     _check_bias(bias)
     least, largest = 1, min(bias.shape[1:])
@@ -123,12 +125,18 @@ def alibi_factors(
 ) -> tuple[Tensor, Tensor]:
     """Exact factors, of rank 2, of the ALiBi bias -slope · (query - key), for causal attention.
 
+    Gradients flow to slopes that are a tensor.
+
     Args:
+        num_heads, num_tokens: heads and N, 1 or more.
         slopes: one per head; by default those of the paper, 2^(-8/heads) and its powers, with its rule where the
             number of heads is no power of two.
+        device: where the factors lie; that of slopes, or PyTorch's default one.
         dtype: fp32 by default, whatever q's is: positions beyond 2,048 are not numbers of half precision.
     Returns:
         q_factor and k_factor, (heads, N, 2).
+    Raises:
+        TypeError, ValueError: for numbers that are no positive integers, or slopes that are not one per head.
     Source: Press et al. 2022, arXiv:2108.12409.
     """
     for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):
@@ -158,7 +166,7 @@ def squared_distance_factors(
 ) -> tuple[Tensor, Tensor]:
     """Exact factors of weight · |x_query - x_key|², of rank 2 more than the dimensions: 5 in space.
 
-    Gradients flow to positions and weight.
+    Gradients flow to positions, key_positions and weight.
 
     Args:
         positions: (N, dims), or (batch, N, dims) for positions of each batch.
@@ -166,6 +174,8 @@ def squared_distance_factors(
         key_positions: where keys lie, if not where the queries do; like `positions`.
     Returns:
         q_factor and k_factor, (heads, N, dims + 2), with a batch axis in front where positions have one.
+    Raises:
+        TypeError, ValueError: for positions of another kind or shape; the message names the argument.
     Source: |x - y|² = |x|² - 2 x·y + |y|²; FlashBias, arXiv:2505.12044, section 3.
     """
     others = positions if key_positions is None else key_positions

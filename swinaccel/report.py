@@ -18,7 +18,7 @@ class Entry:
         name: its path in the model, "" for the model itself.
         family: who recognised it.
         status: "accelerated" or "original".
-        reason: why it, or its last call that did so, runs the original; None otherwise.
+        reason: why it, or its last call that did so, runs the original, or what is around it does; None otherwise.
         window, shift: (rows, columns) or (depth, rows, columns), now.
         num_heads, head_dim: of its attention.
         bias: the form in use, such as "table" or "factors, rank 16, error 1.2e-03"; None before the first call.

@@ -17,7 +17,7 @@ PACKAGE, KERNELS = ROOT / "swinaccel", ROOT / "kernels" / "triton"
 ALLOWED = {
     "__init__": {"api", "config", "dispatch", "functional", "nn", "report", "verify"},
     "layout": set(),
-    "api": {"config", "dispatch", "families", "patching", "probe", "report", "spec"},
+    "api": {"config", "dispatch", "families", "fusion", "patching", "probe", "report", "spec"},
     "config": set(),
     "spec": set(),
     "report": {"spec"},
@@ -59,7 +59,7 @@ ALLOWED = {
     "backends.torch_sequence": {"reference"},
     "backends.triton_sequence": {"backends.triton", "kernels"},
     "factors": {"bias"},
-    "backends.torch_windows": {"backends.torch", "reference", "spec"},
+    "backends.torch_windows": {"backends.torch", "backends.torch_sequence", "reference", "spec"},
     "checks": set(),
     "nn": {"checks", "functional"},
     "verify": {"api", "report"},

@@ -513,7 +513,11 @@ def test_kernels_that_fail(v2, monkeypatch, caplog):
         found = outputs(model, X)
     again = outputs(model, X)
     assert [record.message for record in caplog.records if "no registers" in record.message]
+    (entry,) = swinaccel.report(model)
+    assert entry.reason == "its attention only, because the Triton kernel failed: no registers"
+    assert entry.status == "accelerated"
     fusion.forget_failures()
+    assert [entry.reason for entry in swinaccel.report(model)] == [None]
     with swinaccel.disabled():
         expected = outputs(model, X)
     helpers.assert_close(found, expected)

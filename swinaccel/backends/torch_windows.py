@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..spec import Geometry
 from .torch import _accurate, _cosine_operands
+from .torch_sequence import is_transformed
 
 
 def attention(
@@ -26,7 +27,7 @@ def attention(
     if q.numel() == 0:
         return reference.attention(q, k, v, bias=bias, scale=scale, logit_scale=logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
-        if q.device.type != "cpu" or _is_transformed():
+        if q.device.type != "cpu" or is_transformed():  # `scaled_dot_product_attention` lacks their derivatives
             return reference.attention(
                 q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout
             )  # fmt: skip
@@ -44,13 +45,6 @@ def attention(
         q, k, v = (t.reshape(t.shape[0] // period, count, *t.shape[2:]) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, start, dropout, scale=scale)
         return out.reshape(-1, heads, *out.shape[2:])
-
-
-def _is_transformed() -> bool:
-    """Whether derivatives are wanted that `scaled_dot_product_attention` does not have on CPUs."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def shifted_window_attention(
