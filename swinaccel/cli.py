@@ -153,7 +153,8 @@ def bench(
     ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the medians into an image.")] = None,
     suite: Annotated[
-        bool, typer.Option("--suite", help="No MODEL: every table of the documentation, into a folder.")
+        bool,
+        typer.Option("--suite", help="No MODEL: tables of attention, block windows, models, training, into a folder."),
     ] = False,
     output: Annotated[str, typer.Option(metavar="DIR", help="--suite: the folder.")] = "swinaccel-suite",
     only: Annotated[

@@ -20,11 +20,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import bias, fusion, ops
 from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
-from .layout import Merging
+from .layout import Attend, Merging
 from .spec import Section
 from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, own_method, twin
-
-Attend = Callable[[Tensor], Tensor]
 
 
 class FallbackError(RuntimeError):
@@ -312,7 +310,7 @@ def _plan(
         return f"the call is not one that the {family.name} family knows ({error})"
     if isinstance(section, str):
         return section
-    reason = _section_reason(section, x)
+    reason = _section_reason(section)
     if reason is not None:
         return reason
     if _backend(config, x.device) == "torch":
@@ -420,7 +418,7 @@ def replaced(module: nn.Module) -> list[str]:
     return [name for name, value in attributes.items() if isinstance(value, METHODS) and hasattr(cls, name)]
 
 
-def _section_reason(section: Section, x: Tensor) -> str | None:
+def _section_reason(section: Section) -> str | None:
     """What no backend can do."""
     geometry = section.geometry
     if geometry.tokens < 2 or min(geometry.window) < 1:

@@ -73,7 +73,7 @@ def doubt_around(module: nn.Module, family: Any, method: str, attention: str | N
         forward = own_method(type(module), method)
         inside = set(family.attention(module).modules()) if hasattr(family, "attention") else set()
         around = [part for part in module.modules() if part not in inside]
-        _verdicts[key] = _beyond_proof(around, _GATES | _DTYPE_WORDS) or _probe_around(module, family, forward, own)
+        _verdicts[key] = _beyond_proof(around, _GATES | _AROUND) or _probe_around(module, family, forward, own)
     if _verdicts[key] is None:
         fusion.trust(module, family.block(module))
     return _verdicts[key]
@@ -95,11 +95,12 @@ def _beyond_proof(parts: Iterable[nn.Module], words: set[str]) -> str | None:
 
 
 _NOT_RUN = {"init", "repr", "flops", "mask"}  # words in names of methods that make no activations
-# What decides by dtypes, or by numbers that are not finite. In attention this is all: it may clamp its logit_scale.
+# What decides by dtypes, or by numbers that are not finite; and what around attention, which may clamp its logit_scale,
+# changes dtypes, numbers or gradients.
 _GATES = {
     "bfloat16", "finfo", "float16", "half", "is_autocast_enabled", "isfinite", "isinf", "isnan", "nan_to_num",
 }  # fmt: skip
-_DTYPE_WORDS = {
+_AROUND = {
     "amp", "apply", "autocast", "clamp", "clamp_", "clip", "detach", "double", "dropout", "dtype", "float", "float32",
     "no_grad", "type_as",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every table of docs/benchmarks.md in one run: attention, sequences, whole models, training, each with its peers.
+"""The tables of docs/benchmarks.md in one run: attention, sequences, whole models, training, each with its peers.
 
 What fails is a note in its row, and the results are written after every row. Beside each row stand two lower bounds
 of its time, from a copy and from matrix products that were measured on the same device just before: the bytes that
