@@ -6,6 +6,7 @@ and, for as long as a `Watch` finds a module the same in all its parts, what was
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import bias, fusion, ops
 from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Attend, Merging
 from .spec import Section
-from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_pytorchs, own_method, twin
 
 
 class FallbackError(RuntimeError):
@@ -197,9 +200,9 @@ def _remember(
 
 def _directly(call: Callable[..., Any]) -> Callable[..., Any]:
     """A plain linear layer as its product alone, for as long as a watch finds it the same and without hooks."""
-    if type(call) is not nn.Linear or call._compiled_call_impl is not None:
+    if type(call) is not nn.Linear or call._compiled_call_impl is not None or not is_pytorchs(nn.Linear.forward):
         return call
-    weight, bias = call.weight, call.bias
+    weight, bias = call.weight, call.bias  # the watch has an eye on what the class's forward is
 
     def product(x: Tensor) -> Tensor:
         return F.linear(x, weight, bias) if nn.Module.__call__ is _module_call else call(x)
@@ -355,12 +358,15 @@ def _context_reason(x: Any) -> str | None:
         return "forward-mode differentiation is active"
     if _active_mode(_PROXY) is not None:
         return "the call is being traced into a graph"
+    if _function_modes() and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a mode is active that may replace PyTorch's functions"
     return None
 
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 _active_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_function_modes = torch._C._len_torch_function_stack
 
 
 def trust(attention: nn.Module) -> None:
@@ -372,18 +378,26 @@ def trust(attention: nn.Module) -> None:
 
 
 def _nature(part: nn.Module) -> tuple:
-    """A class's forward as it is now, and what a part without parameters is set to.
+    """A class's forward as it is now, what a part without parameters is set to, and the switches of unknown code.
 
     Such parts are not called by a section, which reads drop rates (`p`) anew at each call.
     """
     attributes = part.__dict__
     if attributes["_parameters"] or attributes["_modules"]:
-        return (own_method(type(part), "forward"),)
+        forward = own_method(type(part), "forward")
+        return (forward,) if fusion.harmless.is_of_library(part) else (forward, _switches(attributes))
     settings = frozenset([(key, repr(attributes[key])) for key in attributes.keys() - _READ_OTHERWISE])
     return own_method(type(part), "forward"), settings
 
 
 _READ_OTHERWISE = {*nn.Module().__dict__, "p"}
+
+
+def _switches(attributes: dict[str, Any]) -> frozenset:
+    """What is set to yes, no, nothing, a word or a function; families read numbers anew, and probes move them."""
+    own = [(key, one) for key, one in attributes.items() if key[0] != "_" and key != "training"]
+    own += [(key, one) for kept in ("_parameters", "_buffers", "_modules") for key, one in attributes[kept].items()]
+    return frozenset([(key, one) for key, one in own if isinstance(one, (bool, str, type(None), types.FunctionType))])
 
 
 def _hook_reason(module: nn.Module, is_called: bool, parent: type | None = None, name: str = "") -> str | None:

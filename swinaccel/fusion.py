@@ -22,7 +22,7 @@ from . import fusion_ops, harmless
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Embedding, Merging
-from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_pytorchs, own_method, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -32,8 +32,9 @@ _DTYPES = (*_HALVES, torch.float32)
 
 # What blocks and other modules around attention, and what they hold, were made up of when they were proven.
 _trusted: set[tuple] = set()
-_OWN_FORWARD = {cls: cls.forward for cls in (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)}
-_OWN_CONVOLUTION = nn.Conv2d._conv_forward  # what its forward calls
+_LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)
+_OWN_FORWARD = {cls: cls.forward if is_pytorchs(cls.forward) else None for cls in _LAYERS}
+_OWN_CONVOLUTION = nn.Conv2d._conv_forward if is_pytorchs(nn.Conv2d._conv_forward) else None  # what its forward calls
 _failure: str | None = None  # why whole blocks run their own forwards from then on: a kernel did not compile or fit
 
 
@@ -139,6 +140,9 @@ class Look:
         self.facts: Any = facts
         norms: tuple[tuple[Any, int], ...]
         linears: tuple[tuple[Any, int, int], ...]
+        # Before any weight is looked at: a parametrized one is computed then, and may count that.
+        products = (facts.fc1, facts.fc2) if isinstance(facts, Block) else (getattr(facts, "reduction", None),)
+        _demand(all(one is None or _is(one, nn.Linear) for one in products))
         if isinstance(facts, Block):
             for holder in (module, *facts.holders):  # looked for at every call of a model that is trained with dropout
                 _demand(not any(type(one) is nn.Dropout and one.training and one.p for one in holder._modules.values()))
@@ -150,10 +154,11 @@ class Look:
             named += drops
             _demand(_is_gelu(facts.activation))
         elif isinstance(facts, Embedding):
+            _demand(_is(facts.projection, nn.Conv2d))
             (width, channels, *patch), holders, linears, drops = facts.projection.weight.shape, (), (), []
             norms = () if facts.norm is None else ((facts.norm, width),)
             named = [facts.projection, facts.norm]
-            _demand(_is(facts.projection, nn.Conv2d) and _is_patchwise(facts.projection))
+            _demand(_is_patchwise(facts.projection))
             _demand(kernels.embed_launch(width, channels * patch[0] * patch[1]) is not None)
         else:
             (width, channels), holders, drops = facts.reduction.weight.shape, (), []

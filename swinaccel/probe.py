@@ -49,11 +49,10 @@ def doubt(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     reason = _replaced(attention)
     if reason is not None:
         return reason
-    key = family.name, *_kind(module, attention), spec.window, any(spec.shift)
-    if key not in _verdicts:
-        original = own_method(type(module), family.method)
-        _verdicts[key] = _beyond_proof(attention.modules(), _GATES) or _probe(module, family, original)
-    return _verdicts[key]
+    kind = _kind(module, attention)
+    key = None if kind is None else (family.name, *kind, spec.window, any(spec.shift))
+    original = own_method(type(module), family.method)
+    return _verdict(key, lambda: _beyond_proof(attention.modules(), _GATES) or _probe(module, family, original))
 
 
 def doubt_around(module: nn.Module, family: Any, method: str, attention: str | None) -> str | None:
@@ -67,15 +66,27 @@ def doubt_around(module: nn.Module, family: Any, method: str, attention: str | N
     reason = _replaced(module)
     if reason is not None:
         return reason
-    key = "around", family.name, *_kind(module, None)
-    if key not in _verdicts:
+    kind = _kind(module, None)
+
+    def judge() -> str | None:
         own = None if attention is None else own_method(type(module), attention)
         forward = own_method(type(module), method)
         inside = set(family.attention(module).modules()) if hasattr(family, "attention") else set()
         around = [part for part in module.modules() if part not in inside]
-        _verdicts[key] = _beyond_proof(around, _GATES | _AROUND) or _probe_around(module, family, forward, own)
-    if _verdicts[key] is None:
+        return _beyond_proof(around, _GATES | _AROUND) or _probe_around(module, family, forward, own)
+
+    verdict = _verdict(None if kind is None else ("around", family.name, *kind), judge)
+    if verdict is None:
         fusion.trust(module, family.block(module))
+    return verdict
+
+
+def _verdict(key: tuple | None, judge: Callable[[], str | None]) -> str | None:
+    """What is judged of a kind of module, once; each time where nothing tells kinds apart."""
+    if key is None:
+        return judge()
+    if key not in _verdicts:
+        _verdicts[key] = judge()
     return _verdicts[key]
 
 
@@ -115,8 +126,8 @@ def _replaced(attention: nn.Module) -> str | None:
     return None
 
 
-def _kind(module: nn.Module, attention: nn.Module | None) -> tuple:
-    """All that decides what modules of one kind compute, but for their tensors' values and sizes."""
+def _kind(module: nn.Module, attention: nn.Module | None) -> tuple | None:
+    """All that decides what modules of one kind compute, but for their tensors' values and sizes; None: who knows."""
     surveyed = type(module).__module__.startswith(SURVEYED)
     inside = set() if attention is None else set(attention.modules())
     parts = []
@@ -126,7 +137,10 @@ def _kind(module: nn.Module, attention: nn.Module | None) -> tuple:
             or (not surveyed and (part is module or not inside or part in inside))
             or (part in inside and not part._parameters and not part._modules)  # a softmax, a dropout
         )
-        parts.append((name, type(part), _code(type(part)), _settings(part) if matters else ()))
+        settings = _settings(part) if matters else ()
+        if settings is None:
+            return None
+        parts.append((name, type(part), _code(type(part)), settings))
     tensors = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
     return tuple(parts), tensors
 
@@ -147,12 +161,38 @@ def _code(cls: type) -> tuple:
     return tuple(found)
 
 
-def _settings(part: nn.Module) -> tuple:
-    return tuple(
-        (name, repr(value))
-        for name, value in sorted(vars(part).items())
-        if isinstance(value, (bool, int, float, str, tuple, list)) and name != "training"
-    )
+def _settings(part: nn.Module) -> tuple | None:
+    """Of a module, to be compared with another's; None where there is a tensor, or what cannot be compared."""
+    found = []
+    for name, value in sorted(vars(part).items()):
+        if name not in _OWN:
+            if isinstance(value, _PLAIN) or (
+                isinstance(value, (tuple, list)) and all(isinstance(v, _PLAIN) for v in value)
+            ):
+                found.append((name, repr(value)))
+            elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+                found.append((name, value))  # type: ignore[arg-type]
+            elif isinstance(value, Tensor) or not hasattr(value, "__dict__"):
+                return None
+            else:
+                found.append((name, _Itself(value)))  # type: ignore[arg-type]
+    return tuple(found)
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class _Itself:
+    """An object, which equals nothing else; held, so that none takes its place."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 @contextmanager
@@ -283,6 +323,15 @@ def _compare(
     for tensor in (*section.sources, section.logit_scale, section.mask):
         if tensor is not None and id(tensor) not in known and id(tensor._base) not in known:
             return "what its scores start from is computed anew at each call, and is no parameter or buffer"
+    for part in family.attention(other).modules():
+        if not type(part).__module__.startswith(LIBRARIES):
+            for name, buffer in part._buffers.items():
+                if (
+                    buffer is not None
+                    and not buffer.is_floating_point()
+                    and buffer.data_ptr() != section.index.data_ptr()
+                ):
+                    return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
     x, *rest = args
     inputs = [x.clone().requires_grad_(twin.training) for _ in range(2)]
     _seed()
@@ -351,14 +400,26 @@ def _other_gradients(expected: dict[str, Tensor | None], found: dict[str, Tensor
 
 
 def _other_state(twin: nn.Module, other: nn.Module) -> str | None:
-    """Which tensors the original's forward keeps on the module or changes, and its family does not."""
+    """What the original's forward keeps on the module or changes, and its family does not."""
     for (path, one), (_, two) in zip(twin.named_modules(), other.named_modules(), strict=True):
         left, right = ({**vars(part), **part._buffers} for part in (one, two))
         for name in sorted((left.keys() | right.keys()) - _OWN):
             kept, expected = (list(_tensors(values.get(name))) for values in (left, right))
-            if len(kept) != len(expected) or not all(map(_is_same, kept, expected)):
+            is_like = len(kept) == len(expected) and all(map(_is_same, kept, expected))
+            if not is_like or _plainly(left.get(name)) != _plainly(right.get(name)):
                 return f"its forward changes {'.'.join(filter(None, (path, name)))}"
     return None
+
+
+def _plainly(value: Any) -> Any:
+    """What is not a tensor in an attribute, as far as a forward may write to it: numbers, and how many there are."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple, dict, set)):
+        return len(value)
+    if isinstance(value, (Tensor, nn.Module, type)) or not hasattr(value, "__dict__") or callable(value):
+        return None
+    return {name: one if isinstance(one, _PLAIN) else None for name, one in vars(value).items()}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

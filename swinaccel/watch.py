@@ -7,6 +7,7 @@ written in place, as all training does, is no change here: tensors are read when
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -39,6 +40,13 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 _forward = attrgetter("forward")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+def is_pytorchs(function: Any) -> bool:
+    """Whether a function was written in PyTorch: what takes its place may carry its name and module, not its code."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(_TORCH)
 
 
 def has_hooks(module: nn.Module) -> bool:

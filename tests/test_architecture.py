@@ -22,7 +22,7 @@ ALLOWED = {
     "spec": set(),
     "report": {"spec"},
     "reference": {"spec"},
-    "families": {"families", "layout", "spec"},
+    "families": {"families", "layout", "spec", "watch"},
     "patching": {"config", "dispatch", "families", "watch"},
     "probe": {"dispatch", "families", "fusion", "harmless", "layout", "reference", "spec", "watch"},
     "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec", "watch"},

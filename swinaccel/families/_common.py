@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import Axes
+from ..watch import is_pytorchs
 
 
 def pair(value: object) -> tuple[int, int] | None:
@@ -68,7 +69,10 @@ def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
-    return type(module) is nn.Linear
+    return type(module) is nn.Linear and nn.Linear.forward is _LINEAR
+
+
+_LINEAR = nn.Linear.forward if is_pytorchs(nn.Linear.forward) else None
 
 
 def zero_token(*projections: Any) -> Tensor | None:

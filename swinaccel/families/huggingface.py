@@ -60,6 +60,8 @@ class HuggingFaceSwin:
             return f"attn_implementation={attn.config._attn_implementation!r} returns attention weights"
         if kwargs.get("output_attentions"):
             return "attention weights are requested"
+        if not type(module).__module__.startswith("transformers.") and kwargs.keys() - {"output_attentions"}:
+            return f"the call has arguments that are not known: {', '.join(sorted(kwargs))}"
         if not always_partition:
             module.set_shift_and_window_size(input_dimensions)
         geometry = square_geometry(module, input_dimensions)

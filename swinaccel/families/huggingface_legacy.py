@@ -53,6 +53,9 @@ class HuggingFaceSwinLegacy:
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         arguments = _named(module, args, kwargs)
+        unknown = arguments.keys() - set(_NAMES[type(module)])
+        if unknown or len(args) > len(_NAMES[type(module)]):
+            return f"the call has arguments that are not known: {', '.join(sorted(unknown)) or len(args)}"
         if arguments.get("output_attentions"):
             return "attention weights are requested"
         if arguments.get("head_mask") is not None:
