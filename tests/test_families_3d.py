@@ -243,8 +243,8 @@ class Other(models.SwinTransformerBlock3D):
 
 
 class Last(models.WindowAttention3D):
-    def bias(self):
-        index = self.relative_position_index[-self.tokens :, -self.tokens :].flip(0)
+    def bias(self, tokens):
+        index = self.relative_position_index[-tokens:, -tokens:].flip(0)
         return self.relative_position_bias_table[index].permute(2, 0, 1)
 
 

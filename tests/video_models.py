@@ -56,12 +56,11 @@ def stage_mask(size, window, shift) -> Tensor:
 class WindowAttention3D(official.WindowAttention):
     """Of windows of fewer tokens it takes the first rows and columns of the index."""
 
-    def forward(self, x, mask=None):
-        self.tokens = x.shape[1]
-        return super().forward(x, mask)
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * self.scale) @ k.mT + self.bias(q.shape[-2])
 
-    def bias(self) -> Tensor:
-        index = self.relative_position_index[: self.tokens, : self.tokens]
+    def bias(self, tokens: int) -> Tensor:
+        index = self.relative_position_index[:tokens, :tokens]
         return self.relative_position_bias_table[index].permute(2, 0, 1)
 
 
