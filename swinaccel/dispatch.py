@@ -25,7 +25,7 @@ from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Attend, Merging
 from .spec import Section
-from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_pytorchs, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_own, own_method, twin
 
 
 class FallbackError(RuntimeError):
@@ -198,9 +198,9 @@ def _remember(
     memory.sections[key] = section
 
 
-def _directly(call: Callable[..., Any]) -> Callable[..., Any]:
+def _directly(call: Any) -> Callable[..., Any]:
     """A plain linear layer as its product alone, for as long as a watch finds it the same and without hooks."""
-    if type(call) is not nn.Linear or call._compiled_call_impl is not None or not is_pytorchs(nn.Linear.forward):
+    if not is_own(call, nn.Linear) or call._compiled_call_impl is not None:
         return call
     weight, bias = call.weight, call.bias  # the watch has an eye on what the class's forward is
 

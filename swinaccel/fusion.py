@@ -22,7 +22,7 @@ from . import fusion_ops, harmless
 from .backends import torch_fusion
 from .backends import triton_fusion as kernels
 from .layout import Attend, Block, Embedding, Merging
-from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_pytorchs, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_own, is_pytorchs, own_method, twin
 
 logger = logging.getLogger("swinaccel")
 
@@ -32,8 +32,6 @@ _DTYPES = (*_HALVES, torch.float32)
 
 # What blocks and other modules around attention, and what they hold, were made up of when they were proven.
 _trusted: set[tuple] = set()
-_LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)
-_OWN_FORWARD = {cls: cls.forward if is_pytorchs(cls.forward) else None for cls in _LAYERS}
 _OWN_CONVOLUTION = nn.Conv2d._conv_forward if is_pytorchs(nn.Conv2d._conv_forward) else None  # what its forward calls
 _failure: str | None = None  # why whole blocks run their own forwards from then on: a kernel did not compile or fit
 
@@ -142,7 +140,7 @@ class Look:
         linears: tuple[tuple[Any, int, int], ...]
         # Before any weight is looked at: a parametrized one is computed then, and may count that.
         products = (facts.fc1, facts.fc2) if isinstance(facts, Block) else (getattr(facts, "reduction", None),)
-        _demand(all(one is None or _is(one, nn.Linear) for one in products))
+        _demand(all(one is None or is_own(one, nn.Linear) for one in products))
         if isinstance(facts, Block):
             for holder in (module, *facts.holders):  # looked for at every call of a model that is trained with dropout
                 _demand(not any(type(one) is nn.Dropout and one.training and one.p for one in holder._modules.values()))
@@ -154,7 +152,7 @@ class Look:
             named += drops
             _demand(_is_gelu(facts.activation))
         elif isinstance(facts, Embedding):
-            _demand(_is(facts.projection, nn.Conv2d))
+            _demand(is_own(facts.projection, nn.Conv2d))
             (width, channels, *patch), holders, linears, drops = facts.projection.weight.shape, (), (), []
             norms = () if facts.norm is None else ((facts.norm, width),)
             named = [facts.projection, facts.norm]
@@ -169,9 +167,9 @@ class Look:
         self.has_plain_products = all(type(one) is nn.Linear for one in inside if isinstance(one, nn.Linear))
         self.channels = channels // 4 if isinstance(facts, Merging) else channels
         for norm, size in norms:
-            _demand(_is(norm, nn.LayerNorm) and norm.normalized_shape == (size,))
+            _demand(is_own(norm, nn.LayerNorm) and norm.normalized_shape == (size,))
         for linear, fan_in, fan_out in linears:
-            _demand(_is(linear, nn.Linear) and tuple(linear.weight.shape) == (fan_out, fan_in))
+            _demand(tuple(linear.weight.shape) == (fan_out, fan_in))
             _demand(linear.bias is None or linear.bias.numel() == fan_out)
         idle = []
         roles = set()
@@ -240,11 +238,6 @@ def _demand(holds: bool) -> None:
         raise _Unfit
 
 
-def _is(module: Any, cls: type) -> bool:
-    """Whether this is PyTorch's very layer, whose class nobody has patched."""
-    return type(module) is cls and cls.forward is _OWN_FORWARD[cls]
-
-
 def _is_patchwise(module: Any) -> bool:
     """Whether a plain convolution is one of patches that neither overlap nor leave gaps."""
     return (
@@ -266,18 +259,18 @@ def _is_embeddable(image: Tensor) -> bool:
 
 
 def _is_gelu(module: Any) -> bool:
-    if _is(module, nn.GELU):
+    if is_own(module, nn.GELU):
         return module.approximate == "none"
     return harmless.passes(module, harmless.does_gelu)
 
 
 def _is_idle(module: Any) -> bool:
     """Whether a module gives back what it is given."""
-    if _is(module, nn.Identity):
+    if is_own(module, nn.Identity):
         return True
     if module.training and getattr(module, "p", getattr(module, "drop_prob", None)) != 0.0:
         return False
-    return _is(module, nn.Dropout) or harmless.passes(module, harmless.does_nothing)
+    return is_own(module, nn.Dropout) or harmless.passes(module, harmless.does_nothing)
 
 
 def forward(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] | None, *, backend: str = "triton") -> Any:
@@ -461,7 +454,7 @@ def traced_embedding(family: Any, module: nn.Module, x: Tensor) -> Embedding | N
     except KeyError:
         return None
     projection, norm = embedding.projection, module._modules.get("norm")
-    if not _is(projection, nn.Conv2d) or nn.Conv2d._conv_forward is not _OWN_CONVOLUTION:
+    if not is_own(projection, nn.Conv2d) or nn.Conv2d._conv_forward is not _OWN_CONVOLUTION:
         return None
     if not _is_untouched(projection) or not _is_patchwise(projection):
         return None

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import swinaccel
-from swinaccel import fusion, watch
+from swinaccel import watch
 
 
 class Switched(microsoft_models.WindowAttention):
@@ -200,7 +200,7 @@ def test_what_pytorch_wrote_is_told_by_its_code():
     assert watch.is_pytorchs(nn.Linear.forward)
     assert not watch.is_pytorchs(forward)
     assert not watch.is_pytorchs(len)
-    assert all(fusion._OWN_FORWARD.values())
+    assert all(watch._OWN_FORWARD.values())
 
 
 def test_looking_at_a_parametrized_layer_computes_nothing():

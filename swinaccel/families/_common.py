@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import Axes
-from ..watch import is_pytorchs
+from ..watch import is_own
 
 
 def pair(value: object) -> tuple[int, int] | None:
@@ -69,10 +69,7 @@ def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
-    return type(module) is nn.Linear and nn.Linear.forward is _LINEAR
-
-
-_LINEAR = nn.Linear.forward if is_pytorchs(nn.Linear.forward) else None
+    return is_own(module, nn.Linear)
 
 
 def zero_token(*projections: Any) -> Tensor | None:
