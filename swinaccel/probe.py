@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from .families import Family, examples
 from .harmless import LIBRARIES, SURVEYED
 from .layout import Block, Merging
 from .spec import Section, WindowSpec
-from .watch import own_method
+from .watch import is_plain, own_method
 
 _TOLERANCE = 1e-6
 # Whether training, and by what input and parameters are multiplied, each, so that some numbers are 1e9 times larger.
@@ -163,36 +164,30 @@ def _code(cls: type) -> tuple:
 
 def _settings(part: nn.Module) -> tuple | None:
     """Of a module, to be compared with another's; None where there is a tensor, or what cannot be compared."""
-    found = []
+    found: list[tuple] = []
     for name, value in sorted(vars(part).items()):
-        if name not in _OWN:
-            if isinstance(value, _PLAIN) or (
-                isinstance(value, (tuple, list)) and all(isinstance(v, _PLAIN) for v in value)
-            ):
-                found.append((name, repr(value)))
-            elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
-                found.append((name, value))  # type: ignore[arg-type]
-            elif isinstance(value, Tensor) or not hasattr(value, "__dict__"):
-                return None
-            else:
-                found.append((name, _Itself(value)))  # type: ignore[arg-type]
+        if name in _OWN:
+            continue
+        if is_plain(value) or (isinstance(value, list) and all(map(is_plain, value))):
+            found.append((name, repr(value), *(value if isinstance(value, list) else (value,))))  # 1, 1.0 and True
+        elif isinstance(value, Tensor) or not hasattr(value, "__dict__"):
+            return None
+        else:
+            found.append((name, _Itself(value)))
     return tuple(found)
 
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
-
-
 class _Itself:
-    """An object, which equals nothing else; held, so that none takes its place."""
+    """An object, which equals nothing else, nor what comes to lie where it was; not kept alive."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.key, self.value = id(value), weakref.ref(value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
+        return isinstance(other, _Itself) and self.value() is other.value() is not None
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self.key
 
 
 @contextmanager
@@ -413,13 +408,13 @@ def _other_state(twin: nn.Module, other: nn.Module) -> str | None:
 
 def _plainly(value: Any) -> Any:
     """What is not a tensor in an attribute, as far as a forward may write to it: numbers, and how many there are."""
-    if isinstance(value, _PLAIN):
+    if is_plain(value):
         return value
     if isinstance(value, (list, tuple, dict, set)):
         return len(value)
     if isinstance(value, (Tensor, nn.Module, type)) or not hasattr(value, "__dict__") or callable(value):
         return None
-    return {name: one if isinstance(one, _PLAIN) else None for name, one in vars(value).items()}
+    return {name: one if is_plain(one) else None for name, one in vars(value).items()}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

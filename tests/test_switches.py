@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 
 import helpers
 import microsoft_models
@@ -83,6 +85,35 @@ def test_one_kind_is_not_judged_by_another(kind):
     assert statuses(model) == ["original"]
     assert_as_before(model, torch.randn(2, 64, 16))
     assert statuses(swinaccel.accelerate(block(), backend="torch")) == ["accelerated"]
+
+
+class Settings:
+    gate = 1.0
+
+
+class Configured(microsoft_models.WindowAttention):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.settings = Settings()
+
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * self.settings.gate
+
+
+def test_objects_are_kinds_of_their_own_and_are_not_kept():
+    def configured(gate):
+        model = helpers.microsoft_block((8, 8), shift=2)
+        model.attn = Configured(16, (4, 4), 2)
+        model.attn.settings.gate = gate
+        return helpers.randomize(model)
+
+    first, second = configured(1.0), configured(0.5)
+    assert statuses(swinaccel.accelerate(first, backend="torch")) == ["accelerated"]
+    assert statuses(swinaccel.accelerate(second, backend="torch")) == ["original"]
+    settings = weakref.ref(first.attn.settings)
+    del first
+    gc.collect()
+    assert settings() is None
 
 
 SWITCHES = {
