@@ -221,7 +221,7 @@ def store_tokens(ptr, tile, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr):
 def inverse_norm(x):
     """1 / max(Euclidean norm, 1e-12) of each row, the factor of `torch.nn.functional.normalize`; fp32."""
     x = x.to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), 1e-24))
 
 
 @triton.jit
