@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -24,7 +23,7 @@ from . import bias, fusion, ops
 from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Attend, Merging
-from .spec import Section
+from .spec import Product, Section
 from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_own, own_method, twin
 
 
@@ -200,12 +199,14 @@ def _remember(
 
 def _directly(call: Any) -> Callable[..., Any]:
     """A plain linear layer as its product alone, for as long as a watch finds it the same and without hooks."""
+    if isinstance(call, Product):
+        return lambda x: fusion.linear(x, call.layer.weight, call.bias())
     if not is_own(call, nn.Linear) or call._compiled_call_impl is not None:
         return call
     weight, bias = call.weight, call.bias  # the watch has an eye on what the class's forward is
 
     def product(x: Tensor) -> Tensor:
-        return F.linear(x, weight, bias) if nn.Module.__call__ is _module_call else call(x)
+        return fusion.linear(x, weight, bias) if nn.Module.__call__ is _module_call else call(x)
 
     return product
 

@@ -335,6 +335,22 @@ def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] 
         return _rest(block, x, branch)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias, as PyTorch does it; where gradients are recorded, `fusion_autograd.linear`."""
+    if torch.is_grad_enabled() and _is_recorded(x, weight, bias):
+        return recorded.linear(x, weight, bias, product_dtype(x))
+    return F.linear(x, weight, bias)
+
+
+def _is_recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not any(one.requires_grad for one in given) or not all(type(one) in _PLAIN_TENSORS for one in given):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return product_dtype(x) in _HALVES and all(one.dtype in _DTYPES for one in given)
+    return x.dtype in _HALVES and all(one.dtype is x.dtype for one in given)
+
+
 def _drawn(drop: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The factor of each sample, (samples,), from the numbers that the module would draw for a branch in that dtype."""
     if drop is None:

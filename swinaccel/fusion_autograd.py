@@ -132,6 +132,41 @@ class _NormAdd(torch.autograd.Function):
         return total.to(ctx.dtype), grad, None, *others, None, None, None
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x weightᵀ + bias, as a product in a 16-bit dtype."""
+    return _Linear.apply(x.to(dtype), weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        ctx.parameters = weight, bias  # which may change meanwhile: the cast counts
+        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, cast), (weight, bias), needs = ctx.saved_tensors, ctx.parameters, ctx.needs_input_grad
+        grad_weight = grad_bias = None
+        if torch.is_grad_enabled():
+            return tuple(_again(_linear, (x, weight, bias), grad))
+        rows = grad.reshape(-1, grad.shape[-1])
+        if needs[1]:
+            grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]), weight.dtype)
+        if needs[2]:
+            try:
+                sums = backward_kernels.scaled_columns(rows.contiguous(), None, rows.dtype)[1]
+            except kernels.LaunchError:
+                sums = rows.sum(0, dtype=torch.float32)
+            grad_bias = sums.to(bias.dtype)
+        return (rows @ cast).view(x.shape) if needs[0] else None, grad_weight, grad_bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def mlp(x: Tensor | None, y: Tensor, scale: Tensor | None, fc1: Any, fc2: Any) -> Tensor:
     """fc2(GELU(fc1(y))) in the dtype of y, or x + scale · that in the dtype of x; fc1, fc2: weight and bias."""
     return _Mlp.apply(x, y, scale, *fc1, *fc2)

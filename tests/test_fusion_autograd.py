@@ -193,6 +193,40 @@ def test_mlp(wide, dtype, adds, biases, poisoned):
     check(ours, original, (x, y, *parameters), [random(*shape, seed=8)], dtype)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_linear(dtype, wide, biases, poisoned):
+    """The parameters' gradients are in their dtypes: in fp32 they are rounded once less than PyTorch's."""
+    kept = torch.float32 if wide else dtype
+    x, weight = random(3, 21, 24, dtype=dtype), random(40, 24, dtype=kept, scale=0.3)
+    bias = random(40, dtype=kept, seed=1) if biases else None
+
+    def original(x, *parameters):
+        return (F.linear(x, *[None if one is None else narrowed(one, dtype) for one in parameters]),)
+
+    def ours(x, weight, bias):
+        return (recorded.linear(x, weight, bias, dtype),)
+
+    check(ours, original, (x, weight, bias), [random(3, 21, 40, seed=8)], dtype)
+
+
+def test_second_derivatives_of_a_product():
+    tensors = random(3, 5, 24, dtype=HALF), random(40, 24, scale=0.3), random(40)
+    found = []
+    for function in (
+        lambda x, w, b: recorded.linear(x, w, b, HALF),
+        lambda x, w, b: F.linear(x, w.to(HALF), b.to(HALF)),
+    ):
+        x, weight, bias = leaves(*tensors)
+        first = torch.autograd.grad(
+            function(x, weight, bias).float().pow(3).mean(), (x, weight, bias), create_graph=True
+        )
+        found.append(torch.autograd.grad(sum(one.float().square().sum() for one in first), (x, weight, bias)))
+    for ours, expected in zip(*found, strict=True):
+        helpers.assert_close(ours.float(), expected.float(), 20 * torch.finfo(HALF).eps)
+
+
 def test_slope_of_gelu():
     if torch.bfloat16 == HALF:
         x = torch.linspace(-12, 12, 4001, device=TRITON_DEVICE).to(torch.float16)
@@ -452,7 +486,43 @@ def test_a_backward_that_fails(v2, monkeypatch):
 
     monkeypatch.setattr(triton_fusion_bwd, "_launch", fail)
     assert_alike(twin, model)
-    assert_alike(twin, model, dtype=HALF)
+    for _ in range(2):  # projections, too
+        assert_alike(twin, model, dtype=HALF)
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "timm-v2", "torchvision-v1-padded", "torchvision-v2"])
+def test_projections(name, monkeypatch):
+    """From the second step on, plain projections of attention have gradients of their own; in fp32 PyTorch's."""
+    calls = []
+    plain = recorded.linear
+    monkeypatch.setattr(recorded, "linear", lambda *args: calls.append(args) or plain(*args))
+    make, example, count = MODELS[name]
+    model, twin = pair(make())
+    x = example()
+    for _ in range(2):
+        calls.clear()
+        assert_alike(twin, model, x, HALF)
+    assert len(calls) == 2 * count
+    calls.clear()
+    assert_alike(twin, model, x)
+    with torch.no_grad(), autocast(HALF):
+        twin(x.to(TRITON_DEVICE))
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    with autocast(HALF):
+        twin(x.to(TRITON_DEVICE))
+    assert not calls
+
+
+def test_products_of_dtypes_that_do_not_match():
+    """Outside of autocast the original says so."""
+    _, twin = pair(block())
+    with autocast(HALF):
+        for _ in range(2):
+            twin(X.to(TRITON_DEVICE))
+    twin.attn.proj.to(HALF)
+    with pytest.raises(RuntimeError, match="dtype"):
+        twin(X.to(TRITON_DEVICE))
 
 
 @pytest.mark.parametrize("trained", ["biases", "all"])

@@ -99,7 +99,7 @@ def drop_rate(dropout: Any) -> float:
 
 def is_idle(dropout: Any) -> bool:
     """Whether this is a dropout that hands on what it is given, so that it need not be called."""
-    return type(dropout) is nn.Dropout and not dropout.training
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
 def positional_names(method: object) -> tuple[str, ...]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
+from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Product, Section, WindowSpec
 from ._common import (
     drop_rate,
     has_table_rows,
@@ -79,7 +78,7 @@ def attention_section(
     }
     if hasattr(attn, "logit_scale"):
         return Section(
-            project=lambda y: _project_v2(attn, y),
+            project=_project_v2(attn),
             padding=_padding_v2(attn),
             **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),
             logit_scale=attn.logit_scale,
@@ -117,11 +116,10 @@ def _calls_qkv(attn: Any) -> bool:
     return separate is not None and (separate or attn.q_bias is None)
 
 
-def _project_v2(attn: Any, x: Tensor) -> Tensor:
-    bias = separate_bias(attn)
+def _project_v2(attn: Any) -> Any:
     if not _calls_qkv(attn):
-        return F.linear(x, attn.qkv.weight, bias)
-    return attn.qkv(x) if bias is None else attn.qkv(x) + bias
+        return Product(attn.qkv, lambda: separate_bias(attn))
+    return attn.qkv if attn.q_bias is None else lambda x: attn.qkv(x) + separate_bias(attn)
 
 
 def _padding_v2(attn: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import Axes, Geometry, Section, WindowSpec
+from ..spec import Axes, Geometry, Product, Section, WindowSpec
 from ._common import is_position_mlp, is_table, position_bias, sides
 from ._shrinking import example_sizes, prefix, shrinking_geometry
 
@@ -48,6 +48,7 @@ class Torchvision:
             return f"torchvision's window attention takes {self.form}, not {x.dim()} axes"
         heads, geometry = module.num_heads, self.geometry(tuple(x.shape[1:-1]), module.window_size, module.shift_size)
         cosine = hasattr(module, "logit_scale")
+        product, drops = Product(module.proj, lambda: module.proj.bias), module.training and module.dropout
         if cosine:
             bias = {
                 **position_bias(module.cpb_mlp, module.relative_coords_table, heads),
@@ -63,10 +64,8 @@ class Torchvision:
             geometry=geometry,
             num_heads=heads,
             head_dim=x.shape[-1] // heads,
-            project=lambda y: F.linear(y, module.qkv.weight, _qkv_bias(module, cosine)),
-            output=lambda y: F.dropout(
-                F.linear(y, module.proj.weight, module.proj.bias), p=module.dropout, training=module.training
-            ),
+            project=Product(module.qkv, lambda: _qkv_bias(module, cosine)),
+            output=(lambda y: F.dropout(product(y), p=module.dropout)) if drops else product,
             padding=lambda: _qkv_bias(module, cosine),
             index=prefix(module.relative_position_index, module.window_size, geometry),
             dropout=module.attention_dropout if module.training else 0.0,
