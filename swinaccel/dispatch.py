@@ -22,8 +22,8 @@ from torch.utils._device import DeviceContext
 from . import bias, fusion, ops
 from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
-from .layout import Attend, Merging
-from .spec import Product, Section
+from .layout import Attend, Merging, Product
+from .spec import Section
 from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_own, own_method, twin
 
 

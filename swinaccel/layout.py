@@ -6,9 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Product:
+    """x weightᵀ + bias, where the original takes a layer's weight past the layer.
+
+    Attributes:
+        layer: whose weight it is; read at each call, as is what `bias` gives.
+    """
+
+    layer: Any
+    bias: Callable[[], Tensor | None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight, self.bias())
 
 
 @dataclass(slots=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 Axes = tuple[int, ...]  # one number for each axis of an image: (rows, columns) or (depth, rows, columns)
@@ -91,21 +89,6 @@ class Geometry:
 def _product(numbers: Axes) -> int:
     product = numbers[-1] * numbers[-2]
     return product if len(numbers) == 2 else product * numbers[0]
-
-
-@dataclass(slots=True)
-class Product:
-    """x weightᵀ + bias, where the original takes a layer's weight past the layer.
-
-    Attributes:
-        layer: whose weight it is; read at each call, as is what `bias` gives.
-    """
-
-    layer: Any
-    bias: Callable[[], Tensor | None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight, self.bias())
 
 
 @dataclass(slots=True)

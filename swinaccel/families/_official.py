@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Product, Section, WindowSpec
+from ..layout import Product
+from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from ._common import (
     drop_rate,
     has_table_rows,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..spec import Axes, Geometry, Product, Section, WindowSpec
+from ..layout import Product
+from ..spec import Axes, Geometry, Section, WindowSpec
 from ._common import is_position_mlp, is_table, position_bias, sides
 from ._shrinking import example_sizes, prefix, shrinking_geometry
 
