@@ -49,7 +49,7 @@ def _active(x: Tensor, fc1: Layer) -> Tensor:
     active = kernels.linear_gelu(x, *fc1) if is_half else None
     if active is None:
         hidden = F.linear(x, *fc1)
-        active = kernels.gelu(hidden, out=hidden) if is_half else F.gelu(hidden)
+        active = kernels.gelu(hidden, out=hidden) if is_half else torch.ops.aten.gelu_(hidden)
     return active
 
 
