@@ -141,11 +141,15 @@ def mlp(channels: int) -> None:
         triton_fusion.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
 
 
-def linear_gelu(channels: int) -> None:
+def linear_gelu(channels: int, rows: int) -> None:
     """Two programs are to share a multiprocessor."""
-    x, up = torch.zeros(4096, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
-    launch = triton_fusion._plan_linear_gelu(x.device, 4096, channels, 4 * channels, 264)
-    launch(torch.zeros(4096, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
+    from swinaccel.kernels import fusion_launch
+
+    x, up = torch.zeros(rows, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
+    how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132)
+    assert how is not None
+    launch = triton_fusion._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
+    launch(torch.zeros(rows, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
 
 
 def embed(channels: int) -> None:
@@ -192,7 +196,8 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
             yield gpu, f"mlp {channels}", lambda channels=channels: mlp(channels)
         for channels in embeddings:
             yield gpu, f"embed {channels}", lambda channels=channels: embed(channels)
-    yield "sm_90 twice", "linear_gelu 512", lambda: linear_gelu(512)
+    for rows in (4096, 196):
+        yield "sm_90 twice", f"linear_gelu 512 of {rows}", lambda rows=rows: linear_gelu(512, rows)
 
 
 def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:

@@ -156,34 +156,48 @@ def test_mlp_in_one_kernel(dtype, rows, channels, biases, pre_norm, poisoned):
 
 
 @pytest.mark.parametrize("biases", [True, False])
-@pytest.mark.parametrize(("rows", "channels", "hidden"), [(256, 64, 128), (130, 128, 384), (300, 64, 256)])
+@pytest.mark.parametrize(
+    ("rows", "channels", "hidden", "processors"),
+    [(256, 64, 128, 1), (130, 128, 384, 1), (300, 64, 256, 1), (49, 256, 192, 2), (130, 128, 128, 3)],
+)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, biases, monkeypatch, poisoned):
-    """Of rows that fill no whole tile, and of more tiles than there are programs."""
-    monkeypatch.setattr(windows, "multiprocessors", lambda device: 1)
+def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, processors, biases, monkeypatch, poisoned):
+    """Of rows that fill no whole tile, of more tiles than there are programs, and of as few as fill them once."""
+    monkeypatch.setattr(windows, "multiprocessors", lambda device: processors)
     if TRITON_DEVICE == "cpu":
         monkeypatch.setattr(windows, "has_copy_engine", lambda device: True)
     elif not windows.has_copy_engine(torch.device("cuda", 0)):
         pytest.skip("this GPU has no copy engine")
-    kernels._linear_gelu_programs.cache_clear()
+    kernels._linear_gelu_launch.cache_clear()
     x, weight = random(1, rows, channels, dtype=dtype), random(hidden, channels, dtype=dtype, scale=1.5 / channels**0.5)
     inputs = (x, weight, random(hidden, dtype=dtype, seed=2) if biases else None)
     kernels.linear_gelu(-x, *inputs[1:])
     found = kernels.linear_gelu(*inputs)  # on a GPU, without compiling
-    kernels._linear_gelu_programs.cache_clear()
+    kernels._linear_gelu_launch.cache_clear()
     compare(found, F.gelu(F.linear(*inputs)), F.gelu(F.linear(*exact(*inputs))))
     assert kernels.linear_gelu(random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels), weight, None) is None
 
 
 def test_who_multiplies(monkeypatch):
-    """What is no kernel's: rows too few to keep multiprocessors busy, sizes that no tile divides."""
+    """What is no kernel's: rows that fill multiprocessors neither once nor often, sizes that no tile divides."""
     from swinaccel.kernels import fusion_launch
 
     def programs(rows, channels, hidden):
-        return fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=132)
+        how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=132)
+        return None if how is None else (how[0].block_m, how[1])
 
-    assert programs(12544, 512, 2048) == programs(2048 + 1, 512, 2048) == 264
-    assert programs(2048, 512, 2048) == programs(12544, 500, 2048) == programs(12544, 512, 2040) == 0
+    assert programs(12544, 512, 2048) == programs(2048 + 1, 512, 2048) == (128, 264)
+    assert programs(196, 512, 2048) == programs(193, 512, 2048) == (64, 128)
+    assert programs(784, 256, 1024) == (64, 208)
+    for problem in (
+        (2048, 512, 2048),
+        (12544, 500, 2048),
+        (12544, 512, 2040),
+        (49, 512, 2048),
+        (196, 320, 1280),
+        (196, 1024, 4096),
+    ):
+        assert programs(*problem) is None
     monkeypatch.setattr(windows, "multiprocessors", lambda device: 132)
     weight, x = random(512, 128, dtype=torch.float16), random(132 * 64, 128, dtype=torch.float16)
     assert kernels.is_one_kernel(x, weight)

@@ -48,6 +48,9 @@ class LinearLaunch(NamedTuple):
 
 # Best or next to it of thirteen for the sizes of Swin's stages, from 1,568 rows of 512 channels to 50,176 of 256.
 LINEAR_GELU = LinearLaunch(128, 128, 64, 8, 2, 8, 3)
+# The same of eight for few rows, such as those of one image: a tile for each program, and few steps to its end.
+LINEAR_GELU_FEW = LinearLaunch(64, 64, 128, 8, 2, 4, 3)
+_FEW_CHANNELS = 512  # at most; beyond, PyTorch's products, which share a long sum among programs, are faster
 
 
 class EmbedLaunch(NamedTuple):
@@ -80,13 +83,17 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
     return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None
 
 
-def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> int:
-    """How many programs take the first product and GELU; 0 where PyTorch's product and a kernel for GELU are faster."""
-    launch = LINEAR_GELU
-    if channels % launch.block_k or hidden % launch.block_n:
-        return 0
-    tiles, programs = -(-rows // launch.block_m) * (hidden // launch.block_n), launch.programs * multiprocessors
-    return programs if tiles >= programs else 0
+def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
+    """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster."""
+    for launch in (LINEAR_GELU, LINEAR_GELU_FEW):
+        tiles, programs = -(-rows // launch.block_m) * (hidden // launch.block_n), launch.programs * multiprocessors
+        if channels % launch.block_k or hidden % launch.block_n:
+            continue
+        if launch is LINEAR_GELU and tiles >= programs:
+            return launch, programs
+        if launch is LINEAR_GELU_FEW and programs // 3 < tiles <= programs and channels <= _FEW_CHANNELS:
+            return launch, tiles
+    return None
 
 
 def describe(matrix: Any, block: tuple[int, int]) -> TensorDescriptor:

@@ -192,28 +192,29 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     """
     (hidden, channels), device = weight.shape, x.device
     rows = x.numel() // channels
-    programs = 0 if windows.shared_memory_override else _linear_gelu_programs(device, rows, channels, hidden)
-    if not programs or (x.data_ptr() | weight.data_ptr()) & 15:  # which a descriptor cannot start from
+    how = None if windows.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
+    if how is None or (x.data_ptr() | weight.data_ptr()) & 15:  # which a descriptor cannot start from
         return None
     out = x.new_empty((*x.shape[:-1], hidden))
-    _launch(("linear gelu", device, rows, channels, hidden, programs), _plan_linear_gelu, out, x, weight, bias)
+    _launch(("linear gelu", device, rows, channels, hidden, *how), _plan_linear_gelu, out, x, weight, bias)
     return out
 
 
 @lru_cache(maxsize=256)
-def _linear_gelu_programs(device: torch.device, rows: int, channels: int, hidden: int) -> int:
+def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
     if not windows.has_copy_engine(device):
-        return 0
+        return None
     from ..kernels import fusion_launch
 
     multiprocessors = windows.multiprocessors(device)
     return fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors)
 
 
-def _plan_linear_gelu(device: torch.device, rows: int, channels: int, hidden: int, programs: int) -> Any:
+def _plan_linear_gelu(
+    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int
+) -> Any:  # fmt: skip
     from ..kernels import fusion_launch, mlp
 
-    shape = fusion_launch.LINEAR_GELU
     block_m, block_n, block_k = shape[:3]
     tiles = (block_m, block_n // 2), (block_m, block_k), (block_n, block_k)  # of the output, x and the weight
     return windows.DescribedLaunch(
