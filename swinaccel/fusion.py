@@ -38,7 +38,7 @@ _failure: str | None = None  # why whole blocks run their own forwards from then
 
 def trust(module: nn.Module, facts: Block | Merging | Embedding) -> None:
     """Take a proven module, with its children by their names, for what it looks like; and others made alike."""
-    for holder in (module, *(facts.holders if isinstance(facts, Block) else ())):
+    for holder in (module, *(() if isinstance(facts, Merging) else facts.holders)):
         _trusted.add(_make_up(holder, facts))
     if isinstance(facts, Block):
         _trust_compiled(module, facts)
@@ -153,9 +153,9 @@ class Look:
             _demand(_is_gelu(facts.activation))
         elif isinstance(facts, Embedding):
             _demand(is_own(facts.projection, nn.Conv2d))
-            (width, channels, *patch), holders, linears, drops = facts.projection.weight.shape, (), (), []
+            (width, channels, *patch), holders, linears, drops = facts.projection.weight.shape, facts.holders, (), []
             norms = () if facts.norm is None else ((facts.norm, width),)
-            named = [facts.projection, facts.norm]
+            named = [facts.projection, facts.norm, *facts.holders]
             _demand(_is_patchwise(facts.projection))
             _demand(kernels.embed_launch(width, channels * patch[0] * patch[1]) is not None)
         else:

@@ -75,11 +75,13 @@ class Embedding:
         projection: a convolution of p x q patches, which neither overlap nor leave gaps.
         norm: None where there is none.
         give: makes what the module returns out of the result, where that is not the result.
+        holders: modules between this one and the projection.
     """
 
     projection: Any
     norm: Any
     give: Callable[[Tensor], Any] | None = None
+    holders: tuple[Any, ...] = ()
 
 
 # x and the (H, W) of its tokens, where it holds them in one axis; None in place of these where it has both axes, as an

@@ -125,12 +125,12 @@ def timm(kind=None, **options):
     return (kind or PatchEmbed)(**settings)
 
 
-def huggingface(kind="Swin", **options):
+def huggingface(kind="Swin", part="PatchEmbeddings", **options):
     folder = {"Swin": "swin", "Swinv2": "swinv2", "DonutSwin": "donut", "MaskFormerSwin": "maskformer"}[kind]
     stem = {"donut": "donut_swin", "maskformer": "maskformer_swin"}.get(folder, folder)
     library = importlib.import_module(f"transformers.models.{folder}.modeling_{stem}")
     config = importlib.import_module("transformers").SwinConfig(image_size=24, embed_dim=48, **options)
-    return getattr(library, f"{kind}PatchEmbeddings")(config)
+    return getattr(library, f"{kind}{part}")(config)
 
 
 def microsoft(**options):
@@ -154,6 +154,9 @@ EMBEDDINGS = {
     "hf-swinv2": (lambda: huggingface("Swinv2"), (2, 3, 20, 36)),
     "hf-donut": (lambda: huggingface("DonutSwin"), (2, 3, 20, 36)),
     "hf-maskformer": (lambda: huggingface("MaskFormerSwin"), (2, 3, 20, 36)),
+    "hf-swin-norm": (lambda: huggingface("Swin", "Embeddings"), (2, 3, 20, 36)),
+    "hf-swinv2-norm": (lambda: huggingface("Swinv2", "Embeddings"), (2, 3, 20, 36)),
+    "hf-donut-norm": (lambda: huggingface("DonutSwin", "Embeddings"), (2, 3, 20, 36)),
 }
 
 
@@ -430,6 +433,69 @@ def test_changes_are_seen(called, change, embedded):
     for _ in range(2):
         assert same_as_the_original(model, x)
     assert embedded == []
+
+
+def positions(model):
+    model.embedding.position_embeddings = nn.Parameter(random(1, 36, 48, dtype=DTYPE))
+
+
+def mask_token(model):
+    model.embedding.mask_token = nn.Parameter(random(1, 1, 48, dtype=DTYPE))
+
+
+AROUND_PATCHES = {
+    "hook-norm": hook("embedding.norm", "forward_hook"),
+    "hook-patches": hook("embedding.patch_embeddings", "forward_hook"),
+    "forward-norm": own_forward("embedding.norm"),
+    "forward-patches": setting(
+        "embedding.patch_embeddings", "forward", lambda x: (x.mean() * torch.ones(2, 36, 48), (6, 6))
+    ),
+    "norm": odd_norm,
+    "positions": positions,
+    "mask-token": mask_token,
+    "dropout": setting("embedding", "dropout", nn.Dropout(1.0).train()),
+    "another-dropout": setting("embedding", "dropout", nn.Tanh()),
+    "child": lambda model: model.embedding.add_module("adapter", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", [None, *AROUND_PATCHES])
+@pytest.mark.parametrize("called", [False, True], ids=["at-once", "after-a-call"])
+def test_norms_after_patch_embeddings(called, change, monkeypatch):
+    """Hugging Face's norm is a module's around the patch embedding; where that is unusual, the norm is its own."""
+    norms, plain = [], kernels.embed
+
+    def embed(x, weight, bias, norm):
+        norms.append(norm)
+        return plain(x, weight, bias, norm)
+
+    monkeypatch.setattr(kernels, "embed", embed)
+    model, x = accelerated(huggingface("Swinv2", "Embeddings")), random(2, 3, 24, 24, dtype=DTYPE)
+    if called or change is None:
+        given(model, x)
+        assert norms.pop() is not None
+    if change is not None:
+        AROUND_PATCHES[change](model)
+        model.to(TRITON_DEVICE)
+    for _ in range(2):
+        found = given(model, x)
+        with swinaccel.disabled():
+            expected = given(model, x)
+        assert found[1] == expected[1]
+        helpers.assert_close(found[0], expected[0], TOLERANCE)
+    assert [norm is None for norm in norms] == ([False] * 2 if change is None else [True] * len(norms))
+
+
+def test_tokens_that_are_masked():
+    embedding = huggingface("Swin", "Embeddings")
+    model, x = accelerated(embedding), random(2, 3, 24, 24, dtype=DTYPE)
+    given(model, x)
+    embedding.mask_token = random(1, 1, 48, dtype=DTYPE)
+    mask = torch.arange(72, device=TRITON_DEVICE).view(2, 36) % 3 == 0
+    with torch.no_grad():
+        found = embedding(x, bool_masked_pos=mask)[0]
+    assert (found[mask] == embedding.mask_token).all()
+    assert (found[~mask] != 0).any()
 
 
 @pytest.mark.parametrize("name", ["forward", "_conv_forward"])

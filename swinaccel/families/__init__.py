@@ -16,7 +16,7 @@ from ..layout import Block, Embedding, Merging, Tokens
 from ..spec import Section, WindowSpec
 from .around import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
-from .embedding import PatchEmbed
+from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
@@ -102,7 +102,7 @@ FAMILIES: list[Family] = [
 ]
 
 
-AROUND: list[Surrounding] = [TorchvisionBlock(), PatchMerging(), PatchEmbed()]
+AROUND: list[Surrounding] = [TorchvisionBlock(), PatchMerging(), PatchEmbed(), Embeddings()]
 
 
 def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:

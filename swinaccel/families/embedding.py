@@ -1,4 +1,4 @@
-"""Patch embeddings: timm's of Swin and SwinV2, the official code's, Hugging Face's."""
+"""Patch embeddings: timm's of Swin and SwinV2, the official code's, Hugging Face's and the norm that follows those."""
 
 from __future__ import annotations
 
@@ -68,6 +68,38 @@ class PatchEmbed:
         if size is not None:
             sizes = [size] if getattr(module, "strict_img_size", True) else [size, *sizes]
         return [(torch.Size((2, projection.in_channels, *sides)),) for sides in sizes]
+
+
+class Embeddings:
+    """Hugging Face's: `patch_embeddings`, a norm and a dropout, where neither masks nor positions come in between."""
+
+    name = "embeddings"
+    method = "forward"
+
+    def match(self, module: Any) -> bool:
+        parts = module._modules
+        if parts.keys() != {"patch_embeddings", "norm", "dropout"} or module._parameters or module._buffers:
+            return False
+        inner = parts["patch_embeddings"]
+        has_projection_only = inner._modules.keys() == {"projection"} and PatchEmbed().match(inner)
+        return has_projection_only and isinstance(parts["norm"], nn.LayerNorm)
+
+    def block(self, module: Any) -> Embedding:
+        inner = module.patch_embeddings
+        return Embedding(inner.projection, module.norm, _tokens_and_size, (inner,))
+
+    def tokens(
+        self, module: Any, pixel_values: Tensor, bool_masked_pos: Any = None, interpolate_pos_encoding: Any = False
+    ) -> Tokens:
+        if bool_masked_pos is not None or interpolate_pos_encoding:
+            raise ValueError("tokens are to be masked, or positions to be added")
+        return PatchEmbed().tokens(module.patch_embeddings, pixel_values)
+
+    def constrains_sizes(self, module: Any) -> bool:
+        return False  # compilers fuse the norm with its neighbours, and find the patch embedding inside
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        return PatchEmbed().example(module.patch_embeddings)
 
 
 def _projection(module: Any) -> Any:
