@@ -295,8 +295,8 @@ WHOLE = {
     "timm-v2": (["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"]),
     "torchvision-v1-padded": (["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
     "torchvision-v2": (["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
-    "hf-swin-padded": (["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
-    "hf-swinv2": (["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
+    "hf-swin-padded": (["norm"] + ["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
+    "hf-swinv2": (["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
     "microsoft-v1": ["norm", "add_norm", "mlp"] * 2,
     "microsoft-v2": ["norm_add", "mlp", "norm_add"] * 2,
 }
