@@ -78,7 +78,7 @@ def small(
     """Launch for windows of at most SMALL_WINDOW tokens; `positions` is windows per image times heads."""
     block_n = power_of_two(tokens)
     block_d = power_of_two(head_dim)
-    images = max(1, min(32, batch, positions * batch // _PROGRAMS_WANTED))
+    images = max(1, min(32, batch, round(positions * batch / _PROGRAMS_WANTED)))
     stage = 3 * block_n * block_d * element_size
     scratch = block_n * max(block_n, block_d) * 4
     num_stages = max(1, min(3 if images > 1 else 1, (shared_memory - scratch) // stage))
