@@ -24,7 +24,7 @@ from .backends import torch as torch_backend
 from .config import AccelConfig, env_interpret, env_strict
 from .layout import Attend, Merging, Product
 from .spec import Section
-from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_own, own_method, twin
+from .watch import METHODS, Unwatchable, Watch, has_hooks, has_own_forward, is_own, is_pytorchs, own_method, twin
 
 
 class FallbackError(RuntimeError):
@@ -211,7 +211,7 @@ def _directly(call: Any) -> Callable[..., Any]:
     return product
 
 
-_module_call = nn.Module.__call__
+_module_call = nn.Module.__call__ if is_pytorchs(nn.Module.__call__) else None
 
 
 def run_around(
@@ -332,6 +332,8 @@ def _plan(
         return reason
     if stats is not None:
         _remember(family, module, config, stats, x, args, kwargs)
+        # Products as in later calls: a checkpoint compares what this one saves with what is saved then.
+        section.project, section.output = _directly(section.project), _directly(section.output)
     return section, partial(_attend_triton, section, config, stats)
 
 

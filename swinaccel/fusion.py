@@ -29,6 +29,7 @@ logger = logging.getLogger("swinaccel")
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32)
+_OWN_FUNCTIONS = (torch._C._nn.linear, torch._C._nn.gelu, F.layer_norm if is_pytorchs(F.layer_norm) else None)
 
 # What blocks and other modules around attention, and what they hold, were made up of when they were proven.
 _trusted: set[tuple] = set()
@@ -87,7 +88,9 @@ def is_worth(x: Tensor, backend: str = "triton") -> bool:
 def fitting(family: Any, module: nn.Module, x: Tensor, backend: str) -> Look | None:
     """What is known of a module that may be fused in a call about x; None where it holds a surprise or is watched."""
     dtype = product_dtype(x)
-    if _failure is not None or dtype not in _DTYPES or x.dtype not in (dtype, torch.float32):
+    if _failure is not None or (F.linear, F.gelu, F.layer_norm) != _OWN_FUNCTIONS:
+        return None
+    if dtype not in _DTYPES or x.dtype not in (dtype, torch.float32):
         return None
     if (dtype == torch.bfloat16 and not x.is_cuda) or torch._C._len_torch_dispatch_stack():
         return None  # Triton's interpreter does not multiply bfloat16
@@ -337,7 +340,7 @@ def _forward_mixed(look: Look, attend: Attend, x: Tensor, size: tuple[int, int] 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weightᵀ + bias, as PyTorch does it; where gradients are recorded, `fusion_autograd.linear`."""
-    if torch.is_grad_enabled() and _is_recorded(x, weight, bias):
+    if torch.is_grad_enabled() and F.linear is _OWN_FUNCTIONS[0] and _is_recorded(x, weight, bias):
         return recorded.linear(x, weight, bias, product_dtype(x))
     return F.linear(x, weight, bias)
 

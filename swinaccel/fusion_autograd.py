@@ -140,31 +140,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.parameters = weight, bias  # which may change meanwhile: the cast counts
+        cast, needs = weight.detach().to(x.dtype), ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, cast if needs[0] else None)
+        ctx.parameters, ctx.shape = (weight, bias), x.shape
         return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, cast), (weight, bias), needs = ctx.saved_tensors, ctx.parameters, ctx.needs_input_grad
-        grad_weight = grad_bias = None
-        if torch.is_grad_enabled():
-            return tuple(_again(_linear, (x, weight, bias), grad))
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, twice = grad.reshape(-1, grad.shape[-1]), torch.is_grad_enabled()
+        grad_x = grad_weight = grad_bias = None
+        if needs[0]:
+            grad_x = (rows @ (_as_it_was(cast, weight) if twice else cast)).view(ctx.shape)
         if needs[1]:
-            grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]), weight.dtype)
+            others = x.reshape(-1, x.shape[-1])
+            grad_weight = (rows.t() @ others).to(weight.dtype) if twice else _product(rows.t(), others, weight.dtype)
         if needs[2]:
-            try:
-                sums = backward_kernels.scaled_columns(rows.contiguous(), None, rows.dtype)[1]
-            except kernels.LaunchError:
-                sums = rows.sum(0, dtype=torch.float32)
-            grad_bias = sums.to(bias.dtype)
-        return (rows @ cast).view(x.shape) if needs[0] else None, grad_weight, grad_bias
+            grad_bias = _column_sums(rows, twice).to(bias.dtype)
+        return grad_x, grad_weight, grad_bias
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _column_sums(rows: Tensor, twice: bool) -> Tensor:
+    if not twice:
+        with suppress(kernels.LaunchError):
+            return backward_kernels.scaled_columns(rows.contiguous(), None, rows.dtype)[1]
+    return rows.sum(0, dtype=torch.float32)
 
 
 def mlp(x: Tensor | None, y: Tensor, scale: Tensor | None, fc1: Any, fc2: Any) -> Tensor:
@@ -176,12 +176,12 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, y: Tensor, scale: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
         dtype, rows = y.dtype, y.view(-1, y.shape[-1])
-        first, second = weight1.to(dtype), weight2.to(dtype)
+        first, second = weight1.detach().to(dtype), weight2.detach().to(dtype)
         hidden = F.linear(rows, first, None if bias1 is None else bias1.to(dtype))
         active = F.gelu(hidden) if dtype not in _HALVES else kernels.gelu(hidden)
         branch = F.linear(active, second, None if bias2 is None else bias2.to(dtype)).view(y.shape)
         ctx.save_for_backward(y, scale, hidden, first, second)
-        ctx.parameters = weight1, bias1, weight2, bias2  # which may change meanwhile: their copies count
+        ctx.parameters = weight1, bias1, weight2, bias2  # which may change meanwhile: what was saved counts
         if x is None:
             return branch
         out = torch.empty_like(x)
@@ -193,15 +193,15 @@ class _Mlp(torch.autograd.Function):
         y, scale, hidden, first, second = ctx.saved_tensors
         needs = ctx.needs_input_grad
         weight1, bias1, weight2, bias2 = ctx.parameters
+        saved = hidden, first, second
         if torch.is_grad_enabled():
-            return grad if needs[0] else None, *_again_mlp(y, ctx.parameters, _scaled(grad, scale).to(y.dtype))
+            return grad if needs[0] else None, *_again_mlp(y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype))
         rows = y.view(-1, y.shape[-1])
         try:
             grad_branch, sums2 = backward_kernels.scaled_columns(grad.contiguous().view(rows.shape), scale, y.dtype)
             grad_hidden, active, sums1 = _gelu_backward(grad_branch @ second, hidden)
         except kernels.LaunchError:
-            parameters = first, bias1, second, bias2
-            return grad if needs[0] else None, *_again_mlp(y, parameters, _scaled(grad, scale).to(y.dtype))
+            return grad if needs[0] else None, *_again_mlp(y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype))
         grads = (
             _product(grad_hidden.t(), rows, weight1.dtype) if needs[3] else None,
             sums1.to(bias1.dtype) if needs[4] else None,
@@ -258,13 +258,21 @@ def _layer_norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Any, bias: An
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
 
 
-def _again_mlp(y: Tensor, parameters: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _again_mlp(y: Tensor, parameters: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     def function(y: Tensor, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
+        hidden, first, second = saved
         bias1, bias2 = (None if one is None else one.to(y.dtype) for one in (bias1, bias2))
-        return F.linear(F.gelu(F.linear(y, weight1.to(y.dtype), bias1)), weight2.to(y.dtype), bias2)
+        again = F.linear(y.view(-1, y.shape[-1]), _as_it_was(first, weight1), bias1)
+        return F.linear(F.gelu(_as_it_was(hidden, again)), _as_it_was(second, weight2), bias2).view(grad.shape)
 
     grad_y, *grads = _again(function, (y, *parameters), grad)
     return grad_y, None, *grads
+
+
+def _as_it_was(saved: Tensor, now: Tensor) -> Tensor:
+    """What the forward saved, with the gradient of what it was made of, whose numbers may have changed since."""
+    now = now.to(saved.dtype)
+    return saved + (now - now.detach())
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -358,16 +358,17 @@ def _gradients(
     *inputs, out, lse = ctx.saved_tensors
     qkv, k, v, table, index, padding, mask, logit_scale, _ = inputs
     found: Sequence[Tensor | None]
-    if torch.is_grad_enabled():  # these gradients are to be differentiated again
+    twice = torch.is_grad_enabled()
+    if twice or _is_batched(grad):  # these gradients are to be differentiated again, or are many at once
         num_heads, window, shift, roll_first, mask_value, scale, dropout = ctx.options
         if dropout:
             raise NotImplementedError(
-                "swinaccel cannot differentiate twice through attention dropout; run that step inside "
-                "swinaccel.disabled()"
+                f"swinaccel cannot {'differentiate twice' if twice else 'take a batch of gradients'} through attention "
+                "dropout; run that step inside swinaccel.disabled()"
             )
         options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         geometry = geometry or _geometry(qkv, window, shift, roll_first)
-        found = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=True)
+        found = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=twice)
     else:
         arguments: tuple[Any, ...] = (grad, out, lse, *inputs, *ctx.options, needs_grad[3])
         if geometry is None or _is_observed():
@@ -379,6 +380,12 @@ def _gradients(
     gradients = (grad_qkv, grad_k, grad_v, grad_table, None, grad_padding, None, grad_logit_scale)
     needed = [gradient if needs else None for gradient, needs in zip(gradients, needs_grad, strict=False)]
     return (*needed, *(None,) * (len(needs_grad) - len(needed)))
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether this stands for many tensors, which have no memory that a kernel could find."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

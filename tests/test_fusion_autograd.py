@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel import fusion
+from swinaccel import fusion, ops
 from swinaccel import fusion_autograd as recorded
 from swinaccel.backends import triton_fusion as kernels
 from swinaccel.backends import triton_fusion_bwd
@@ -473,6 +473,7 @@ def test_batches_of_gradients(v2, ran):
         grads = torch.stack([torch.ones_like(out), out.detach()])
         found.append(torch.autograd.grad(out, (x, *one.parameters()), grads, is_grads_batched=True))
     assert len(ran) == 3
+    assert not ops.has_failures()
     for ours, expected in zip(*found, strict=True):
         helpers.assert_close(ours, expected, 1e-4)
 
@@ -523,6 +524,88 @@ def test_products_of_dtypes_that_do_not_match():
     twin.attn.proj.to(HALF)
     with pytest.raises(RuntimeError, match="dtype"):
         twin(X.to(TRITON_DEVICE))
+
+
+@pytest.mark.parametrize("name", ["timm-v1", "timm-v2", "torchvision-v1-padded", "hf-swin-padded", "hf-swinv2"])
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "half"])
+def test_checkpoints_of_first_calls(name, half):
+    """What a module saves in its first call, or of the first after a change, it saves when that is computed again."""
+    make, example, _ = MODELS[name]
+    twin = swinaccel.accelerate(make().to(TRITON_DEVICE), backend="triton").train()
+    twin = twin.to(HALF) if half else twin
+    x = example().to(TRITON_DEVICE, HALF if half else torch.float32)
+
+    def step(x):
+        with autocast(None if half else HALF):
+            out = checkpoint(twin, x.requires_grad_(), use_reentrant=False)
+        next(iter(helpers.tensors(out))).float().sum().backward()
+
+    step(x)
+    step(x)
+    with torch.no_grad(), autocast(None if half else HALF):
+        twin.eval()(x.detach())
+    twin.train()
+    step(x)
+    step(torch.cat([x.detach()] * 2))
+
+
+STEPS = {
+    "written": lambda parameter: parameter.detach().mul_(3),
+    "replaced": lambda parameter: setattr(parameter, "data", parameter.data * 3),
+}
+
+
+@pytest.mark.parametrize("change", STEPS)
+@pytest.mark.parametrize("kind", [None, "autocast", "half"])
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "create_graph"])
+def test_parameters_that_change_before_the_backward(change, kind, twice):
+    """Gradients are those of the forward's numbers, or refused, as the original's are."""
+
+    def input_gradient(one, name):
+        def forward():
+            x = X.to(TRITON_DEVICE, HALF if kind == "half" else None).clone().requires_grad_()
+            with autocast(HALF if kind == "autocast" else None):
+                return x, one(x).float().square().mean()
+
+        forward()  # the next is of what is remembered
+        x, loss = forward()
+        STEPS[change](one.get_parameter(name))
+        try:
+            return torch.autograd.grad(loss, x, create_graph=twice)[0].detach()
+        except RuntimeError as error:
+            return str(error)[:40]
+
+    model = block()
+    for name in ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight", "mlp.fc1.bias"):
+        plain, twin = pair(copy.deepcopy(model).to(HALF if kind == "half" else torch.float32))
+        found, expected = (input_gradient(one, name) for one in (twin, plain))
+        if isinstance(expected, str):
+            assert found == expected, name
+        else:
+            helpers.assert_close(found, expected, 1e-4 if kind is None else 20 * torch.finfo(HALF).eps)
+
+
+def test_weights_that_the_backward_does_not_need():
+    """Frozen ones may be written to after the forward, in 16-bit models too; nothing is kept for them."""
+    _, twin = pair(block().to(HALF))
+    twin.requires_grad_(False).attn.proj.bias.requires_grad_()
+    for _ in range(2):
+        out = twin(X.to(TRITON_DEVICE, HALF))
+        with torch.no_grad():
+            twin.attn.proj.weight.mul_(1.1)
+        out.float().sum().backward()
+
+
+def test_functions_that_are_replaced(monkeypatch):
+    """As profilers and quantisers do."""
+    model, twin = pair(block())
+    assert_alike(twin, model, dtype=HALF)
+    for name in ("linear", "gelu", "layer_norm"):
+        plain = getattr(F, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, name, lambda *args, plain=plain, **options: plain(*args, **options) * 1.5)
+            assert_alike(twin, model, dtype=HALF)
+            assert_alike(twin, model)
 
 
 @pytest.mark.parametrize("trained", ["biases", "all"])
