@@ -448,13 +448,13 @@ AROUND_PATCHES = {
     "hook-patches": hook("embedding.patch_embeddings", "forward_hook"),
     "forward-norm": own_forward("embedding.norm"),
     "forward-patches": setting(
-        "embedding.patch_embeddings", "forward", lambda x: (x.mean() * torch.ones(2, 36, 48), (6, 6))
+        "embedding.patch_embeddings", "forward", lambda x: (x.mean() * x.new_ones(2, 36, 48), (6, 6))
     ),
     "norm": odd_norm,
     "positions": positions,
     "mask-token": mask_token,
     "dropout": setting("embedding", "dropout", nn.Dropout(1.0).train()),
-    "another-dropout": setting("embedding", "dropout", nn.Tanh()),
+    "another-dropout": setting("embedding", "dropout", nn.ReLU()),
     "child": lambda model: model.embedding.add_module("adapter", nn.Identity()),
 }
 
