@@ -454,7 +454,7 @@ def test_what_is_kept_for_the_backward(v2, dtype):
     for one in (twin, model):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype):
-            out = one(X.to(TRITON_DEVICE).requires_grad_())
+            out = one(X.to(TRITON_DEVICE).clone().requires_grad_())
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / X.numel() / 4)
         del out
     expected = {(False, None): 12, (True, None): 12, (False, HALF): 7, (True, HALF): 8}[v2, dtype]
