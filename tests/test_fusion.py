@@ -178,6 +178,13 @@ def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, processor
     assert kernels.linear_gelu(random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels), weight, None) is None
 
 
+def test_gelu_takes_the_place_of_its_input(monkeypatch):
+    products, plain = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: products.append(plain(*args)) or products[-1])
+    active = fusion_ops._active(random(5, 24), (random(96, 24), None))
+    assert active.data_ptr() == products[0].data_ptr()
+
+
 def test_who_multiplies(monkeypatch):
     """What is no kernel's: rows that fill multiprocessors neither once nor often, sizes that no tile divides."""
     from swinaccel.kernels import fusion_launch

@@ -85,14 +85,18 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
 
 def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
     """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster."""
-    for launch in (LINEAR_GELU, LINEAR_GELU_FEW):
-        tiles, programs = -(-rows // launch.block_m) * (hidden // launch.block_n), launch.programs * multiprocessors
+
+    def tiles(launch: LinearLaunch) -> int:
         if channels % launch.block_k or hidden % launch.block_n:
-            continue
-        if launch is LINEAR_GELU and tiles >= programs:
-            return launch, programs
-        if launch is LINEAR_GELU_FEW and programs // 3 < tiles <= programs and channels <= _FEW_CHANNELS:
-            return launch, tiles
+            return 0
+        return -(-rows // launch.block_m) * (hidden // launch.block_n)
+
+    programs = LINEAR_GELU.programs * multiprocessors
+    if tiles(LINEAR_GELU) >= programs:
+        return LINEAR_GELU, programs
+    few, most = tiles(LINEAR_GELU_FEW), LINEAR_GELU_FEW.programs * multiprocessors
+    if most // 3 < few <= most and channels <= _FEW_CHANNELS:
+        return LINEAR_GELU_FEW, few
     return None
 
 
