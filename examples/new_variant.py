@@ -75,6 +75,9 @@ class TileMixers:
     def attention(self, module: nn.Module) -> nn.Module:
         return module
 
+    def projections(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        return module.to_qkv, module.to_out
+
     def section(self, module: nn.Module, image: Tensor) -> Section | str:
         height, width = image.shape[1:3]
         if height % module.tile or width % module.tile:
@@ -101,14 +104,14 @@ class TileMixers:
 
 
 class Careless(TileMixers):
-    """The same with a mistake: it forgets that scores are scaled."""
+    """The same with a mistake: it forgets that tiles are shifted."""
 
     name = "careless"
 
     def section(self, module: nn.Module, image: Tensor) -> Section | str:
         section = super().section(module, image)
         if isinstance(section, Section):
-            section.scale = 1.0
+            section.geometry = Geometry(section.geometry.size, section.geometry.window)
         return section
 
 

@@ -1,4 +1,4 @@
-"""Remember which kernels failed, each for its own problem: elsewhere, and for other shapes, they are tried all the same."""
+"""Remember which kernels failed, each for its own problem: for other devices and shapes they are tried all the same."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -103,10 +103,8 @@ def switched_off() -> Iterator[None]:
         if counted:
             with _lock:
                 _off_anywhere -= 1
-        try:
+        with suppress(ValueError, UnboundLocalError):  # another context closes a generator; an interrupt at the start
             _off.reset(token)
-        except (ValueError, UnboundLocalError):  # a generator that another context closes; an interrupt at the start
-            pass
 
 
 def _is_off(compiling: bool) -> bool:
@@ -207,7 +205,7 @@ def unmark(modules: Iterable[nn.Module]) -> None:
 
 
 def _copied(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
-    """Return those of the keys that a marked copy is left of: copies are made without our knowledge, so they are sought."""
+    """Return those of the keys that a marked copy is left of; copies are made unseen, so they are looked for."""
     found: set[tuple[type, str]] = set()
     if not keys:
         return found

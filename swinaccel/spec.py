@@ -106,7 +106,7 @@ class Section:
         padding: gives what `project` makes of a zero token, as a vector (3 * heads * D,) or None for zeros;
             None itself where that cannot be read off the projection.
         table: gives the relative position bias table (T, heads), with every transform applied.
-        table_shape: the shape that this table will have, without computing it.
+        table_shape: the shape that this table will have, where it has to be computed.
         index: (N, N), int64; row of the table for (query, key).
         sources: the tensors that `table` is computed from.
         position: coordinates, hidden weight and bias, and weight, where `table` is SwinV2's 16 · sigmoid of a plain
@@ -125,9 +125,9 @@ class Section:
     output: Callable[[Tensor], Tensor]
     padding: Callable[[], Tensor | None] | None
     table: Callable[[], Tensor]
-    table_shape: tuple[int, ...]
     index: Tensor
     sources: tuple[Tensor, ...]
+    table_shape: tuple[int, ...] = ()
     position: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     scale: float = 1.0
     logit_scale: Tensor | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 import time
@@ -93,7 +94,7 @@ def _trace(block, inputs) -> str:
     sys.setprofile(look)
     block(*inputs)
     sys.setprofile(None)
-    moves = sum(one != other for one, other in zip(seen, seen[1:], strict=False))
+    moves = sum(one != other for one, other in itertools.pairwise(seen))
     return f"{len(seen)} calls in {len(set(seen))} files, {moves} moves"
 
 

@@ -136,9 +136,7 @@ def test_a_projection_that_may_see_all_tokens_gets_all_of_them(small, monkeypatc
     model.attention.set_submodule(name, other)
     assert not torch_backend.is_plain(model.attention)
     images, windows = [], torch_backend._windows
-    monkeypatch.setattr(
-        torch_backend, "_windows", lambda section, x, *rest: images.append(len(x)) or windows(section, x, *rest)
-    )
+    monkeypatch.setattr(torch_backend, "_windows", lambda _, x, *rest: images.append(len(x)) or windows(_, x, *rest))
     check(model, torch.randn(3, 64, 16), (8, 8), count=1)
     assert images == [3]
 

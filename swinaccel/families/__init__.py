@@ -22,7 +22,8 @@ from .huggingface import HuggingFaceSwin
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
 from .restoration import Hat, SwinIR
-from .timm import Timm, TimmCr
+from .timm import Timm
+from .timm_cr import TimmCr
 from .torchvision import Torchvision, Torchvision3d
 from .video import Video
 from .window_attention import WindowAttention

@@ -100,7 +100,7 @@ def attention_section(
         common |= {"table_shape": mlp_table_shape(coords, mlp[2], heads)}
         return Section(table=lambda: mlp(coords).view(-1, heads), sources=(*mlp.parameters(), coords), **common)
     table = attn.relative_position_bias_table
-    return Section(table=lambda: table, table_shape=tuple(table.shape), sources=(table,), **common)
+    return Section(table=lambda: table, sources=(table,), **common)
 
 
 def attention_projections(attn: Any) -> tuple[nn.Module, ...]:

@@ -84,7 +84,6 @@ class HuggingFaceSwin:
             output=lambda y: module.dropout(attn.o_proj(y)),
             padding=separate_padding(attn.q_proj, attn.k_proj, attn.v_proj),
             table=lambda: bias.relative_position_bias_table,
-            table_shape=tuple(bias.relative_position_bias_table.shape),
             sources=(bias.relative_position_bias_table,),
             index=bias.relative_position_index.view(geometry.tokens, -1),
             scale=attn.scaling,

@@ -85,7 +85,6 @@ class HuggingFaceSwinLegacy:
         else:
             bias = {
                 "table": lambda: attn.relative_position_bias_table,
-                "table_shape": tuple(attn.relative_position_bias_table.shape),
                 "sources": (attn.relative_position_bias_table,),
                 "scale": 1 / math.sqrt(attn.attention_head_size),
             }

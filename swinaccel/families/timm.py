@@ -1,13 +1,11 @@
-"""timm's Swin, SwinV2 and SwinV2-CR: the method of the block that goes from (B, H, W, C) to the same.
+"""timm's Swin and SwinV2: the method of the block that goes from (B, H, W, C) to the same.
 
 timm rolls before it pads, keeps its shift mask in a buffer unless `dynamic_mask`, and lets the head dim differ from
-C / heads. CR is SwinV2 with a bias of its own: an MLP over every pair of tokens, neither normalised nor bounded, whose
-dropout is active in training whatever the model's rates are.
+C / heads.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from ._block import block_facts
-from ._common import drop_rate, is_plain_linear, pair, zero_token
+from ._common import pair
 from ._official import attention_projections, attention_section, attention_spec
 
 
@@ -74,54 +72,10 @@ class Timm:
         return getattr(module, self.method)
 
     def example(self, module: Any) -> tuple[Any, ...]:
-        return (torch.Size((2, *_few_windows(module, "input_resolution"), module.dim)),)
+        return (torch.Size((2, *few_windows(module, "input_resolution"), module.dim)),)
 
 
-class TimmCr(Timm):
-    """SwinTransformerV2CrBlock."""
-
-    name = "timm_cr"
-    method = "_shifted_window_attn"
-
-    def attention_spec(self, attn: Any, shift: Axes) -> WindowSpec | None:
-        window, heads = pair(attn.window_size), attn.num_heads
-        if window is None or attn.logit_scale.numel() != heads:
-            return None
-        if tuple(attn.relative_coordinates_log.shape) != ((window[0] * window[1]) ** 2, 2):
-            return None
-        if attn.meta_mlp.fc1.in_features != 2 or attn.meta_mlp.fc2.out_features != heads:
-            return None
-        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, True)
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return module.attn.qkv, module.attn.proj
-
-    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
-        coords, tokens = attn.relative_coordinates_log, geometry.tokens
-        if coords.shape[0] != tokens * tokens:
-            return f"the coordinates of {coords.shape[0]} pairs do not belong to a window of {tokens} tokens"
-        return Section(
-            geometry=geometry,
-            num_heads=attn.num_heads,
-            head_dim=attn.proj.in_features // attn.num_heads,
-            project=attn.qkv,
-            output=lambda y: attn.proj_drop(attn.proj(y)),
-            padding=(lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
-            table_shape=(coords.shape[0], attn.meta_mlp.fc2.weight.shape[0]),
-            table=lambda: attn.meta_mlp(coords),  # a row for each pair, so that nothing is taken for granted of them
-            index=_pairs(tokens, coords.device),
-            sources=(*attn.meta_mlp.parameters(), coords),
-            logit_scale=attn.logit_scale,
-            mask=mask,
-            mask_value=mask_value,
-            dropout=drop_rate(attn.attn_drop),
-        )
-
-    def example(self, module: Any) -> tuple[Any, ...]:
-        return (torch.Size((2, *_few_windows(module, "feat_size"), module.dim)),)
-
-
-def _few_windows(module: Any, resolution: str) -> Axes:
+def few_windows(module: Any, resolution: str) -> Axes:
     """Leaves a copy the last two windows of either axis, which a shift's mask tells apart; returns their size.
 
     A probe in fp64 of all windows of 24x24 takes half a minute.
@@ -137,18 +91,3 @@ def _few_windows(module: Any, resolution: str) -> Axes:
     small = kept[0] * window[0], kept[1] * window[1]
     setattr(module, resolution, small)
     return small
-
-
-def _pairs(tokens: int, device: torch.device) -> Tensor:
-    """(N, N): the row of each pair in a table of all of them; the same tensor at each call, for factors to know it."""
-    return _made_pairs(tokens, device) if not torch.compiler.is_compiling() else _make_pairs(tokens, device)
-
-
-def _make_pairs(tokens: int, device: torch.device) -> Tensor:
-    return torch.arange(tokens * tokens, device=device).view(tokens, tokens)
-
-
-@lru_cache(maxsize=32)
-def _made_pairs(tokens: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it may be saved for a backward later
-        return _make_pairs(tokens, device)

@@ -158,8 +158,9 @@ def section_reason(section: Section, device: torch.device) -> str | None:
         return f"the bias index is of {section.index.dtype}"
     if tuple(section.index.shape) != (tokens, tokens):
         return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
-    if section.table_shape[1] != heads:
-        return f"the bias table has {section.table_shape[1]} columns, and the attention {heads} heads"
+    _, columns = table_shape(section)
+    if columns != heads:
+        return f"the bias table has {columns} columns, and the attention {heads} heads"
     if section.logit_scale is not None and section.logit_scale.numel() != heads:
         return f"logit_scale holds {section.logit_scale.numel()} numbers, and the attention has {heads} heads"
     mask = section.mask
@@ -175,6 +176,11 @@ def section_reason(section: Section, device: torch.device) -> str | None:
     if not all(tensor.is_floating_point() for tensor in section.sources):
         return "its bias does not consist of floating-point numbers"
     return None
+
+
+def table_shape(section: Section) -> tuple[int, ...]:
+    """Return (rows, heads) of the bias table, without computing it."""
+    return section.table_shape or tuple(section.table().shape)
 
 
 def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x: Tensor) -> str | None:
@@ -215,7 +221,7 @@ def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
 
 def index_reason(section: Section) -> str | None:
     """Return why the kernels, which check no index, cannot take this one, or None."""
-    index, rows = section.index, section.table_shape[0]
+    index, (rows, _) = section.index, table_shape(section)
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return "its bias index was not looked through before a CUDA graph is captured; run the model once before"
     low, high = index.aminmax()

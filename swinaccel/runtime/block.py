@@ -161,7 +161,7 @@ def failed(problem: tuple, error: kernels.LaunchError, config: AccelConfig) -> N
     if config.strict or env_strict():
         raise FallbackError(f"a {problem[0]} would run its own layers: {reason}") from error
     warnings.warn(
-        f"swinaccel: only the attention is accelerated in modules of this kind, because {reason}; the numbers are right",
+        f"swinaccel: only the attention is accelerated in modules of this kind, because {reason}; results are right",
         stacklevel=6,
     )
 

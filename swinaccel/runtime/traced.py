@@ -94,7 +94,7 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 def _bound(section: Section) -> Attend:
     def attend(image: Tensor) -> Tensor:
-        trained = torch.is_grad_enabled() and any([source.requires_grad for source in section.sources])
+        trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
         return attend_triton(section, section.project(image), trained)
 
     return attend
@@ -149,7 +149,7 @@ def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
                 continue
             if (type(holder), name, type(child)) not in roles:
                 return None
-            if not any([child is one for one in named]) and (child.training or has_hooks(child)):
+            if not any(child is one for one in named) and (child.training or has_hooks(child)):
                 return None
     for part in (*norms, *linears, *block.holders, block.activation, block.drop1, block.drop2):
         if part is not None and (has_hooks(part) or has_own_forward(part)):
@@ -170,7 +170,7 @@ def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
     for one in parameters:
         if one is not None and (type(one) is not nn.Parameter or one.dtype != x.dtype or not one.is_contiguous()):
             return None
-    if torch.is_grad_enabled() and (x.requires_grad or any([p is not None and p.requires_grad for p in parameters])):
+    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
         return None
     return block
 
