@@ -28,7 +28,7 @@ from torch import nn
 from .config import AccelConfig, env_disabled
 from .families import BlockAdapter, Family, by_name
 from .layers import DISPATCHER, owner
-from .runtime.call import call
+from .runtime.call import Entry, call
 from .runtime.state import forget_state
 from .runtime.traced import ROLES, roles_of
 
@@ -68,12 +68,13 @@ class Marked:
 
     adapter: Any
     config: AccelConfig
-    methods: tuple[str, ...] = field(init=False)  # that a dispatcher is needed on
+    entries: dict[str, Entry] = field(init=False)  # how calls run, by the methods that a dispatcher is needed on
 
     def __post_init__(self) -> None:
         whole = getattr(self.adapter, "block_method", None)
-        wanted = (self.adapter.method, whole) if whole is not None and self.config.fuse == "auto" else None
-        object.__setattr__(self, "methods", wanted or (self.adapter.method,))
+        methods = [self.adapter.method, *([] if whole is None or self.config.fuse != "auto" else [whole])]
+        entries = {method: Entry(self.adapter, self.config, method) for method in methods}
+        object.__setattr__(self, "entries", entries)
 
     @property
     def has_attention(self) -> bool:
@@ -190,7 +191,7 @@ def mark(module: nn.Module, text: str) -> None:
 
 
 def _keys(module: Any, found: Marked) -> list[tuple[type, str]]:
-    return [(owner(type(module), method), method) for method in found.methods]
+    return [(owner(type(module), method), method) for method in found.entries]
 
 
 def unmark(modules: Iterable[nn.Module]) -> None:
@@ -259,9 +260,10 @@ def _run(method: Callable[..., Any], name: str, module: Any, args: tuple[Any, ..
         found = None if compiling else decode(text)  # another process may have written it
         if found is None:
             return method(module, *args, **kwargs)
-    if name not in found.methods:
+    entry = found.entries.get(name)
+    if entry is None:
         return method(module, *args, **kwargs)
-    return call(found.adapter, module, method, found.config, name, args, kwargs)
+    return call(entry, module, method, args, kwargs)
 
 
 def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:

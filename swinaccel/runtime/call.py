@@ -37,84 +37,86 @@ def forget_warnings() -> None:
     _warned.clear()
 
 
-def call(
-    adapter: Any,
-    module: nn.Module,
-    original: Original,
-    config: AccelConfig,
-    method: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+class Entry:
+    """How calls of one method run, as a marker says.
+
+    Attributes:
+        adapter: the module's `families.Family` or block adapter.
+        has_attention: the method runs the adapter's section.
+        is_block: the method runs what may be fused as a whole: a block, a merging, an embedding.
+    """
+
+    __slots__ = ("_settings", "adapter", "config", "has_attention", "is_block")
+
+    def __init__(self, adapter: Any, config: AccelConfig, method: str) -> None:
+        self.adapter, self.config = adapter, config
+        self.has_attention = hasattr(adapter, "section") and method == adapter.method
+        whole = getattr(adapter, "block_method", adapter.method)
+        self.is_block = config.fuse == "auto" and hasattr(adapter, "block") and method == whole
+        self._settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
+
+    def key(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
+        """Return what the plan of a call is kept under, or None where it is not kept."""
+        key = call_key(x, args, kwargs)
+        if self._settings and key is not None:
+            return (self, key, *map(module.__dict__.get, self._settings))
+        return None if key is None else (self, key)
+
+
+def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one call of an accelerated module's method.
 
     Args:
-        adapter: the module's `families.Family` or block adapter.
         original: its own method, unbound.
-        method: the name of that, the adapter's `method` or its `block_method`.
     """
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if torch.compiler.is_compiling():
-        return traced.call(adapter, module, original, config, method, x, args, kwargs)
-    has_attention = hasattr(adapter, "section") and method == adapter.method
-    state = state_of(module)
+        return traced.call(entry, module, original, x, args, kwargs)
+    state, has_attention = state_of(module), entry.has_attention
     if has_attention:
         state.calls += 1
     reason = context_reason(x)
     if reason is not None:
-        return _original(reason, has_attention, module, original, config, state, args, kwargs)
-    key = _key(adapter, module, config, x, args, kwargs)
-    if (
-        config.fuse == "auto"
-        and method == getattr(adapter, "block_method", adapter.method)
-        and hasattr(adapter, "block")
-    ):
-        plan = _fused_plan(adapter, module, config, state, key, x, args, kwargs)
-        if plan is not None:
+        return _original(reason, entry, module, original, state, args, kwargs)
+    key = entry.key(module, x, args, kwargs)
+    if entry.is_block:
+        fused = state.block.plan(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
+        if fused is not None:
             with suppress(KernelError):  # on which the attention by itself has a word
-                result = plan.run(x)
-                counted = plan.counted or state
-                counted.calls += not has_attention and plan.counted is not None
-                reason = plan.failure()
+                result = fused.run(x)
+                if fused.counted is not None:
+                    fused.counted.calls += 1
+                reason = fused.failure()
                 if reason is not None:  # plain PyTorch has computed the same
-                    _note_fallback(reason, module, config, counted)
+                    _note_fallback(reason, module, entry.config, fused.counted or state)
                 return result
     if not has_attention:
         return original(module, *args, **kwargs)
-    attention = _attention_plan(adapter, module, config, state, key, args, kwargs)
-    if isinstance(attention, str):
-        return _original(attention, True, module, original, config, state, args, kwargs)
+    plan = state.attention.plan(module, key) or _attention_plan(entry, module, state, key, args, kwargs)
+    if isinstance(plan, str):
+        return _original(plan, entry, module, original, state, args, kwargs)
     try:
-        result = attention.run(module, args, kwargs)
-        reason = attention.failure()
+        result = plan.run(module, args, kwargs)
+        reason = plan.failure()
     except KernelError as error:
         reason = str(error)
     if reason is not None:
-        return _original(reason, True, module, original, config, state, args, kwargs)
+        return _original(reason, entry, module, original, state, args, kwargs)
     return result
-
-
-def _key(
-    adapter: Any, module: nn.Module, config: AccelConfig, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple | None:
-    """Return what the plan of a call is kept under, or None where it is not kept."""
-    key = call_key(x, args, kwargs)
-    return None if key is None else (config, *key, *map(module.__dict__.get, getattr(adapter, "call_settings", ())))
 
 
 def _original(
     reason: str,
-    is_counted: bool,
+    entry: Entry,
     module: nn.Module,
     original: Original,
-    config: AccelConfig,
     state: State,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the original, because of a reason that the report gives; of blocks, whose attention is asked, without one."""
-    if is_counted:
-        _note_fallback(reason, module, config, state)
+    if entry.has_attention:
+        _note_fallback(reason, module, entry.config, state)
     return original(module, *args, **kwargs)
 
 
@@ -130,55 +132,48 @@ def _note_fallback(reason: str, module: nn.Module, config: AccelConfig, state: S
 
 
 def _attention_plan(
-    family: Any,
+    entry: Entry,
     module: nn.Module,
-    config: AccelConfig,
     state: State,
     key: tuple | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Plan | str:
-    """Return the plan of a call of an attention, or why its original must run."""
+    """Return a new plan of a call of an attention, or why its original must run."""
     scope = state.attention
-    reading = trusted(family, module, scope)
+    reading = trusted(entry.adapter, module, scope)
     if isinstance(reading, str):
         return reading
-    plan: Plan | str | None = scope.plan(key)
-    if plan is None:
-        plan = plan_attention(family, module, reading, config, state, scope.guard, args, kwargs)
-        if not isinstance(plan, str):
-            scope.keep(key, plan)
+    plan = plan_attention(entry.adapter, module, reading, entry.config, state, scope.guard, args, kwargs)
+    if not isinstance(plan, str):
+        scope.keep(key, plan)
     return plan
 
 
 def _fused_plan(
-    adapter: Any,
+    entry: Entry,
     module: nn.Module,
-    config: AccelConfig,
     state: State,
     key: tuple | None,
     x: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Plan | None:
-    """Return the plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
+    """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
+    adapter, config, scope = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
     if backend == "torch" and not (hasattr(adapter, "inner") and torch_fusion.is_worth(x)):
         return None
-    scope = state.block
     facts = _facts(adapter, module, scope)
-    if isinstance(facts, str):
-        state.unfused = facts
-        return None
-    plan = scope.plan(key)
-    if plan is None:
+    made = facts
+    if not isinstance(facts, str):
         made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, scope)
-        if isinstance(made, str):
-            state.unfused = made
-            return None
-        plan, state.unfused = made, None
-        scope.keep(key, plan)
-    return plan
+    if isinstance(made, str):
+        state.unfused = made
+        return None
+    state.unfused = None
+    scope.keep(key, made)
+    return made
 
 
 def _facts(adapter: Any, module: nn.Module, scope: Scope) -> Any:

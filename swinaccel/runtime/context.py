@@ -17,7 +17,7 @@ from ..layers import PLAIN_TENSORS, is_torch_function
 
 _tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 _active_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
-_function_modes = torch._C._len_torch_function_stack
+_function_modes, _is_any_autocast_enabled = torch._C._len_torch_function_stack, torch._C._is_any_autocast_enabled
 
 # Functions and methods that plans call in place of modules, where they are PyTorch's: (namespace, name, value).
 PATCHABLE = tuple(
@@ -89,14 +89,16 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def call_key(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
     """Return all that decides what a call of one module runs, beside the module; None for arguments of other kinds."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    others: tuple[Any, ...] = ()
+    if len(args) != 1 or kwargs:
+        others = (len(args), *args[1:], *kwargs.items())
+        if not _is_plain(others):
+            return None
+    autocast = None
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(kind := x.device.type):
+        autocast = torch.get_autocast_dtype(kind)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
-    form = x.shape, x.dtype, x.get_device(), x.requires_grad, x.is_contiguous()
-    if len(args) == 1 and not kwargs:
-        return (*modes, *form)
-    others = (*args[1:], *kwargs.items())
-    return (*modes, *form, len(args), others) if _is_plain(others) else None
+    return x.shape, x.dtype, x.get_device(), x.requires_grad, x.is_contiguous(), modes, others
 
 
 def _is_plain(values: tuple[Any, ...]) -> bool:

@@ -56,10 +56,10 @@ class Scope:
             self.guard = guarded()
         self.facts = None if self.guard is None else facts  # else they might keep the module alive for ever
 
-    def plan(self, key: tuple | None) -> Plan | None:
-        """Return the plan of a call, if it still holds."""
+    def plan(self, module: nn.Module, key: tuple | None) -> Plan | None:
+        """Return the plan of a call, if it and the facts still hold."""
         found = None if key is None else self.plans.get(key)
-        return found if found is not None and found.holds() else None
+        return found if found is not None and self.holds(module) and found.holds() else None
 
     def keep(self, key: tuple | None, plan: Plan) -> None:
         """Keep the plan of a call for the next of its kind."""

@@ -7,14 +7,14 @@ places, for what `accelerate()` proved (`ROLES` on the class), and reads hooks, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import fusion_ops
-from ..config import AccelConfig, env_strict
+from ..config import env_strict
 from ..layers import has_hooks, has_own_forward, is_builtin
 from ..layout import Attend, Block, Embedding
 from ..reference_block import attend_tokens
@@ -25,6 +25,9 @@ from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .errors import FallbackError
 from .neighbours import embedding_of, is_patchwise
+
+if TYPE_CHECKING:
+    from .call import Entry
 
 ROLES = "_swinaccel_roles"  # of a class with a dispatcher: (type of parent, name, type) of what was proven inside
 
@@ -43,28 +46,25 @@ def roles_of(module: nn.Module) -> frozenset[Role]:
 
 
 def call(
-    adapter: Any,
+    entry: Entry,
     module: nn.Module,
     original: Callable[..., Any],
-    config: AccelConfig,
-    method: str,
     x: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Return what one call of an accelerated module's method returns, as `call.call` does."""
+    adapter, config = entry.adapter, entry.config
     if not isinstance(x, Tensor) or _has_any_global_hook() or backend_of(config, x.device) == "torch":
         return original(module, *args, **kwargs)  # plain PyTorch: the compiler fuses it in its own way
-    has_attention = hasattr(adapter, "section") and method == adapter.method
-    is_block = config.fuse == "auto" and method == getattr(adapter, "block_method", adapter.method)
     attend: Any = None
-    if has_attention:
+    if entry.has_attention:
         attend = _attend(adapter, module, args, kwargs, x)
         if isinstance(attend, str):
             if config.strict or env_strict():
                 raise FallbackError(f"{type(module).__name__} would run its original: {attend}")
             return original(module, *args, **kwargs)
-    if is_block and hasattr(adapter, "block"):
+    if entry.is_block:
         facts = _plain_block(adapter, module, x) if hasattr(adapter, "inner") else _plain_embedding(adapter, module, x)
         tokens = None if facts is None else _tokens(adapter, module, x, args, kwargs)
         if facts is not None and tokens is not None:
