@@ -273,7 +273,7 @@ def tune(
         if clear:
             removed = tuned.clear()
             out.document["removed"] = removed
-            out.show(f"{removed} files removed from {tuned.folder()}")
+            out.show(f"{removed} launches removed from {tuned.folder()}")
         elif listing:
             found = tuned.stored()
             out.document["tuned"] = [{**place, "launches": launches} for place, launches in found]

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 
 import helpers  # noqa: E402
 
-from swinaccel import bias, dispatch, fusion, harmless, ops, patching, probe  # noqa: E402
+from swinaccel import bias, cache, dispatch, fusion, harmless, ops, patching, probe  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # it is on by default: patch embeddings in fp32 would depend on the algorithm
 if helpers.TRITON_DEVICE == "cpu":
@@ -63,6 +63,7 @@ def _clean_slate(monkeypatch, tmp_path_factory):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(cache, "_told", set())
     monkeypatch.setattr(probe, "_verdicts", {})
     monkeypatch.setattr(harmless, "_verdicts", {})
     monkeypatch.setattr(dispatch, "_trusted", {})
