@@ -45,7 +45,7 @@ def records(folder: Path) -> list[Path]:
 
 
 def read(path: Path, most: int) -> bytes | None:
-    """Return the contents of a record of at most so many bytes, or None where it is absent or not to be trusted."""
+    """Return a record's contents, of more bytes the first `most`, or None where it is absent or not to be trusted."""
     try:
         reason = _doubt(os.lstat(path.parent))
         if reason is not None:
@@ -54,10 +54,7 @@ def read(path: Path, most: int) -> bytes | None:
         # Not followed, where it is a link, and not waited for, where it is a pipe.
         handle = os.open(path, os.O_RDONLY | _flag("O_NOFOLLOW") | _flag("O_NONBLOCK") | _flag("O_BINARY"))
         try:
-            info = os.fstat(handle)
-            reason = _doubt(info, is_file=True)
-            if reason is None and info.st_size > most:
-                reason = f"it has {info.st_size} bytes, where its kind has at most {most}"
+            reason = _doubt(os.fstat(handle), is_file=True)
             if reason is None:
                 with open(handle, "rb", closefd=False) as file:
                     return file.read(most)
