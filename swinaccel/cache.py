@@ -86,6 +86,17 @@ def write(path: Path, content: bytes) -> None:
             os.unlink(temporary)
 
 
+def check(folder: Path) -> None:
+    """Raise a ValueError where no record can be put into a folder; what is to be kept may take long to make."""
+    path = folder / f"check{_PART}"
+    try:
+        write(path, b"")
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"nothing can be kept in {folder}: {error.strerror or error}"
+        raise ValueError(f"{reason}; set SWINACCEL_CACHE_DIR to a folder that you can write to") from None
+
+
 def keep(path: Path, content: bytes) -> None:
     """Put a record in its place as `write` does, with one warning where that cannot be."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -109,8 +110,9 @@ def verify(
         loaded = _load(model, pretrained, dtype, device, size)
         from . import verify as run_verify
 
-        with _status("running it accelerated, as it was, and in fp64"):
-            result = run_verify(loaded.model, *loaded.example_inputs(batch), **options)
+        inputs = loaded.example_inputs(batch)
+        with _status("running it accelerated, as it was, and in fp64"), _running(loaded.model, inputs):
+            result = run_verify(loaded.model, *inputs, **options)
         out.document = {"model": model, **_place(loaded), "batch": batch, **result.to_dict()}
         if result.report.entries:
             out.show(result.report)
@@ -193,13 +195,15 @@ def bench(
             return
         assert model is not None
         options = _options(backend, bias, bias_energy)
+        _check_writable("--plot", plot)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         from . import bench as benchmark
 
         options |= {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
         options |= {"rounds": rounds, "compile": compile, "compile_mode": compile_mode}
-        with _progress() as progress:
-            result = benchmark.run(loaded.model, loaded.example_inputs(batch), progress=progress, **options)
+        inputs = loaded.example_inputs(batch)
+        with _progress() as progress, _running(loaded.model, inputs):
+            result = benchmark.run(loaded.model, inputs, progress=progress, **options)
         out.document = {"model": model, **result.to_dict()}
         out.show(model)
         out.show(result)
@@ -227,13 +231,14 @@ def precompute(
         if bias == "table":
             raise ValueError("bias must be 'factors' or 'auto' here: the table needs no precomputation")
         loaded = _load(model, pretrained, dtype, device, size)
+        from . import bias as factors
+        from . import cache
         from .config import AccelConfig, cache_dir
 
         config = AccelConfig(**_options("auto", bias, bias_energy))
+        folder = cache_dir() / factors.FOLDER
+        cache.check(folder)
         rows = list(_factorize(loaded.model, config, _parameter(loaded)))
-        folder = cache_dir() / "factors"
-        if any(row["attempted"] for row in rows) and not os.access(folder, os.W_OK):
-            raise ValueError(f"the factors could not be kept: {folder} cannot be written (see SWINACCEL_CACHE_DIR)")
         out.document = {"model": model, **_place(loaded), "bias": bias, "bias_energy": bias_energy}
         out.document |= {"cache": str(folder), "modules": rows}
         out.show(f"{model}, {_place(loaded)['dtype']}, bias={bias!r}")
@@ -285,7 +290,9 @@ def tune(
             loaded = _load(str(model), pretrained, "float32" if train else dtype, device, size)
             arguments: dict[str, Any] = {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
             out.document |= {"model": model, **_place(loaded), "batch": batch, "train": train}
-            rows = (_posed if dry_run else _tuned)(loaded.model, loaded.example_inputs(batch), arguments)
+            inputs = loaded.example_inputs(batch)
+            with _running(loaded.model, inputs):
+                rows = (_posed if dry_run else _tuned)(loaded.model, inputs, arguments)
             out.document["problems"] = rows
             better = sum(row["tuned"] is not None for row in rows)
             out.show(f"{model}, batch {batch}")
@@ -351,6 +358,7 @@ def _run_suite(out: _Output, output: str, from_files: list[str] | None, options:
     from . import suite as benchmarks
 
     folder = Path(output).expanduser()
+    _check_writable("--output", output)
     if from_files:
         out.document = plots.load(from_files)
         plots.write(out.document, folder)
@@ -379,29 +387,109 @@ class _Output:
         if not self.as_json:
             from rich.console import Console
 
+            class Plain(Console):
+                def on_broken_pipe(self) -> None:  # rich's own would end the process
+                    raise BrokenPipeError(errno.EPIPE, "nobody reads it any more")
+
             # In a pipe or a file nothing needs to fit; folding would only break the lines.
             width = None if sys.stdout.isatty() else 160
-            Console(width=width, highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
+            with _printing(sys.stdout):
+                Plain(width=width, highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
+
+
+@contextlib.contextmanager
+def _printing(stdout: Any) -> Iterator[None]:
+    """Inside, something is printed; where that fails, nothing more is, and the exit code says so."""
+    try:
+        yield
+        stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes nowhere when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        if error.errno == errno.EPIPE:
+            raise typer.Exit(141) from None  # as of any command whose reader has left: 128 + SIGPIPE
+        typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
 
 
 @contextlib.contextmanager
 def _work(as_json: bool) -> Iterator[_Output]:
-    """A command's body: libraries print on stderr, and a user's error is one line and exit code 2."""
+    """A command's body: libraries print on stderr, and an error is one line and exit code 2."""
     out = _Output(as_json)
     stdout = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield out
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (Exception, SystemExit) as error:
         if _show_traceback:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_sentence(error)}", err=True)
         raise typer.Exit(2) from None
     if as_json:
         from .plots import finite
 
-        print(json.dumps(finite(out.document), indent=2), file=stdout)
+        with _printing(stdout):
+            print(json.dumps(finite(out.document), indent=2), file=stdout)
     raise typer.Exit(out.code)
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error is about: our own words as they are, and others' in one line."""
+    from .factory import told
+
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    own = (ValueError, TypeError, ImportError, RuntimeError, OSError)
+    is_own = isinstance(error, own) and len(str(error).strip().splitlines()) == 1
+    text = str(error).strip() if is_own else told(error)
+    return text if is_own and error.__cause__ is None else f"{text} (swinaccel --traceback shows where)"
+
+
+@contextlib.contextmanager
+def _running(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
+    """Inside, a model is run; where that fails, and the untouched model fails as well, the error says so."""
+    try:
+        yield
+    except (Exception, SystemExit):
+        import torch
+
+        from . import disabled
+        from .factory import blamed
+
+        shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs if isinstance(one, torch.Tensor))
+        what = f"the model does not run on its example inputs ({shapes or 'no tensor'})"
+        advice = "; example_inputs(batch) beside a factory gives others"
+        with blamed(what, advice), disabled(), torch.no_grad():
+            model(*inputs)
+        raise
+
+
+def _check_writable(option: str, path: str | None) -> None:
+    """Raise where nothing can be written to a path, before there is something to write."""
+    if path is None:
+        return
+    from pathlib import Path
+
+    place = Path(path).expanduser()
+    if option == "--plot":
+        from .models import library
+
+        library("matplotlib")
+        reason = "it is a folder" if place.is_dir() else None
+        first = place if place.exists() else place.parent
+    else:
+        reason = "it is no folder" if place.exists() and not place.is_dir() else None
+        first = next((one for one in (place, *place.parents) if one.exists()), place)
+    if reason is None and not first.exists():
+        reason = f"there is no folder {first}"
+    if reason is None and not os.access(first, os.W_OK):
+        reason = f"{first} is closed to this user"
+    if reason is not None:
+        raise ValueError(f"{option} {path} cannot be written: {reason}; give another path")
 
 
 def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
@@ -459,7 +547,7 @@ def _factorize(model: nn.Module, config: AccelConfig, like: torch.Tensor) -> Ite
     with _progress() as progress:
         for done, entry in enumerate(entries):
             progress(entry.name, done, len(entries))
-            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None, "attempted": False}
+            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None}
             row["reason"] = entry.reason
             yield row if entry.reason else row | _factor_row(model.get_submodule(entry.name), config, like)
 
@@ -484,11 +572,11 @@ def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> d
         return {"tokens": tokens, "reason": "bias='auto' uses the exact table unless --bias-energy is given"}
     factors = bias.factors(section, config, like.dtype)
     if factors is not None:
-        return {"tokens": tokens, "attempted": True, "rank": factors.rank, "error": factors.error}
+        return {"tokens": tokens, "rank": factors.rank, "error": factors.error}
     rule = f"is exact to rounding in {str(like.dtype).split('.')[-1]}; --bias-energy 0.995 asks for less"
     if config.bias_energy is not None:
         rule = f"holds {config.bias_energy:g} of its energy"
-    return {"tokens": tokens, "attempted": True, "reason": f"no rank that pays {rule}"}
+    return {"tokens": tokens, "reason": f"no rank that pays {rule}"}
 
 
 def _factor_cells(row: dict[str, Any]) -> list[str]:
@@ -530,7 +618,10 @@ def _progress() -> Iterator[Any]:
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
     app()
 
 
