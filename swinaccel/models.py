@@ -159,7 +159,8 @@ def _torchvision(name: str, pretrained: bool, size: int | None) -> Loaded:
     zoo = library("torchvision").models
     if name not in zoo.list_models():
         raise ValueError(
-            f"torchvision has no model {name!r}; torchvision.models.list_models() names all{_similar(name, zoo.list_models())}"
+            f"torchvision has no model {name!r}; torchvision.models.list_models() names all"
+            f"{_similar(name, zoo.list_models())}"
         )
     weights = getattr(zoo.get_model_weights(name), "DEFAULT", None)
     options: dict[str, Any] = {"weights": weights if pretrained else None}
