@@ -322,32 +322,73 @@ class Anything(nn.Module):
             return lambda *args, **kwargs: self
 
 
-class Nothing(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.window_size, self.shift_size = nn.Linear(2, 6), SIDE, 0
-
-    def __getattr__(self, name):
-        raise RuntimeError("not now")
+class Nothing(official.WindowAttention):
+    """Has no method, and answers no question once it is made."""
 
     forward = property(lambda self: 1 / 0)
+    is_made = False
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.is_made = True
+
+    def __getattr__(self, name):
+        if not self.is_made or name in ("qkv", "proj"):
+            return super().__getattr__(name)
+        raise RuntimeError("not now")
 
 
-class Odd(nn.Module):
+class Unmade(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.none, self.window_size, self.shift_size = nn.LazyLinear(8), None, "seven", [None, {}]
-        self.register_parameter("relative_position_bias_table", nn.UninitializedParameter())
+        self.qkv, self.none, self.window_size, self.shift_size = nn.LazyLinear(8), None, (SIDE, SIDE), [None, {}]
+        self.relative_position_bias_table = nn.UninitializedParameter()
         self.register_buffer("relative_position_index", None)
-        self.bias_table = nn.Parameter(torch.zeros(()))
+        self.rel_pos, self.bias_table, self.shift = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(3)), 2
 
 
-@pytest.mark.parametrize("kind", [Anything, Nothing, Odd, nn.LazyLinear])
+class Closed(torch.Tensor):
+    """Answers no question."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError("not now")
+
+
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.rel_pos = nn.Linear(2, 6), torch.zeros(2, 2).as_subclass(Closed)
+
+
+ODD = {
+    "anything": (Anything, False),
+    "lazy": (lambda: nn.LazyLinear(4), False),
+    "hidden": (Hidden, False),
+    "nothing": (lambda: attention(Nothing), True),
+    "unmade": (Unmade, True),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
 def test_odd_modules_do_no_harm(kind):
-    odd = kind(4) if kind is nn.LazyLinear else kind()
-    report = swinaccel.plan(nn.ModuleList([odd, renamed("qkv", "qkv_self")()]))
-    assert "1" in {entry.name for entry in report}
-    assert len(swinaccel.plan(odd)) <= 1
+    make, is_listed = ODD[kind]
+    report = swinaccel.plan(nn.ModuleList([make(), renamed("qkv", "qkv_self")()]))
+    assert [entry.name for entry in report] == (["0", "1"] if is_listed else ["1"])
+
+
+class Around(nn.Module):
+    """Has queries, windows, shifts and positions, and an attention besides."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.q_inner, self.window_size, self.shift_size, self.num_heads = inner, SIDE, 2, HEADS
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(ROWS, HEADS))
+
+
+def test_modules_around_one_another_are_listed_once():
+    assert [entry.name for entry in swinaccel.plan(Around(renamed("qkv", "qkv_self")()))] == [""]
+    assert [entry.name for entry in swinaccel.plan(Around(attention()))] == ["q_inner"]
 
 
 def test_no_numbers_are_read():

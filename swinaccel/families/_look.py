@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -23,7 +21,7 @@ _RELATIVE = re.compile(r"rel\w*(pos|bias|table)|pos\w*(bias|table)|rpb|rpe|bias_
 _BIAS = re.compile(rf"{_RELATIVE.pattern}|attention_bias(es)?$")
 _INDEX = re.compile(r"(rel|pos|bias)\w*(index|idx)|rpi")
 _MLP = re.compile(r"cpb|continuous_position|meta_mlp|(rel|pos)\w*mlp")
-_OTHER_SIZES = re.compile(r"dim|chan|head|kernel|stride|dilation|depth|layer|feat|embed|scale|ratio")
+_OTHER_SIZES = re.compile(r"dim|chan|head|kernel|stride|dilation|depth|layer|feat|embed|scale")
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ class Look:
 
 def look_at(module: nn.Module) -> Look | None:
     """Return what a module shows, or None where it is no attention."""
-    own, children = _tensors(module), {name: child for name, child in _held(module, "_modules") if child is not None}
+    own, children = _tensors(module), {name: child for name, child in module._modules.items() if child is not None}
     queries = [name for name in (*children, *own) if QUERIES.search(name)]
-    if not queries and not (children and any(_RELATIVE.search(name) for name, _ in _held(module, "_parameters"))):
+    if not queries and not (children and any(_RELATIVE.search(name) for name in dict(module._parameters))):
         return None  # a table alone is a part of an attention
     inner = {name: child for name, child in children.items() if not isinstance(child, (nn.Linear, nn.Sequential))}
     tensors = {**own, **{f"{name}.{key}": one for name, child in inner.items() for key, one in _tensors(child).items()}}
@@ -116,14 +114,8 @@ def counts(window: Any) -> set[int]:
     return {math.prod(2 * side - 1 for side in window)}
 
 
-def _held(module: nn.Module, kind: str) -> Iterable[tuple[str, Any]]:
-    """Return what a module holds of a kind, past whatever it answers to attribute reads; torch.jit's have no choice."""
-    held = getattr(module, kind) if isinstance(module, torch.jit.ScriptModule) else vars(module)[kind]
-    return held.items()
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    pairs = [*_held(module, "_parameters"), *_held(module, "_buffers"), *vars(module).items()]
+    pairs = [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]
     return {name: one for name, one in pairs if isinstance(one, Tensor) and not is_lazy(one)}
 
 

@@ -115,7 +115,8 @@ def _difference(module: nn.Module, look: Look) -> str:
         return "it has no relative_position_index"
     if named(look.settings, SHIFT)[0] is not None:
         return "it shifts and cuts its windows by itself, as no family does"
-    arguments = positional_names(type(module).forward)
+    forward = type(module).forward
+    arguments = positional_names(forward) if callable(forward) else ()
     if len(arguments) != 2:
         return f"its forward takes ({', '.join(arguments)}), and families read one of windows and a mask"
     return "its parts are not put together as in any family"
