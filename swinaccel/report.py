@@ -16,7 +16,7 @@ class Entry:
 
     Attributes:
         name: its path in the model, "" for the model itself.
-        family: who recognised it.
+        family: who recognised it; "unknown" where nobody did, although it looks like window attention.
         status: "accelerated" or "original".
         reason: why it, or its last call that did so, runs the original, or what is around it does; None otherwise.
         window, shift: (rows, columns) or (depth, rows, columns), now.
@@ -39,7 +39,7 @@ class Entry:
 
 
 class Report:
-    """Entries in the order of the model; iterates, counts and prints as a table."""
+    """Entries in the order of the model, unknown families last; iterates, counts and prints as a table."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = tuple(entries)
