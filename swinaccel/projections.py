@@ -35,7 +35,7 @@ def explained(attention: nn.Module, reason: str | None) -> str | None:
     if layer is None:
         return reason
     return (
-        f"{layer} ({reason}); its own forward runs and its results are right, and with projections that are plain"
+        f"{layer}, and {reason}; its own forward runs and its results are right, and with projections that are plain"
         " nn.Linear it is accelerated"
     )
 

@@ -89,7 +89,9 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left")
+        table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left", caption_justify="left")
+        if any(entry.status == "original" or entry.fallbacks for entry in self.entries):
+            table.caption = "Originals are the model's own code: results are right, and as fast as they were."
         for column in ("module", "family", "status", "window", "shift", "heads", "bias", "calls", "reason"):
             table.add_column(column, overflow="fold", no_wrap=column != "reason")
         for entry in self.entries:

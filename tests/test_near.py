@@ -147,6 +147,7 @@ def test_near_misses_are_listed_with_what_is_missing(kind):
         assert "its own forward runs and its results are right" in entry.reason
         assert entry.reason in str(report.to_dict())
         assert "no window attention" not in report.summary()
+        assert "Originals are the model's own code: results are right" in str(report)
     with pytest.raises(FallbackError, match="stays original: it looks like window attention"):
         swinaccel.accelerate(model, strict=True)
 
@@ -165,6 +166,7 @@ def test_a_block_and_its_attention_are_listed_once():
 def test_near_misses_beside_what_is_accelerated():
     """They come last, and strict is about what a family knows."""
     model = nn.ModuleList([renamed("qkv", "qkv_self")(), helpers.timm_block((8, 8), shift=2), attention()])
+    assert "Originals" not in str(swinaccel.plan(model[1]))
     swinaccel.accelerate(model, strict=True)
     report = swinaccel.report(model)
     assert [(entry.name, entry.status) for entry in report] == [

@@ -52,7 +52,9 @@ def test_packages_are_named(package, words, kind):
 def test_a_quantised_model():
     quantised = torch.ao.quantization.quantize_dynamic(block(), {nn.Linear}, dtype=torch.qint8)
     reason = projections.explained(quantised.attn, "Linear.forward has to do with float16")
-    assert reason.startswith("its projection qkv is quantised by torch.ao (a Linear) (Linear.forward has to do with")
+    assert reason.startswith(
+        "its projection qkv is quantised by torch.ao (a Linear), and Linear.forward has to do with"
+    )
     assert "its results are right" in reason
     assert "plain nn.Linear it is accelerated" in reason
     assert projections.explained(quantised.attn, None) is None
