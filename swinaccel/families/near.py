@@ -71,6 +71,7 @@ def _judge(module: nn.Module, above: list[nn.Module]) -> tuple[WindowSpec, str] 
     steps = steps if len(steps) == len(axes) else (0,) * len(axes)
     width = getattr(look.children.get("proj"), "in_features", 0)
     head_dim = width // look.num_heads if look.num_heads and isinstance(width, int) else 0
+    head_dim = head_dim or (look.settings["head_dim"] if isinstance(look.settings.get("head_dim"), int) else 0)
     seen = f"relative positions, {look.positions}" if look.positions else "windows and shifts"
     if look.rows in counts(axes):
         seen = f"a relative position bias table of {look.rows} rows"
