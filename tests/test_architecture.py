@@ -39,6 +39,7 @@ ALLOWED = {
     "fusion_ops": {"backends", "backends.triton_fusion"},
     "harmless": {"watch"},
     "fusion_autograd": {"backends", "backends.triton_fusion", "backends.triton_fusion_bwd"},
+    "exporting": set(),
     "projections": set(),
     "watch": set(),
     "backends.torch_fusion": set(),
