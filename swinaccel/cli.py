@@ -270,6 +270,7 @@ def tune(
 ) -> None:
     """Measure launches of the attention kernels on this GPU, and keep those that are faster than the default ones."""
     with _work(as_json) as out:
+        from . import cache
         from .backends import tuned
 
         if (model is None) != (listing or clear) or (listing and clear):
@@ -291,6 +292,8 @@ def tune(
             arguments: dict[str, Any] = {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
             out.document |= {"model": model, **_place(loaded), "batch": batch, "train": train}
             inputs = loaded.example_inputs(batch)
+            if not dry_run:
+                cache.check(tuned.folder())
             with _running(loaded.model, inputs):
                 rows = (_posed if dry_run else _tuned)(loaded.model, inputs, arguments)
             out.document["problems"] = rows

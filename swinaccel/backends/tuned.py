@@ -86,7 +86,10 @@ def distrust() -> bool:
     if not _used or _distrusted:
         return False
     _distrusted = True
-    logger.warning("a launch failed and tuned ones are in use; default launches serve now (see `swinaccel tune`)")
+    logger.warning(
+        "a launch failed while tuned ones are in use; default launches serve now, and results are right"
+        " (`swinaccel tune --clear` forgets tuned ones)"
+    )
     return True
 
 
