@@ -107,6 +107,7 @@ KINDS = {
     "heads": (renamed("num_heads", "n_heads"), OWN, "its number of heads is not called num_heads"),
     "unheard-of-heads": (renamed("num_heads", "groups"), OWN, "its number of heads is not called num_heads"),
     "table": (renamed("relative_position_bias_table", "rel_pos_bias"), OWN, "is called rel_pos_bias"),
+    "unheard-of-table": (renamed("relative_position_bias_table", "numbers"), OWN, "is called numbers"),
     "embedding": (lambda: attention(Embedded), OWN, "is called relative_position_bias.weight"),
     "turned": (changed(relative_position_bias_table=table(HEADS, ROWS)), OWN, "has the shape (2, 49)"),
     "square": (changed(relative_position_bias_table=table(HEADS, 7, 7)), OWN, "has the shape (2, 7, 7)"),

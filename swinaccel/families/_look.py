@@ -81,8 +81,11 @@ def look_at(module: nn.Module) -> Look | None:
     settings = settings_of(module)
     heads = named(settings, HEADS)[1]
     num_heads = heads if isinstance(heads, int) else 0
-    tables = (name for name, one in tensors.items() if floating[name] and _BIAS.search(name) and one.dim() > 1)
-    bias = next((name for name in tables if num_heads in (0, *tensors[name].shape)), None) if mlp is None else None
+    sizes = set().union(*(counts(value) for name, value in settings.items() if WINDOW.fullmatch(name)))
+    wide = {name: one for name, one in tensors.items() if floating[name] and one.dim() > 1}
+    tables = [name for name, one in wide.items() if _BIAS.search(name) and num_heads in (0, *one.shape)]
+    tables += [name for name, one in wide.items() if num_heads in one.shape and _rows(one, num_heads) in sizes]
+    bias = next(iter(tables), None) if mlp is None else None
     return Look(
         queries=min(queries, key=lambda name: (name != "qkv", "qkv" not in name), default=None),
         children=children,
