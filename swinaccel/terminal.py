@@ -47,8 +47,6 @@ def _printing(stdout: Any) -> Iterator[None]:
         yield
         stdout.flush()
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes nowhere when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         if error.errno == errno.EPIPE:
             raise typer.Exit(141) from None  # as of any command whose reader has left: 128 + SIGPIPE
         typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
