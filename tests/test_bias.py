@@ -430,7 +430,10 @@ def test_records_are_private(folder):
 def factors_of(table, source, dtype, energy=EXACT):
     bias.forget()
     index, config = position_index(WINDOW), AccelConfig(bias="factors", bias_energy=energy)
-    section = Section(Geometry(WINDOW, WINDOW), HEADS, 16, None, None, None, lambda: table, index, (source,))
+    section = Section(
+        Geometry(WINDOW, WINDOW), HEADS, 16, None, None, None,
+        table=lambda: table, table_shape=tuple(table.shape), index=index, sources=(source,),
+    )  # fmt: skip
     return bias.factors(section, config, dtype)
 
 
@@ -614,10 +617,12 @@ def test_nothing_can_be_kept(folder, made, monkeypatch, obstacle):
     table = smooth_table()
     place = bias._record_path((table, position_index(WINDOW)), table, torch.float32, EXACT)
     undo = obstacle(place, monkeypatch)
-    with warnings.catch_warnings(record=True) as caught:
-        found = [factors_of(table, table, torch.float32).rank for _ in range(2)]
-    if undo is not None:
-        undo()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            found = [factors_of(table, table, torch.float32).rank for _ in range(2)]
+    finally:
+        if undo is not None:
+            undo()
     assert found == [16, 16]
     assert len(made) == 2
     (warning,) = (str(one.message) for one in caught)
