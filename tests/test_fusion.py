@@ -625,7 +625,7 @@ def test_compiled_models(name, dtype, after_attention):
 
 UNUSUAL_COMPILED = [
     "hook-norm", "hook-fc2", "hook-activation", "norm", "activation", "tanh", "mlp-norm", "drop-path", "forward",
-    "child", "training",
+    "training",
 ]  # fmt: skip
 
 

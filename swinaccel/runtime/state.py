@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..trust.registry import registry
 from .guard import Guard
 
 if TYPE_CHECKING:
@@ -26,18 +27,19 @@ class Scope:
         plans: of calls, by their keys.
     """
 
-    __slots__ = ("_rebuilds", "facts", "guard", "plans")
+    __slots__ = ("_proofs", "_rebuilds", "facts", "guard", "plans")
 
     def __init__(self) -> None:
         self.guard: Guard | None = None
         self.facts: Any = None
         self.plans: dict[tuple, Plan] = {}
         self._rebuilds = _REBUILDS
+        self._proofs = 0
 
     def holds(self, module: nn.Module) -> bool:
         """Return True if the facts are still those of this module."""
         guard = self.guard
-        if guard is None:
+        if guard is None or (isinstance(self.facts, str) and self._proofs != registry.count):
             return False
         root = guard.modules[0]
         if root.__dict__ is not module.__dict__ or type(root) is not type(module) or not guard.holds():
@@ -48,7 +50,7 @@ class Scope:
     def renew(self, facts: Any, guarded: Callable[[], Guard | None]) -> None:
         """Take new facts, and a new guard for them, unless the module keeps changing."""
         self.plans.clear()
-        self.guard = None
+        self.guard, self._proofs = None, registry.count
         if self._rebuilds:
             self._rebuilds -= 1
             self.guard = guarded()

@@ -28,6 +28,8 @@ from .neighbours import embedding_of, is_patchwise
 
 ROLES = "_swinaccel_roles"  # of a class with a dispatcher: (type of parent, name, type) of what was proven inside
 
+_CONV_FORWARD = nn.Conv2d._conv_forward
+
 Role = tuple[type | None, str, type]
 
 
@@ -185,7 +187,7 @@ def _plain_embedding(adapter: Any, module: nn.Module, x: Tensor) -> Embedding | 
     projection, norm = embedding.projection, module._modules.get("norm")
     if not is_builtin(projection, nn.Conv2d) or has_hooks(projection) or has_own_forward(projection):
         return None
-    if not is_patchwise(projection):
+    if not is_patchwise(projection) or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     if type(projection.weight) is not nn.Parameter or type(projection.bias) not in (nn.Parameter, type(None)):
         return None

@@ -70,8 +70,9 @@ def seed() -> None:
 def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> nn.Module:
     """Return a CPU copy, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
 
-    Of more than one head, the first has a table whose spread lets tokens see past the shift mask's -100, which is not
-    -inf. Scales of cosine attention lie above their clamp as well as below it.
+    In fp64, the first of several heads has a table whose spread lets tokens see past the shift mask's -100, which is
+    not -inf, and scales of cosine attention lie above their clamp as well as below it. In lower precision scores are
+    moderate, or rounding would be all that is seen.
 
     Args:
         moved: the modules whose floating-point attributes are moved. Rates of dropout become 0.
@@ -82,8 +83,9 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
         value = torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5)
         if name.endswith("logit_scale"):
-            value = torch.linspace(5.5, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
-        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1:
+            largest = 5.5 if setting.dtype == torch.float64 else 0.5
+            value = torch.linspace(largest, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1 and setting.dtype == torch.float64:
             value[:, 0] *= 200
         memo[id(parameter)] = nn.Parameter((value * setting.factor).to(setting.dtype), setting.training)
     for buffer in module.buffers():

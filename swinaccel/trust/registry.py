@@ -38,6 +38,7 @@ class Registry:
     def __init__(self) -> None:
         self._verdicts: dict[Hashable, Reading | str] = {}
         self._readings: dict[Hashable, Reading] = {}
+        self.count = 0  # goes up with every proof: what was refused before may be proven now
 
     def verdict(self, key: Hashable) -> Reading | str | None:
         """Return how a module of this fingerprint is read, why it is not, or None if it was not judged yet."""
@@ -54,8 +55,10 @@ class Registry:
 
     def prove(self, key: Hashable, reading: Reading) -> None:
         """Let calls stand in for parts of this fingerprint."""
-        _make_room(self._readings)
-        self._readings[key] = reading
+        if self._readings.get(key) != reading:
+            _make_room(self._readings)
+            self._readings[key] = reading
+            self.count += 1
 
     def clear(self) -> None:
         """Forget everything."""
