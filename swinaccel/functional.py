@@ -30,6 +30,7 @@ from .checks import (
 )
 from .config import env_interpret, env_strict
 from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
+from .failures import KernelError, failures
 from .spec import SHIFT_MASK_VALUE, Geometry
 
 __all__ = [
@@ -369,7 +370,7 @@ def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int,
     if reason is not None:
         return reason
     if not torch.compiler.is_compiling() and ops.has_failures():
-        failed = ops.failure(q.device, q.dtype, geometry, head_dim, cosine)
+        failed = failures.get(ops.problem(q.device, q.dtype, geometry, head_dim, cosine))
         if failed is not None and not env_strict():
             return failed
     interpret = q.device.type == "cpu" and env_interpret()
@@ -393,7 +394,7 @@ def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
         return ops.shifted_window_attention(qkv, geometry, **options)
     try:
         return ops.shifted_window_attention(qkv, geometry, **options)
-    except ops.KernelError:
+    except KernelError:
         if env_strict():
             raise
         return None

@@ -70,7 +70,7 @@ def own_method(cls: type, method: str) -> Callable[..., Any]:
 def undispatched(function: Any) -> Any:
     """Return the method whose place a dispatcher of ours has taken, or what is none as it is."""
     # Itself: functools.wraps copies attributes, and what wraps a dispatcher is none.
-    return function.__wrapped__ if getattr(function, DISPATCHER, None) is function else function
+    return vars(function)["__wrapped__"] if getattr(function, DISPATCHER, None) is function else function
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bench, functional, models, ops, plots, reference, sequence_ops
+from . import bench, functional, models, plots, reference
 from .backends.triton import first_line
+from .failures import failures
 from .nn import _position_index
 from .spec import Geometry
 
@@ -260,10 +261,9 @@ def _measured(setting: Setting, row: Row, machine: dict[str, Any]) -> dict[str, 
         found["floor"] = _floor(machine, row.dtype, found)
     except Exception as error:
         found = {"note": first_line(error)}
-    for module in (ops, sequence_ops, fusion):
-        if module.has_failures():
-            found["note"] = "a kernel of swinaccel failed, and PyTorch stood in"
-            module.forget_failures()
+    if failures:
+        found["note"] = "a kernel of swinaccel failed, and PyTorch stood in"
+        failures.clear()
     return found | {"seconds": round(time.monotonic() - begin, 1)}
 
 

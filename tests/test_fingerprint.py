@@ -129,7 +129,7 @@ def test_tensors_count_by_identity_and_version():
 
 def test_what_cannot_be_followed_is_said():
     module = Module()
-    module.options = {number: 1.0 for number in range(5000)}
+    module.options = dict.fromkeys(range(5000), 1.0)
     with pytest.raises(Untraceable, match="more values"):
         of(module)
     module.options = (number for number in ())

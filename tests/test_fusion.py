@@ -540,7 +540,9 @@ def test_kernels_that_fail(v2, monkeypatch, caplog):
 
     for name in ("norm", "add_norm", "norm_add", "mlp"):
         monkeypatch.setattr(kernels, name, fail)
-    with pytest.warns(UserWarning, match="only the attention is accelerated in .*, because the Triton kernel failed: no reg"):
+    with pytest.warns(
+        UserWarning, match="only the attention is accelerated in .*, because the Triton kernel failed: no reg"
+    ):
         found = outputs(model, X)
     again = outputs(model, X)
     assert [record.message for record in caplog.records if "no registers" in record.message]

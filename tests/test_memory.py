@@ -16,7 +16,6 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel import ops
 from swinaccel.failures import failures
 from swinaccel.layers import twin
 from swinaccel.runtime import call

@@ -12,9 +12,9 @@ from helpers import check
 from torch import nn
 
 import swinaccel
-from swinaccel.runtime import block as fused
 from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import torch_fusion
+from swinaccel.runtime import block as fused
 
 
 @pytest.fixture
@@ -136,7 +136,9 @@ def test_a_projection_that_may_see_all_tokens_gets_all_of_them(small, monkeypatc
     model.attention.set_submodule(name, other)
     assert not torch_backend.is_plain(model.attention)
     images, windows = [], torch_backend._windows
-    monkeypatch.setattr(torch_backend, "_windows", lambda section, x, *rest: images.append(len(x)) or windows(section, x, *rest))
+    monkeypatch.setattr(
+        torch_backend, "_windows", lambda section, x, *rest: images.append(len(x)) or windows(section, x, *rest)
+    )
     check(model, torch.randn(3, 64, 16), (8, 8), count=1)
     assert images == [3]
 

@@ -51,6 +51,9 @@ class Family(Protocol):
     def attention(self, module: nn.Module) -> nn.Module:
         """The submodule that the section stands in for; hooks anywhere in it make a call run the original."""
 
+    def projections(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Return the modules in the attention that calls run as modules, token by token, as the original does."""
+
     def section(self, module: nn.Module, *args: Any, **kwargs: Any) -> Section | str:
         """The live facts of a call with these arguments, or one sentence why the original must run."""
 

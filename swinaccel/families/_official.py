@@ -103,6 +103,11 @@ def attention_section(
     return Section(table=lambda: table, table_shape=tuple(table.shape), sources=(table,), **common)
 
 
+def attention_projections(attn: Any) -> tuple[nn.Module, ...]:
+    """Return the projections that a section calls: V2 reads its first one's weight past the module."""
+    return (attn.qkv, attn.proj) if not hasattr(attn, "logit_scale") or _calls_qkv(attn) else (attn.proj,)
+
+
 def flash_reason(attn: Any) -> str | None:
     """Why the attention must run itself where its flash path (MONAI's) may be taken, or None."""
     if getattr(attn, "use_flash_attention", False) and drop_rate(attn.attn_drop) > 0:

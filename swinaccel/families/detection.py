@@ -16,7 +16,7 @@ from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import block_facts, block_forward, block_spec, strange_mask
 from ._common import pair, positional_names
-from ._official import attention_section, attention_spec
+from ._official import attention_projections, attention_section, attention_spec
 
 
 def padded_geometry(module: Any, x: Tensor, size: Any, shift: int) -> Geometry | str:
@@ -42,6 +42,9 @@ class Detection:
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, mask_matrix: Any) -> Section | str:
         geometry = padded_geometry(module, x, (module.H, module.W), module.shift_size)
@@ -89,6 +92,9 @@ class ShiftWindowMSA:
 
     def attention(self, module: Any) -> nn.Module:
         return module.w_msa
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.w_msa)
 
     def section(self, module: Any, query: Tensor, hw_shape: Any) -> Section | str:
         shift = module.shift_size

@@ -47,6 +47,10 @@ class HuggingFaceSwin:
     def attention(self, module: Any) -> nn.Module:
         return module.attention
 
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        attn = module.attention
+        return attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
+
     def section(
         self,
         module: Any,

@@ -51,6 +51,10 @@ class HuggingFaceSwinLegacy:
     def attention(self, module: Any) -> nn.Module:
         return module.attention
 
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        attn = module.attention.self
+        return attn.query, attn.key, attn.value, module.attention.output.dense
+
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         arguments = _named(module, args, kwargs)
         unknown = arguments.keys() - set(_NAMES[type(module)])

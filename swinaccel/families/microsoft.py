@@ -15,7 +15,7 @@ from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import block_facts, block_forward, block_spec, undivided
 from ._common import pair
-from ._official import attention_section
+from ._official import attention_projections, attention_section
 
 
 class Microsoft:
@@ -31,6 +31,9 @@ class Microsoft:
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor) -> Section | str:
         size, window, shift = module.input_resolution, (module.window_size,) * 2, (module.shift_size,) * 2

@@ -16,7 +16,7 @@ from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import block_facts, block_forward, block_spec, strange_mask, undivided
 from ._common import is_index, pair
-from ._official import attention_section
+from ._official import attention_projections, attention_section
 
 
 def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
@@ -43,6 +43,9 @@ class SwinIR:
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, x_size: Any) -> Section | str:
         geometry = told_geometry(module, x, x_size)
@@ -86,6 +89,9 @@ class Hat:
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, x_size: Any, rpi_sa: Tensor, attn_mask: Any) -> Section | str:
         geometry = told_geometry(module, x, x_size)

@@ -17,7 +17,7 @@ from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from ._block import block_facts
 from ._common import drop_rate, is_plain_linear, pair, zero_token
-from ._official import attention_section, attention_spec
+from ._official import attention_projections, attention_section, attention_spec
 
 
 class Timm:
@@ -41,6 +41,9 @@ class Timm:
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor) -> Section | str:
         dynamic = getattr(module, "dynamic_mask", False)
@@ -89,6 +92,9 @@ class TimmCr(Timm):
         if attn.meta_mlp.fc1.in_features != 2 or attn.meta_mlp.fc2.out_features != heads:
             return None
         return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, True)
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return module.attn.qkv, module.attn.proj
 
     def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
         coords, tokens = attn.relative_coordinates_log, geometry.tokens

@@ -44,6 +44,9 @@ class Torchvision:
     def attention(self, module: Any) -> nn.Module:
         return module
 
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return ()  # their weights are read past them
+
     def section(self, module: Any, x: Tensor) -> Section | str:
         if x.dim() != self.axes + 2:
             return f"torchvision's window attention takes {self.form}, not {x.dim()} axes"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import strange_mask
 from ._common import positional_names, sides
-from ._official import attention_section, attention_spec, flash_reason
+from ._official import attention_projections, attention_section, attention_spec, flash_reason
 from ._shrinking import example_sizes, prefix, shrinking_geometry
 
 
@@ -38,6 +38,9 @@ class Video:
 
     def attention(self, module: Any) -> nn.Module:
         return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, mask_matrix: Any) -> Section | str:
         axes, attn = len(module.window_size), module.attn

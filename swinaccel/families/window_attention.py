@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from ._block import strange_mask
 from ._common import positional_names
-from ._official import attention_section, attention_spec, flash_reason
+from ._official import attention_projections, attention_section, attention_spec, flash_reason
 
 
 class WindowAttention:
@@ -32,6 +32,9 @@ class WindowAttention:
 
     def attention(self, module: Any) -> nn.Module:
         return module
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module)
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = _arguments(module, args, kwargs)

@@ -15,7 +15,7 @@ from ..failures import KernelError, failures
 from ..layers import has_hooks, is_builtin, replaced_methods, twin
 from ..layout import Product
 from ..spec import Section
-from ..trust.fingerprint import Trace, Untraceable
+from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
@@ -63,10 +63,9 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own"
-        if not is_of_library(part):
-            for rate, value in part.__dict__.items():
-                if type(value) is float and "drop" in rate and value:
-                    return f"{rate} of its {name} is not zero, and whether that drops is for its own code to say"
+        for rate, value in () if is_of_library(part) else rates(part):
+            if value:
+                return f"{rate} of its {name} is not zero, and whether that drops is for its own code to say"
     return None
 
 

@@ -25,6 +25,7 @@ from ..failures import failures
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
 from ..layout import Block
 from ..reference_block import attend_tokens, drop_factors
+from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
 from .context import are_functions_torchs, has_dispatch_mode, product_dtype
 from .errors import FallbackError
@@ -54,7 +55,9 @@ class BlockFacts:
 
     def __init__(self, module: nn.Module, block: Block) -> None:
         # Before any weight is looked at: a parametrized one is computed then, and may count that.
-        demand(all(is_builtin(one, nn.Linear) for one in (block.fc1, block.fc2)), "its MLP is not of plain linear layers")
+        demand(
+            all(is_builtin(one, nn.Linear) for one in (block.fc1, block.fc2)), "its MLP is not of plain linear layers"
+        )
         demand(all(is_builtin(one, nn.LayerNorm) for one in (block.norm1, block.norm2)), "its norms are no layer norms")
         self.block = block
         self.hidden, self.channels = block.fc1.weight.shape
@@ -118,8 +121,8 @@ def drops_now(part: nn.Module) -> bool:
     """Return True if a module is in training and holds a rate of dropout that is not zero."""
     if not part.training:
         return False
-    rates = (value for name, value in part.__dict__.items() if name == "p" or "drop" in name)
-    return any(isinstance(value, (int, float)) and value != 0 for value in rates)
+    rate = part.__dict__.get("p", part.__dict__.get("drop_prob", 0.0))
+    return (rate is not None and rate != 0.0) or any(value for _, value in rates(part))
 
 
 def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:

@@ -27,7 +27,6 @@ from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFac
 from .plan import Plan
 from .state import Scope, State, state_of
 
-
 Original = Callable[..., Any]
 
 _warned: set[str] = set()
@@ -54,7 +53,7 @@ def call(
         original: its own method, unbound.
         method: the name of that, the adapter's `method` or its `block_method`.
     """
-    x = args[0] if args else next(iter(kwargs.values()), None)
+    x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if torch.compiler.is_compiling():
         return traced.call(adapter, module, original, config, method, x, args, kwargs)
     has_attention = hasattr(adapter, "section") and method == adapter.method
@@ -65,7 +64,11 @@ def call(
     if reason is not None:
         return _original(reason, has_attention, module, original, config, state, args, kwargs)
     key = _key(adapter, module, config, x, args, kwargs)
-    if config.fuse == "auto" and method == getattr(adapter, "block_method", adapter.method) and hasattr(adapter, "block"):
+    if (
+        config.fuse == "auto"
+        and method == getattr(adapter, "block_method", adapter.method)
+        and hasattr(adapter, "block")
+    ):
         plan = _fused_plan(adapter, module, config, state, key, x, args, kwargs)
         if plan is not None:
             with suppress(KernelError):  # on which the attention by itself has a word

@@ -7,12 +7,11 @@ that are written in place, as all training does, are no change here: tensors are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 

@@ -36,7 +36,9 @@ Role = tuple[type | None, str, type]
 def roles_of(module: nn.Module) -> frozenset[Role]:
     """Return the places and types of a module and of all inside it."""
     found: list[Role] = [(None, "", type(module))]
-    found += [(type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()]
+    found += [
+        (type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()
+    ]
     return frozenset(found)
 
 

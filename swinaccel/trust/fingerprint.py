@@ -28,8 +28,22 @@ LIVE = frozenset(("H", "W", "img_size", "input_resolution", "shift_size", "windo
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type(Ellipsis))
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _WALKS = frozenset(
-    "_modules _parameters _buffers children modules named_children named_modules parameters named_parameters buffers"
-    " named_buffers __dict__ vars getattr".split()
+    [
+        "_modules",
+        "_parameters",
+        "_buffers",
+        "children",
+        "modules",
+        "named_children",
+        "named_modules",
+        "parameters",
+        "named_parameters",
+        "buffers",
+        "named_buffers",
+        "__dict__",
+        "vars",
+        "getattr",
+    ]
 )
 _ALWAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl")  # run whatever a method names
 _MOST_VALUES = 4096
@@ -74,6 +88,14 @@ def fingerprint(parts: Iterable[tuple[str, nn.Module]], methods: Iterable[str] =
         Untraceable: where the code reads an object that cannot be compared, or too many values.
     """
     return Trace(parts, methods).fingerprint
+
+
+def rates(part: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a module that are called rates of dropout, and that its code reads."""
+    found = [(name, value) for name, value in part.__dict__.items() if type(value) is float and "drop" in name]
+    if found:
+        _, names = _reached(type(part), ("forward",))
+        yield from ((name, value) for name, value in found if name in names)
 
 
 def is_dead(fingerprint: Hashable) -> bool:
@@ -238,7 +260,7 @@ class Trace:
         for base in cls.__mro__:
             if base.__module__ != "builtins":
                 for name, one in vars(base).items():
-                    if name in names or isinstance(one, (*_PLAIN, list, dict)) and not name.startswith("__"):
+                    if name in names or (isinstance(one, (*_PLAIN, list, dict)) and not name.startswith("__")):
                         found.append((name, self._value(_plain_function(one), names, depth + 1)))
         return tuple(found)
 

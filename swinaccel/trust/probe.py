@@ -14,7 +14,6 @@ depends on the one module beyond that (the size to which its window has shrunk, 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -58,7 +57,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
         ("attention", *extra),
         module,
         (family.method,),
-        attention.modules(),
+        _read(attention, family.projections(module)),
         lambda: _probe(module, family, own),
         lambda: attention_key(family, module),
     )
@@ -84,6 +83,12 @@ def judge_block(module: nn.Module, family: Any, method: str, attention: str | No
         lambda: _probe_block(module, family, forward, own),
         lambda: block_key(family, module),
     )
+
+
+def _read(attention: nn.Module, projections: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules of an attention that a section stands in for, without those that it calls."""
+    called = {part for projection in projections for part in projection.modules()}
+    return [part for part in attention.modules() if part not in called]
 
 
 def _judge(
