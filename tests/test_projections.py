@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import swinaccel
 from swinaccel import projections
 
 
@@ -58,6 +59,14 @@ def test_a_quantised_model():
     assert "its results are right" in reason
     assert "plain nn.Linear it is accelerated" in reason
     assert projections.explained(quantised.attn, None) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_names_what_was_quantised():
+    model = torch.ao.quantization.quantize_dynamic(block(), {nn.Linear}, dtype=torch.qint8)
+    (entry,) = swinaccel.plan(model)
+    assert (entry.family, entry.status) == ("timm", "original")
+    assert entry.reason.startswith("its projection qkv is quantised by torch.ao")
 
 
 def test_unknown_layers_in_the_place_of_a_projection():

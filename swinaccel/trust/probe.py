@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import projections, reference
 from ..families import Family
 from ..layers import own_method, replaced_methods
 from ..layout import Block, Merging
@@ -53,7 +53,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     attention = family.attention(module)
     extra = family.name, spec.window, any(spec.shift)
     own = own_method(type(module), family.method)
-    return _judge(
+    reason = _judge(
         ("attention", *extra),
         module,
         (family.method,),
@@ -61,6 +61,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
         lambda: _probe(module, family, own),
         lambda: attention_key(family, module),
     )
+    return projections.explained(attention, reason)
 
 
 def judge_block(module: nn.Module, family: Any, method: str, attention: str | None) -> str | None:
