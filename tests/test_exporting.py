@@ -14,14 +14,11 @@ from torch import nn
 import swinaccel
 from swinaccel import functional
 from swinaccel.exporting import is_onnx_export
+from swinaccel.failures import failures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-UNASKED = pytest.mark.xfail(strict=True, reason="dispatch and functional do not ask yet")
 EVERY_WAY = pytest.mark.parametrize("export", ["captured", "dynamo", "traced"], indirect=True)
-EVERY_WAY_BUT = pytest.mark.parametrize(
-    "export", [pytest.param("captured", marks=UNASKED), pytest.param("dynamo", marks=UNASKED), "traced"], indirect=True
-)
 
 
 @pytest.fixture
@@ -73,7 +70,7 @@ def attends(model, x, path):
         helpers.assert_close(torch.from_numpy(found), model(x).cpu())
 
 
-@EVERY_WAY_BUT
+@EVERY_WAY
 def test_accelerated_models_are_exported_as_their_originals(export):
     model = helpers.timm_v1(img_size=28, window=7, depths=(2,), num_heads=(2,), embed_dim=16).to(TRITON_DEVICE)
     x = torch.randn(2, 3, 28, 28, device=TRITON_DEVICE)
@@ -88,9 +85,11 @@ def test_accelerated_models_are_exported_as_their_originals(export):
     assert [entry.fallbacks for entry in swinaccel.report(fast)] == before
 
 
-@EVERY_WAY_BUT
+@EVERY_WAY
 def test_functions_are_exported_as_plain_pytorch(export):
     q = torch.randn(4, 2, 16, 8, device=TRITON_DEVICE)
+    assert not failures
     found, path = export(Function(), q)
     assert {domain for domain, _ in found} == {""}
+    assert not failures
     attends(Function(), q, path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import torch_fusion
 from ..config import AccelConfig, env_strict
+from ..exporting import is_onnx_export
 from ..failures import KernelError, failures
 from ..layers import twin
 from ..layout import Embedding, Merging
@@ -55,6 +56,8 @@ def call(
     """
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if torch.compiler.is_compiling():
+        if is_onnx_export():
+            return original(module, *args, **kwargs)
         return traced.call(adapter, module, original, config, method, x, args, kwargs)
     has_attention = hasattr(adapter, "section") and method == adapter.method
     state = state_of(module)
