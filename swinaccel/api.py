@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +12,7 @@ from torch import nn
 from . import families, patching
 from .config import AccelConfig, env_disabled, env_strict, setup_logging
 from .failures import failures
-from .families import Family
+from .families import Family, near
 from .report import Entry, Report
 from .runtime.errors import FallbackError
 from .runtime.state import state_of
@@ -100,7 +100,8 @@ def disabled() -> Iterator[None]:
 def plan(model: nn.Module, **options: Any) -> Report:
     """What `accelerate` with these options would do, without doing it."""
     config = _prepare(model, options)
-    entries = [entry for *_, entry in _survey(model, config)]
+    found = list(_survey(model, config))
+    entries = [*(entry for *_, entry in found), *_near_misses(model, (module for module, *_ in found))]
     if env_disabled():
         entries = [dataclasses.replace(one, status="original", reason=one.reason or _DISABLED) for one in entries]
     return Report(entries)
@@ -109,8 +110,9 @@ def plan(model: nn.Module, **options: Any) -> Report:
 def report(model: nn.Module) -> Report:
     """What is accelerated now, with the calls so far and why any of them ran an original."""
     _check_model(model)
-    entries = []
+    entries, found = [], []
     for name, module, family, spec in _attentions(model, _is_marked):
+        found.append(module)
         if patching.marked(module) is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
@@ -127,7 +129,12 @@ def report(model: nn.Module) -> Report:
                 fallbacks=state.fallbacks,
             )
         )
-    return Report(entries)
+    return Report([*entries, *_near_misses(model, found)])
+
+
+def _near_misses(model: nn.Module, found: Iterable[nn.Module]) -> Iterator[Entry]:
+    """Yield an entry for each module that looks like window attention and that no family recognises."""
+    return (_entry(name, spec, "original", reason) for name, spec, reason in near.near_misses(model, found))
 
 
 def _failure(model: nn.Module, module: nn.Module) -> str | None:
@@ -261,6 +268,8 @@ def _is_proven(module: nn.Module, adapter: Any, method: str, attention: str | No
 
 def _check_strict(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:
     if not found:
+        for entry in _near_misses(model, ()):
+            raise FallbackError(f"strict: {entry.name or type(model).__name__} stays original: it {entry.reason}")
         raise FallbackError(f"strict: {type(model).__name__} holds no Swin-style window attention")
     for *_, entry in found:
         if entry.status == "original" and entry.reason != _LEFT_OUT:

@@ -305,7 +305,9 @@ def _variants(
 def _twin(model: nn.Module, train: bool) -> nn.Module:
     """An unaccelerated copy: in eval mode with the same parameters and buffers, or in train mode with its own."""
     shared: dict[int, Any] = {} if train else {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return api.restore(copy.deepcopy(model, shared)).train(train)
+    twin = api.restore(copy.deepcopy(model, shared))
+    twin.train(train)  # which gives nothing where a model says so
+    return twin
 
 
 def _other_attention(model: nn.Module) -> str | None:

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import reference
-from .config import AccelConfig, cache_dir, written_at_once
+from . import cache, reference
+from .config import AccelConfig
 from .spec import Section
-
-logger = logging.getLogger("swinaccel")
 
 RANKS = (16, 32, 64, 128)  # what the kernel's dot product takes
 MIN_TOKENS = 65  # smaller windows keep the whole bias in registers
-_FORMAT = "2"
+FOLDER = "factors"  # of the cache
+_FORMAT = "3"
+_HEADER = 4096  # bytes of a record beside its numbers, and more
 
 
 @dataclass(frozen=True)
@@ -132,72 +128,80 @@ def _load_or_make(section: Section, dtype: torch.dtype, energy: float | None) ->
     if not bool(torch.isfinite(bias).all()):
         return None
     record = _record_path((*section.sources, index), table, dtype, energy)
-    found = _read(record, bias)
-    if found is None or (found[2] > 0 and not _enough(bias, *found[:2], dtype, energy)):
+    found = None if record is None else _read(record, bias, dtype, energy)
+    if found is None:
         found = _make(bias, dtype, energy)
-        _write(record, found)
-    q, k, rank = found
-    if rank == 0:
+        if record is not None:
+            q, k = (factor.cpu().contiguous() for factor in found)
+            cache.keep(record, safetensors.torch.save({"q": q, "k": k}))
+    q, k = found
+    if not q.shape[-1]:
         return None
     error = (bias - q.float() @ k.float().mT).abs().max().item()
-    return Factors(q, k, table.clone().contiguous(), index.clone().contiguous(), rank, error)
+    return Factors(q, k, table.clone().contiguous(), index.clone().contiguous(), q.shape[-1], error)
 
 
-def _make(bias: Tensor, dtype: torch.dtype, energy: float | None) -> tuple[Tensor, Tensor, int]:
-    """(q, k, rank) by the rule of `AccelConfig.bias_energy`; rank 0 where none is good enough."""
-    stored = torch.float32 if dtype == torch.float32 else torch.float16
+def _make(bias: Tensor, dtype: torch.dtype, energy: float | None) -> tuple[Tensor, Tensor]:
+    """Return q and k by the rule of `AccelConfig.bias_energy`; of rank 0 where none is good enough."""
+    stored = _stored_dtype(dtype)
     for rank in (rank for rank in RANKS if rank <= bias.shape[-1]):
-        q, k = factorize(bias, rank)
-        q, k = q.to(stored).contiguous(), k.to(stored).contiguous()
+        try:
+            q, k = (factor.to(stored).contiguous() for factor in factorize(bias, rank))
+        except torch.linalg.LinAlgError:  # numbers so large that their products are not finite
+            break
         if _enough(bias, q, k, dtype, energy):
-            return q, k, rank
-    empty = bias.new_empty((bias.shape[0], bias.shape[1], 0), dtype=stored)
-    return empty, empty, 0
+            return q, k
+    empty = bias.new_empty((*bias.shape[:2], 0), dtype=stored)
+    return empty, empty
+
+
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 def _enough(bias: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype, energy: float | None) -> bool:
+    """Return True if factors hold as much of a bias as the rule wants; NaN is never enough."""
     missed = bias - q.float() @ k.float().mT
     if energy is None:
         return bool(missed.abs().max() <= bias.abs().max() * torch.finfo(dtype).eps / 2)
-    return bool((missed.square().sum((-2, -1)) <= (1 - energy) * bias.square().sum((-2, -1))).all())
+    missed_energy, whole = (one.double().square().sum((-2, -1)) for one in (missed, bias))  # fp32 may overflow
+    return bool((missed_energy <= (1 - energy) * whole).all())
 
 
-def _record_path(tensors: tuple[Tensor, ...], table: Tensor, dtype: torch.dtype, energy: float | None) -> Path:
-    """Where factors are kept: named by the contents of what the bias is computed from, so the same on every device.
+def _record_path(tensors: tuple[Tensor, ...], table: Tensor, dtype: torch.dtype, energy: float | None) -> Path | None:
+    """Return the place of factors, named by the contents of what the bias is computed from: the same on every device.
 
     Families compute tables from the same in several ways: two digits of its largest number tell those apart, and are
     no matter of a device's rounding.
     """
+    folder = cache.folder_of(FOLDER)
+    if folder is None:
+        return None
     digest = hashlib.sha256(json.dumps([_FORMAT, str(dtype), energy, f"{table.abs().max().item():.1e}"]).encode())
     for tensor in tensors:
         digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return cache_dir() / "factors" / f"{digest.hexdigest()}.safetensors"
+    return folder / f"{digest.hexdigest()}.safetensors"
 
 
-def _read(path: Path, bias: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """A record, or None where there is none to trust: absent, torn, another's, or of another shape."""
+def _read(path: Path, bias: Tensor, dtype: torch.dtype, energy: float | None) -> tuple[Tensor, Tensor] | None:
+    """Return the q and k of a record, or None where there is none that could have been made for this bias."""
+    content = cache.read(path, 2 * bias.shape[0] * bias.shape[1] * RANKS[-1] * 4 + _HEADER)
+    if content is None:
+        return None
     try:
-        info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode) or (hasattr(os, "getuid") and info.st_uid != os.getuid()):
-            return None
-        with safe_open(path, framework="pt") as file:
-            q, k, rank = file.get_tensor("q"), file.get_tensor("k"), int(file.metadata()["rank"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        found = safetensors.torch.load(content)
+        q, k = found["q"], found["k"]
+        rank = q.shape[-1]
+        fits = rank in (0, *RANKS) and all(
+            one.dtype == _stored_dtype(dtype) and one.shape == (*bias.shape[:2], rank) for one in (q, k)
+        )
+        if fits:
+            q, k = q.to(bias.device), k.to(bias.device)
+            fits = rank == 0 or _enough(bias, q, k, dtype, energy)
+    except Exception:  # whatever a file may hold that is no record
+        fits = False
+    if not fits:
+        cache.tell_once(f"the record {path} does not hold factors of this bias, and is made anew")
         return None
-    shape = (bias.shape[0], bias.shape[1], rank)
-    if tuple(q.shape) != shape or tuple(k.shape) != shape or rank not in (0, *RANKS):
-        return None
-    if not (torch.isfinite(q).all() and torch.isfinite(k).all()):
-        return None
-    return q.to(bias.device), k.to(bias.device), rank
-
-
-def _write(path: Path, record: tuple[Tensor, Tensor, int]) -> None:
-    """Write a record in one step; a folder that cannot be written means running without."""
-    q, k, rank = record
-    try:
-        with written_at_once(path) as file:
-            save_file({"q": q.cpu(), "k": k.cpu()}, file, metadata={"rank": str(rank)})
-    except OSError as error:
-        logger.debug("bias factors are not kept on disk: %s", str(error))
+    return q, k

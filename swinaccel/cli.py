@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from . import terminal
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +53,6 @@ BiasEnergy = Annotated[
     typer.Option(help="Energy that bias factors must hold, such as 0.995. Default: all but rounding."),
 ]
 
-_show_traceback = False
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -72,14 +69,13 @@ def _root(
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
-    global _show_traceback
-    _show_traceback = traceback
+    terminal.show_traceback = traceback
 
 
 @app.command(epilog=_EPILOG)
 def inspect(model: Model, pretrained: Pretrained = False, size: Size = None, as_json: Json = False) -> None:
     """List the window attentions of a model: what would be accelerated, what not, and why."""
-    with _work(as_json) as out:
+    with terminal.work(as_json) as out:
         loaded = _load(model, pretrained, "float32", "cpu", size)
         from . import plan
 
@@ -104,13 +100,14 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare a model, accelerated and as it was, with an fp64 reference. Exits with 1 if it did not pass."""
-    with _work(as_json) as out:
+    with terminal.work(as_json) as out:
         options = _options(backend, bias, bias_energy)
         loaded = _load(model, pretrained, dtype, device, size)
         from . import verify as run_verify
 
-        with _status("running it accelerated, as it was, and in fp64"):
-            result = run_verify(loaded.model, *loaded.example_inputs(batch), **options)
+        inputs = loaded.example_inputs(batch)
+        with terminal.status("running it accelerated, as it was, and in fp64"), terminal.running(loaded.model, inputs):
+            result = run_verify(loaded.model, *inputs, **options)
         out.document = {"model": model, **_place(loaded), "batch": batch, **result.to_dict()}
         if result.report.entries:
             out.show(result.report)
@@ -176,7 +173,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure inference or training: original, its library's other attention, torch.compile, accelerated, and both."""
-    with _work(as_json) as out:
+    with terminal.work(as_json) as out:
         _check_bench(context, model, suite, from_files)
         if suite:
             wanted = only.split(",") if only else []
@@ -193,13 +190,15 @@ def bench(
             return
         assert model is not None
         options = _options(backend, bias, bias_energy)
+        terminal.check_writable("--plot", plot)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         from . import bench as benchmark
 
         options |= {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
         options |= {"rounds": rounds, "compile": compile, "compile_mode": compile_mode}
-        with _progress() as progress:
-            result = benchmark.run(loaded.model, loaded.example_inputs(batch), progress=progress, **options)
+        inputs = loaded.example_inputs(batch)
+        with terminal.progress() as progress, terminal.running(loaded.model, inputs):
+            result = benchmark.run(loaded.model, inputs, progress=progress, **options)
         out.document = {"model": model, **result.to_dict()}
         out.show(model)
         out.show(result)
@@ -223,21 +222,22 @@ def precompute(
     as_json: Json = False,
 ) -> None:
     """Compute the SVD factors of a model's position biases and keep them in the cache."""
-    with _work(as_json) as out:
+    with terminal.work(as_json) as out:
         if bias == "table":
             raise ValueError("bias must be 'factors' or 'auto' here: the table needs no precomputation")
         loaded = _load(model, pretrained, dtype, device, size)
+        from . import bias as factors
+        from . import cache
         from .config import AccelConfig, cache_dir
 
         config = AccelConfig(**_options("auto", bias, bias_energy))
+        folder = cache_dir() / factors.FOLDER
+        cache.check(folder)
         rows = list(_factorize(loaded.model, config, _parameter(loaded)))
-        folder = cache_dir() / "factors"
-        if any(row["attempted"] for row in rows) and not os.access(folder, os.W_OK):
-            raise ValueError(f"the factors could not be kept: {folder} cannot be written (see SWINACCEL_CACHE_DIR)")
         out.document = {"model": model, **_place(loaded), "bias": bias, "bias_energy": bias_energy}
         out.document |= {"cache": str(folder), "modules": rows}
         out.show(f"{model}, {_place(loaded)['dtype']}, bias={bias!r}")
-        out.show(_table(("module", "tokens", "rank", "largest error", "reason"), map(_factor_cells, rows)))
+        out.show(terminal.table(("module", "tokens", "rank", "largest error", "reason"), map(_factor_cells, rows)))
         found = sum(row["rank"] is not None for row in rows)
         out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
         if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
@@ -264,7 +264,8 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Measure launches of the attention kernels on this GPU, and keep those that are faster than the default ones."""
-    with _work(as_json) as out:
+    with terminal.work(as_json) as out:
+        from . import cache
         from .backends import tuned
 
         if (model is None) != (listing or clear) or (listing and clear):
@@ -273,7 +274,7 @@ def tune(
         if clear:
             removed = tuned.clear()
             out.document["removed"] = removed
-            out.show(f"{removed} files removed from {tuned.folder()}")
+            out.show(f"{removed} launches removed from {tuned.folder()}")
         elif listing:
             found = tuned.stored()
             out.document["tuned"] = [{**place, "launches": launches} for place, launches in found]
@@ -285,7 +286,11 @@ def tune(
             loaded = _load(str(model), pretrained, "float32" if train else dtype, device, size)
             arguments: dict[str, Any] = {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
             out.document |= {"model": model, **_place(loaded), "batch": batch, "train": train}
-            rows = (_posed if dry_run else _tuned)(loaded.model, loaded.example_inputs(batch), arguments)
+            inputs = loaded.example_inputs(batch)
+            if not dry_run:
+                cache.check(tuned.folder())
+            with terminal.running(loaded.model, inputs):
+                rows = (_posed if dry_run else _tuned)(loaded.model, inputs, arguments)
             out.document["problems"] = rows
             better = sum(row["tuned"] is not None for row in rows)
             out.show(f"{model}, batch {batch}")
@@ -300,7 +305,7 @@ def _tuned(model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any])
     """One row for each launch that was looked for."""
     from . import tuning
 
-    with _progress() as progress:
+    with terminal.progress() as progress:
         return [one.to_dict() for one in tuning.run(model, inputs, progress=progress, **arguments)]
 
 
@@ -309,7 +314,7 @@ def _posed(model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any])
     from . import tuning
     from .backends import tuned
 
-    with _status("running it once"):
+    with terminal.status("running it once"):
         jobs = tuning.collect(model, inputs, **arguments)
     rows = []
     for job in jobs:
@@ -325,7 +330,7 @@ def _launch_table(rows: Iterable[dict[str, Any]]) -> Any:
         times = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("default_ms", "tuned_ms"))
         return [row["key"], parameters, *times, str(row.get("tried", ""))]
 
-    return _table(("launch", "parameters", "default ms", "tuned ms", "tried"), map(cells, rows))
+    return terminal.table(("launch", "parameters", "default ms", "tuned ms", "tried"), map(cells, rows))
 
 
 def _check_bench(context: typer.Context, model: str | None, suite: bool, from_files: list[str] | None) -> None:
@@ -344,19 +349,20 @@ def _check_bench(context: typer.Context, model: str | None, suite: bool, from_fi
             raise ValueError(f"{option} is for measuring, and --from measures nothing")
 
 
-def _run_suite(out: _Output, output: str, from_files: list[str] | None, options: dict[str, Any]) -> None:
+def _run_suite(out: terminal.Output, output: str, from_files: list[str] | None, options: dict[str, Any]) -> None:
     from pathlib import Path
 
     from . import plots
     from . import suite as benchmarks
 
     folder = Path(output).expanduser()
+    terminal.check_writable("--output", output)
     if from_files:
         out.document = plots.load(from_files)
         plots.write(out.document, folder)
     else:
         try:
-            with _progress() as progress:
+            with terminal.progress() as progress:
                 out.document = benchmarks.run(folder, progress=progress, **options)
         except KeyboardInterrupt:
             typer.echo(f"interrupted; what was measured is in {folder}", err=True)
@@ -365,43 +371,6 @@ def _run_suite(out: _Output, output: str, from_files: list[str] | None, options:
     rows = out.document["rows"]
     notes = sum(row["note"] is not None for row in rows)
     out.show(f"{len(rows) - notes} rows measured, {notes} not (see their notes); in {folder / 'suite.md'}")
-
-
-class _Output:
-    """What a command has to say: as text at once, or as one document at the end."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.document: dict[str, Any] = {}
-        self.code = 0
-
-    def show(self, what: Any) -> None:
-        if not self.as_json:
-            from rich.console import Console
-
-            # In a pipe or a file nothing needs to fit; folding would only break the lines.
-            width = None if sys.stdout.isatty() else 160
-            Console(width=width, highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
-
-
-@contextlib.contextmanager
-def _work(as_json: bool) -> Iterator[_Output]:
-    """A command's body: libraries print on stderr, and a user's error is one line and exit code 2."""
-    out = _Output(as_json)
-    stdout = sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            yield out
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        if _show_traceback:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    if as_json:
-        from .plots import finite
-
-        print(json.dumps(finite(out.document), indent=2), file=stdout)
-    raise typer.Exit(out.code)
 
 
 def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
@@ -418,7 +387,7 @@ def _load(model: str, pretrained: bool, dtype: str | None, device: str | None, s
 
     device = device or _default_device()
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    with _status(f"loading {model}"):
+    with terminal.status(f"loading {model}"):
         return models.load(model, pretrained, dtype, device, size)
 
 
@@ -456,10 +425,10 @@ def _factorize(model: nn.Module, config: AccelConfig, like: torch.Tensor) -> Ite
     from . import plan
 
     entries = plan(model).entries
-    with _progress() as progress:
+    with terminal.progress() as progress:
         for done, entry in enumerate(entries):
             progress(entry.name, done, len(entries))
-            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None, "attempted": False}
+            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None}
             row["reason"] = entry.reason
             yield row if entry.reason else row | _factor_row(model.get_submodule(entry.name), config, like)
 
@@ -484,11 +453,11 @@ def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> d
         return {"tokens": tokens, "reason": "bias='auto' uses the exact table unless --bias-energy is given"}
     factors = bias.factors(section, config, like.dtype)
     if factors is not None:
-        return {"tokens": tokens, "attempted": True, "rank": factors.rank, "error": factors.error}
+        return {"tokens": tokens, "rank": factors.rank, "error": factors.error}
     rule = f"is exact to rounding in {str(like.dtype).split('.')[-1]}; --bias-energy 0.995 asks for less"
     if config.bias_energy is not None:
         rule = f"holds {config.bias_energy:g} of its energy"
-    return {"tokens": tokens, "attempted": True, "reason": f"no rank that pays {rule}"}
+    return {"tokens": tokens, "reason": f"no rank that pays {rule}"}
 
 
 def _factor_cells(row: dict[str, Any]) -> list[str]:
@@ -496,41 +465,11 @@ def _factor_cells(row: dict[str, Any]) -> list[str]:
     return [row["name"] or "(model)", str(row["tokens"] or ""), str(row["rank"] or ""), error, row["reason"] or ""]
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on stderr, and the function (text, done, total) that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
-
-
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
     app()
 
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -118,31 +116,27 @@ def env_interpret() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in _TRUE
 
 
-@contextmanager
-def written_at_once(path: Path) -> Iterator[str]:
-    """The name of a new file, for this user alone, that takes the place of `path` at the end; OSError if it cannot."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.parent.is_symlink():
-        raise OSError(f"{path.parent} is a link, and nothing is written through it")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o600)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def cache_dir() -> Path:
-    """The folder of bias factors and tuned launches; it need not exist."""
-    if text := os.environ.get("SWINACCEL_CACHE_DIR"):
+    """Return the folder of bias factors and tuned launches, which need not exist.
+
+    Raises:
+        ValueError: where there can be none; the message names the variable that says so.
+    """
+    text = os.environ.get("SWINACCEL_CACHE_DIR")
+    place = f"SWINACCEL_CACHE_DIR={text!r}"
+    if not text:
+        text = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "swinaccel")
+        place = f"the cache folder {text}"
+    try:
         path = Path(text).expanduser()
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"SWINACCEL_CACHE_DIR={text!r} is not usable: it exists and is no folder")
-        return path
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "swinaccel"
+        first = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+        if not first.is_dir():
+            raise ValueError(f"{first} is no folder")
+        if not os.access(first, os.X_OK if first == path else os.X_OK | os.W_OK):
+            raise ValueError(f"{first} is closed to this user")
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no such user, or no home
+        raise ValueError(f"{place} is not usable: {error}") from None
+    return path
 
 
 def setup_logging() -> None:

@@ -29,6 +29,7 @@ from .checks import (
     check_tensor,
 )
 from .config import env_interpret, env_strict
+from .exporting import is_onnx_export
 from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
 from .failures import KernelError, failures
 from .spec import SHIFT_MASK_VALUE, Geometry
@@ -379,8 +380,13 @@ def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int,
 
 def _pytorch_reason(q: Tensor) -> str | None:
     """Why a call is for PyTorch's own operators, whatever its numbers, or None."""
-    if not torch.compiler.is_compiling() and type(q) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling():
+        if is_onnx_export():
+            return "ONNX has no Triton kernels"
+    elif type(q) not in (Tensor, torch.nn.Parameter):
         return f"q is a {type(q).__name__}"
+    elif torch.jit.is_tracing():
+        return "the call is being traced, and sizes are tensors then"
     if torch_sequence.is_in_transform():
         return "the call is inside a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
-import sys
+import inspect
 import threading
 import urllib.error
 import urllib.request
@@ -30,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from . import factory
 
 ACCEPTED = "timm:NAME, torchvision:NAME, hf:NAME, or path/to/file.py:FACTORY"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -88,8 +89,12 @@ def load(
     elif ".py:" in name:
         model, example_inputs = _from_file(name, size)
     else:
-        raise ValueError(f"MODEL must be {ACCEPTED}; got {name!r}")
-    model = model.to(device=device, dtype=dtype).eval()
+        hint = ", a file without a function of it" if name.endswith(".py") else ""
+        hint = ", a folder" if Path((rest and kind) or name).expanduser().is_dir() else hint
+        raise ValueError(f"MODEL must be {ACCEPTED}; got {name!r}{hint}")
+    with factory.blamed(f"{name} cannot be made a model in {str(dtype).split('.')[-1]} on {device}, in eval mode"):
+        model.to(device=device, dtype=dtype)
+        model.eval()  # detection backbones' gives nothing
     return Loaded(model, lambda batch: _moved(example_inputs(batch), dtype, device))
 
 
@@ -141,7 +146,9 @@ def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
     timm = library("timm")
     known = name.split(".")[0]
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(known):
-        raise ValueError(f"timm has no model {name!r}{_similar(known, timm.list_models())}")
+        raise ValueError(
+            f"timm has no model {name!r}; timm.list_models() names all{_similar(known, timm.list_models())}"
+        )
     options = {} if size is None else {"img_size": size}
     model = _made(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}", pretrained)
     channels, *sides = model.pretrained_cfg.get("input_size", (3, 224, 224))
@@ -151,9 +158,15 @@ def _timm(name: str, pretrained: bool, size: int | None) -> Loaded:
 def _torchvision(name: str, pretrained: bool, size: int | None) -> Loaded:
     zoo = library("torchvision").models
     if name not in zoo.list_models():
-        raise ValueError(f"torchvision has no model {name!r}{_similar(name, zoo.list_models())}")
+        raise ValueError(
+            f"torchvision has no model {name!r}; torchvision.models.list_models() names all"
+            f"{_similar(name, zoo.list_models())}"
+        )
     weights = getattr(zoo.get_model_weights(name), "DEFAULT", None)
-    make = partial(zoo.get_model, name, weights=weights if pretrained else None)
+    options: dict[str, Any] = {"weights": weights if pretrained else None}
+    if not pretrained and "weights_backbone" in inspect.signature(zoo.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None  # detectors load their backbone's otherwise
+    make = partial(zoo.get_model, name, **options)
     model = _made(make, f"torchvision:{name}", pretrained)
     crop = getattr(weights.transforms(), "crop_size", None) if weights is not None else None
     side = size or (crop[0] if crop else 224)
@@ -207,33 +220,13 @@ def _huggingface_config(transformers: Any, name: str, pretrained: bool, options:
 
 
 def _from_file(name: str, size: int | None) -> Loaded:
-    file, _, factory = name.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"there is no file {file!r}; MODEL must be {ACCEPTED}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported, as when it is run
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    make = getattr(module, factory, None)
-    if not callable(make):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{file} has no function {factory!r}; it has {', '.join(names) or 'none'}")
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} must return a torch.nn.Module; it returned a {type(model).__name__}")
-    given = getattr(model, "example_inputs", None) or getattr(module, "example_inputs", None)
+    model, given = factory.load(name)
     if given is None:
         return Loaded(model, _images(3, size or 224, size or 224))
 
     def example_inputs(batch: int) -> tuple[Any, ...]:
-        inputs = given(batch) if callable(given) else given
+        with factory.blamed(f"example_inputs({batch}) of {name} fails"):
+            inputs = given(batch) if callable(given) else given
         return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
     return Loaded(model, example_inputs)
@@ -255,21 +248,21 @@ def library(name: str) -> Any:
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in (name, package):
-            raise
-        raise ImportError(f'{package} is not installed; pip install "swinaccel[bench]" brings it') from None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in (name, package):
+            raise ImportError(f'{package} is not installed; pip install "swinaccel[bench]" brings it') from None
+        text = f"{package} cannot be imported: {factory.told(error)}; install versions that fit each other"
+        raise ImportError(text) from error
 
 
 def _made(make: Callable[[], Any], name: str, downloads: bool) -> Any:
     """What `make` returns, its errors as one sentence."""
-    try:
-        with _no_retries() if downloads and not name.startswith("torchvision:") else nullcontext():
-            return make()
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        advice = " (this needs a network, or the cache of an earlier download)" if downloads else ""
-        raise ValueError(f"{name} cannot be made: {type(error).__name__}: {text}{advice}") from error
+    advice = "; this needs a network, or the cache of an earlier download" if downloads else ""
+    with (
+        factory.blamed(f"{name} cannot be made", advice),
+        _no_retries() if downloads and not name.startswith("torchvision:") else nullcontext(),
+    ):
+        return make()
 
 
 @contextmanager

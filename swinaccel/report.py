@@ -16,7 +16,7 @@ class Entry:
 
     Attributes:
         name: its path in the model, "" for the model itself.
-        family: who recognised it.
+        family: who recognised it; "unknown" where nobody did, although it looks like window attention.
         status: "accelerated" or "original".
         reason: why it, or its last call that did so, runs the original, or what is around it does; None otherwise.
         window, shift: (rows, columns) or (depth, rows, columns), now.
@@ -39,7 +39,7 @@ class Entry:
 
 
 class Report:
-    """Entries in the order of the model; iterates, counts and prints as a table."""
+    """Entries in the order of the model, unknown families last; iterates, counts and prints as a table."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = tuple(entries)
@@ -89,7 +89,9 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left")
+        table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left", caption_justify="left")
+        if any(entry.status == "original" or entry.fallbacks for entry in self.entries):
+            table.caption = "Originals are the model's own code: results are right, and as fast as they were."
         for column in ("module", "family", "status", "window", "shift", "heads", "bias", "calls", "reason"):
             table.add_column(column, overflow="fold", no_wrap=column != "reason")
         for entry in self.entries:

@@ -162,11 +162,13 @@ def collect(
     # Accelerated first, run later: a dispatcher on a class is there for all of its instances.
     twin = api.accelerate(api.restore(copy.deepcopy(model)), **options)
     with posed() as found:
+        twin.eval()
         with torch.no_grad():
-            bench.forward(twin.eval(), inputs, device, autocast)
+            bench.forward(twin, inputs, device, autocast)
         if train:
+            twin.train()
             with torch.enable_grad():
-                outputs = [out for out in bench.forward(twin.train(), inputs, device, autocast) if out.requires_grad]
+                outputs = [out for out in bench.forward(twin, inputs, device, autocast) if out.requires_grad]
                 if outputs:
                     bench.mean_square(outputs).backward()
     if not found:

@@ -107,7 +107,8 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Any) -> VerifyResu
 
 def _reference(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor], torch.dtype]:
     dtype = torch.float32 if any(p.device.type == "mps" for p in model.parameters()) else torch.float64
-    twin = copy.deepcopy(model).to(dtype)
+    twin = copy.deepcopy(model)
+    twin.to(dtype)
     return _flat(twin(*(_cast(value, dtype) for value in inputs))), dtype
 
 

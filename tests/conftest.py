@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 
 import helpers  # noqa: E402
 
-from swinaccel import bias, ops, patching  # noqa: E402
+from swinaccel import bias, cache, ops, patching  # noqa: E402
 from swinaccel.runtime import call  # noqa: E402
 from swinaccel.trust.registry import registry  # noqa: E402
 
@@ -64,6 +64,7 @@ def _clean_slate(monkeypatch, tmp_path_factory):
         if name.startswith("SWINACCEL_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr(cache, "_told", set())
     call.forget_warnings()
     registry.clear()
     bias.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from torch import nn
 
 import swinaccel
-from swinaccel import AccelConfig, config
+from swinaccel import AccelConfig, cache, config
 
 MODEL = nn.Linear(2, 2)
 
@@ -134,11 +135,64 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert config.cache_dir() == Path.home() / ".cache" / "swinaccel"
 
 
-def test_cache_folder_that_is_a_file(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match=r"SWINACCEL_CACHE_DIR=.* is not usable"):
+@pytest.mark.parametrize("text", ["~/mine", "missing/in/missing", "."])
+def test_cache_folders_that_are_usable(monkeypatch, tmp_path, text):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SWINACCEL_CACHE_DIR", text)
+    assert (tmp_path / config.cache_dir()).resolve() == (tmp_path / text.replace("~/", "")).resolve()
+    assert list(tmp_path.iterdir()) == [], "nothing is made before there is something to keep"
+
+
+@pytest.mark.parametrize("name", ["SWINACCEL_CACHE_DIR", "XDG_CACHE_HOME"])
+def test_empty_is_as_if_not_set(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SWINACCEL_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(name, "")
+    assert config.cache_dir() == tmp_path / ".cache" / "swinaccel"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file", "is no folder"),
+        ("file/below", "is no folder"),
+        ("loop/below", ""),
+        ("~nobody-is-called-so/cache", "home"),
+    ],
+    ids=["file", "below-a-file", "loop", "no-user"],
+)
+def test_unusable_cache_folders_name_the_variable(monkeypatch, tmp_path, text, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("SWINACCEL_CACHE_DIR", text)
+    with pytest.raises(ValueError, match=rf"^SWINACCEL_CACHE_DIR=.* is not usable: .*{reason}"):
         config.cache_dir()
+
+
+def test_cache_folders_that_are_closed(monkeypatch, tmp_path):
+    monkeypatch.setattr(config.os, "access", lambda path, mode: mode == os.X_OK)  # root may do anything
+    (tmp_path / "here").mkdir()
+    for name, usable in (("here", True), ("missing", False)):
+        monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path / name))
+        if usable:
+            assert config.cache_dir() == tmp_path / name, "what it holds may be of use"
+        else:
+            with pytest.raises(ValueError, match="closed to this user"):
+                config.cache_dir()
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in containers that run under a number of their own: kernels run, and nothing is kept."""
+    monkeypatch.delenv("SWINACCEL_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(config.Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(ValueError, match=r"the cache folder ~/.cache/swinaccel is not usable: no home"):
+        config.cache_dir()
+    with pytest.warns(UserWarning, match="set SWINACCEL_CACHE_DIR to a folder that you can write to"):
+        assert cache.folder_of("factors") is None
 
 
 @pytest.mark.parametrize(("text", "backend"), [("1", "triton"), ("0", "torch")])

@@ -376,7 +376,37 @@ def test_trap_41_attention_with_another_branch_is_refused(kind):
 
 
 def test_trap_41_attention_with_further_arguments_is_not_recognised():
-    assert not list(swinaccel.plan(randomize(Told(16, (4, 4), 2))))
+    (entry,) = swinaccel.plan(randomize(Told(16, (4, 4), 2)))
+    assert (entry.family, entry.status) == ("unknown", "original")
+
+
+class Placed(microsoft_models.WindowAttention):
+    """A third argument that need not be given."""
+
+    def forward(self, x, mask=None, pos_embed=None):
+        out = super().forward(x, mask)
+        return out if pos_embed is None else out + pos_embed
+
+
+@both_backends
+def test_arguments_that_need_not_be_given(backend):
+    """The section where they are not; where they are, by whatever way, the original."""
+    model = randomize(Placed(16, (4, 4), 2))
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
+    x, mask, place = torch.randn(6, 16, 16), -100.0 * (torch.rand(3, 16, 16) < 0.3), torch.randn(16)
+    calls = (
+        lambda one: one(x, mask),
+        lambda one: one(x, mask=mask, pos_embed=None),
+        lambda one: one(x, None, None),
+        lambda one: one(x, mask, place),
+        lambda one: one(x, pos_embed=place),
+    )
+    for count, call in enumerate(calls):
+        with torch.no_grad():
+            helpers.assert_close(call(twin), call(model))
+        (entry,) = swinaccel.report(twin)
+        assert entry.fallbacks == max(0, count - 2), count
+    assert "pos_embed" in entry.reason
 
 
 class Insistent(microsoft_models.WindowAttention):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import warnings
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ from helpers import TRITON_DEVICE
 from test_cli import call, tiny  # noqa: F401
 from test_kernels import Case
 
-from swinaccel import bench, ops, tuning
+from swinaccel import bench, bias, ops, tuning
 from swinaccel.backends import triton as backend
 from swinaccel.backends import tuned
 
@@ -116,6 +117,12 @@ class Stopwatch:
 
 def record(launch, before=2.0, after=1.0, **changes):
     return {"parameters": {**tuned.parameters(launch), **changes}, "default_ms": before, "tuned_ms": after}
+
+
+def written(job, **changes):
+    """Where the record of a launch is, which is written."""
+    tuned.write(DEVICE, {job.key: record(job.default, **changes)})
+    return tuned.path_of(DEVICE, job.key)
 
 
 def chosen(case, train=False):
@@ -346,7 +353,7 @@ def test_a_tuned_launch_that_fails_gives_way_to_the_default(store, monkeypatch, 
 
 
 def test_files_are_private(job, store):
-    path = tuned.write(DEVICE, {job.key: record(job.default)})
+    path = written(job)
     assert path.parent == store
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(store.stat().st_mode) == 0o700
@@ -362,38 +369,53 @@ def test_writing_adds(store):
     assert set(tuned.read(DEVICE)) == {large.key}
 
 
+def test_processes_that_write_at_once_lose_nothing(store, monkeypatch):
+    """One that began before another wrote, and ends after it."""
+    small, large = jobs_of(SMALL)["small"], jobs_of(LARGE)["large"]
+    replace = os.replace
+
+    def interrupted(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        written(large)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    written(small)
+    assert set(tuned.read(DEVICE)) == {small.key, large.key}
+
+
 def test_a_write_that_fails_leaves_what_was(job, store, monkeypatch):
-    path = tuned.write(DEVICE, {job.key: record(job.default)})
+    path = written(job)
     before = path.read_bytes()
 
-    def full(*args, **options):
+    def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(tuned.Path, "write_text", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        tuned.write(DEVICE, {job.key: None})
+        written(job, num_warps=1)
     assert path.read_bytes() == before
     assert [entry.name for entry in store.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("changed", ["gpu", "capability", "triton", "kernels"])
 def test_another_environment_is_another_file(job, store, monkeypatch, changed):
-    path = tuned.write(DEVICE, {job.key: record(job.default)})
+    path = written(job)
     place = {**tuned.environment(DEVICE), changed: "another"}
     monkeypatch.setattr(tuned, "environment", lambda device: place)
-    assert tuned.path_of(DEVICE) != path
+    assert tuned.path_of(DEVICE, job.key) != path
     assert tuned.read(DEVICE) == {}
-    os.rename(path, tuned.path_of(DEVICE))
+    os.rename(path, tuned.path_of(DEVICE, job.key))
     assert tuned.read(DEVICE) == {}, "a file that was renamed is not believed either"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 1}', "\x00" * 100, "[" * 100_000, '{"format": 99, "launches": {}}'],
-    ids=["empty", "torn", "list", "null", "short", "zeros", "deep", "format"],
+    ["", "{", "[]", "null", '{"format": 2}', "\x00" * 100, "[" * 50_000, "[" * 100_000, '{"format": 99, "key": ""}'],
+    ids=["empty", "torn", "list", "null", "short", "zeros", "deep", "large", "format"],
 )
 def test_a_corrupt_file_is_as_if_absent(job, store, text, unlaunched):
-    path = tuned.write(DEVICE, {job.key: record(job.default, num_warps=1)})
+    path = written(job, num_warps=1)
     path.write_text(text)
     assert chosen(SMALL)["small"] == job.default
     attend(SMALL)
@@ -416,8 +438,8 @@ def test_a_corrupt_file_is_as_if_absent(job, store, text, unlaunched):
 )
 def test_parameters_that_are_none_are_as_if_absent(job, store, changes):
     found = record(job.default, **{"num_warps": 1, **changes})
-    path = tuned.write(DEVICE, {job.key: found})
-    assert json.loads(path.read_text())["launches"][job.key] == found
+    path = written(job, **{"num_warps": 1, **changes})
+    assert json.loads(path.read_text())["record"] == found
     assert chosen(SMALL)["small"] == job.default
 
 
@@ -449,7 +471,7 @@ def test_parameters_of_large_windows(store, kernel, changes, holds):
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_files_that_others_may_write_are_not_believed(job, store, tmp_path):
-    path = tuned.write(DEVICE, {job.key: record(job.default, num_warps=1)})
+    path = written(job, num_warps=1)
     path.chmod(0o622)
     tuned.forget()
     assert chosen(SMALL)["small"] == job.default
@@ -469,11 +491,15 @@ def test_a_folder_that_is_a_link_is_not_written(job, store, tmp_path):
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_an_unusable_cache_directory_means_defaults(store, monkeypatch, tmp_path, caplog, unlaunched):
+def test_an_unusable_cache_directory_means_defaults(store, monkeypatch, tmp_path, unlaunched):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path / "file"))
-    attend(SMALL)
-    assert "SWINACCEL_CACHE_DIR" in caplog.text
+    with warnings.catch_warnings(record=True) as caught:
+        attend(SMALL)
+        attend(LARGE)
+        bias.cache.keep(bias.cache.folder_of("factors") or tmp_path / "file" / "factors" / "record", b"")
+    (warning,) = (str(one.message) for one in caught if "swinaccel" in str(one.message))
+    assert warning.startswith("swinaccel: SWINACCEL_CACHE_DIR=")
 
 
 # The command.
@@ -527,7 +553,7 @@ def test_the_command(tiny, store, monkeypatch):  # noqa: F811
         result = call("tune", *arguments)
         assert result.exit_code == 0, result.output
         assert words in result.stdout
-    assert document("--clear")["removed"] == 1
+    assert document("--clear")["removed"] == len(planned)
     assert document("--list")["tuned"] == []
 
 

@@ -1,8 +1,9 @@
 """Launches that `swinaccel tune` found to be faster than the default ones, kept on disk for the device at hand.
 
-A file holds what was found in one environment: GPU, Triton and kernels; where any of these changes, none is found and
-the defaults serve. It is read once in a process, when the first launch is planned, never on the way of a call. What is
-in it is not trusted: parameters of a wrong type, out of range or not for the kernel are as if absent.
+A record is a file of its own, so that processes that tune at once lose nothing, and named by the environment: GPU,
+Triton and kernels; where any of these changes, none is found and the defaults serve. Records are read once in a
+process, when the first launch is planned, never on the way of a call. Their contents are not trusted: parameters of a
+wrong type, out of range or not for the kernel are as if absent.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -22,15 +21,17 @@ from typing import Any
 
 import torch
 
-from ..config import cache_dir, written_at_once
+from .. import cache
+from ..config import cache_dir
 
 logger = logging.getLogger("swinaccel")
 
 KERNELS = ("small", "large", "small_backward", "query", "key", "bias")
 
-_FORMAT = 1
+_FOLDER = "launches"
+_FORMAT = 2
 _ENVIRONMENT = ("gpu", "capability", "triton", "kernels")
-_LARGEST_FILE = 1 << 24
+_LARGEST_FILE = 1 << 16
 _POWERS = {"block_m": (16, 256), "block_n": (16, 256), "num_warps": (1, 16)}  # least and largest
 _NUMBERS = {"images": (1, 1 << 16), "windows": (1, 1 << 16), "num_stages": (1, 8)}
 _REGISTERS = (32, 255)
@@ -85,7 +86,10 @@ def distrust() -> bool:
     if not _used or _distrusted:
         return False
     _distrusted = True
-    logger.warning("a launch failed and tuned ones are in use; default launches serve now (see `swinaccel tune`)")
+    logger.warning(
+        "a launch failed while tuned ones are in use; default launches serve now, and results are right"
+        " (`swinaccel tune --clear` forgets tuned ones)"
+    )
     return True
 
 
@@ -182,45 +186,47 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def folder() -> Path:
-    """Where tuned launches are kept; it need not exist."""
-    return cache_dir() / "launches"
+    """Return the folder of tuned launches, which need not exist; ValueError where there can be none."""
+    return cache_dir() / _FOLDER
 
 
-def path_of(device: torch.device) -> Path:
-    """The file of a device, which need not exist."""
-    text = json.dumps([_FORMAT, environment(device)], sort_keys=True)
-    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+def path_of(device: torch.device, key: str) -> Path:
+    """Return the place of a launch's record, which need not exist."""
+    return folder() / f"{_prefix(device)}{_digest(key)}.json"
+
+
+def _prefix(device: torch.device) -> str:
+    return f"{_digest([_FORMAT, environment(device)])}-"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read(device: torch.device) -> dict[str, Any]:
-    """All that is known of a device, by `describe`: {"parameters", "default_ms", "tuned_ms"}."""
-    try:
-        document = _document(path_of(device)) if folder().is_dir() else None
-    except ValueError as error:  # no folder to look in
-        logger.warning("default launches serve: %s", str(error))
+    """Return all that is known of a device, by `describe`: {"parameters", "default_ms", "tuned_ms"}."""
+    where = cache.folder_of(_FOLDER)
+    paths = [] if where is None else cache.records(where)
+    if not paths:
         return {}
-    return {} if document is None or document["environment"] != environment(device) else document["launches"]
+    place, prefix = environment(device), _prefix(device)
+    documents = (_document(path) for path in paths if path.name.startswith(prefix))
+    return {one["key"]: one["record"] for one in documents if one is not None and one["environment"] == place}
 
 
 def _document(path: Path) -> dict[str, Any] | None:
-    """A file's contents, less records that are none, or None where it is not to be trusted."""
+    """Return the contents of a file, {"environment", "key", "record"}, or None where it is not to be trusted."""
+    content = cache.read(path, _LARGEST_FILE)
     try:
-        info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022 or info.st_size > _LARGEST_FILE:
-            return None
-        if hasattr(os, "getuid") and info.st_uid != os.getuid():
-            return None
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = json.loads(content or b"null")
+    except (ValueError, RecursionError):
         return None
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         return None
-    place, launches = document.get("environment"), document.get("launches")
-    if not isinstance(place, dict) or place.keys() != set(_ENVIRONMENT) or not isinstance(launches, dict):
+    place, key, record = (document.get(name) for name in ("environment", "key", "record"))
+    if not isinstance(place, dict) or place.keys() != set(_ENVIRONMENT) or not isinstance(key, str):
         return None
-    if not all(isinstance(word, str) for word in place.values()):
-        return None
-    return document | {"launches": {key: record for key, record in launches.items() if _is_record(record)}}
+    return document if all(isinstance(word, str) for word in place.values()) and _is_record(record) else None
 
 
 def _is_record(record: Any) -> bool:
@@ -234,33 +240,32 @@ def _is_record(record: Any) -> bool:
 
 
 def stored() -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """(environment, launches) of every file that can be read, for people to look at."""
-    found = []
-    for path in sorted(folder().glob("*.json")) if folder().is_dir() else ():
+    """Return (environment, launches) of all environments that records were found for, for people to look at."""
+    found: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
+    for path in cache.records(folder()):
         document = _document(path)
         if document is not None:
-            found.append((document["environment"], document["launches"]))
-    return found
+            place = document["environment"]
+            found.setdefault(_digest(place), (place, {}))[1][document["key"]] = document["record"]
+    return list(found.values())
 
 
-def write(device: torch.device, found: dict[str, Any | None]) -> Path:
-    """Add to what is known of a device, or with None take away, in one step; OSError where that cannot be."""
-    path = path_of(device)
-    launches = {key: record for key, record in {**read(device), **found}.items() if record is not None}
-    document = {"format": _FORMAT, "environment": environment(device), "launches": launches}
-    with written_at_once(path) as file:
-        Path(file).write_text(json.dumps(document, indent=1))
+def write(device: torch.device, records: dict[str, Any | None]) -> None:
+    """Add to what is known of a device, or with None take away, each record in one step; OSError where it cannot."""
+    for key, record in records.items():
+        path = path_of(device, key)
+        if record is None:
+            path.unlink(missing_ok=True)
+            continue
+        document = {"format": _FORMAT, "environment": environment(device), "key": key, "record": record}
+        cache.write(path, json.dumps(document, indent=1).encode())
     forget()
-    return path
 
 
 def clear() -> int:
-    """Remove the files of all environments; how many there were."""
-    removed = 0
-    if folder().is_dir() and not folder().is_symlink():
-        for path in folder().iterdir():
-            if path.suffix in (".json", ".part") and not path.is_dir():
-                path.unlink(missing_ok=True)
-                removed += path.suffix == ".json"
+    """Remove the records of all environments, and return how many there were."""
+    paths = cache.records(folder())
+    for path in paths:
+        path.unlink(missing_ok=True)
     forget()
-    return removed
+    return len(paths)

@@ -71,6 +71,15 @@ def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
     }
 
 
+def logit_scale_reason(logit_scale: object, num_heads: int) -> str | None:
+    """Return why a SwinV2's logit_scale is not one number a head, as originals spread it over scores, or None."""
+    if not isinstance(logit_scale, Tensor):
+        return f"its logit_scale is {logit_scale!r}"
+    if tuple(logit_scale.shape) != (num_heads, 1, 1):
+        return f"its logit_scale {tuple(logit_scale.shape)} is not one number for each of {num_heads} heads"
+    return None
+
+
 def mlp_table_shape(coords: Tensor, last: Any, num_heads: int) -> tuple[int, int]:
     """Return the shape of a table that an MLP computes, whatever the width of its last layer, as originals view it."""
     width = last.weight.shape[0] if type(last) is nn.Linear else last.out_features

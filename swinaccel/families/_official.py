@@ -21,6 +21,7 @@ from ._common import (
     is_index,
     is_plain_linear,
     is_position_mlp,
+    logit_scale_reason,
     mlp_table_shape,
     position_bias,
     separate_bias,
@@ -80,7 +81,7 @@ def attention_section(
         "dropout": _dropout(attn),
     }
     if hasattr(attn, "logit_scale"):
-        return Section(
+        return logit_scale_reason(attn.logit_scale, heads) or Section(
             project=_project_v2(attn),
             padding=_padding_v2(attn),
             **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layout import Block, Tokens
 from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
-from ._common import drop_rate, is_index, is_position_mlp, pair, position_bias, positional_names
+from ._common import drop_rate, is_index, is_position_mlp, logit_scale_reason, pair, position_bias, positional_names
 from ._separate import separate_padding, separate_projections
 from .huggingface import layer_examples, square_geometry
 
@@ -77,6 +77,9 @@ class HuggingFaceSwinLegacy:
         if tuple(attn.window_size) != geometry.window:
             return f"the bias table belongs to a window of {attn.window_size[0]}, not {geometry.window[0]}"
         if hasattr(attn, "logit_scale"):
+            reason = logit_scale_reason(attn.logit_scale, heads)
+            if reason is not None:
+                return reason
             bias = {
                 **position_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, heads),
                 "logit_scale": attn.logit_scale,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layout import Product
 from ..spec import Axes, Geometry, Section, WindowSpec
-from ._common import is_position_mlp, is_table, position_bias, sides
+from ._common import is_position_mlp, is_table, logit_scale_reason, position_bias, sides
 from ._shrinking import example_sizes, prefix, shrinking_geometry
 
 
@@ -54,6 +54,9 @@ class Torchvision:
         cosine = hasattr(module, "logit_scale")
         product, drops = Product(module.proj, lambda: module.proj.bias), module.training and module.dropout
         if cosine:
+            reason = logit_scale_reason(module.logit_scale, heads)
+            if reason is not None:
+                return reason
             bias = {
                 **position_bias(module.cpb_mlp, module.relative_coords_table, heads),
                 "logit_scale": module.logit_scale,
@@ -105,7 +108,7 @@ class Torchvision3d(Torchvision):
 
 def _qkv_bias(module: Any, cosine: bool) -> Tensor | None:
     bias = module.qkv.bias
-    if bias is None or not cosine:
-        return bias
+    if bias is None or not cosine or bias.dim() != 1 or bias.numel() % 3:
+        return bias  # of another size it is spread over the product, and k's part of it is none
     q_bias, k_bias, v_bias = bias.chunk(3)
     return torch.cat((q_bias, torch.zeros_like(k_bias), v_bias))

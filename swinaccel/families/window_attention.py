@@ -7,6 +7,7 @@ without a mask each window is one.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ class WindowAttention:
     method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
-        if hasattr(module, "shift_size") or len(positional_names(type(module).forward)) != 2:
+        if hasattr(module, "shift_size") or _names(type(module)) is None:
             return None
         return attention_spec(self.name, module)
 
@@ -54,7 +55,8 @@ class WindowAttention:
         first, *rest = module.window_size
         windows = 1 if mask is None else mask.shape[0]
         image = x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2])
-        return attend(image).reshape(*x.shape[:2], -1)
+        out = attend(image)
+        return out.reshape(*x.shape[:2], out.shape[-1])
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         tokens = math.prod(module.window_size)
@@ -63,14 +65,24 @@ class WindowAttention:
 
 
 def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Windows and mask, under whatever names the forward gives them."""
+    """Windows and mask, under whatever names the forward gives them; what else it may take must be left out."""
     names = _NAMES.get(type(module))
     if names is None:
-        names = _NAMES[type(module)] = positional_names(type(module).forward)
+        names = _NAMES[type(module)] = _names(type(module)) or ()
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if names[0] not in given or len(args) > 2 or not given.keys() <= {*names}:
-        raise TypeError(f"its arguments are {names[0]} and {names[1]}")
+    if len(args) > len(names) or not given.keys() <= {*names} or names[0] not in given:
+        raise TypeError(f"its arguments are {' and '.join(names[:2])}")
+    for name in names[2:]:
+        if given.get(name) is not None:
+            raise TypeError(f"it is given {name}, which no family knows")
     return given[names[0]], given.get(names[1])
+
+
+def _names(cls: type) -> tuple[str, ...] | None:
+    """The names of a forward's arguments: windows, mask, and others that are None unless given; None of any other."""
+    names = positional_names(cls.forward)  # type: ignore[attr-defined]
+    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return names if len(names) > 1 and all(parameters[name].default is None for name in names[2:]) else None
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}

@@ -34,8 +34,15 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     root = twin(module)
     attention = family.attention(root)
     parts = list(attention.modules())
-    facts = parts_reason(parts, attention is root) or _reading(family, module)
-    scope.renew(facts, lambda: guarded(family, root, [root, *(part for part in parts if part is not root)]))
+    facts = parts_reason(parts, attention is root) or reading_of(family, module)
+    inside = [root, *(part for part in parts if part is not root)]
+    if isinstance(facts, Reading):
+        inside += [part for path in facts.unread_dropouts if (part := module.get_submodule(path)) not in inside]
+        dropout = facts.active(module)
+        facts = (
+            facts if dropout is None else f"its dropout {dropout} is active, and only its own code says where it drops"
+        )
+    scope.renew(facts, lambda: guarded(family, root, inside))
     return facts
 
 
@@ -69,7 +76,8 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
     return None
 
 
-def _reading(family: Any, module: nn.Module) -> Reading | str:
+def reading_of(family: Any, module: nn.Module) -> Reading | str:
+    """Return how the attention of a module was proven to be read, or why its original must run."""
     try:
         reading = registry.reading(attention_key(family, module))
     except Untraceable as reason:
@@ -158,9 +166,9 @@ def section_reason(section: Section, device: torch.device) -> str | None:
         return f"the bias index is of {section.index.dtype}"
     if tuple(section.index.shape) != (tokens, tokens):
         return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
-    _, columns = table_shape(section)
-    if columns != heads:
-        return f"the bias table has {columns} columns, and the attention {heads} heads"
+    shape = table_shape(section)
+    if len(shape) != 2 or shape[1] != heads:
+        return f"the bias table {shape} has not one column for each of {heads} heads"
     if section.logit_scale is not None and section.logit_scale.numel() != heads:
         return f"logit_scale holds {section.logit_scale.numel()} numbers, and the attention has {heads} heads"
     mask = section.mask

@@ -72,10 +72,10 @@ class BlockFacts:
             demand(not is_leaf or does_nothing(part), f"what {type(part).__name__} does is not known")
         linears = (block.fc1, self.channels, self.hidden), (block.fc2, self.hidden, self.channels)
         for norm in (block.norm1, block.norm2):
-            demand(norm.normalized_shape == (self.channels,), "its norms are of other channels")
+            demand_sizes(norm, self.channels)
         for layer, fan_in, fan_out in linears:
             demand(tuple(layer.weight.shape) == (fan_out, fan_in), "the sizes of its MLP do not fit each other")
-            demand(layer.bias is None or layer.bias.numel() == fan_out, "a bias of its MLP has another size")
+            demand(layer.bias is None or tuple(layer.bias.shape) == (fan_out,), "a bias of its MLP has another size")
         self.norms: Any = tuple((one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2))
         self.linears: Any = tuple((layer.weight, layer.bias) for layer, _, _ in linears)
         self.drops = [None if one is None or not drops_now(one) else one for one in drops]
@@ -95,6 +95,13 @@ def demand(holds: bool, reason: str) -> None:
     """Raise NotFusable unless something holds."""
     if not holds:
         raise NotFusable(reason)
+
+
+def demand_sizes(norm: Any, channels: int) -> None:
+    """Raise NotFusable where a layer norm is not over so many channels."""
+    shapes = [tuple(one.shape) for one in (norm.weight, norm.bias) if one is not None]
+    fits = all(shape == (channels,) for shape in (norm.normalized_shape, *shapes))
+    demand(fits, "its norms have other channels")
 
 
 def demand_unhooked(parts: Any) -> None:

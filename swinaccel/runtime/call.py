@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from ..backends import torch_fusion
 from ..config import AccelConfig, env_strict
+from ..exporting import is_onnx_export
 from ..failures import KernelError, failures
 from ..layers import twin
 from ..layout import Embedding, Merging
 from ..spec import Section
 from ..trust.fingerprint import Untraceable
-from ..trust.registry import attention_key, block_key, registry
+from ..trust.registry import block_key, registry
 from . import traced
-from .attention import bind, guarded, parts_reason, plan_attention, section_of, trusted
+from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
 from .errors import FallbackError
@@ -71,6 +72,8 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     """
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if torch.compiler.is_compiling():
+        if is_onnx_export():
+            return original(module, *args, **kwargs)
         return traced.call(entry, module, original, x, args, kwargs)
     state, has_attention = state_of(module), entry.has_attention
     if has_attention:
@@ -260,9 +263,9 @@ def _attention_of_block(
 ) -> tuple[Callable[[Tensor], Tensor], tuple | None, Section, nn.Module] | str:
     """Return what runs the attention of a block, with its problem, section and module, or why it must run itself."""
     family, inner = adapter.inner(module)
-    reading = registry.reading(attention_key(family, inner))
-    if reading is None:
-        return "its attention was changed after accelerate()"
+    reading = reading_of(family, inner)
+    if isinstance(reading, str) or reading.active(inner) is not None:
+        return "its attention must run by itself"
     attention = family.attention(inner)
     reason = parts_reason(list(attention.modules()), False)
     if reason is not None:

@@ -31,7 +31,7 @@ class Guard:
 
     Args:
         modules: each by itself, without its submodules. None is kept alive but for its attributes, if it is a `twin`.
-        cells: (namespace, name, value) outside of them, compared by identity.
+        cells: (namespace or object, name, value) outside of them, compared by identity.
         contents: (mapping or list, copy of it) outside of them, compared by value.
         ignored: settings of the modules that may change, since each call's key holds them.
     Raises:
@@ -39,8 +39,9 @@ class Guard:
     """
 
     __slots__ = (
-        "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_empty", "_forwards", "_ignored",
-        "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_values", "_versions", "_watched", "modules",
+        "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_empty", "_fields", "_forwards",
+        "_ignored", "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_values", "_versions",
+        "_watched", "modules",
     )  # fmt: skip
 
     def __init__(
@@ -69,8 +70,10 @@ class Guard:
         self._buffers = [one for module in modules for one in module._buffers.values() if one is not None]
         self._pointers = list(map(Tensor.data_ptr, self._buffers))
         cells, contents = list(cells), list(contents)
-        self._cells = [namespace for namespace, _, _ in cells], [name for _, name, _ in cells]
-        self._watched = [value for _, _, value in cells]
+        spaces = [cell for cell in cells if isinstance(cell[0], Mapping)]
+        self._cells = [namespace for namespace, _, _ in spaces], [name for _, name, _ in spaces]
+        self._watched = [value for _, _, value in spaces]
+        self._fields = [cell for cell in cells if not isinstance(cell[0], Mapping)]
         self._contents, self._copies = [now for now, _ in contents], [then for _, then in contents]
         if not self.holds():
             raise NotGuardable
@@ -91,6 +94,7 @@ class Guard:
                 and list(map(Tensor.data_ptr, self._buffers)) == self._pointers  # views of them may have been kept
                 and list(map(_version, self._values)) == self._versions
                 and all(map(is_, map(getitem, *self._cells), self._watched))
+                and all(getattr(one, name, None) is value for one, name, value in self._fields)
                 and self._contents == self._copies
             )
         except Exception:  # a setting that has become something which cannot be compared, a name that is gone

@@ -14,7 +14,7 @@ from ..config import AccelConfig
 from ..layers import is_builtin
 from ..layout import Embedding, Merging
 from ..reference_block import embedded, embedding_reference, merged, merging_reference
-from .block import _norm_dtype, demand, demand_idle, demand_unhooked, failed, is_mixed
+from .block import _norm_dtype, demand, demand_idle, demand_sizes, demand_unhooked, failed, is_mixed
 from .context import product_dtype
 
 
@@ -29,9 +29,9 @@ class MergingFacts:
         demand(is_builtin(norm, nn.LayerNorm), "its norm is no layer norm")
         demand_unhooked(module.modules())
         width, channels = layer.weight.shape
-        demand(norm.normalized_shape == ((width if merging.post_norm else channels),), "its norm has other channels")
+        demand_sizes(norm, width if merging.post_norm else channels)
         demand(channels % 4 == 0, "its channels are not those of four neighbours")
-        demand(layer.bias is None or layer.bias.numel() == width, "a bias of it has another size")
+        demand(layer.bias is None or tuple(layer.bias.shape) == (width,), "a bias of it has another size")
         self.merging, self.channels = merging, channels // 4
         self.affine, self.reduction = (norm.weight, norm.bias, norm.eps), (layer.weight, layer.bias)
 
@@ -87,7 +87,8 @@ class EmbeddingFacts:
         demand_unhooked(module.modules())
         demand_idle(module.modules(), ())
         width, self.channels, *patch = layer.weight.shape
-        demand(norm is None or norm.normalized_shape == (width,), "its norm has other channels")
+        if norm is not None:
+            demand_sizes(norm, width)
         numbers = self.channels * patch[0] * patch[1]
         demand(kernels.embed_launch(width, numbers) is not None, "its patches are too large for the kernel")
         self.embedding, self.projection = embedding, (layer.weight, layer.bias)

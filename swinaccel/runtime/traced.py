@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import fusion_ops
@@ -79,7 +80,9 @@ def call(
 def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Attend | str:
     """Return what runs the attention of a call, (B, H, W, C) to the same, or why the original must run."""
     attention = family.attention(module)
-    reason = _parts_reason(getattr(module, ROLES), attention, attention is module, _root(module, attention))
+    reason = _dropout_reason(module, attention) or _parts_reason(
+        getattr(module, ROLES), attention, attention is module, _root(module, attention)
+    )
     if reason is not None:
         return reason
     section = section_of(family, module, None, args, kwargs)
@@ -128,6 +131,15 @@ def _parts_reason(
     return None
 
 
+def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
+    """Return why code that no library holds may drop what no family reads, or None."""
+    if not is_of_library(module) or not is_of_library(attention):
+        for part in (*module._modules.values(), *attention._modules.values()):
+            if isinstance(part, _DropoutNd) and part.training and part.p:
+                return "dropout is active in code that no library holds"
+    return None
+
+
 def _tokens(adapter: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from .call import tokens_of
 
@@ -162,9 +174,11 @@ def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
     for norm in norms:
         if type(norm) is not nn.LayerNorm or norm.normalized_shape != x.shape[-1:]:
             return None
+        if any(one is not None and one.shape != x.shape[-1:] for one in (norm.weight, norm.bias)):
+            return None
         parameters += norm.weight, norm.bias
     for layer in linears:
-        if type(layer) is not nn.Linear:
+        if type(layer) is not nn.Linear or (layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]):
             return None
         parameters += layer.weight, layer.bias
     for one in parameters:

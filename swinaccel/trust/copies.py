@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..families import examples
 from ..layout import Block
@@ -91,6 +92,11 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
     for buffer in module.buffers():
         value = buffer.detach().to("cpu", copy=True)
         memo[id(buffer)] = value + torch.rand_like(value) if value.is_floating_point() else value
+    for part in module.modules():
+        for one in vars(part).values():
+            if isinstance(one, Tensor) and one.is_floating_point() and id(one) not in memo:
+                value = one.detach().to("cpu", setting.dtype, copy=True)
+                memo[id(one)] = value + torch.rand_like(value)
     places = [place for place, part in enumerate(module.modules()) if part in moved]
     twin = copy.deepcopy(module, memo)
     twin.to("cpu", setting.dtype)
@@ -99,7 +105,7 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
     for part in parts:
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             hooks.clear()
-        if type(part) is nn.Dropout:
+        if isinstance(part, _DropoutNd):
             part.p = 0.0
     for part in (parts[place] for place in places):
         if not type(part).__module__.startswith("torch.nn."):
@@ -135,6 +141,14 @@ def set_drop_rates(facts: Any, rate: float) -> None:
         for name in ("p", "drop_prob"):
             if drop is not None and name in vars(drop) and type(drop) is not nn.Dropout:
                 setattr(drop, name, own)
+
+
+def set_path_rates(twin: nn.Module, rate: float) -> None:
+    """Let all drop-paths of a copy drop, wherever they stand."""
+    for part in twin.modules():
+        for name in ("p", "drop_prob"):
+            if isinstance(part.__dict__.get(name), float) and not isinstance(part, _DropoutNd):
+                setattr(part, name, rate)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

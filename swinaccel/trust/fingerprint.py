@@ -2,7 +2,8 @@
 
 Two modules of one fingerprint run the same code over the same settings, class attributes, module globals and
 configuration objects. Code is followed from the methods that run: through the methods, globals, closures and defaults
-that they name. Of instance attributes and of objects, what that code names counts.
+that they name. Of instance attributes and of libraries' objects, what that code names counts; of a user's objects,
+everything.
 
 A fingerprint keeps nothing alive: code and objects are compared by identity, through weak references. Floating-point
 attributes are left out, since families read them at each call and the probe moves them; so are the settings in `LIVE`.
@@ -10,8 +11,11 @@ attributes are left out, since families read them at each call and the probe mov
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import enum
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -20,32 +24,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import OWN_ATTRIBUTES, undispatched
+from ..layers import DISPATCHER, OWN_ATTRIBUTES
 from .libraries import is_installed, is_library_function, is_of_library
+from .names import bases_of, cell_content, functions_behind, is_method, names_in, reached, unwrapped, wrapped_function
 
-# Settings that families read at each call, and the marker of accelerated instances.
-LIVE = frozenset(("H", "W", "img_size", "input_resolution", "shift_size", "window_size", "_swinaccel"))
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type(Ellipsis))
+# Settings that families read at each call, and what accelerated instances and classes hold.
+LIVE = frozenset(("H", "W", "img_size", "input_resolution", "shift_size", "window_size"))
+OURS = frozenset(("_swinaccel", "_swinaccel_roles"))
+
+_PLAIN: tuple[type, ...] = (
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+    type(Ellipsis), range, slice,
+)  # fmt: skip
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_WALKS = frozenset(
-    [
-        "_modules",
-        "_parameters",
-        "_buffers",
-        "children",
-        "modules",
-        "named_children",
-        "named_modules",
-        "parameters",
-        "named_parameters",
-        "buffers",
-        "named_buffers",
-        "__dict__",
-        "vars",
-        "getattr",
-    ]
-)
-_ALWAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl")  # run whatever a method names
+_WALKS = frozenset((
+    "_modules", "_parameters", "_buffers", "children", "modules", "named_children", "named_modules", "parameters",
+    "named_parameters", "buffers", "named_buffers", "__dict__", "vars",
+))  # fmt: skip
+_ANSWERS = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__get__", "__missing__", "_call_impl")
+# Of these packages, functions and plain values that the code names count: what else they hold is no model's setting.
+_OPAQUE = frozenset(("torch", "numpy", "math", "timm", "torchvision", "transformers", "monai", "einops", "builtins"))
+# Objects of these are not looked into.
+_UNOPENED = frozenset(("logging", "re", "typing", "torch", "warnings"))
+_FOREIGN = (threading.local, contextvars.ContextVar)  # which hold another value in every thread or context
 _MOST_VALUES = 4096
 _DEEPEST = 24
 
@@ -90,14 +92,6 @@ def fingerprint(parts: Iterable[tuple[str, nn.Module]], methods: Iterable[str] =
     return Trace(parts, methods).fingerprint
 
 
-def rates(part: nn.Module) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a module that are called rates of dropout, and that its code reads."""
-    found = [(name, value) for name, value in part.__dict__.items() if type(value) is float and "drop" in name]
-    if found:
-        _, names = _reached(type(part), ("forward",))
-        yield from ((name, value) for name, value in found if name in names)
-
-
 def is_dead(fingerprint: Hashable) -> bool:
     """Return True if code or an object of this fingerprint is gone, so that it equals no other any more."""
     if isinstance(fingerprint, _Identity):
@@ -105,44 +99,51 @@ def is_dead(fingerprint: Hashable) -> bool:
     return isinstance(fingerprint, (tuple, frozenset)) and any(map(is_dead, fingerprint))
 
 
+def rates(part: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a module that are called rates of dropout, and that its code reads."""
+    found = [(name, value) for name, value in part.__dict__.items() if type(value) is float and "drop" in name]
+    if found:
+        _, names = reached(type(part), ("forward",))
+        yield from ((name, value) for name, value in found if name in names)
+
+
 class Trace:
     """The fingerprint of modules, and where the state outside of them lies that it depends on.
 
     Attributes:
         fingerprint: see `fingerprint`.
-        cells: (namespace, name, value) of globals and class attributes that code outside of libraries reads.
-        contents: (mapping or list, copy of it) of the objects that any code reads outside of the modules.
+        cells: (namespace, name, value) of globals, class attributes and the like that code outside of libraries reads;
+            a closure's cell stands for a namespace of one name.
+        contents: (mapping, list or set, copy of it) of the objects that any code reads outside of the modules.
     """
 
     def __init__(self, parts: Iterable[tuple[str, nn.Module]], methods: Iterable[str]) -> None:
-        self.cells: list[tuple[Mapping[str, Any], str, Any]] = []
+        self.cells: list[tuple[Any, str, Any]] = []
         self.contents: list[tuple[Any, Any]] = []
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # what is kept until the end, so that no address comes twice
         self._count = 0
+        parts = list(parts)
+        self._modules = {part for _, part in parts}
         found: list[Hashable] = []
-        entries: tuple[str, ...] = (*methods, *_ALWAYS)
+        entries = (*methods, *_ANSWERS)
         for path, part in parts:
             found.append((path, *self._part(part, entries)))
-            entries = ("forward", *_ALWAYS)
+            entries = ("forward", *_ANSWERS)
         self.fingerprint: Fingerprint = tuple(found)
 
     def _part(self, part: nn.Module, entries: tuple[str, ...]) -> Iterator[Hashable]:
         """Yield what decides what one module does with its own tensors and submodules."""
-        cls, attributes = type(part), part.__dict__
-        functions, names = _reached(cls, entries)
-        for function in functions:
+        cls, attributes, is_library = type(part), part.__dict__, is_of_library(part)
+        functions, names = reached(cls, entries)
+        for base, name, function in functions:
+            if not is_library and name != "forward":  # a guard looks at every class's forward by itself
+                self._watch(vars(base), name)
             yield self._function(function, names)
-        for namespace in _bases(cls):
-            for name in names & vars(namespace).keys():
-                value = vars(namespace)[name]
-                if not _is_method(value):
-                    yield name, self._value(value, names, 0)
-                    if not is_of_library(part):
-                        self.cells.append((vars(namespace), name, value))
+        yield from self._class(cls, names, watched=not is_library)
         # Of layers with parameters and of a library's blocks, numbers are sizes.
-        has_sizes = is_of_library(part) and bool(attributes["_parameters"] or attributes["_modules"])
-        for name in sorted(attributes.keys() - OWN_ATTRIBUTES - LIVE):
+        has_sizes = is_library and bool(attributes["_parameters"] or attributes["_modules"])
+        for name in sorted(attributes.keys() - OWN_ATTRIBUTES - LIVE - OURS):
             value = attributes[name]
             if isinstance(value, float) or (has_sizes and _is_size(value)):
                 continue
@@ -150,41 +151,67 @@ class Trace:
                 yield name, self._value(value, names, 0)
         # A library's families read at each call whether there is a bias or a mask.
         walks = isinstance(part, _CONTAINERS) or not names.isdisjoint(_WALKS)
-        for kept in ("_modules",) if is_of_library(part) else ("_parameters", "_buffers", "_modules"):
+        for kept in ("_modules",) if is_library else ("_parameters", "_buffers", "_modules"):
             held = attributes[kept].items()
             yield kept, tuple((name, value is None) for name, value in held if walks or name in names)
 
+    def _class(self, cls: type, names: frozenset[str], watched: bool) -> Iterator[Hashable]:
+        """Yield the attributes of a class and of its metaclass that code reads, without functions."""
+        metaclasses = [one for one in type.mro(type(cls)) if one not in (type, object)]
+        for base in (*bases_of(cls), *metaclasses):
+            is_meta = issubclass(base, type)
+            for name in sorted(names & vars(base).keys() - OURS):
+                value = vars(base)[name]
+                if is_method(value) and not is_meta:
+                    continue
+                if watched:
+                    self._watch(vars(base), name)
+                for one in functions_behind(value) if is_method(value) else (value,):
+                    yield name, self._value(one, names, 0)
+
+    def _watch(self, namespace: Mapping[str, Any], name: str) -> None:
+        self.cells.append((namespace, name, namespace[name]))
+
+    def _watch_all(self, value: Any, attributes: Mapping[str, Any]) -> None:
+        self.cells += ((value, name, one) for name, one in attributes.items())
+
     def _function(self, function: Any, names: frozenset[str], depth: int = 0) -> Hashable:
-        """Return what decides what a function does, given the names that the code around it reads."""
+        """Return what decides what a function does, given the names that the code around it uses."""
         self._tick(depth)
-        function = _unwrapped(function)
+        function = unwrapped(function)
         code = getattr(function, "__code__", None)
         if code is None:
             return self._value(function, names, depth)
         if (place := self._place(function)) is not None:
             return place
         found: list[Hashable] = [_Identity(code)]
-        is_library = is_library_function(function)
-        cells = [_content(cell) for cell in function.__closure__ or ()]
-        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        for value in (*cells, *defaults):
+        is_library, names = is_library_function(function), names | names_in(code)
+        for cell in function.__closure__ or ():
+            value = cell_content(cell)
             if isinstance(value, types.FunctionType):
                 if value is not function:
                     found.append(self._function(value, names, depth))  # which a decorator has wrapped
             elif not is_library or isinstance(value, _PLAIN):
+                if not is_library:
+                    self.cells.append((cell, "cell_contents", value))
+                found.append(self._value(value, names, depth + 1))
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not is_library or isinstance(value, _PLAIN):
                 found.append(self._value(value, names, depth + 1))
         if is_library:
-            found += self._library_state(function, names) if depth == 0 else ()
+            found += self._library_state(function) if depth == 0 else ()
         elif depth == 0 or not is_installed(function):
-            for name in sorted(_names(code) & function.__globals__.keys()):
-                value = function.__globals__[name]
-                self.cells.append((function.__globals__, name, value))
-                found.append((name, self._value(value, names | _names(code), depth + 1)))
+            own = vars(function)
+            for namespace, used in ((function.__globals__, names_in(code)), (own, names)):
+                for name in sorted(used & namespace.keys() - {DISPATCHER, "__wrapped__"}):
+                    self._watch(namespace, name)
+                    found.append((name, self._value(namespace[name], names, depth + 1)))
         return tuple(found)
 
-    def _library_state(self, function: Any, names: frozenset[str]) -> Iterator[Hashable]:
+    def _library_state(self, function: Any) -> Iterator[Hashable]:
         """Yield the functions that a library's function names, by identity, and the state that it reads."""
-        for name in sorted(_names(function.__code__) & function.__globals__.keys()):
+        names = names_in(function.__code__)
+        for name in sorted(names & function.__globals__.keys()):
             value = function.__globals__[name]
             if isinstance(value, types.FunctionType):
                 yield name, _Identity(value.__code__)
@@ -195,55 +222,78 @@ class Trace:
         """Return a value as it is compared: plain ones by value, containers and objects by contents, others as such."""
         self._tick(depth)
         if isinstance(value, _PLAIN):
-            return type(value), repr(value) if isinstance(value, (float, complex)) else value
+            return type(value), repr(value) if isinstance(value, (float, complex, range, slice)) else value
+        if isinstance(value, enum.Enum):
+            extra = {name: one for name, one in vars(value).items() if not name.startswith("_")}
+            return type(value), value.name, self._value(extra, names, depth + 1), self._watch_all(value, extra)
         if isinstance(value, types.FunctionType):
             return self._function(value, names, depth)
-        if isinstance(value, (types.BuiltinFunctionType, Tensor, nn.Module)):
-            return _identity(value)
-        if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):  # functools.lru_cache and the like
-            return _identity(value), self._function(value.__wrapped__, names, depth + 1)
         if isinstance(value, types.MethodType):
-            return self._function(value.__func__, names, depth), _identity(value.__self__)
+            return self._function(value.__func__, names, depth), self._owner(value.__self__, names, depth)
+        if isinstance(value, types.BuiltinFunctionType):
+            return _identity(value)
         if isinstance(value, functools.partial):
             return tuple(self._value(one, names, depth + 1) for one in (value.func, *value.args, value.keywords))
-        if isinstance(value, types.ModuleType):
-            return _identity(value), *self._namespace(value, names, depth)
-        if isinstance(value, type):
-            if value.__module__ == "builtins" or is_library_function(value) or issubclass(value, nn.Module):
-                return _identity(value)
+        if isinstance(value, (types.ModuleType, type)):
             return _identity(value), *self._namespace(value, names, depth)
         if (place := self._place(value)) is not None:
             return place
-        if isinstance(value, (list, tuple)):
-            if isinstance(value, list):
-                self.contents.append((value, value.copy()))
+        if isinstance(value, (list, collections.deque, set)):
+            self.contents.append((value, value.copy()))
+        if isinstance(value, (list, tuple, collections.deque)):
             return type(value), *(self._value(one, names, depth + 1) for one in value)
         if isinstance(value, (set, frozenset)):
             return type(value), frozenset(self._value(one, names, depth + 1) for one in value)
+        if isinstance(value, Tensor):
+            if depth:
+                raise Untraceable("its code reads a tensor that is no part of the module, and may change unseen")
+            return _identity(value)
+        if isinstance(value, nn.Module):
+            return self._owner(value, names, depth)
+        if (inner := wrapped_function(value)) is not None:  # of functools.lru_cache and the like
+            return _identity(value), self._function(inner, names, depth + 1)
         return self._object(value, names, depth)
 
+    def _owner(self, value: Any, names: frozenset[str], depth: int) -> Hashable:
+        """Return a module, which counts by itself where it is one of those, or another object."""
+        if not isinstance(value, nn.Module):
+            return self._value(value, names, depth + 1)
+        if value not in self._modules and not is_of_library(value):
+            raise Untraceable(f"its code reads a {type(value).__name__} that is no submodule of it")
+        return _identity(value)
+
     def _namespace(self, value: Any, names: frozenset[str], depth: int) -> Iterator[Hashable]:
-        """Yield what the code around names of a Python module or of a class that it reads."""
-        is_opaque = isinstance(value, types.ModuleType) and (value.__name__ or "").split(".")[0] in _OPAQUE
-        for name in sorted(names & vars(value).keys()):
+        """Yield what code uses of a Python module or of a class; of a user's class all that is no function."""
+        if value is type or getattr(value, "__module__", None) == "builtins":
+            return
+        if isinstance(value, type):
+            is_opaque = is_library_function(value) or issubclass(value, (Tensor, enum.Enum))
+            shown = names if is_opaque or issubclass(value, nn.Module) else names | vars(value).keys()
+        else:
+            is_opaque, shown = (value.__name__ or "").split(".")[0] in _OPAQUE, names
+        for name in sorted(shown & vars(value).keys() - OURS):
             one = vars(value)[name]
-            if is_opaque:
-                if isinstance(one, (types.FunctionType, types.BuiltinFunctionType)):
-                    yield name, _identity(one)
+            if name.startswith("__") or isinstance(one, _SLOTS) or (name not in names and is_method(one)):
                 continue
-            if name.startswith("__"):
+            if is_opaque and not isinstance(one, (types.FunctionType, types.BuiltinFunctionType, *_PLAIN)):
                 continue
-            self.cells.append((vars(value), name, one))
-            yield name, self._value(_plain_function(one), names, depth + 1)
+            self._watch(vars(value), name)
+            if is_opaque and not isinstance(one, _PLAIN):
+                yield name, _identity(one)
+                continue
+            for inner in functions_behind(one) if is_method(one) else (one,):
+                yield name, self._value(inner, names, depth + 1)
 
     def _object(self, value: Any, names: frozenset[str], depth: int) -> Hashable:
         """Return an object by its attributes and, if it is a mapping, its entries."""
         cls = type(value)
-        root = cls.__module__.split(".")[0]
-        if root in _UNOPENED and not isinstance(value, dict):
+        if isinstance(value, _FOREIGN):
+            raise Untraceable(f"its code reads a {cls.__name__}, which holds another value in every thread or context")
+        if cls.__module__.split(".")[0] in _UNOPENED and not isinstance(value, dict):
             return cls.__qualname__
         found: list[Hashable] = [_identity(cls)]
         attributes = getattr(value, "__dict__", None)
+        is_mapping = isinstance(value, (dict, types.MappingProxyType))
         if attributes is not None:
             self.contents.append((attributes, dict(attributes)))
             # Of a library's own objects (a configuration), the code of that library reads what it names.
@@ -251,17 +301,24 @@ class Trace:
             shown = attributes.keys() & names if is_read_by_name else attributes
             found += ((name, self._value(attributes[name], names, depth + 1)) for name in sorted(shown))
         elif slots := [name for base in cls.__mro__ for name in getattr(base, "__slots__", ())]:
-            found += ((name, self._value(getattr(value, name, None), names, depth + 1)) for name in slots)
-        elif not isinstance(value, (dict, types.MappingProxyType)):
-            return _identity(value)
-        if isinstance(value, (dict, types.MappingProxyType)):
+            for name in slots:
+                one = getattr(value, name, None)
+                self.cells.append((value, name, one))
+                found.append((name, self._value(one, names, depth + 1)))
+        elif not is_mapping:
+            raise Untraceable(f"its code reads a {cls.__name__}, and whether that changes cannot be seen")
+        if is_mapping:
             self.contents.append((value, dict(value)))
             found += ((key, self._value(one, names, depth + 1)) for key, one in value.items())
         for base in cls.__mro__:
-            if base.__module__ != "builtins":
-                for name, one in vars(base).items():
-                    if name in names or (isinstance(one, (*_PLAIN, list, dict)) and not name.startswith("__")):
-                        found.append((name, self._value(_plain_function(one), names, depth + 1)))
+            if base.__module__ != "builtins" and not is_installed_class(base):
+                found += self._namespace(base, names | frozenset(_ANSWERS), depth)
+                for name in sorted(vars(base).keys() & set(_ANSWERS)):
+                    found += (self._value(one, names, depth + 1) for one in functions_behind(vars(base)[name]))
+            elif base.__module__ != "builtins" and isinstance(value, Mapping):
+                for name, one in vars(base).items():  # where a library's registry keeps what is registered
+                    if isinstance(one, dict) and not name.startswith("__"):
+                        found.append((name, self._value(one, names, depth + 1)))
         return tuple(found)
 
     def _place(self, value: Any) -> Hashable:
@@ -279,128 +336,22 @@ class Trace:
             raise Untraceable("its code reads more values from outside of the module than can be kept track of")
 
 
-# Of these packages, functions that the code names count, and nothing else: what they hold is no setting of a model's.
-_OPAQUE = frozenset(("torch", "numpy", "math", "timm", "torchvision", "transformers", "monai", "einops", "builtins"))
-# Objects of these are not looked into.
-_UNOPENED = frozenset(("logging", "threading", "_thread", "weakref", "re", "typing", "torch", "numpy"))
-
-
-def _plain_function(value: Any) -> Any:
-    """Return the function behind a descriptor of a class."""
-    if isinstance(value, property):
-        return value.fget
-    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+def is_installed_class(cls: type) -> bool:
+    """Return True if a class is a library's, PyTorch's, Python's or another installed package's."""
+    if is_library_function(cls):
+        return True
+    functions = (one for value in vars(cls).values() for one in functions_behind(value))
+    return all(map(is_installed, functions)) and cls.__module__ not in ("__main__", "__mp_main__")
 
 
 def _identity(value: Any) -> Hashable:
     try:
         return _Identity(value)
     except TypeError:
-        raise Untraceable(
-            f"its code reads a {type(value).__name__}, and whether that changes cannot be kept track of"
-        ) from None
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _is_method(value: Any) -> bool:
-    return isinstance(
-        value, (types.FunctionType, property, staticmethod, classmethod, functools.cached_property)
-    ) or callable(getattr(value, "__wrapped__", None))
+        raise Untraceable(f"its code reads a {type(value).__name__}, and whether that changes cannot be seen") from None
 
 
 def _is_size(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_size, value))
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _bases(cls: type) -> list[type]:
-    """Return the classes that define what instances do, without nn.Module and what all objects have."""
-    return [base for base in cls.__mro__ if base not in (nn.Module, object)]
-
-
-def _reached(cls: type, entries: Iterable[str]) -> tuple[list[Any], frozenset[str]]:
-    """Return the functions of a class that run when these methods are called, and all names that they read."""
-    functions: list[Any] = []
-    names: set[str] = set()
-    wanted, met = list(entries), set(entries)
-    bases = _bases(cls)
-    while wanted:
-        name = wanted.pop()
-        for base in bases:
-            if name not in vars(base):
-                continue
-            for function in map(_unwrapped, _functions(vars(base)[name])):
-                if any(function is one for one in functions):
-                    continue
-                functions.append(function)
-                new = _all_names(function)
-                names |= new
-                fresh = [one for one in new - met if any(_is_method(vars(b).get(one)) for b in bases)]
-                wanted += fresh
-                met.update(fresh)
-    return functions, frozenset(names)
-
-
-def _unwrapped(function: Any) -> Any:
-    """Return a function without our dispatcher, and wrapped but once by a decorator that has wrapped it again.
-
-    transformers wraps a forward that a subclass inherits anew, as FSDP2 makes subclasses.
-    """
-    function = undispatched(function)
-    cells = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
-    for inner in (undispatched(one) for one in cells if isinstance(one, types.FunctionType)):
-        if inner is not function and inner.__code__ is function.__code__:
-            return _unwrapped(inner)
-    return function
-
-
-def _functions(value: Any) -> Iterator[Any]:
-    """Yield the functions behind an attribute of a class."""
-    if isinstance(value, types.FunctionType):
-        yield value
-    elif isinstance(value, property):
-        yield from (one for one in (value.fget, value.fset) if one is not None)
-    elif isinstance(value, (staticmethod, classmethod)):
-        yield value.__func__
-    elif isinstance(value, functools.cached_property):
-        yield value.func
-    elif callable(getattr(value, "__wrapped__", None)):
-        yield value.__wrapped__
-
-
-def _all_names(function: Any) -> frozenset[str]:
-    """Return the names that a function reads, and those that functions which it wraps do."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return frozenset()
-    names = _names(code)
-    inner = [_content(cell) for cell in function.__closure__ or ()]
-    for one in (*inner, getattr(function, "__wrapped__", None)):
-        if isinstance(one, types.FunctionType) and one is not function and one.__code__ is not code:
-            names |= _all_names(one)
-    return names
-
-
-_known_names: weakref.WeakKeyDictionary[types.CodeType, frozenset[str]] = weakref.WeakKeyDictionary()
-
-
-def _names(code: types.CodeType) -> frozenset[str]:
-    """Return the names that code reads, those in its strings (for getattr) and in its inner functions included."""
-    known = _known_names.get(code)
-    if known is not None:
-        return known
-    names = {*code.co_names, *code.co_freevars}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            names.add(constant)
-    _known_names[code] = found = frozenset(names)
-    return found

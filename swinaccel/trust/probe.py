@@ -14,28 +14,34 @@ depends on the one module beyond that (the size to which its window has shrunk, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from .. import reference
+from .. import projections, reference
 from ..families import Family
 from ..layers import own_method, replaced_methods
 from ..layout import Block, Merging
 from ..reference_block import block_reference, embedding_reference, merging_reference
 from ..spec import Section, WindowSpec
 from . import compare
-from .copies import EXACT, LOW_PRECISION, Setting, calls, isolated, random_copy, seed, set_drop_rates
+from .copies import EXACT, LOW_PRECISION, Setting, calls, isolated, random_copy, seed, set_drop_rates, set_path_rates
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library
 from .registry import Reading, attention_key, block_key, registry
 
 _NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.Linear"  # such calls run the original
-# What a run on the CPU does not show, by names in code outside of the surveyed libraries.
-_UNSEEN_ON_CPUS = frozenset(("amp", "autocast", "cuda", "custom_fwd", "device_type", "is_autocast_enabled", "is_cuda"))
+# What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
+_UNSEEN = frozenset((
+    "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cuda", "custom_fwd", "device_type",
+    "get_autocast_dtype", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads", "initial_seed",
+    "is_autocast_enabled", "is_cuda", "is_grad_enabled", "is_inference_mode_enabled",
+))  # fmt: skip
 
 
 class _NotNow(Exception):
@@ -53,7 +59,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     attention = family.attention(module)
     extra = family.name, spec.window, any(spec.shift)
     own = own_method(type(module), family.method)
-    return _judge(
+    reason = _judge(
         ("attention", *extra),
         module,
         (family.method,),
@@ -61,6 +67,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
         lambda: _probe(module, family, own),
         lambda: attention_key(family, module),
     )
+    return projections.explained(attention, reason)
 
 
 def judge_block(module: nn.Module, family: Any, method: str, attention: str | None) -> str | None:
@@ -136,9 +143,9 @@ def _unseen(parts: Iterable[nn.Module]) -> str | None:
                 code = getattr(function, "__code__", None)
                 if code is None or is_library_function(function) or _NOT_RUN.intersection(name.split("_")):
                     continue
-                names = _UNSEEN_ON_CPUS.intersection(code.co_names)
+                names = _UNSEEN.intersection(code.co_names)
                 if names:
-                    return f"{type(part).__name__}.{name} has to do with {min(names)}, which runs otherwise on GPUs"
+                    return f"{type(part).__name__}.{name} has to do with {min(names)}, which no run of a copy shows"
     return None
 
 
@@ -157,10 +164,38 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> R
         compared = functools.partial(_compare, family=family, original=original, reading=reading)
         reason = _run(module, family, inside, compared)
         if reason is None:
-            return reading
+            return dataclasses.replace(reading, unread_dropouts=_unread_dropouts(module, family, inside, compared))
         first = first or reason
     assert first is not None
     return first
+
+
+def _unread_dropouts(
+    module: nn.Module, family: Family, moved: set[nn.Module], compared: Callable[..., str | None]
+) -> tuple[str, ...]:
+    """Return the paths of dropouts that a family neither reads nor calls where the original does.
+
+    One at a time drops everything, which no random number decides.
+    """
+    if all(map(is_of_library, module.modules())):
+        return ()
+    unread = []
+    with isolated(), torch.no_grad():
+        for path, part in module.named_modules():
+            if not isinstance(part, _DropoutNd):
+                continue
+            twin = random_copy(module, moved, Setting())
+            arguments = calls(family, twin, Setting())
+            dropping = twin.get_submodule(path).train()
+            dropping.p = 1.0  # type: ignore[assignment]
+            try:
+                pairs = [(copy.deepcopy(twin), copy.deepcopy(twin), args, Setting()) for args in arguments]
+                reasons = {compared(*pair) for pair in pairs} - {None, _NOTHING_TO_COMPARE}
+            except _NotNow:  # the family reads it, and leaves such calls to the original
+                continue
+            if reasons:
+                unread.append(path)
+    return tuple(unread)
 
 
 def _probe_block(
@@ -184,7 +219,8 @@ def _run(
                 twin = random_copy(module, moved, setting)
                 arguments = calls(family, twin, setting)
                 compares = 0
-                for rate in (0.0, 0.2) if drops and setting.training else (0.0,):
+                for rate in (0.0, 0.2) if setting.training else (0.0,):
+                    set_path_rates(twin, rate)
                     if drops:
                         set_drop_rates(family.block(twin), rate)
                     for args in arguments:
@@ -252,8 +288,9 @@ def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any,
     for part in family.attention(other).modules():
         if is_of_library(part):
             continue
-        for name, buffer in part._buffers.items():
-            if buffer is None or buffer.is_floating_point() or buffer.data_ptr() == section.index.data_ptr():
+        held = {**part._buffers, **{name: one for name, one in vars(part).items() if isinstance(one, Tensor)}}
+        for name, tensor in held.items():
+            if tensor is None or tensor.is_floating_point() or tensor.data_ptr() == section.index.data_ptr():
                 continue
             return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
     return None
@@ -300,6 +337,8 @@ def attend(section: Section, x: Tensor) -> Tensor:
     """Return what a section computes, in plain PyTorch: (B, H, W, C) to (B, H, W, C')."""
     qkv = section.project(x)
     q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
+    if section.dropout == 1.0:
+        return section.output(torch.zeros_like(v))
     out = reference.shifted_window_attention(
         q,
         k,

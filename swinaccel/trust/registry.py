@@ -21,9 +21,19 @@ class Reading:
 
     Attributes:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
+        unread_dropouts: paths of dropouts that no family reads or calls; while one is active, the original must run.
     """
 
     default_scale: bool = False
+    unread_dropouts: tuple[str, ...] = ()
+
+    def active(self, module: nn.Module) -> str | None:
+        """Return the path of a dropout that drops now and that is not read, or None."""
+        for path in self.unread_dropouts:
+            part = module.get_submodule(path)
+            if part.training and part.p:
+                return path
+        return None
 
     def apply(self, section: Section) -> Section:
         """Return a section as the code of its module computes it."""
