@@ -202,7 +202,8 @@ def _forward(
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         out = _dense(_reference(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
-        return out, torch.empty(_lse_shape(qkv, geometry, num_heads, head_dim, for_backward), device=qkv.device)
+        shape = _lse_shape(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
+        return out, torch.empty(shape, device=qkv.device)
 
 
 def _is_readable(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry) -> bool:
@@ -246,10 +247,12 @@ def _note_failure(error: Exception, q: Tensor, geometry: Geometry, head_dim: int
         raise KernelError(reason) from error
 
 
-def _lse_shape(qkv: Tensor, geometry: Geometry, num_heads: int, head_dim: int, for_backward: bool) -> tuple[int, ...]:
+def _lse_shape(
+    qkv: Tensor, geometry: Geometry, num_heads: int, head_dim: int, has_mask: bool, for_backward: bool
+) -> tuple[int, ...]:
     if not for_backward or backend.is_small(qkv.device, qkv.dtype, geometry.tokens, head_dim):
         return (0,)
-    return (qkv.shape[0], geometry.num_windows, num_heads, geometry.tokens)
+    return backend.lse_shape(qkv.shape[0], geometry, num_heads, has_mask)
 
 
 def _backward(
@@ -427,10 +430,12 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(qkv: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    mask = rest[3]
     num_heads, window, shift, roll_first = rest[6:10]
     for_backward = rest[13]
     geometry = _geometry(qkv, window, shift, roll_first)
-    shape = _lse_shape(qkv, geometry, num_heads, _head_dim(qkv, k, num_heads, geometry), for_backward)
+    head_dim = _head_dim(qkv, k, num_heads, geometry)
+    shape = _lse_shape(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
     out = backend.empty_image(qkv, geometry, k is None)
     return out, qkv.new_empty(shape, dtype=torch.float32 if for_backward else qkv.dtype)
 

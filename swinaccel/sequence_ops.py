@@ -86,7 +86,7 @@ def _forward(
         except Exception as error:
             _note(key, error)
     out = backend.empty_like(q)
-    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q).fill_(float("nan"))
+    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
 
 
 def _backward(
@@ -162,12 +162,14 @@ def _note(key: tuple, error: Exception) -> None:
     _failures[key] = reason
 
 
-def _fake_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fake_lse(q: Tensor, mask: Tensor | None) -> Tensor:
+    return q.new_empty(backend.lse_shape(q, mask), dtype=torch.float32)
 
 
-def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return backend.empty_like(q), _fake_lse(q)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, q_factor: Any, k_factor: Any, mask: Tensor | None, *args: object
+) -> tuple[Tensor, Tensor]:
+    return backend.empty_like(q), _fake_lse(q, mask)
 
 
 def _fake_backward(

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .softmax import at_least, drawn_in
 from .tiles import Geometry, place_window, shift_region
 
 
@@ -26,8 +27,7 @@ def _expand_bias_kernel(
     first = tl.program_id(2) * HEADS
     for head in tl.range(first, tl.minimum(first + HEADS, num_heads)):
         bias = tl.load(table_ptr + index * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
-        # The dense form may be narrower than the table: keep its range, an fp16 infinity would make NaN of it.
-        bias = tl.minimum(tl.maximum(bias.to(tl.float32), -LIMIT), LIMIT)
+        bias = drawn_in(bias, LIMIT)  # of the dense form, which may be narrower than the table
         bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
         offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
         tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)
@@ -133,7 +133,9 @@ def _position_table_kernel(
         hidden_bias = tl.load(hidden_bias_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + head * HIDDEN + offs, mask=inside, other=0.0).to(tl.float32)
         hidden = row[:, None] * row_weight[None, :] + col[:, None] * col_weight[None, :] + hidden_bias[None, :]
-        hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        hidden = at_least(hidden, 0.0)
+        if HIDDEN % BLOCK_HIDDEN:  # there is no channel, but infinite coordinates times zero are NaN
+            hidden = tl.where(inside[None, :], hidden, 0.0)
         acc += tl.sum(hidden * weight[None, :], axis=1)
     tl.store(table_ptr + head * num_rows + offs_t, 16.0 / (1.0 + tl.exp(-acc)), mask=mask_t)
 

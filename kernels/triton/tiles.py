@@ -19,7 +19,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .softmax import LARGEST, at_least, at_most, drawn_in
+
 LOG_100 = tl.constexpr(4.605170185988092)  # SwinV2 clamps logit_scale at ln(100), from above only
 
 # How a shift mask reaches a kernel.
@@ -218,16 +219,22 @@ def store_tokens(ptr, tile, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def within(tokens, inside):
+    """Those of the tokens that are `inside`; the others neither exist nor are padding."""
+    return Tokens(tokens.n, tokens.at, tokens.real & inside, tokens.padding & inside)
+
+
+@triton.jit
 def inverse_norm(x):
     """1 / max(Euclidean norm, 1e-12) of each row, the factor of `torch.nn.functional.normalize`; fp32."""
     x = x.to(tl.float32)
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), 1e-24))
+    return tl.rsqrt(at_least(tl.sum(x * x, axis=1), 1e-24))
 
 
 @triton.jit
 def cosine_scale(logit_scale_ptr, head):
     """What multiplies a head's cosines, natural units: exp of the clamped logit_scale."""
-    return tl.exp(tl.minimum(tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100))
+    return tl.exp(at_most(tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100))
 
 
 @triton.jit
@@ -255,18 +262,11 @@ def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
         if BIAS == BIAS_TABLE:
             row = tl.load(bias.index_ptr + m * N + n, mask=inside, other=0)
             ptrs = bias.table_ptr + row * bias.stride_table[0] + head * bias.stride_table[1]
-            tile = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+            tile = drawn_in(tl.load(ptrs, mask=inside, other=0.0), LARGEST)
         else:
             tile = tl.zeros(inside.shape, tl.float32)
         tile = tl.where(n < N, tile, float("-inf"))
     return tile
-
-
-@triton.jit
-def drawn_in(mask):
-    """A mask in fp32, its large finite values, as stand in for -inf elsewhere, where scaling keeps them finite."""
-    mask = mask.to(tl.float32)
-    return tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
 
 
 @triton.jit
@@ -278,7 +278,7 @@ def add_mask(scores, m, n, mask, window, geometry, WINDOW: tl.constexpr, MASK: t
     elif MASK == MASK_TENSOR:
         N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
         ptr = mask.ptr + tl.cast(window.number, tl.int64) * (N * N)
-        scores += drawn_in(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0))
+        scores += drawn_in(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0), LARGEST)
     return scores
 
 

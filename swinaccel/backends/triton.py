@@ -192,6 +192,11 @@ def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: in
     )
 
 
+def lse_shape(batch: int, geometry: Geometry, num_heads: int, has_mask: bool) -> tuple[int, ...]:
+    """What the forward of large windows keeps of the softmax: see `kernels.softmax`."""
+    return (batch, geometry.num_windows, num_heads, *((2,) if has_mask else ()), geometry.tokens)
+
+
 def _three(numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """One number for each of (depth, rows, columns); flat images have that one for their depth."""
     return numbers if len(numbers) == 3 else (depth, *numbers)
@@ -396,7 +401,8 @@ class _Forward:
                 ),
             )  # fmt: skip
         if problem.for_backward:
-            self.lse_shape = (problem.batch, geometry.num_windows, problem.num_heads, tokens)  # type: ignore[assignment]
+            shape = lse_shape(problem.batch, geometry, problem.num_heads, problem.has_mask)
+            self.lse_shape = shape  # type: ignore[assignment]
         self.attention = _Launch(
             window_fwd._window_attention_fwd_kernel,
             (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
@@ -414,9 +420,10 @@ class _Forward:
 def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> _Launch:
     """The launch that expands the live table into the dense bias."""
     from ..kernels import bias as bias_kernels
+    from ..kernels import softmax
 
     (heads, rows, cols), dtype = dense
-    limit = 3e38 if dtype == torch.float32 else 6e4
+    limit = softmax.LARGEST.value if dtype == torch.float32 else 6e4
     assert problem.table_strides is not None
     return _Launch(
         bias_kernels._expand_bias_kernel,
@@ -475,8 +482,8 @@ def shifted_window_attention(
         dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
         for_backward: keep what the backward needs.
     Returns:
-        (B, H, W, heads * D), and where `for_backward` the log-sum-exp of the scores (B, M, heads, N) in log2 units,
-        which is empty for small windows.
+        (B, H, W, heads * D), and where `for_backward` what is kept of the softmax, of `lse_shape`, which is empty for
+        small windows.
     """
     device, dtype = qkv.device, qkv.dtype
     if index is None:
@@ -526,8 +533,8 @@ class _Backward:
     """The launches of one backward, and what it needs allocated."""
 
     __slots__ = (
-        "bias", "bias_shape", "dense", "expand", "is_small", "key", "padding_shape", "query", "reduce", "scale_shape",
-        "small",
+        "bias", "bias_shape", "dense", "expand", "is_small", "key", "padding_shape", "query", "query_shape", "reduce",
+        "row_shape", "scale_shape", "small",
     )  # fmt: skip
 
     def __init__(self, problem: _Problem, grad_bias: bool) -> None:
@@ -584,12 +591,14 @@ class _Backward:
             return _Launch(kernel, grid, (*numbers, *shape), **options)
 
         parts = heads * windows * batch
+        self.row_shape = (batch, windows, heads, tokens)
+        self.query_shape = (*self.row_shape, problem.head_dim)
         tiles = -(-tokens // large.query.block_m)
         self.query = plan(window_bwd._window_attention_bwd_query_kernel, large.query, (tiles * parts,))
         self.scale_shape = (batch, windows, tiles, heads)
-        tiles = -(-tokens // large.key.block_n)
-        self.key = plan(window_bwd._window_attention_bwd_key_kernel, large.key, (tiles * parts,))
-        self.padding_shape = (batch * windows * tiles, 3 * problem.channels)
+        key_tiles = -(-tokens // large.key.block_n)
+        self.key = plan(window_bwd._window_attention_bwd_key_kernel, large.key, (key_tiles * parts,))
+        self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
         if grad_bias:
             tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
             chunk = launch.bias_chunk(tiles=tiles, windows=windows, batch=batch)
@@ -674,13 +683,14 @@ def shifted_window_attention_backward(
         if backward.expand is not None:
             dense = torch.empty(backward.dense[0], dtype=backward.dense[1], device=device)
             backward.expand(dense, table, index)
-        delta = torch.empty_like(lse)
-        q_norm, k_norm = (None, None) if logit_scale is None else (torch.empty_like(lse), torch.empty_like(lse))
+        delta = fp32(backward.row_shape)
+        norms = None if logit_scale is None else fp32(backward.row_shape)
+        queries = torch.empty(backward.query_shape, dtype=qkv.dtype, device=device)
         operands = (qkv, k, v, pad, mask, logit_scale, dense, seed)
-        backward.query(grad_qkv, grad_scale, delta, q_norm, grad_out, out, lse, *operands)
-        backward.key(grad_qkv, grad_k, grad_v, grad_pad, k_norm, grad_out, lse, delta, q_norm, *operands)
+        backward.query(grad_qkv, grad_pad, grad_scale, delta, queries, grad_out, out, lse, *operands)
+        backward.key(grad_qkv, grad_k, grad_v, grad_pad, norms, grad_out, lse, delta, queries, *operands)
         if grad_table:
-            backward.bias(grad_bias, grad_out, lse, delta, q_norm, k_norm, *operands)
+            backward.bias(grad_bias, grad_out, lse, delta, norms, queries, *operands)
     return Gradients(
         grad_qkv,
         grad_k,

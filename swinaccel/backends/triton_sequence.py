@@ -55,6 +55,12 @@ def empty_like(tensor: Tensor) -> Tensor:
     return made if made.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
+def lse_shape(q: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """What the forward keeps of the softmax: see `kernels.softmax`."""
+    batch, heads, tokens, _ = q.shape
+    return (batch, heads, tokens) if mask is None else (batch, heads, 2, tokens)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -71,10 +77,10 @@ def forward(
         q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
         mask: (M, N, N).
     Returns:
-        (batch, heads, N, D), laid out as q is, and the log2-sum-exp of the scores, (batch, heads, N), fp32.
+        (batch, heads, N, D), laid out as q is, and what is kept of the softmax, of `lse_shape`, fp32.
     """
     out = empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = torch.empty(lse_shape(q, mask), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     q, k, v, q_factor, k_factor = (_rows(tensor) for tensor in (q, k, v, q_factor, k_factor))
@@ -123,7 +129,7 @@ def backward(
     if q.numel():
         grad, q, k, v, out, q_factor, k_factor = (_rows(t) for t in (grad, q, k, v, out, q_factor, k_factor))
         mask = None if mask is None else mask.contiguous()
-        delta = torch.empty_like(lse)
+        delta = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
         strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
         described = _describable(q_factor, mask, grad, q, k, v)
         key = ("sequence backward", *_key(q, q_factor, mask, problem), factor_grad, strides, described)
