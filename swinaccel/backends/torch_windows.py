@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..spec import Geometry
-from .torch import _accurate, _cosine_operands
+from .torch import _cosine_operands
 from .torch_sequence import is_transformed
+from .torch_softmax import accurate, attend, drawn_in
 
 
 def attention(
@@ -23,7 +23,7 @@ def attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `reference.attention`; on CPUs by `scaled_dot_product_attention`, whose start is bias and mask together."""
+    """As `reference.attention`; on CPUs by `torch_softmax.attend`, whose start is bias and mask together."""
     if q.numel() == 0:
         return reference.attention(q, k, v, bias=bias, scale=scale, logit_scale=logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
@@ -34,16 +34,16 @@ def attention(
         if logit_scale is not None:
             q, k = _cosine_operands(q, k, logit_scale)
             scale = 1.0
-        dtype = _accurate(q.dtype)
-        start = None if bias is None else bias.to(dtype).unsqueeze(0)
+        dtype = accurate(q.dtype)
+        start = None if bias is None else drawn_in(bias, dtype).unsqueeze(0)
         if mask is None:
-            return F.scaled_dot_product_attention(q, k, v, start, dropout, scale=scale)
-        start = mask.to(dtype).unsqueeze(1) + (0 if start is None else start)
+            return attend(q, k, v, start, scale, dropout)
+        start = drawn_in(mask, dtype).unsqueeze(1) + (0 if start is None else start)
         # (windows, heads) become (images, masks * heads), so that one start serves all images.
         period, heads, count = mask.shape[0], q.shape[1], mask.shape[0] * q.shape[1]
         start = start.expand(-1, heads, -1, -1).reshape(1, count, *mask.shape[1:])
         q, k, v = (t.reshape(t.shape[0] // period, count, *t.shape[2:]) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, start, dropout, scale=scale)
+        out = attend(q, k, v, start, scale, dropout)
         return out.reshape(-1, heads, *out.shape[2:])
 
 
