@@ -61,6 +61,8 @@ def _factored(
         v = F.pad(v, (0, rank))
     if mask is not None:
         mask = _batch_mask(mask, q, causal)
+        is_recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        twice = twice or (is_recorded and can_look() and _has_large_numbers(mask))
     out = _attend(q, k, v, mask, causal and mask is None, scale, twice)
     return out[..., :width].to(dtype)
 
@@ -73,6 +75,11 @@ def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:
     if mask.shape[0] > 1:
         mask = mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]]
     return drawn_in(mask, accurate(q.dtype) if q.device.type == "cpu" else q.dtype).unsqueeze(1)
+
+
+def _has_large_numbers(mask: Tensor) -> bool:
+    """Whether a mask leaves no digits for the scores in a log-sum-exp, from which gradients without scores are made."""
+    return bool(((mask.abs() > 1e3) & mask.isfinite()).any())
 
 
 def block_sliding_window_attention(
