@@ -82,7 +82,7 @@ def draw(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]
 
 
 @BACKENDS
-@kinds("small-cosine-fp16")
+@kinds("small-cosine-fp16", "large-cosine-fp32")
 def test_tokens_and_gradients(window, cosine, dtype, backend):
     """One of q, k, v and the output's gradient in each head, one value in each image; where all signs are one, too."""
     case = Case(window, window, heads=4, dim=4, batch=5, cosine=cosine)
@@ -97,7 +97,7 @@ def test_tokens_and_gradients(window, cosine, dtype, backend):
 
 
 @BACKENDS
-@kinds("large-dot-fp16")
+@kinds()
 def test_parameters(window, cosine, dtype, backend):
     """An entry of the table, all of it and logit_scale, in a head each."""
     case = Case(window, window, heads=8, dim=4, cosine=cosine)
