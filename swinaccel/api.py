@@ -9,12 +9,15 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from . import families, fusion, patching, probe
+from . import families, patching
 from .config import AccelConfig, env_disabled, env_strict, setup_logging
-from .dispatch import FallbackError
+from .failures import failures
 from .families import Family
 from .report import Entry, Report
+from .runtime.errors import FallbackError
+from .runtime.state import state_of
 from .spec import WindowSpec
+from .trust import probe
 
 _LEFT_OUT = "the filter left it out"
 _DISABLED = "SWINACCEL_DISABLE is set"
@@ -44,18 +47,18 @@ def accelerate(model: Model, **options: Any) -> Model:
         return model
     found = list(_survey(model, config))
     if config.strict or env_strict():
-        _insist(model, found)
+        _check_strict(model, found)
     chosen: set[nn.Module] = set()
     for module, family, _, entry in found:
         if entry.status == "accelerated":
-            patching.mark(module, patching.encode(family, _with_surroundings(module, family, config)))
+            patching.mark(module, patching.encode(family, _block_config(module, family, config)))
             chosen.add(module)
     # An earlier call may have accelerated others: before they were changed, or with another filter.
-    patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_around(one))
-    around = dict(_surroundings(model, config))
-    for module, kind in around.items():
-        patching.mark(module, patching.encode(kind, config))
-    patching.unmark(one for one in _marked_modules(model) if one not in around and patching.is_around(one))
+    patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_block_only(one))
+    around = dict(_blocks(model, config))
+    for module, adapter in around.items():
+        patching.mark(module, patching.encode(adapter, config))
+    patching.unmark(one for one in _marked_modules(model) if one not in around and patching.is_block_only(one))
     return model
 
 
@@ -108,25 +111,33 @@ def report(model: nn.Module) -> Report:
     _check_model(model)
     entries = []
     for name, module, family, spec in _attentions(model, _is_marked):
-        marked = patching.marked(module)
-        if marked is None:
+        if patching.marked(module) is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue
-        stats, (_, config) = patching.stats(module), marked
-        unfused = fusion.failure() if config.fuse == "auto" else None
+        state = state_of(module)
         entries.append(
             _entry(
                 name,
                 spec,
                 "accelerated",
-                stats.reason or (None if unfused is None else f"its attention only, because {unfused}"),
-                bias=stats.bias,
-                calls=stats.calls,
-                fallbacks=stats.fallbacks,
+                state.reason or _failure(model, module),
+                bias=state.bias,
+                calls=state.calls,
+                fallbacks=state.fallbacks,
             )
         )
     return Report(entries)
+
+
+def _failure(model: nn.Module, module: nn.Module) -> str | None:
+    """Return why only the attention of an accelerated module runs kernels, where one of those around it failed."""
+    if not failures:
+        return None
+    blocks = [module, *(one for one in model.modules() if module in one.children())]
+    reasons = [state_of(one).unfused for one in blocks if patching.marker(one) is not None]
+    failed = next((reason for reason in reasons if reason is not None and "kernel failed" in reason), None)
+    return None if failed is None else f"its attention only, because {failed}"
 
 
 def _prepare(model: nn.Module, options: dict[str, Any]) -> AccelConfig:
@@ -174,7 +185,8 @@ def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
 def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
     found, marked = families.match(module), patching.marked(module)
     if found is None and marked is not None:
-        return marked[0], WindowSpec(marked[0].name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
+        family = marked.adapter
+        return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
     return found
 
 
@@ -209,45 +221,45 @@ def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     reason = patching.foreign_reason(module, family.method)
     if reason is not None:
         return reason
-    return probe.doubt(module, family, spec)
+    return probe.judge(module, family, spec)
 
 
 def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:
     return Entry(name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts)
 
 
-def _with_surroundings(module: nn.Module, family: Any, config: AccelConfig) -> AccelConfig:
-    """The options of one instance: with `fuse="attention"` where its block is not known to be what it looks like."""
+def _block_config(module: nn.Module, family: Any, config: AccelConfig) -> AccelConfig:
+    """Return the options of one instance: fuse="attention" where its block is not known to be what it looks like."""
     if config.fuse == "auto" and hasattr(family, "block"):
         method = getattr(family, "block_method", None)
-        if _is_known(module, family, method or family.method, None if method is None else family.method):
+        if _is_proven(module, family, method or family.method, None if method is None else family.method):
             return config
     return dataclasses.replace(config, fuse="attention")
 
 
-def _surroundings(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, families.Surrounding]]:
-    """Modules around accelerated attention that get a dispatcher of their own; a filter is asked of attention only."""
+def _blocks(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, families.BlockAdapter]]:
+    """Yield what gets a dispatcher around accelerated attention, or beside it; a filter is asked of attention only."""
     if config.fuse != "auto" or not any(map(patching.marked, model.modules())):
         return
     for module in model.modules():
-        kind = families.surrounding(module)
-        if kind is None:
+        adapter = families.block_adapter(module)
+        if adapter is None:
             continue
-        attention = getattr(kind.block(module), "attention", None)
+        attention = getattr(adapter.block(module), "attention", None)
         if config.filter is not None if attention is None else patching.marked(attention) is None:
             continue
-        if _is_known(module, kind, kind.method, None):
-            yield module, kind
+        if _is_proven(module, adapter, adapter.method, None):
+            yield module, adapter
 
 
-def _is_known(module: nn.Module, family: Any, method: str, attention: str | None) -> bool:
+def _is_proven(module: nn.Module, adapter: Any, method: str, attention: str | None) -> bool:
     if patching.foreign_reason(module, method) is not None:
         return False
     with patching.switched_off():  # attention inside runs its own forward
-        return probe.doubt_around(module, family, method, attention) is None
+        return probe.judge_block(module, adapter, method, attention) is None
 
 
-def _insist(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:
+def _check_strict(model: nn.Module, found: list[tuple[nn.Module, Family, WindowSpec, Entry]]) -> None:
     if not found:
         raise FallbackError(f"strict: {type(model).__name__} holds no Swin-style window attention")
     for *_, entry in found:

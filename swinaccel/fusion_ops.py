@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from .backends import triton_fusion as kernels
 from .backends.triton_fusion import Affine, LaunchError
-
-logger = logging.getLogger("swinaccel")
+from .failures import failures
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -71,11 +69,13 @@ _library.define(
 def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
     x, branch = x.contiguous(), branch.contiguous()
-    try:
-        return after_attention(x, branch, norms, linears, arguments[10])
-    except LaunchError as error:
-        logger.warning("the Triton kernel failed: %s; plain PyTorch runs", str(error))
-        return _plain(x, branch, norms, linears, arguments[10])
+    problem = "after attention", x.device, x.dtype, x.shape[-1], linears[0][0].shape, arguments[10]
+    if failures.get(problem) is None:
+        try:
+            return after_attention(x, branch, norms, linears, arguments[10])
+        except LaunchError as error:
+            failures.record(problem, str(error))
+    return _plain(x, branch, norms, linears, arguments[10])
 
 
 def _plain(x: Tensor, branch: Tensor, norms: Any, linears: Any, post_norm: bool) -> Tensor:

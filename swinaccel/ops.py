@@ -7,7 +7,6 @@ originals. Memory that runs out is the caller's to know.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from operator import mul
 from typing import Any
@@ -18,14 +17,10 @@ from torch import Tensor
 from . import reference
 from .backends import triton as backend
 from .config import env_strict
+from .failures import KernelError, failures
 from .spec import Geometry
 
-logger = logging.getLogger("swinaccel")
-
 unsupported_reason = backend.unsupported_reason
-
-# (device, dtype, geometry's window, head_dim, ...) of launches that failed, and why in one sentence.
-_failures: dict[tuple, str] = {}
 
 _POSITION = ("position_table",)
 
@@ -45,29 +40,19 @@ _library.define(
 _library.define("position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor")
 
 
-class KernelError(RuntimeError):
-    """A kernel of ours failed and strict mode forbids the original."""
-
-
-def _problem(device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, cosine: bool) -> tuple:
-    return device.type, device.index, dtype, geometry.window, head_dim, cosine
-
-
-def failure(device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, cosine: bool) -> str | None:
-    """Why the kernel for such a problem failed before, or None."""
-    if not _failures:
-        return None
-    return _failures.get(_problem(device, dtype, geometry, head_dim, cosine))
+def problem(device: torch.device, dtype: torch.dtype, geometry: Geometry, head_dim: int, cosine: bool) -> tuple:
+    """Return what failures of the window kernels are kept under."""
+    return "window", device.type, device.index, dtype, geometry.window, head_dim, cosine
 
 
 def has_failures() -> bool:
-    """Whether any kernel failed in this process."""
-    return bool(_failures)
+    """Return True if any kernel failed in this process."""
+    return bool(failures)
 
 
 def forget_failures() -> None:
     """Try every kernel again."""
-    _failures.clear()
+    failures.clear()
 
 
 def shifted_window_attention(
@@ -238,11 +223,7 @@ def _reference(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geomet
 
 def _note_failure(error: Exception, q: Tensor, geometry: Geometry, head_dim: int, cosine: bool, dropout: float) -> None:
     """Remember that a kernel failed on such a problem; raise where plain PyTorch cannot stand in for it now."""
-    problem = _problem(q.device, q.dtype, geometry, head_dim, cosine)
-    reason = f"the Triton kernel failed: {backend.first_line(error)}"
-    if reason not in _failures.values():
-        logger.warning("%s; the original runs instead", reason)
-    _failures[problem] = reason
+    reason = failures.record(problem(q.device, q.dtype, geometry, head_dim, cosine), backend.first_line(error))
     if env_strict() or dropout:  # what was dropped is known to the kernels only
         raise KernelError(reason) from error
 
@@ -404,7 +385,7 @@ def _dense(image: Tensor, geometry: Geometry) -> Tensor:
 
 def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
     """SwinV2's bias table (T, heads) by one kernel, as `backends.triton.position_table`; None where that failed."""
-    if _POSITION in _failures:
+    if failures.get(_POSITION) is not None:
         return None
     if _is_observed():
         return torch.ops.swinaccel.position_table(coords, hidden_weight, hidden_bias, weight)
@@ -417,8 +398,7 @@ def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, 
     except torch.OutOfMemoryError:  # which says nothing of the kernel
         raise
     except Exception as error:
-        _failures[_POSITION] = f"the Triton kernel failed: {backend.first_line(error)}"
-        logger.warning("%s; PyTorch computes the bias table instead", _failures[_POSITION])
+        failures.record(_POSITION, backend.first_line(error))
         hidden = torch.relu(coords.view(-1, 2).float() @ hidden_weight.float().t() + hidden_bias.float())
         return 16 * torch.sigmoid(weight.float() @ hidden.t()).t()
 

@@ -1,9 +1,9 @@
-"""Puts a dispatcher on a class and a marker on an instance, and takes both away again.
+"""Put a dispatcher on a class and a marker on an instance, and take both away again.
 
-The dispatcher is a plain function installed with `wrapt.wrap_object`: a `wrapt.FunctionWrapper` must not stand
-where dynamo may trace it, since dynamo silently compiles what it wraps. The marker is a string in the instance's
-`__dict__`, read as an attribute over the class default None, so that deep copies, EMA copies, pickles and replicas
-carry it and can be loaded where swinaccel is not installed, where it means nothing.
+The dispatcher is a plain function installed with `wrapt.wrap_object`: a `wrapt.FunctionWrapper` must not stand where
+dynamo may trace it, since dynamo silently compiles what it wraps. The marker is a string in the instance's `__dict__`,
+read as an attribute over the class default None, so that deep copies, EMA copies, pickles and replicas carry it and can
+be loaded where swinaccel is not installed, where it means nothing.
 """
 
 from __future__ import annotations
@@ -11,151 +11,188 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import wrapt
 from torch import nn
 
-from . import dispatch
 from .config import AccelConfig, env_disabled
-from .families import AROUND, Family, Surrounding, by_name
-from .watch import DISPATCHER, owner
+from .families import BlockAdapter, Family, by_name
+from .layers import DISPATCHER, owner
+from .runtime.call import call
+from .runtime.state import forget_state
+from .runtime.traced import ROLES, roles_of
 
 MARKER = "_swinaccel"
 
-_off: ContextVar[bool] = ContextVar("swinaccel_off", default=False)
+
+class _Switch:
+    """One open block of `disabled`, and those around it."""
+
+    __slots__ = ("is_open", "outer")
+
+    def __init__(self, outer: _Switch | None) -> None:
+        self.is_open, self.outer = True, outer
+
+
+_off: ContextVar[_Switch | None] = ContextVar("swinaccel_off", default=None)
 _off_anywhere = 0  # blocks of `disabled` open in any thread: dynamo of torch 2.11 cannot trace a ContextVar
 
 _lock = threading.RLock()
 _installed: dict[tuple[type, str], Any] = {}  # (class, method): wrapt's handle
 _known: dict[tuple[type, str], weakref.WeakSet[nn.Module]] = {}  # instances that we marked ourselves
-_stats: weakref.WeakKeyDictionary[nn.Module, dispatch.Stats] = weakref.WeakKeyDictionary()
+
+
+def _renew_lock() -> None:
+    """Make a lock for a forked process, where the thread that held the old one does not run."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True)
-class _Marked:
-    family: Any  # or a surrounding
+class Marked:
+    """What a marker says: an adapter (a family, or that of a block around or a neighbour), and options."""
+
+    adapter: Any
     config: AccelConfig
+    methods: tuple[str, ...] = field(init=False)  # that a dispatcher is needed on
+
+    def __post_init__(self) -> None:
+        whole = getattr(self.adapter, "block_method", None)
+        wanted = (self.adapter.method, whole) if whole is not None and self.config.fuse == "auto" else None
+        object.__setattr__(self, "methods", wanted or (self.adapter.method,))
 
     @property
-    def is_around(self) -> bool:
-        return self.family in AROUND
+    def has_attention(self) -> bool:
+        """Return True if the module is a window attention, or a block that holds its section."""
+        return hasattr(self.adapter, "section")
 
 
-_parsed: dict[str, _Marked | None] = {}
+_parsed: dict[str, Marked | None] = {}
 
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Dispatchers run the originals, in this thread and context.
+    """Let dispatchers run the originals, in this thread and context.
 
     In every thread, while a compiler traces, and in backwards: autograd has threads of its own, in which checkpointing
-    calls modules again.
+    calls modules again. Whoever ends the block, and in whatever context, it is over for all.
     """
     global _off_anywhere
-    token = _off.set(True)
-    with _lock:
-        _off_anywhere += 1
+    switch, counted = _Switch(_off.get()), False
     try:
+        with _lock:
+            _off_anywhere, counted = _off_anywhere + 1, True
+        token = _off.set(switch)
         yield
     finally:
-        _off.reset(token)
-        with _lock:
-            _off_anywhere -= 1
+        switch.is_open = False
+        if counted:
+            with _lock:
+                _off_anywhere -= 1
+        try:
+            _off.reset(token)
+        except (ValueError, UnboundLocalError):  # a generator that another context closes; an interrupt at the start
+            pass
 
 
 def _is_off(compiling: bool) -> bool:
     if compiling:
         return _off_anywhere > 0
-    return _off.get() or (_off_anywhere > 0 and torch._C._current_graph_task_id() != -1)
+    if not _off_anywhere:
+        return False
+    switch = _off.get()
+    while switch is not None:
+        if switch.is_open:
+            return True
+        switch = switch.outer
+    return torch._C._current_graph_task_id() != -1
 
 
-def encode(family: Family | Surrounding, config: AccelConfig) -> str:
-    """The marker of an instance."""
-    text = json.dumps({"family": family.name, "options": json.loads(config.to_json())}, sort_keys=True)
-    _decode(text)
+def encode(adapter: Family | BlockAdapter, config: AccelConfig) -> str:
+    """Return the marker of an instance."""
+    text = json.dumps({"family": adapter.name, "options": json.loads(config.to_json())}, sort_keys=True)
+    decode(text)
     return text
 
 
-def _decode(marker: str) -> _Marked | None:
+def decode(marker: str) -> Marked | None:
+    """Return what a marker says, or None if it was written by another version."""
     if marker not in _parsed:
         try:
             content = json.loads(marker)
-            family = by_name(content["family"])
-            _parsed[marker] = None if family is None else _Marked(family, AccelConfig(**content["options"]))
-        except (ValueError, TypeError, KeyError):  # written by another version
+            adapter = by_name(content["family"])
+            _parsed[marker] = None if adapter is None else Marked(adapter, AccelConfig(**content["options"]))
+        except (ValueError, TypeError, KeyError):
             _parsed[marker] = None
     return _parsed[marker]
 
 
 def foreign_reason(module: nn.Module, method: str) -> str | None:
-    """Why a module's method is not its class's to replace, or None."""
+    """Return why a module's method is not its class's to replace, or None."""
     if method in module.__dict__:
         return f"{method} was replaced on this instance"
     function = vars(owner(type(module), method))[method]
-    if not isinstance(function, type(owner)) or isinstance(function, wrapt.BaseObjectProxy):
+    if not isinstance(function, types.FunctionType) or isinstance(function, wrapt.BaseObjectProxy):
         return f"{type(module).__name__}.{method} was wrapped by someone else"
     return None
 
 
 def marker(module: nn.Module) -> str | None:
+    """Return the marker of an instance, or None."""
     return module.__dict__.get(MARKER)
 
 
-def marked(module: nn.Module) -> tuple[Family, AccelConfig] | None:
-    """Family and options of an accelerated instance, whose class has its dispatcher; None for any other."""
-    text = marker(module)
-    if text is None:
-        return None
-    found = _decode(text)
-    if found is None or found.is_around:
+def marked(module: nn.Module) -> Marked | None:
+    """Return what the marker of an accelerated window attention says; None for any other module."""
+    found = _read(module)
+    if found is None or not found.has_attention:
         return None
     # Not only its owner: transformers wraps the inherited forward anew in every subclass, as FSDP2 makes them.
-    has_dispatcher = any((base, found.family.method) in _installed for base in type(module).__mro__)
-    return (found.family, found.config) if has_dispatcher else None
+    has_dispatcher = any((base, found.adapter.method) in _installed for base in type(module).__mro__)
+    return found if has_dispatcher else None
 
 
-def is_around(module: nn.Module) -> bool:
-    """Whether a module is marked for what is around its attention alone."""
+def is_block_only(module: nn.Module) -> bool:
+    """Return True if a module is marked for what is around an attention, or beside it, alone."""
+    found = _read(module)
+    return found is not None and not found.has_attention
+
+
+def _read(module: nn.Module) -> Marked | None:
     text = marker(module)
-    found = None if text is None else _decode(text)
-    return found is not None and found.is_around
-
-
-def stats(module: nn.Module) -> dispatch.Stats:
-    found = _stats.get(module)
-    if found is None:
-        found = _stats[module] = dispatch.Stats()
-    return found
+    return None if text is None else decode(text)
 
 
 def mark(module: nn.Module, text: str) -> None:
     """Accelerate one instance: its class gets the dispatcher, it gets the marker."""
-    found = _decode(text)
+    found = decode(text)
     if found is None:
         return
     with _lock:
         for key in _keys(module, found):
             _install(*key)
             _known.setdefault(key, weakref.WeakSet()).add(module)
+            roles = getattr(key[0], ROLES, frozenset()) | roles_of(module)
+            setattr(key[0], ROLES, roles)
         module.__dict__[MARKER] = text
 
 
-def _keys(module: Any, found: _Marked) -> list[tuple[type, str]]:
-    """What an instance with such a marker needs a dispatcher on: its family's method, and that of the whole block."""
-    methods = [found.family.method]
-    around = getattr(found.family, "block_method", None)
-    if around is not None and found.config.fuse == "auto":
-        methods.append(around)
-    return [(owner(type(module), method), method) for method in methods]
+def _keys(module: Any, found: Marked) -> list[tuple[type, str]]:
+    return [(owner(type(module), method), method) for method in found.methods]
 
 
 def unmark(modules: Iterable[nn.Module]) -> None:
@@ -163,21 +200,21 @@ def unmark(modules: Iterable[nn.Module]) -> None:
     with _lock:
         for module in modules:
             module.__dict__.pop(MARKER, None)
-            _stats.pop(module, None)
+            forget_state(module)
         idle = {key for key in _installed if not any(map(marker, _known.get(key, ())))}
         for key in idle - _copied(idle):
-            _remove(key)
+            remove(key)
 
 
 def _copied(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
-    """Those of the keys that a marked copy is left of: copies are made without our knowledge, so they are sought."""
+    """Return those of the keys that a marked copy is left of: copies are made without our knowledge, so they are sought."""
     found: set[tuple[type, str]] = set()
     if not keys:
         return found
     classes = {cls for cls, _ in keys}
     for instance in gc.get_objects():
         if classes.intersection(type(instance).__mro__) and MARKER in instance.__dict__:
-            content = _decode(instance.__dict__[MARKER])
+            content = decode(instance.__dict__[MARKER])
             if content is not None:
                 found.update(_keys(instance, content))
     return found
@@ -191,43 +228,61 @@ def _install(cls: type, method: str) -> None:
     setattr(cls, MARKER, None)
 
 
-def _remove(key: tuple[type, str]) -> None:
+def remove(key: tuple[type, str]) -> None:
+    """Take the dispatcher from a method of a class; wrapt raises where another wrapper came on top of it since."""
     cls, method = key
-    wrapt.unwrap_object(cls, method, _installed[key])  # raises where another wrapper came on top of ours since
+    wrapt.unwrap_object(cls, method, _installed[key])
     del _installed[key]
     _known.pop(key, None)
-    if MARKER in vars(cls) and not any(other == cls for other, _ in _installed):
-        delattr(cls, MARKER)
+    if not any(other == cls for other, _ in _installed):
+        for name in (MARKER, ROLES):
+            if name in vars(cls):
+                delattr(cls, name)
+
+
+class _Runtime:
+    """What a dispatcher runs marked instances by; pickled (by value, with classes of `__main__`) it is an empty one."""
+
+    def __init__(self) -> None:
+        self.run = _run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.SimpleNamespace, ()
+
+
+def _run(method: Callable[..., Any], name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one call of a method that has a dispatcher: unmarked instances run `method`, marked ones their plans."""
+    text = getattr(module, MARKER, None)  # another thread may be taking the class's default away
+    compiling = torch.compiler.is_compiling()
+    if text is None or _is_off(compiling) or env_disabled():
+        return method(module, *args, **kwargs)
+    found = _parsed.get(text)
+    if found is None:
+        found = None if compiling else decode(text)  # another process may have written it
+        if found is None:
+            return method(module, *args, **kwargs)
+    if name not in found.methods:
+        return method(module, *args, **kwargs)
+    return call(found.adapter, module, method, found.config, name, args, kwargs)
 
 
 def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function that takes the method's place: unmarked instances run `method`, marked ones `dispatch.run`."""
+    """Return the function that takes the method's place.
+
+    It names nothing global, so that it can be pickled by value, and loaded where swinaccel is not installed.
+    """
     checkpoints = method.__code__.co_name == "forward_with_checkpointing"
-    partial = functools.partial
+    partial, runtime = functools.partial, _Runtime()
 
     def dispatcher(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(runtime, "run", None)
+        if run is None:
+            return method(self, *args, **kwargs)
         if checkpoints and self.training and self.gradient_checkpointing:
             # transformers >= 5.20 checkpoints in a wrapper that acts only while it is the class's own forward.
-            return self._gradient_checkpointing_func(partial(run, self, **kwargs), *args)
-        return run(self, *args, **kwargs)
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        text = getattr(self, MARKER, None)  # another thread may be taking the class's default away
-        compiling = torch.compiler.is_compiling()
-        if text is None or _is_off(compiling) or env_disabled():
-            return method(self, *args, **kwargs)
-        found = _parsed.get(text)
-        if found is None:
-            found = None if compiling else _decode(text)  # another process may have written it
-            if found is None:
-                return method(self, *args, **kwargs)
-        family = found.family
-        if found.is_around or name != family.method:
-            if found.config.fuse != "auto":
-                return method(self, *args, **kwargs)
-            return dispatch.run_around(family, self, method, found.config, args, kwargs)
-        counted = None if compiling else stats(self)
-        return dispatch.run(family, self, method, found.config, counted, args, kwargs)
+            inner = partial(lambda module, options, *args: run(method, name, module, args, options), self, kwargs)
+            return self._gradient_checkpointing_func(inner, *args)
+        return run(method, name, self, args, kwargs)
 
     # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
     function = types.FunctionType(dispatcher.__code__, method.__globals__, closure=dispatcher.__closure__)

@@ -6,7 +6,6 @@ for every later call of that kind.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,14 +17,10 @@ from .backends import triton_sequence as backend
 from .backends.triton import first_line
 from .backends.triton_sequence import Problem
 from .config import env_strict
-from .ops import KernelError, _is_observed
-
-logger = logging.getLogger("swinaccel")
+from .failures import KernelError, failures
+from .ops import _is_observed
 
 unsupported_reason = backend.unsupported_reason
-
-# (device, dtype, head_dim, rank, ...) of launches that failed, and why in one sentence.
-_failures: dict[tuple, str] = {}
 
 _library = torch.library.Library("swinaccel", "FRAGMENT")
 _library.define(
@@ -37,16 +32,6 @@ _library.define(
     " Tensor? mask, Tensor out, Tensor lse, bool causal, int block_size, int window_blocks, float scale,"
     " bool factor_grad) -> Tensor[]"
 )
-
-
-def has_failures() -> bool:
-    """Whether any kernel failed in this process."""
-    return bool(_failures)
-
-
-def forget_failures() -> None:
-    """Try every kernel again."""
-    _failures.clear()
 
 
 def sequence_attention(
@@ -78,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     problem = Problem(causal, block_size, window_blocks, scale)
     key = _kind(q, q_factor, mask, problem)
-    if key not in _failures:
+    if failures.get(key) is None:
         try:
             return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
         except torch.OutOfMemoryError:  # which says nothing of the kernel
@@ -107,7 +92,7 @@ def _backward(
 ) -> list[Tensor]:
     problem = Problem(causal, block_size, window_blocks, scale)
     key = _kind(q, q_factor, mask, problem)
-    if key not in _failures:
+    if failures.get(key) is None:
         try:
             grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
             return list(grads)
@@ -150,16 +135,13 @@ def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor | None], mask: Tensor
 
 def _kind(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
     factor = None if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
-    return q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
+    return "sequence", q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
 
 
 def _note(key: tuple, error: Exception) -> None:
-    reason = f"the Triton kernel failed: {first_line(error)}"
+    reason = failures.record(key, first_line(error))
     if env_strict():
         raise KernelError(reason) from error
-    if reason not in _failures.values():
-        logger.warning("%s; plain PyTorch runs instead", reason)
-    _failures[key] = reason
 
 
 def _fake_lse(q: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,9 +8,12 @@ videos are (B, depth, H, W, C), and have three numbers wherever flat ones have t
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Axes = tuple[int, ...]  # one number for each axis of an image: (rows, columns) or (depth, rows, columns)
@@ -103,6 +106,7 @@ class Section:
         padding: gives what `project` makes of a zero token, as a vector (3 * heads * D,) or None for zeros;
             None itself where that cannot be read off the projection.
         table: gives the relative position bias table (T, heads), with every transform applied.
+        table_shape: the shape that this table will have, without computing it.
         index: (N, N), int64; row of the table for (query, key).
         sources: the tensors that `table` is computed from.
         position: coordinates, hidden weight and bias, and weight, where `table` is SwinV2's 16 · sigmoid of a plain
@@ -121,6 +125,7 @@ class Section:
     output: Callable[[Tensor], Tensor]
     padding: Callable[[], Tensor | None] | None
     table: Callable[[], Tensor]
+    table_shape: tuple[int, ...]
     index: Tensor
     sources: tuple[Tensor, ...]
     position: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -129,3 +134,14 @@ class Section:
     mask_value: float = SHIFT_MASK_VALUE
     mask: Tensor | None = None
     dropout: float = 0.0
+
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, torch.dtype,
+    torch.device,
+)  # fmt: skip
+
+
+def is_plain(value: Any) -> bool:
+    """Return True if nothing can write to a value: a number, a word, a function and the like, or a tuple of them."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))

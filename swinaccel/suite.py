@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bench, functional, fusion, models, ops, plots, reference, sequence_ops
+from . import bench, functional, models, ops, plots, reference, sequence_ops
 from .backends.triton import first_line
 from .nn import _position_index
 from .spec import Geometry

@@ -20,7 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 
 import helpers  # noqa: E402
 
-from swinaccel import bias, dispatch, fusion, harmless, ops, patching, probe  # noqa: E402
+from swinaccel import bias, ops, patching  # noqa: E402
+from swinaccel.runtime import call  # noqa: E402
+from swinaccel.trust.registry import registry  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # it is on by default: patch embeddings in fp32 would depend on the algorithm
 if helpers.TRITON_DEVICE == "cpu":
@@ -62,26 +64,22 @@ def _clean_slate(monkeypatch, tmp_path_factory):
         if name.startswith("SWINACCEL_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(probe, "_verdicts", {})
-    monkeypatch.setattr(harmless, "_verdicts", {})
-    monkeypatch.setattr(dispatch, "_trusted", {})
-    monkeypatch.setattr(fusion, "_trusted", set())
+    call.forget_warnings()
+    registry.clear()
     bias.forget()
     ops.forget_failures()
-    fusion.forget_failures()
     torch.manual_seed(0)
     with warnings.catch_warnings():
         # Fallbacks are expected in many tests; those about warnings record them by themselves.
         warnings.filterwarnings("ignore", message="swinaccel: the original runs", category=UserWarning)
         yield
-    assert patching._off.get() is False, "a disabled() block was left open"
+    assert not patching._off_anywhere, "a disabled() block was left open"
     if patching._installed:
         gc.collect()  # accelerated models of this test are gone, and with them the last reason for a dispatcher
         patching.unmark(())
     leftover = dict(patching._installed)
     for key in leftover:
-        patching._remove(key)
+        patching.remove(key)
     if leftover:  # something holds a model still, such as an error's frames: it is none of the next test's
         for instance in gc.get_objects():
             if issubclass(type(instance), torch.nn.Module):

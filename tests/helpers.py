@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -233,6 +234,12 @@ def check_fallback(
     for one, other in zip(tensors(found), tensors(expected), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     return found
+
+
+def doubled(part: nn.Module) -> Any:
+    """A part's forward, twice, as no plain function: as those who hook forwards put it on an instance."""
+    plain = part.forward
+    return functools.partial(lambda plain, x: 2 * plain(x), plain)
 
 
 def reasons(model: nn.Module) -> list[str | None]:

@@ -145,12 +145,12 @@ def test_cache_folder_that_is_a_file(monkeypatch, tmp_path):
 def test_auto_follows_the_interpreter(monkeypatch, text, backend):
     import torch
 
-    from swinaccel import dispatch
+    from swinaccel.runtime import context
 
     monkeypatch.setenv("TRITON_INTERPRET", text)
-    assert dispatch._backend(AccelConfig(), torch.device("cpu")) == backend
-    assert dispatch._backend(AccelConfig(), torch.device("cuda")) == "triton"
-    assert dispatch._backend(AccelConfig(backend="torch"), torch.device("cuda")) == "torch"
+    assert context.backend_of(AccelConfig(), torch.device("cpu")) == backend
+    assert context.backend_of(AccelConfig(), torch.device("cuda")) == "triton"
+    assert context.backend_of(AccelConfig(backend="torch"), torch.device("cuda")) == "torch"
 
 
 def test_markers_carry_the_options_as_text():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel import fusion, ops
+from swinaccel import ops
 from swinaccel import fusion_autograd as recorded
 from swinaccel.backends import triton_fusion as kernels
 from swinaccel.backends import triton_fusion_bwd
@@ -35,7 +35,7 @@ DTYPES = [
 @pytest.fixture(autouse=True)
 def kernels_that_run():
     yield
-    assert not fusion.has_failures()
+    assert not ops.has_failures()
 
 
 @pytest.fixture
@@ -905,8 +905,8 @@ def test_a_kernel_that_fails(fails_at, v2, monkeypatch, caplog):
 
     monkeypatch.setattr(kernels, "run_norm", fail)
     assert_alike(twin, model)
-    assert fusion.has_failures() == (fails_at < (2 if v2 else 3))
-    fusion.forget_failures()
+    assert ops.has_failures() == (fails_at < (2 if v2 else 3))
+    ops.forget_failures()
 
 
 def test_the_cpu_trains_by_itself(ran):

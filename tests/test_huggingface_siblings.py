@@ -14,6 +14,7 @@ import torch
 from helpers import BACKENDS, check, check_fallback, randomize
 
 import swinaccel
+from swinaccel.trust import probe
 
 TRANSFORMERS_5 = importlib.import_module("transformers").__version__ >= "5"
 KINDS = {"DonutSwin": "donut_swin", "ClapAudio": "clap", "MaskFormerSwin": "maskformer_swin", "Swin2SR": "swin2sr"}
@@ -83,7 +84,7 @@ def test_trap_16_swin2sr_adds_its_mask_twice(backend):
     for value in (-200.0, -100.0):
         section.mask_value = value
         with torch.no_grad():
-            attended = swinaccel.probe._attend(section, x.view(1, 8, 8, 16)).flatten(1, 2)
+            attended = probe.attend(section, x.view(1, 8, 8, 16)).flatten(1, 2)
             y = x + model.layernorm_before(attended)
             outputs.append(y + model.layernorm_after(model.output(model.intermediate(y))))
     helpers.assert_close(outputs[0], found[0].cpu(), 1e-4)

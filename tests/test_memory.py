@@ -9,14 +9,19 @@ import pickle
 import weakref
 
 import helpers
+import numpy
 import pytest
 import torch
 from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel import dispatch, patching
-from swinaccel.watch import Unwatchable, Watch, twin
+from swinaccel import ops
+from swinaccel.failures import failures
+from swinaccel.layers import twin
+from swinaccel.runtime import call
+from swinaccel.runtime.guard import Guard, NotGuardable
+from swinaccel.runtime.state import state_of
 
 X = torch.randn(1, 8, 8, 16).to(TRITON_DEVICE)
 TOKENS = X.view(1, 64, 16)
@@ -38,15 +43,15 @@ MODELS = {
 
 @pytest.fixture
 def read(monkeypatch):
-    """How many modules have been read, rather than remembered."""
+    """How many calls were planned, rather than run by a plan of before."""
     made = []
-    plan = dispatch._plan
+    plan = call.plan_attention
 
     def counted(*arguments):
         made.append(1)
         return plan(*arguments)
 
-    monkeypatch.setattr(dispatch, "_plan", counted)
+    monkeypatch.setattr(call, "plan_attention", counted)
     return made
 
 
@@ -301,7 +306,7 @@ def test_type_by_hand():
     accelerated(model, *inputs)
     model.attn.proj.__class__ = Doubling
     assert_live(model, *inputs)
-    assert "came into the attention" in swinaccel.report(model).accelerated[0].reason
+    assert "came into it" in swinaccel.report(model).accelerated[0].reason
 
 
 def test_attributes_by_hand():
@@ -444,9 +449,8 @@ def test_failed_kernels(monkeypatch):
     """A kernel that fails for another model may be the same."""
     model, inputs = timm()
     accelerated(model, *inputs)
-    geometry = next(iter(patching.stats(model).memory.sections.values())).geometry
-    problem = dispatch.ops._problem(X.device, X.dtype, geometry, 8, False)
-    monkeypatch.setitem(dispatch.ops._failures, problem, "the Triton kernel failed")
+    (plan,) = state_of(model).attention.plans.values()
+    failures.record(plan.problem, "out of registers")
     model(X)
     assert swinaccel.report(model).accelerated[0].fallbacks == 1
 
@@ -458,7 +462,7 @@ def test_copies(name, how):
     accelerated(model, *inputs)
     made = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}[how]
     other = made(model)
-    assert patching.stats(other).memory is None
+    assert not state_of(other).attention.plans
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(2)
@@ -470,7 +474,7 @@ def test_copies(name, how):
 def test_nothing_keeps_a_model_alive(name):
     model, inputs = MODELS[name]()
     accelerated(model, *inputs, fuse="auto")
-    assert patching.stats(model).memory is not None
+    assert state_of(model).attention.plans or state_of(model).block.plans
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -483,7 +487,7 @@ def test_restore_forgets():
     accelerated(model, *inputs)
     swinaccel.restore(model)
     assert model.__dict__ == before
-    assert patching.stats(model).memory is None
+    assert not state_of(model).attention.plans
 
 
 def test_modules_that_keep_changing_are_left_in_peace(read):
@@ -493,86 +497,128 @@ def test_modules_that_keep_changing_are_left_in_peace(read):
     for number in range(12):
         model.note = number
         run_quietly(model)
-    assert patching.stats(model).patience == 0
+    assert state_of(model).attention.guard is None
     assert len(read) == 13
     assert_live(model, *inputs)
 
 
 def test_what_cannot_be_compared_is_read_each_time(read):
     model, inputs = timm()
-    model.note = {"of": torch.zeros(3)}
+    model.note = {"of": numpy.zeros(3)}
     accelerated(model, *inputs)
     for _ in range(2):
         assert_live(model, *inputs)
     assert len(read) == 3
 
 
-class TestWatch:
+class Config:
+    scale = 1.0
+
+
+class TestGuard:
     def test_settings(self):
         module = nn.Module()
-        module.numbers, module.pair = [1, 2], (1, 2)
-        watch = Watch([module], [module])
-        assert watch.holds()
+        module.numbers, module.pair, module.names = [1, 2], (1, 2), {"of": [1]}
+        guard = Guard([module])
+        assert guard.holds()
         module.numbers[0] = 3
-        assert not watch.holds()
+        assert not guard.holds()
         module.numbers[0] = 1
-        assert watch.holds()
+        assert guard.holds()
+        module.names["of"][0] = 2
+        assert not guard.holds()
+        module.names["of"][0] = 1
         module.pair = torch.ones(2)
-        assert not watch.holds()
+        assert not guard.holds()
 
-    @pytest.mark.parametrize("value", [torch.ones(1), {1: 2}, [nn.Linear(1, 1)], (torch.ones(1),)])
-    def test_unwatchable(self, value):
+    @pytest.mark.parametrize("value", [[nn.Linear(1, 1)], {"of": nn.Linear(1, 1)}, numpy.zeros(2)])
+    def test_not_guardable(self, value):
+        """Modules may hold the one that is guarded, which would then never be garbage."""
         module = nn.Module()
         module.value = value
-        with pytest.raises(Unwatchable):
-            Watch([module], [])
+        with pytest.raises(NotGuardable):
+            Guard([module])
+
+    def test_objects_are_looked_into(self):
+        module = nn.Module()
+        module.config = Config()
+        guard = Guard([module])
+        module.config.scale = 2.0
+        assert not guard.holds()
 
     def test_equal_tensors_are_not_the_same(self):
         module = nn.Linear(1, 1)
-        watch = Watch([module], [])
+        guard = Guard([module])
         module.weight = nn.Parameter(module.weight.detach().clone())
-        assert not watch.holds()
+        assert not guard.holds()
 
     def test_equal_tensors_in_another_dictionary(self):
         module = nn.Linear(1, 1)
-        watch = Watch([module], [])
+        guard = Guard([module])
         module._parameters = {name: nn.Parameter(one.detach().clone()) for name, one in module._parameters.items()}
-        assert not watch.holds()
+        assert not guard.holds()
+
+    def test_buffers_that_lie_elsewhere(self):
+        module = nn.BatchNorm1d(2)
+        guard = Guard([module])
+        module.running_mean.add_(1)
+        assert guard.holds()
+        module.running_mean.data = module.running_mean.clone()
+        assert not guard.holds()
 
     def test_names(self):
         module = nn.Module()
         module.first = nn.Parameter(torch.ones(1))
-        watch = Watch([module], [])
+        guard = Guard([module])
         parameter = module.first
         del module.first
         module.second = parameter
-        assert not watch.holds()
+        assert not guard.holds()
 
     @pytest.mark.parametrize("name", ["_parameters", "_buffers", "_modules", "_forward_hooks", "_backward_pre_hooks"])
     def test_what_is_empty_stays_so(self, name):
         """Whatever dictionary it is."""
         for fresh in (False, True):
             module = nn.ReLU()
-            watch = Watch([module], [module])
+            guard = Guard([module])
             if fresh:
                 setattr(module, name, collections.OrderedDict())
-                assert watch.holds()
+                assert guard.holds()
             getattr(module, name)["one"] = nn.Parameter(torch.ones(1))
-            assert not watch.holds()
+            assert not guard.holds()
 
-    def test_equal_tensors_in_a_dictionary_of_frames(self):
-        module = nn.Linear(1, 1)
-        watch = Watch([], [], [module])
-        module._parameters = {name: nn.Parameter(one.detach().clone()) for name, one in module._parameters.items()}
-        assert not watch.holds()
+    def test_hooks_that_are_there(self):
+        module = nn.ReLU()
+        handle = module.register_forward_hook(lambda *_: None)
+        guard = Guard([module])
+        assert guard.holds()
+        handle.remove()
+        assert not guard.holds()
 
-    def test_frames_have_no_settings(self):
-        module = nn.Sequential(nn.Identity())
-        watch = Watch([], [], [module])
-        module.note = 1
-        assert watch.holds()
-        module[0] = nn.Identity()
-        assert not watch.holds()
+    def test_what_lies_outside(self):
+        namespace, contents = {"gain": 1.0, "other": 1}, {"of": 1}
+        gain = namespace["gain"]
+        guard = Guard([nn.ReLU()], [(namespace, "gain", gain)], [(contents, dict(contents))])
+        namespace["other"] = 2
+        assert guard.holds()
+        namespace["gain"] = 2.0
+        assert not guard.holds()
+        namespace["gain"] = gain
+        assert guard.holds()
+        contents["of"] = 2
+        assert not guard.holds()
+        contents["of"] = 1
+        del namespace["gain"]
+        assert not guard.holds()
+
+    def test_settings_of_each_call(self):
+        module = nn.Module()
+        module.H, module.W = 1, 2
+        guard = Guard([module], ignored=("H",))
+        module.H = 3
+        assert guard.holds()
+        module.W = 3
+        assert not guard.holds()
 
     def test_a_twin_is_the_same(self):
         module = nn.Linear(2, 2)

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinaccel import functional, reference, sequence_ops
+from swinaccel import functional, ops, reference, sequence_ops
 from swinaccel.backends import torch_sequence
 from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_sequence as backend
 from swinaccel.backends.triton_sequence import Problem
-from swinaccel.ops import KernelError
+from swinaccel.failures import KernelError
 
 # The interpreter cuts bfloat16 off where a GPU rounds, so errors of that dtype are compared on the GPU only.
 LOW = (torch.float16, torch.bfloat16) if TRITON_DEVICE == "cuda" else (torch.float16,)
@@ -86,7 +86,7 @@ def plain(inputs: list[Tensor], mask: Tensor | None, problem: Problem) -> Tensor
 def kernels(inputs: list[Tensor], mask: Tensor | None, problem: Problem) -> Tensor:
     q_factor, k_factor = inputs[3:] or (None, None)
     out = sequence_ops.sequence_attention(*inputs[:3], q_factor, k_factor, mask, problem)
-    assert not sequence_ops.has_failures()
+    assert not ops.has_failures()
     return out
 
 
@@ -133,7 +133,7 @@ def compare(case: Case, backend: str, dtype: torch.dtype = torch.float32, factor
 
 @pytest.fixture(autouse=True)
 def _slate(strict_kernels):
-    sequence_ops.forget_failures()
+    ops.forget_failures()
 
 
 @pytest.fixture
@@ -784,7 +784,7 @@ def test_out_of_memory_is_no_failure(place, monkeypatch, caplog, small_tiles):
         patch.delenv("SWINACCEL_STRICT")
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             differentiate(kernels, inputs, mask, case.problem, grad)
-    assert not sequence_ops.has_failures()
+    assert not ops.has_failures()
     assert not caplog.records
     differentiate(kernels, inputs, mask, case.problem, grad)
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import swinaccel
-from swinaccel import watch
+from swinaccel import layers
 
 
 class Switched(microsoft_models.WindowAttention):
@@ -228,10 +228,10 @@ def test_what_pytorch_wrote_is_told_by_its_code():
     def forward(self, x):
         return x
 
-    assert watch.is_pytorchs(nn.Linear.forward)
-    assert not watch.is_pytorchs(forward)
-    assert not watch.is_pytorchs(len)
-    assert all(watch._OWN_FORWARD.values())
+    assert layers.is_torch_function(nn.Linear.forward)
+    assert not layers.is_torch_function(forward)
+    assert not layers.is_torch_function(len)
+    assert all(layers._FORWARDS.values())
 
 
 def test_looking_at_a_parametrized_layer_computes_nothing():

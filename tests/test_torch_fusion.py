@@ -12,7 +12,7 @@ from helpers import check
 from torch import nn
 
 import swinaccel
-from swinaccel import fusion
+from swinaccel.runtime import block as fused
 from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import torch_fusion
 
@@ -135,10 +135,10 @@ def test_a_projection_that_may_see_all_tokens_gets_all_of_them(small, monkeypatc
     other.load_state_dict(linear.state_dict())
     model.attention.set_submodule(name, other)
     assert not torch_backend.is_plain(model.attention)
-    rows = []
-    monkeypatch.setattr(Other, "forward", lambda self, x: rows.append(x.numel() // 16) or nn.Linear.forward(self, x))
+    images, windows = [], torch_backend._windows
+    monkeypatch.setattr(torch_backend, "_windows", lambda section, x, *rest: images.append(len(x)) or windows(section, x, *rest))
     check(model, torch.randn(3, 64, 16), (8, 8), count=1)
-    assert rows[-1] == 3 * 64
+    assert images == [3]
 
 
 def test_masks_of_one_call_are_not_kept(small, monkeypatch):
@@ -169,11 +169,11 @@ def test_gradients_are_recorded_for_the_whole_batch(small):
 
 def test_worth():
     """One part is no gain: its rows are those of the module, and so are its products."""
-    assert fusion.is_worth(torch.empty(1, 3136, 96), "torch")
-    assert not fusion.is_worth(torch.empty(1, 784, 192), "torch")
-    assert fusion.is_worth(torch.empty(8, 784, 192), "torch")
-    assert not fusion.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16), "torch")
-    assert not fusion.is_worth(torch.empty(0, 3136, 96), "torch")
+    assert torch_fusion.is_worth(torch.empty(1, 3136, 96))
+    assert not torch_fusion.is_worth(torch.empty(1, 784, 192))
+    assert torch_fusion.is_worth(torch.empty(8, 784, 192))
+    assert not torch_fusion.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16))
+    assert not torch_fusion.is_worth(torch.empty(0, 3136, 96))
 
 
 class Minimum(nn.Module):
@@ -202,7 +202,7 @@ IDLE = {
 @pytest.mark.parametrize("kind", IDLE)
 def test_what_passes_ordinary_numbers_on_may_still_limit_others(kind):
     make, is_idle = IDLE[kind]
-    assert fusion._is_idle(make().eval()) == is_idle
+    assert fused.does_nothing(make().eval()) == is_idle
 
 
 def test_limits_within_an_mlp(small):

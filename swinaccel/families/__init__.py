@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..layers import is_wrapper
 from ..layout import Block, Embedding, Merging, Tokens
 from ..spec import Section, WindowSpec
 from .around import PatchMerging, TorchvisionBlock
@@ -32,12 +33,13 @@ Attend = Callable[[Tensor], Tensor]
 class Family(Protocol):
     """How one library's window attention is recognised, read and repeated.
 
-    A family whose module is a whole block may also have `block` and `tokens`, as a `Surrounding`; where the method
-    that runs the block is another than `method`, also its name `block_method`, and `attend`.
+    A family whose module is a whole block may also be a `BlockAdapter`; where the method that runs the block is another
+    than `method`, it has that method's name as `block_method`.
 
     Attributes:
         name: short, shown in reports and carried in markers.
         method: the method that is replaced.
+        call_settings: where there is such, the names of attributes that callers set before each call.
     """
 
     name: str
@@ -62,10 +64,11 @@ class Family(Protocol):
         """
 
 
-class Surrounding(Protocol):
-    """A module around window attention that holds no section of its own: a block, a patch merging, a patch embedding.
+class BlockAdapter(Protocol):
+    """A module around window attention, or beside it: a block, a patch merging, a patch embedding.
 
-    A block also has `attend(module)`, what stands for its attention: (B, H, W, C) to the same.
+    A block also has `inner(module)`: the family and the module that its attention's section belongs to. Where those are
+    not the block's own, it has `attend(module)`: what stands for its attention, (B, H, W, C) to the same.
     """
 
     name: str
@@ -102,7 +105,7 @@ FAMILIES: list[Family] = [
 ]
 
 
-AROUND: list[Surrounding] = [TorchvisionBlock(), PatchMerging(), PatchEmbed(), Embeddings()]
+BLOCK_ADAPTERS: list[BlockAdapter] = [TorchvisionBlock(), PatchMerging(), PatchEmbed(), Embeddings()]
 
 
 def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
@@ -112,29 +115,33 @@ def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def match(module: nn.Module) -> tuple[Family, WindowSpec] | None:
-    """The first family that recognises the module, and what it is."""
+    """Return the first family that recognises the module, and what it is; None for a proxy of another module, too."""
+    if is_wrapper(module):
+        return None
     for family in FAMILIES:
         try:
             spec = family.match(module)
+            if spec is not None and not is_wrapper(family.attention(module)):
+                return family, spec
         except Exception:  # a foreign module may answer attribute reads with anything
-            spec = None
-        if spec is not None:
-            return family, spec
+            continue
     return None
 
 
-def surrounding(module: nn.Module) -> Surrounding | None:
-    """Which surrounding of window attention a module looks like, if any."""
-    for kind in AROUND:
+def block_adapter(module: nn.Module) -> BlockAdapter | None:
+    """Return the adapter of a module around window attention that is no family's, or None."""
+    if is_wrapper(module):
+        return None
+    for adapter in BLOCK_ADAPTERS:
         try:
-            if kind.match(module):
-                return kind
+            if adapter.match(module) and not is_wrapper(getattr(adapter.block(module), "attention", module)):
+                return adapter
         except Exception:  # as above
             continue
     return None
 
 
 def by_name(name: str) -> Any:
-    """The family or surrounding of that name, or None (a marker may come from another version)."""
-    everything: list[Any] = [*FAMILIES, *AROUND]
+    """Return the family or block adapter of that name, or None (a marker may come from another version)."""
+    everything: list[Any] = [*FAMILIES, *BLOCK_ADAPTERS]
     return next((family for family in everything if family.name == name), None)

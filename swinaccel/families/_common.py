@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import Axes
-from ..watch import is_own
+from ..layers import is_builtin
 
 
 def pair(value: object) -> tuple[int, int] | None:
@@ -59,17 +59,27 @@ def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
     plain = type(hidden) is nn.Linear and type(activation) is nn.ReLU and type(last) is nn.Linear
     position = None
     if plain and hidden.bias is not None and last.bias is None:
-        position = (coords, hidden.weight, hidden.bias, last.weight)
+        width = hidden.weight.shape[0]
+        fits = hidden.weight.shape[1] == 2 and hidden.bias.shape == (width,) and last.weight.shape == (num_heads, width)
+        if fits:
+            position = (coords, hidden.weight, hidden.bias, last.weight)
     return {
         "table": lambda: 16 * torch.sigmoid(mlp(coords).view(-1, num_heads)),
+        "table_shape": mlp_table_shape(coords, last, num_heads),
         "sources": position or (*mlp.parameters(), coords),
         "position": position,
     }
 
 
+def mlp_table_shape(coords: Tensor, last: Any, num_heads: int) -> tuple[int, int]:
+    """Return the shape of a table that an MLP computes, whatever the width of its last layer, as originals view it."""
+    width = last.weight.shape[0] if type(last) is nn.Linear else last.out_features
+    return coords.numel() // 2 * width // num_heads, num_heads
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
-    return is_own(module, nn.Linear)
+    return is_builtin(module, nn.Linear)
 
 
 def zero_token(*projections: Any) -> Tensor | None:

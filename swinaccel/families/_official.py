@@ -21,6 +21,7 @@ from ._common import (
     is_index,
     is_plain_linear,
     is_position_mlp,
+    mlp_table_shape,
     position_bias,
     separate_bias,
     sides,
@@ -66,11 +67,12 @@ def attention_section(
         index: of the position biases, where it is not the one that the attention keeps.
     """
     heads, tokens = attn.num_heads, geometry.tokens
+    head_dim = attn.proj.in_features // heads
     index = attn.relative_position_index if index is None else index
     common: dict[str, Any] = {
         "geometry": geometry,
         "num_heads": heads,
-        "head_dim": attn.proj.in_features // heads,
+        "head_dim": head_dim,
         "output": attn.proj if is_idle(attn.proj_drop) else lambda y: attn.proj_drop(attn.proj(y)),
         "index": index.view(tokens, tokens) if index.numel() == tokens * tokens else index,
         "mask": mask,
@@ -90,13 +92,15 @@ def attention_section(
     common |= {
         "project": attn.qkv,
         "padding": (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
-        "scale": attn.scale,
+        # timm's own fused path takes the default, whatever scale the module holds.
+        "scale": head_dim**-0.5 if getattr(attn, "fused_attn", False) else attn.scale,
     }
     if hasattr(attn, "cpb_mlp"):
         mlp, coords = attn.cpb_mlp, attn.relative_coords_table
+        common |= {"table_shape": mlp_table_shape(coords, mlp[2], heads)}
         return Section(table=lambda: mlp(coords).view(-1, heads), sources=(*mlp.parameters(), coords), **common)
     table = attn.relative_position_bias_table
-    return Section(table=lambda: table, sources=(table,), **common)
+    return Section(table=lambda: table, table_shape=tuple(table.shape), sources=(table,), **common)
 
 
 def flash_reason(attn: Any) -> str | None:

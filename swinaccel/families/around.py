@@ -37,6 +37,9 @@ class TorchvisionBlock:
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, None
 
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return Torchvision(), module.attn
+
     def attend(self, module: Any) -> Any:
         return module.attn
 

@@ -33,6 +33,7 @@ class Detection:
 
     name = "detection"
     method = "forward"
+    call_settings = ("H", "W")
 
     def match(self, module: Any) -> WindowSpec | None:
         if "H" not in vars(module) or "W" not in vars(module):
@@ -55,6 +56,9 @@ class Detection:
 
     def block(self, module: Any) -> Block:
         return block_facts(module)
+
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
 
     def tokens(self, module: Any, x: Tensor, mask_matrix: Any) -> Tokens:
         return x, (module.H, module.W)

@@ -80,6 +80,7 @@ class HuggingFaceSwin:
             output=lambda y: module.dropout(attn.o_proj(y)),
             padding=separate_padding(attn.q_proj, attn.k_proj, attn.v_proj),
             table=lambda: bias.relative_position_bias_table,
+            table_shape=tuple(bias.relative_position_bias_table.shape),
             sources=(bias.relative_position_bias_table,),
             index=bias.relative_position_index.view(geometry.tokens, -1),
             scale=attn.scaling,
@@ -107,6 +108,9 @@ class HuggingFaceSwin:
         norms = module.layernorm_before, module.layernorm_after
         parts = mlp.fc1, mlp.activation_fn, mlp.fc2
         return Block(module.attention, *norms, (mlp,), *parts, False, module.drop_path, give=lambda out: (out, None))
+
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
 
     def tokens(self, module: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any) -> Tokens:
         return hidden_states, tuple(input_dimensions)

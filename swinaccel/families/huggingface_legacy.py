@@ -81,6 +81,7 @@ class HuggingFaceSwinLegacy:
         else:
             bias = {
                 "table": lambda: attn.relative_position_bias_table,
+                "table_shape": tuple(attn.relative_position_bias_table.shape),
                 "sources": (attn.relative_position_bias_table,),
                 "scale": 1 / math.sqrt(attn.attention_head_size),
             }
@@ -114,6 +115,9 @@ class HuggingFaceSwinLegacy:
         post_norm = hasattr(attention.self, "logit_scale")
         drops = module.drop_path, module.drop_path if post_norm else None
         return Block(attention, *norms, (first, last), *parts, post_norm, *drops, give=lambda out: (out,))
+
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
 
     def tokens(self, module: Any, *args: Any, **kwargs: Any) -> Tokens:
         arguments = _named(module, args, kwargs)

@@ -47,6 +47,9 @@ class Microsoft:
     def block(self, module: Any) -> Block:
         return block_facts(module)
 
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
+
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, tuple(module.input_resolution)
 

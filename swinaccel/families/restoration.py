@@ -59,6 +59,9 @@ class SwinIR:
     def block(self, module: Any) -> Block:
         return block_facts(module)
 
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
+
     def tokens(self, module: Any, x: Tensor, x_size: Any) -> Tokens:
         return x, tuple(x_size)
 

@@ -64,6 +64,9 @@ class Timm:
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, None
 
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
+
     def attend(self, module: Any) -> Any:
         return getattr(module, self.method)
 
@@ -98,6 +101,7 @@ class TimmCr(Timm):
             project=attn.qkv,
             output=lambda y: attn.proj_drop(attn.proj(y)),
             padding=(lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
+            table_shape=(coords.shape[0], attn.meta_mlp.fc2.weight.shape[0]),
             table=lambda: attn.meta_mlp(coords),  # a row for each pair, so that nothing is taken for granted of them
             index=_pairs(tokens, coords.device),
             sources=(*attn.meta_mlp.parameters(), coords),

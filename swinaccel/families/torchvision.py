@@ -58,6 +58,7 @@ class Torchvision:
         else:
             bias = {
                 "table": lambda: module.relative_position_bias_table,
+                "table_shape": tuple(module.relative_position_bias_table.shape),
                 "sources": (module.relative_position_bias_table,),
                 "scale": (x.shape[-1] // heads) ** -0.5,
             }

@@ -1,0 +1,86 @@
+"""Look at a module's class and hooks: is it PyTorch's own layer, and does anyone watch or replace what it does?"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DISPATCHER = "_swinaccel_dispatcher"  # attribute of a function that takes a method's place: itself
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_IDLE_METHODS = frozenset(("extra_repr", "__repr__"))  # which no forward runs
+
+
+def is_torch_function(function: Any) -> bool:
+    """Return True if a function was written in PyTorch; one that takes its place may carry its name, not its code."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(_TORCH)
+
+
+_LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)
+_FORWARDS = {cls: cls.forward if is_torch_function(cls.forward) else None for cls in _LAYERS}
+
+
+def is_builtin(module: Any, cls: type) -> bool:
+    """Return True if a module is exactly PyTorch's layer, one of those named above, whose class nobody has patched."""
+    return type(module) is cls and cls.forward is _FORWARDS[cls]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if hooks want to see what a module is given or gives, or the gradients of that."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return True if forward was replaced on this instance; reading it is what makes a compiler guard the answer."""
+    return module.forward is None or "forward" in module.__dict__
+
+
+def replaced_methods(module: nn.Module) -> list[str]:
+    """Return the names of methods that were replaced on this very instance, by whatever can be called."""
+    cls = type(module)
+    return [
+        name
+        for name in module.__dict__.keys() - OWN_ATTRIBUTES
+        if isinstance(getattr(cls, name, None), _FUNCTIONS) and name not in _IDLE_METHODS
+    ]
+
+
+def owner(cls: type, method: str) -> type:
+    """Return the class that defines the method which instances of `cls` run."""
+    return next(base for base in cls.__mro__ if method in vars(base))
+
+
+def own_method(cls: type, method: str) -> Callable[..., Any]:
+    """Return the class's own method, unbound, without a dispatcher of ours."""
+    return undispatched(vars(owner(cls, method))[method])
+
+
+def undispatched(function: Any) -> Any:
+    """Return the method whose place a dispatcher of ours has taken, or what is none as it is."""
+    # Itself: functools.wraps copies attributes, and what wraps a dispatcher is none.
+    return function.__wrapped__ if getattr(function, DISPATCHER, None) is function else function
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """Return a second object with the very attributes of a module: what keeps it does not keep the module alive."""
+    other = object.__new__(type(module))
+    other.__dict__ = module.__dict__
+    return other
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Return True if a module's class passes attribute reads on, as proxies of another module do."""
+    cls = type(module)
+    return cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not object.__getattribute__

@@ -1,0 +1,284 @@
+"""Plan the attention of a module: its section, read by its family, bound to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import bias, ops
+from ..backends import torch as torch_backend
+from ..config import AccelConfig, env_interpret
+from ..failures import KernelError, failures
+from ..layers import has_hooks, is_builtin, replaced_methods, twin
+from ..layout import Product
+from ..spec import Section
+from ..trust.fingerprint import Trace, Untraceable
+from ..trust.libraries import is_of_library
+from ..trust.registry import Reading, attention_key, registry
+from .block import linear
+from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
+from .guard import Guard, NotGuardable
+from .plan import Plan
+from .state import Scope, State
+
+_CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
+
+
+def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
+    """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
+    if scope.holds(module):
+        return scope.facts
+    root = twin(module)
+    attention = family.attention(root)
+    parts = list(attention.modules())
+    facts = parts_reason(parts, attention is root) or _reading(family, module)
+    scope.renew(facts, lambda: guarded(family, root, [root, *(part for part in parts if part is not root)]))
+    return facts
+
+
+def guarded(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
+    """Return a guard of modules and of what their code reads elsewhere, or None where that cannot be compared."""
+    try:
+        trace = Trace([("", part) for part in parts], (family.method, getattr(family, "block_method", family.method)))
+        functions = [(namespace, name, namespace[name]) for namespace, name, _ in PATCHABLE]
+        return Guard(parts, [*trace.cells, *functions], trace.contents, getattr(family, "call_settings", ()))
+    except (NotGuardable, Untraceable):
+        return None
+
+
+def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
+    """Return why modules that the section stands in for must be called: someone watches them or replaced a method.
+
+    Args:
+        parts: the attention first.
+        is_called: the attention itself is called all the same, so that its own hooks run.
+    """
+    for place, part in enumerate(parts):
+        name = type(part).__name__
+        if has_hooks(part) and (place or not is_called):
+            return f"{name} inside the attention has hooks, which expect its own tensors"
+        for method in replaced_methods(part):
+            if method != "forward" or place or not is_called:
+                return f"{name} inside the attention has a {method} of its own"
+        if not is_of_library(part):
+            for rate, value in part.__dict__.items():
+                if type(value) is float and "drop" in rate and value:
+                    return f"{rate} of its {name} is not zero, and whether that drops is for its own code to say"
+    return None
+
+
+def _reading(family: Any, module: nn.Module) -> Reading | str:
+    try:
+        reading = registry.reading(attention_key(family, module))
+    except Untraceable as reason:
+        return str(reason)
+    return reading or _CHANGED.format(type(family.attention(module)).__name__)
+
+
+def plan_attention(
+    family: Any,
+    module: nn.Module,
+    reading: Reading,
+    config: AccelConfig,
+    state: State,
+    guard: Guard | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Plan | str:
+    """Return the plan of a call, or why its original must run; it runs (module, args, kwargs).
+
+    Args:
+        guard: of the module, if the plan may be kept.
+    """
+    root = module if guard is None else guard.modules[0]  # what a plan refers to must not keep the module alive
+    section = section_of(family, root, reading, args, kwargs)
+    if isinstance(section, str):
+        return section
+    x = args[0] if args else next(iter(kwargs.values()))
+    attention = family.attention(module)
+    bound = bind(section, attention, config, state, x)
+    if isinstance(bound, str):
+        return bound
+    attend, problem = bound
+
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return family.forward(module, attend, *args, **kwargs)
+
+    return Plan(run, problem, guard, section.index)
+
+
+def section_of(
+    family: Any, module: nn.Module, reading: Reading | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Section | str:
+    """Return the section of a call, or why its original must run."""
+    try:
+        section = family.section(module, *args, **kwargs)
+    except TypeError as error:
+        return f"the call is not one that the {family.name} family knows ({error})"
+    return section if isinstance(section, str) or reading is None else reading.apply(section)
+
+
+def bind(
+    section: Section, attention: nn.Module, config: AccelConfig, state: State, x: Tensor
+) -> tuple[Callable[[Tensor], Tensor], tuple | None] | str:
+    """Return what runs a section, with the problem that its failures are kept under, or why nothing may."""
+    reason = section_reason(section, x.device)
+    if reason is not None:
+        return reason
+    if backend_of(config, x.device) == "torch":
+        reason = _torch_reason(section, attention, config, x) or index_reason(section)
+        if reason is not None:
+            return reason
+        state.bias = "table"
+        in_parts = torch_backend.is_plain(attention)
+        return lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts), None
+    problem = problem_of(section, x)
+    reason = triton_reason(section, x, problem) or index_reason(section)
+    if reason is not None:
+        return reason
+    section.project, section.output = _directly(section.project), _directly(section.output)
+    return TritonSection(section, config, state), problem
+
+
+def section_reason(section: Section, device: torch.device) -> str | None:
+    """Return what no backend can do with a section, or None.
+
+    Args:
+        device: of the input.
+    """
+    geometry, heads = section.geometry, section.num_heads
+    tokens = geometry.tokens
+    if tokens < 2 or min(geometry.window) < 1:
+        return "the window is a single token"
+    if not all(0 <= shift < window for shift, window in zip(geometry.shift, geometry.window, strict=True)):
+        return f"the shift {geometry.shift} does not lie inside the window {geometry.window}"
+    if section.index.dtype not in (torch.int64, torch.int32):
+        return f"the bias index is of {section.index.dtype}"
+    if tuple(section.index.shape) != (tokens, tokens):
+        return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
+    if section.table_shape[1] != heads:
+        return f"the bias table has {section.table_shape[1]} columns, and the attention {heads} heads"
+    if section.logit_scale is not None and section.logit_scale.numel() != heads:
+        return f"logit_scale holds {section.logit_scale.numel()} numbers, and the attention has {heads} heads"
+    mask = section.mask
+    if mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens):
+        return f"the mask {tuple(mask.shape)} belongs to another image size than {geometry.size}"
+    if mask is not None and not mask.is_floating_point():
+        return f"the mask is of {mask.dtype}"
+    if mask is not None and mask.requires_grad:
+        return "the mask has a gradient"
+    for tensor in (*section.sources, section.index, mask, section.logit_scale):
+        if tensor is not None and tensor.device != device:
+            return f"a tensor of its bias or mask is on {tensor.device}, and the input on {device}"
+    if not all(tensor.is_floating_point() for tensor in section.sources):
+        return "its bias does not consist of floating-point numbers"
+    return None
+
+
+def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x: Tensor) -> str | None:
+    """Return what the torch backend cannot do, or not faster: it trains slower than the originals.
+
+    One that was asked for by name records gradients all the same.
+    """
+    if section.dropout > 0:
+        return "attention dropout is active, and the torch backend has none"
+    if config.backend != "torch" and _records_gradients(attention, x):
+        return "gradients are recorded, and only on GPUs is training accelerated"
+    return None
+
+
+def _records_gradients(attention: nn.Module, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters())
+
+
+def problem_of(section: Section, x: Tensor) -> tuple:
+    """Return what failures of the window kernels are kept under."""
+    return ops.problem(
+        x.device, product_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None
+    )  # fmt: skip
+
+
+def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
+    """Return what the kernels cannot do with a section, or None."""
+    interpret = x.device.type == "cpu" and env_interpret()
+    reason = ops.unsupported_reason(
+        x.device, product_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
+    )
+    if reason is None and section.geometry.is_padded and section.padding is None:
+        reason = "the image is padded and the projection is not a plain nn.Linear"
+    return reason or failures.get(problem)
+
+
+def index_reason(section: Section) -> str | None:
+    """Return why the kernels, which check no index, cannot take this one, or None."""
+    index, rows = section.index, section.table_shape[0]
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "its bias index was not looked through before a CUDA graph is captured; run the model once before"
+    low, high = index.aminmax()
+    if low < 0 or high >= rows:
+        return f"the bias index goes from {int(low)} to {int(high)}, and its table has {rows} rows"
+    return None
+
+
+def _directly(call: Any) -> Callable[..., Any]:
+    """Return the product of a plain linear layer alone, for as long as a guard finds it the same and without hooks."""
+    if isinstance(call, Product):
+        return lambda x: linear(x, call.layer.weight, call.bias())
+    if not is_builtin(call, nn.Linear) or call._compiled_call_impl is not None or not are_functions_torchs():
+        return call
+    weight, bias = call.weight, call.bias
+    return lambda x: linear(x, weight, bias)
+
+
+class TritonSection:
+    """A section bound to the Triton kernels: (B, H, W, C) to the same."""
+
+    __slots__ = ("config", "section", "state")
+
+    def __init__(self, section: Section, config: AccelConfig, state: State) -> None:
+        self.section, self.config, self.state = section, config, state
+
+    def __call__(self, image: Tensor) -> Tensor:
+        section = self.section
+        qkv = section.project(image)
+        width = section.num_heads * section.head_dim
+        if (qkv.shape[-1] != 3 * width) if isinstance(qkv, Tensor) else any(one.shape[-1] != width for one in qkv):
+            raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
+        trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
+        factors = None
+        if not trained and bias.wanted(self.config):
+            factors = bias.factors(section, self.config, qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype)
+        self.state.bias = "table" if factors is None else factors.describe()
+        return attend_triton(section, qkv, trained, factors)
+
+
+def attend_triton(section: Section, qkv: Any, trained: bool, factors: Any = None) -> Tensor:
+    """Return what a section gives, by the Triton kernels, of its projections q, k and v."""
+    geometry, logit_scale = section.geometry, section.logit_scale
+    table = padding = None
+    if geometry.is_padded and section.padding is not None:
+        padding = section.padding()
+        if padding is not None and padding.numel() != 3 * section.num_heads * section.head_dim:
+            raise KernelError(f"the bias of its projection holds {padding.numel()} numbers, which it spreads by itself")
+    if section.position is not None and not trained:
+        table = ops.position_table(*section.position)
+    out = ops.shifted_window_attention(
+        qkv,
+        geometry,
+        num_heads=section.num_heads,
+        table=section.table() if table is None else table,
+        index=section.index,
+        padding=padding,
+        mask=section.mask,
+        mask_value=section.mask_value,
+        scale=section.scale,
+        logit_scale=None if logit_scale is None else logit_scale.reshape(-1),
+        factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
+        dropout=section.dropout,
+    )
+    return section.output(out)

@@ -1,0 +1,106 @@
+"""Look at what surrounds a call: tracers, transforms, modes and hooks that expect the original's own operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from ..config import AccelConfig, env_interpret
+from ..layers import PLAIN_TENSORS, is_torch_function
+
+_tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+_active_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_function_modes = torch._C._len_torch_function_stack
+
+# Functions and methods that plans call in place of modules, where they are PyTorch's: (namespace, name, value).
+PATCHABLE = tuple(
+    (vars(namespace), name, vars(namespace)[name])
+    for namespace, name in (
+        (F, "linear"),
+        (F, "gelu"),
+        (F, "layer_norm"),
+        (nn.Module, "__call__"),
+        (nn.Conv2d, "_conv_forward"),
+    )
+)
+
+
+def are_functions_torchs() -> bool:
+    """Return True if nobody replaced the functions that plans call, before swinaccel was imported or since."""
+    return _were_functions_torchs and all(namespace[name] is value for namespace, name, value in PATCHABLE)
+
+
+_were_functions_torchs = all(
+    getattr(value, "__code__", None) is None or is_torch_function(value) for _, _, value in PATCHABLE
+)
+
+
+def context_reason(x: Any) -> str | None:
+    """Return why nothing can be replaced for this input, or where this call runs; None if it can."""
+    if not isinstance(x, Tensor):
+        return "the input is no tensor"
+    if _has_any_global_hook():
+        return "hooks of all modules are registered, which expect the original's own"
+    if torch.compiler.is_compiling():
+        return None  # what follows is no concern of a compiler's own tracing, and cannot be traced
+    if _tracing_state() is not None:
+        return "the model is being traced"
+    if type(x) not in PLAIN_TENSORS:
+        return f"the input is a {type(x).__name__}"
+    if x.is_meta:
+        return "the input is on the meta device"
+    if _interpreter_stack() is not None:
+        return "the call is inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if _active_mode(_PROXY) is not None:
+        return "the call is being traced into a graph"
+    if _function_modes() and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a mode is active that may replace PyTorch's functions"
+    return None
+
+
+def has_dispatch_mode() -> bool:
+    """Return True if a mode looks at operators now."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def backend_of(config: AccelConfig, device: torch.device) -> str:
+    """Return "triton" or "torch", for tensors on a device."""
+    if config.backend != "auto":
+        return config.backend
+    return "triton" if device.type == "cuda" or (device.type == "cpu" and env_interpret()) else "torch"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products of x are computed."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def call_key(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
+    """Return all that decides what a call of one module runs, beside the module; None for arguments of other kinds."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    form = x.shape, x.dtype, x.get_device(), x.requires_grad, x.is_contiguous()
+    if len(args) == 1 and not kwargs:
+        return (*modes, *form)
+    others = (*args[1:], *kwargs.items())
+    return (*modes, *form, len(args), others) if _is_plain(others) else None
+
+
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(one, _PLAIN_VALUES) or (type(one) is tuple and _is_plain(one)) for one in values)
+
+
+_PLAIN_VALUES = (int, str, type(None))

@@ -1,0 +1,161 @@
+"""Guards: see whether modules, and all that their code reads, are what they were when a plan was built for them.
+
+A guard is a copy of what a module tree is made of, compared as a whole: settings by value; submodules, parameters,
+buffers and hooks by identity. Comparing takes a tenth of the time that reading and judging each of them takes. Numbers
+that are written in place, as all training does, are no change here: tensors are read when a kernel reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
+
+from ..layers import HOOKS, OWN_ATTRIBUTES
+from ..spec import is_plain
+
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_forward = attrgetter("forward")
+
+
+class NotGuardable(Exception):
+    """A module holds what cannot be compared."""
+
+
+class Guard:
+    """Modules as they were when this was made, and what their code reads elsewhere.
+
+    Args:
+        modules: each by itself, without its submodules. None is kept alive but for its attributes, if it is a `twin`.
+        cells: (namespace, name, value) outside of them, compared by identity.
+        contents: (mapping or list, copy of it) outside of them, compared by value.
+        ignored: settings of the modules that may change, since each call's key holds them.
+    Raises:
+        NotGuardable: for a setting that cannot be compared with itself, or holds modules, which may hold this one.
+    """
+
+    __slots__ = (
+        "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_empty", "_forwards", "_ignored",
+        "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_values", "_versions", "_watched", "modules",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        cells: Iterable[tuple[Mapping[str, Any], str, Any]] = (),
+        contents: Iterable[tuple[Any, Any]] = (),
+        ignored: tuple[str, ...] = (),
+    ) -> None:
+        self.modules = modules = list(modules)
+        self._types = list(map(type, modules))
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = list(map(_forward, self._classes))
+        self._owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
+        self._ignored = ignored
+        self._values: list[Tensor] = []  # tensors among the settings
+        settings = [_settings(one.__dict__, self._owners, self._values) for one in modules]
+        self._settings = settings + [_copied(one.__dict__, self._values) for one in self._owners[len(modules) :]]
+        self._versions = list(map(_version, self._values))
+        # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
+        places = [(one, name) for one in modules for name in (*HOOKS, *_CONTAINERS)]
+        self._empty = [one.__dict__[name] for one, name in places if not one.__dict__[name]]
+        self._containers = [(one.__dict__, name) for one, name in places if one.__dict__[name]]
+        filled = self._filled()
+        self._names, self._kept = list(chain.from_iterable(filled)), _values(filled)
+        self._buffers = [one for module in modules for one in module._buffers.values() if one is not None]
+        self._pointers = list(map(Tensor.data_ptr, self._buffers))
+        cells, contents = list(cells), list(contents)
+        self._cells = [namespace for namespace, _, _ in cells], [name for _, name, _ in cells]
+        self._watched = [value for _, _, value in cells]
+        self._contents, self._copies = [now for now, _ in contents], [then for _, then in contents]
+        if not self.holds():
+            raise NotGuardable
+
+    def holds(self) -> bool:
+        """Return True if nothing has changed since."""
+        try:
+            filled = self._filled()
+            kept = _values(filled)
+            return (
+                list(map(type, self.modules)) == self._types
+                and all(map(is_, map(_forward, self._classes), self._forwards))
+                and len(kept) == len(self._kept)
+                and all(map(is_, kept, self._kept))
+                and list(chain.from_iterable(filled)) == self._names
+                and self._has_settings()
+                and not any(self._empty)
+                and list(map(Tensor.data_ptr, self._buffers)) == self._pointers  # views of them may have been kept
+                and list(map(_version, self._values)) == self._versions
+                and all(map(is_, map(getitem, *self._cells), self._watched))
+                and self._contents == self._copies
+            )
+        except Exception:  # a setting that has become something which cannot be compared, a name that is gone
+            return False
+
+    def _has_settings(self) -> bool:
+        if not self._ignored:
+            return list(map(vars, self._owners)) == self._settings
+        now, *others = map(vars, self._owners)
+        then = {**self._settings[0], **{name: now[name] for name in self._ignored if name in now}}
+        return now == then and others == self._settings[1:]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all parameters and buffers of the modules."""
+        return [one for one in self._kept if isinstance(one, Tensor)]
+
+    def _filled(self) -> list[dict[str, Any]]:
+        return [attributes[name] for attributes, name in self._containers]
+
+
+def _values(containers: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, containers)))
+
+
+def _settings(attributes: dict[str, Any], owners: list[Any], tensors: list[Tensor]) -> dict[str, Any]:
+    """Return a module's attributes, to be compared with what they are later; objects that they name become owners."""
+    found = {}
+    for name, value in attributes.items():
+        if name in OWN_ATTRIBUTES:  # submodules are watched by themselves
+            found[name] = value
+            continue
+        found[name] = _copied(value, tensors)
+        is_object = not isinstance(value, Tensor) and not is_plain(value) and hasattr(value, "__dict__")
+        if is_object and not any(value is owner for owner in owners):
+            owners.append(value)  # a configuration
+    return found
+
+
+def _copied(value: Any, tensors: list[Tensor]) -> Any:
+    """Return a copy of what can be written to, all the way down; else it would be compared with itself."""
+    if is_plain(value):
+        return value
+    if type(value) is dict:
+        return {key: _copied(one, tensors) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_copied(one, tensors) for one in value])
+    if type(value) is set:
+        return value.copy()
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        raise NotGuardable
+    return value
+
+
+def _version(tensor: Tensor) -> int:
+    return tensor._version
+
+
+def same_tensors(tensors: list[Tensor]) -> Any:
+    """Return a function that tells if tensors have the shapes, strides, dtypes, devices and gradients of these.
+
+    It does so for calls in the same autocast, gradient and inference modes.
+    """
+    if not tensors:
+        return lambda *_: True
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check

@@ -1,0 +1,113 @@
+"""Keep what is known of one accelerated module: its counts for the report, and its plans while their guard holds."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..trust.registry import registry
+from .guard import Guard
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+_MOST_PLANS = 16  # of one module; sizes that never come back
+_REBUILDS = 8  # guards to be made of a module that keeps changing, before one has paid for itself
+
+
+class Scope:
+    """What was found out about a module, of its attention alone or of the whole block, for as long as a guard holds.
+
+    Attributes:
+        guard: None where the module cannot be guarded, or keeps changing: everything is found out at each call then.
+        facts: what calls are planned from, or one sentence why the original must run.
+        plans: of calls, by their keys.
+    """
+
+    __slots__ = ("_proofs", "_rebuilds", "facts", "guard", "plans")
+
+    def __init__(self) -> None:
+        self.guard: Guard | None = None
+        self.facts: Any = None
+        self.plans: dict[tuple, Plan] = {}
+        self._rebuilds = _REBUILDS
+        self._proofs = 0
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return True if the facts are still those of this module."""
+        guard = self.guard
+        if guard is None or (isinstance(self.facts, str) and self._proofs != registry.count):
+            return False
+        root = guard.modules[0]
+        if root.__dict__ is not module.__dict__ or type(root) is not type(module) or not guard.holds():
+            return False
+        self._rebuilds = _REBUILDS
+        return True
+
+    def renew(self, facts: Any, guarded: Callable[[], Guard | None]) -> None:
+        """Take new facts, and a new guard for them, unless the module keeps changing."""
+        self.plans.clear()
+        self.guard, self._proofs = None, registry.count
+        if self._rebuilds:
+            self._rebuilds -= 1
+            self.guard = guarded()
+        self.facts = None if self.guard is None else facts  # else they might keep the module alive for ever
+
+    def plan(self, key: tuple | None) -> Plan | None:
+        """Return the plan of a call, if it still holds."""
+        found = None if key is None else self.plans.get(key)
+        return found if found is not None and found.holds() else None
+
+    def keep(self, key: tuple | None, plan: Plan) -> None:
+        """Keep the plan of a call for the next of its kind."""
+        if self.guard is not None and key is not None:
+            if len(self.plans) >= _MOST_PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
+
+
+class State:
+    """One accelerated module.
+
+    Attributes:
+        calls, fallbacks: calls so far, and those of them that ran the original.
+        reason: why the last of those did.
+        unfused: why what is around the attention runs by itself, or None.
+        bias: the form of the bias in use.
+    """
+
+    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "reason", "unfused")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.fallbacks = 0
+        self.reason: str | None = None
+        self.unfused: str | None = None
+        self.bias: str | None = None
+        self.attention, self.block = Scope(), Scope()
+
+
+_states: dict[int, tuple[weakref.ref[nn.Module], State]] = {}
+
+
+def state_of(module: nn.Module) -> State:
+    """Return the state of a module; it is not copied or pickled with the module, and does not keep it alive."""
+    found = _states.get(id(module))
+    if found is not None and found[0]() is module:
+        return found[1]
+    address, state = id(module), State()
+
+    def forget(reference: weakref.ref[nn.Module]) -> None:
+        if (known := _states.get(address)) is not None and known[0] is reference:
+            del _states[address]
+
+    _states[address] = weakref.ref(module, forget), state
+    return state
+
+
+def forget_state(module: nn.Module) -> None:
+    """Drop the state of a module."""
+    _states.pop(id(module), None)

@@ -1,0 +1,210 @@
+"""Run one call while a compiler traces it: the same decisions, in code that compilers follow and guard by themselves.
+
+A compiler cannot walk over attributes, look up fingerprints or keep plans. It takes the types of submodules, and their
+places, for what `accelerate()` proved (`ROLES` on the class), and reads hooks, forwards and settings one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import fusion_ops
+from ..config import AccelConfig, env_strict
+from ..layers import has_hooks, has_own_forward, is_builtin
+from ..layout import Attend, Block, Embedding
+from ..reference_block import attend_tokens
+from ..spec import Section
+from ..trust.libraries import is_of_library
+from .attention import attend_triton, problem_of, section_of, section_reason, triton_reason
+from .block import HALVES, rest
+from .context import backend_of, product_dtype
+from .errors import FallbackError
+from .neighbours import embedding_of, is_patchwise
+
+ROLES = "_swinaccel_roles"  # of a class with a dispatcher: (type of parent, name, type) of what was proven inside
+
+_CONV_FORWARD = nn.Conv2d._conv_forward
+
+Role = tuple[type | None, str, type]
+
+
+def roles_of(module: nn.Module) -> frozenset[Role]:
+    """Return the places and types of a module and of all inside it."""
+    found: list[Role] = [(None, "", type(module))]
+    found += [(type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()]
+    return frozenset(found)
+
+
+def call(
+    adapter: Any,
+    module: nn.Module,
+    original: Callable[..., Any],
+    config: AccelConfig,
+    method: str,
+    x: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Return what one call of an accelerated module's method returns, as `call.call` does."""
+    if not isinstance(x, Tensor) or _has_any_global_hook() or backend_of(config, x.device) == "torch":
+        return original(module, *args, **kwargs)  # plain PyTorch: the compiler fuses it in its own way
+    has_attention = hasattr(adapter, "section") and method == adapter.method
+    is_block = config.fuse == "auto" and method == getattr(adapter, "block_method", adapter.method)
+    attend: Any = None
+    if has_attention:
+        attend = _attend(adapter, module, args, kwargs, x)
+        if isinstance(attend, str):
+            if config.strict or env_strict():
+                raise FallbackError(f"{type(module).__name__} would run its original: {attend}")
+            return original(module, *args, **kwargs)
+    if is_block and hasattr(adapter, "block"):
+        facts = _plain_block(adapter, module, x) if hasattr(adapter, "inner") else _plain_embedding(adapter, module, x)
+        tokens = None if facts is None else _tokens(adapter, module, x, args, kwargs)
+        if facts is not None and tokens is not None:
+            if isinstance(facts, Embedding):
+                return embedding_of(facts, x)
+            return _block(facts, adapter.attend(module) if attend is None else attend, *tokens)
+    if attend is None:
+        return original(module, *args, **kwargs)
+    return adapter.forward(module, attend, *args, **kwargs)
+
+
+def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Attend | str:
+    """Return what runs the attention of a call, (B, H, W, C) to the same, or why the original must run."""
+    attention = family.attention(module)
+    reason = _parts_reason(getattr(module, ROLES), attention, attention is module, _root(module, attention))
+    if reason is not None:
+        return reason
+    section = section_of(family, module, None, args, kwargs)
+    if isinstance(section, str):
+        return section
+    if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_of_library(module):
+        return "its code may take another scale than the one that it holds, which a compiler is not told"
+    problem = problem_of(section, x)
+    reason = section_reason(section, x.device) or triton_reason(section, x, problem)
+    return reason or _bound(section)
+
+
+def _bound(section: Section) -> Attend:
+    def attend(image: Tensor) -> Tensor:
+        trained = torch.is_grad_enabled() and any([source.requires_grad for source in section.sources])
+        return attend_triton(section, section.project(image), trained)
+
+    return attend
+
+
+def _root(module: nn.Module, attention: nn.Module) -> tuple[type | None, str]:
+    """Return whose child the attention is, and its name there."""
+    if attention is module:
+        return None, ""
+    for name, child in module._modules.items():
+        if child is attention:
+            return type(module), name
+    return None, ""
+
+
+def _parts_reason(
+    roles: frozenset[Role], part: nn.Module, is_called: bool, place: tuple[type | None, str]
+) -> str | None:
+    """Return why modules that the section stands in for must be called; see `attention.parts_reason`."""
+    if not is_called and has_hooks(part):
+        return f"{type(part).__name__} inside the attention has hooks, which expect its own tensors"
+    if not is_called and has_own_forward(part):
+        return f"{type(part).__name__} inside the attention has a forward of its own"
+    if (*place, type(part)) not in roles:
+        return f"a {type(part).__name__} came into the attention after accelerate(); call it again"
+    for name, child in part._modules.items():
+        if child is not None:
+            reason = _parts_reason(roles, child, False, (type(part), name))
+            if reason is not None:
+                return reason
+    return None
+
+
+def _tokens(adapter: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from .call import tokens_of
+
+    return tokens_of(adapter, module, x, args, kwargs)
+
+
+def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
+    """Return what a block consists of, if one operator may stand for all that follows its attention."""
+    if x.dtype not in HALVES or torch.is_autocast_enabled(x.device.type):
+        return None
+    block, roles = adapter.block(module), getattr(module, ROLES)
+    norms, linears = (block.norm1, block.norm2), (block.fc1, block.fc2)
+    named = (*norms, *linears, block.activation, block.attention, *block.holders)
+    for holder in (module, *block.holders):
+        if holder._parameters:
+            return None
+        for name, child in holder._modules.items():
+            if child is None:
+                continue
+            if (type(holder), name, type(child)) not in roles:
+                return None
+            if not any([child is one for one in named]) and (child.training or has_hooks(child)):
+                return None
+    for part in (*norms, *linears, *block.holders, block.activation, block.drop1, block.drop2):
+        if part is not None and (has_hooks(part) or has_own_forward(part)):
+            return None
+    if type(block.activation) is nn.GELU and block.activation.approximate != "none":
+        return None
+    if type(block.activation) is not nn.GELU and not is_of_library(block.activation):
+        return None
+    parameters: list[Any] = []
+    for norm in norms:
+        if type(norm) is not nn.LayerNorm or norm.normalized_shape != x.shape[-1:]:
+            return None
+        parameters += norm.weight, norm.bias
+    for layer in linears:
+        if type(layer) is not nn.Linear:
+            return None
+        parameters += layer.weight, layer.bias
+    for one in parameters:
+        if one is not None and (type(one) is not nn.Parameter or one.dtype != x.dtype or not one.is_contiguous()):
+            return None
+    if torch.is_grad_enabled() and (x.requires_grad or any([p is not None and p.requires_grad for p in parameters])):
+        return None
+    return block
+
+
+def _plain_embedding(adapter: Any, module: nn.Module, x: Tensor) -> Embedding | None:
+    """Return what a patch embedding consists of, if patches may be multiplied where there was a convolution."""
+    dtype = product_dtype(x)
+    if not hasattr(adapter, "constrains_sizes") or not is_of_library(module) or type(x) is not Tensor:
+        return None
+    if dtype not in HALVES or x.dtype not in (dtype, torch.float32) or not adapter.constrains_sizes(module):
+        return None
+    try:
+        embedding: Embedding = adapter.block(module)
+    except KeyError:
+        return None
+    projection, norm = embedding.projection, module._modules.get("norm")
+    if not is_builtin(projection, nn.Conv2d) or has_hooks(projection) or has_own_forward(projection):
+        return None
+    if not is_patchwise(projection) or nn.Conv2d._conv_forward is not _CONV_FORWARD:
+        return None
+    if type(projection.weight) is not nn.Parameter or type(projection.bias) not in (nn.Parameter, type(None)):
+        return None
+    if norm is None:
+        return embedding if "projection" in module._modules else None  # others call their norm
+    is_plain = type(norm) is nn.Identity
+    if type(norm) is nn.LayerNorm:
+        is_plain = norm.normalized_shape == projection.weight.shape[:1]
+    return embedding if is_plain and not has_hooks(norm) and not has_own_forward(norm) else None
+
+
+def _block(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Any:
+    branch = attend_tokens(attend, x if block.post_norm else block.norm1(x), size)
+    if branch.dtype != x.dtype or branch.shape != x.shape:
+        out = rest(block, x, branch)
+    else:
+        norms: Any = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
+        linears: Any = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
+        out = fusion_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
+    return out if block.give is None else block.give(out)

@@ -1,0 +1,146 @@
+"""Make what a probe runs: small random copies of a module on the CPU, and the calls of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import examples
+from ..layout import Block
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a probe runs: in training or not, how large its numbers are, and in which dtype.
+
+    Attributes:
+        factor: what input and parameters are multiplied by; code that limits values shows where they are 1e9 apart.
+        dtype: of the copy; under autocast products are computed in bfloat16.
+        odd: one number of the input is infinite and one is NaN.
+    """
+
+    training: bool = False
+    factor: float = 1.0
+    dtype: torch.dtype = torch.float64
+    autocast: bool = False
+    odd: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """The difference, relative to the largest number, that two orders of the same arithmetic may have."""
+        if self.dtype == torch.float64:
+            return 1e-6
+        return 0.1 if self.autocast or self.dtype == torch.bfloat16 else 0.02
+
+
+EXACT = (Setting(), Setting(factor=1e3), Setting(factor=1e-3), Setting(training=True))
+# What code outside of the surveyed libraries may do to dtypes and to numbers that are not finite.
+LOW_PRECISION = (
+    Setting(dtype=torch.float32, odd=True),
+    Setting(dtype=torch.float16, odd=True),
+    Setting(dtype=torch.float16),
+    Setting(dtype=torch.bfloat16),
+    Setting(dtype=torch.float32, autocast=True),
+)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Keep what surrounds a probe out of it, and its random numbers out of what surrounds it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.get_default_device().type != "cpu":  # a mode that looks at every call
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def seed() -> None:
+    """Seed the CPU's generator alone; torch.manual_seed would seed every GPU as well."""
+    torch.default_generator.manual_seed(0)
+
+
+def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> nn.Module:
+    """Return a CPU copy, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
+
+    In fp64, the first of several heads has a table whose spread lets tokens see past the shift mask's -100, which is
+    not -inf, and scales of cosine attention lie above their clamp as well as below it. In lower precision scores are
+    moderate, or rounding would be all that is seen.
+
+    Args:
+        moved: the modules whose floating-point attributes are moved. Rates of dropout become 0.
+    """
+    seed()
+    memo: dict[int, Any] = {}
+    for name, parameter in module.named_parameters():
+        fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+        value = torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5)
+        if name.endswith("logit_scale"):
+            largest = 5.5 if setting.dtype == torch.float64 else 0.5
+            value = torch.linspace(largest, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1 and setting.dtype == torch.float64:
+            value[:, 0] *= 200
+        memo[id(parameter)] = nn.Parameter((value * setting.factor).to(setting.dtype), setting.training)
+    for buffer in module.buffers():
+        value = buffer.detach().to("cpu", copy=True)
+        memo[id(buffer)] = value + torch.rand_like(value) if value.is_floating_point() else value
+    places = [place for place, part in enumerate(module.modules()) if part in moved]
+    twin = copy.deepcopy(module, memo)
+    twin.to("cpu", setting.dtype)
+    twin.train(setting.training)  # in detection backbones, neither returns the module
+    parts = list(twin.modules())
+    for part in parts:
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()
+        if type(part) is nn.Dropout:
+            part.p = 0.0
+    for part in (parts[place] for place in places):
+        if not type(part).__module__.startswith("torch.nn."):
+            for name, number in vars(part).items():
+                if type(number) is float:
+                    vars(part)[name] = 0.0 if "drop" in name else 1.25 * number + 0.05
+    return twin
+
+
+def calls(family: Any, twin: nn.Module, setting: Setting) -> list[tuple[Any, ...]]:
+    """Return the arguments of the calls that a family's examples describe: inputs, masks and the like, at random."""
+
+    def made(place: int, argument: Any) -> Any:
+        if not isinstance(argument, torch.Size):
+            return argument
+        numbers = torch.randn(argument, dtype=torch.float64)
+        if place:
+            return (numbers - 100 * (torch.rand(argument) < 0.5)).to(setting.dtype)
+        numbers = numbers * setting.factor
+        if setting.odd:
+            flat = numbers.view(-1)
+            flat[0], flat[-1] = float("inf"), float("nan")
+        return numbers.to(setting.dtype)
+
+    seed()
+    return [tuple(made(*argument) for argument in enumerate(example)) for example in examples(family, twin)]
+
+
+def set_drop_rates(facts: Any, rate: float) -> None:
+    """Let drop-paths drop, the second more than the first."""
+    drops = ((facts.drop1, rate), (facts.drop2, 2 * rate)) if isinstance(facts, Block) else ()
+    for drop, own in drops:
+        for name in ("p", "drop_prob"):
+            if drop is not None and name in vars(drop) and type(drop) is not nn.Dropout:
+                setattr(drop, name, own)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value and in its containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from tensors(one)

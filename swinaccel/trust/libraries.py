@@ -1,0 +1,44 @@
+"""Know the libraries whose code was surveyed, by where a class or function is defined."""
+
+from __future__ import annotations
+
+import sysconfig
+from typing import Any
+
+# Homes of the surveyed implementations of window attention.
+SURVEYED = (
+    "timm.models.swin_transformer",
+    "torchvision.models.swin_transformer",
+    "torchvision.models.video.swin_transformer",
+    "transformers.models.",
+    "monai.networks.nets.swin_unetr",
+)
+# Homes of those and of the layers that they use.
+LIBRARIES = (*SURVEYED, "torch.", "timm.layers.", "torchvision.ops.", "transformers.", "monai.networks.")
+
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+
+
+def is_of_library(module: Any) -> bool:
+    """Return True if all code of a module's class is a surveyed library's or PyTorch's.
+
+    A subclass without code of its own is what it was made from, as FSDP2 makes them.
+    """
+    for base in type(module).__mro__:
+        if base.__module__.startswith(LIBRARIES):
+            if base.__module__.startswith("torch."):
+                return True
+        elif base is not object and not all(is_library_function(one) for one in vars(base).values() if callable(one)):
+            return False
+    return True
+
+
+def is_library_function(function: Any) -> bool:
+    """Return True if a function is defined in a surveyed library or in PyTorch."""
+    return (getattr(function, "__module__", None) or "").startswith(LIBRARIES)
+
+
+def is_installed(function: Any) -> bool:
+    """Return True if a function's file lies where packages are installed, rather than in a project of the user's."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_filename.startswith((*_INSTALLED, "<frozen"))

@@ -1,0 +1,329 @@
+"""Prove a signature: a module's own forward against its family's reading of it, on small random copies on the CPU.
+
+Attributes can look right and mean something else: a subclass with a changed forward, a copy that skips the projection,
+another version of a library. Copies run the two ways in fp64, in eval mode at three magnitudes and in training mode
+with gradients; code outside of the surveyed libraries also in lower precision, under autocast, and with numbers that
+are not finite. Every parameter is drawn at random (fresh tables are almost zero and fresh norms can be exactly zero,
+and would hide a difference), and floating-point attributes are moved: what is one or zero now may be something else
+after some steps of training.
+
+A verdict is about what was run. It is kept by the module's fingerprint, which holds all that decides what ran; what
+depends on the one module beyond that (the size to which its window has shrunk, say) is judged each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..families import Family
+from ..layers import own_method, replaced_methods
+from ..layout import Block, Merging
+from ..reference_block import block_reference, embedding_reference, merging_reference
+from ..spec import Section, WindowSpec
+from . import compare
+from .copies import EXACT, LOW_PRECISION, Setting, calls, isolated, random_copy, seed, set_drop_rates
+from .fingerprint import Untraceable, fingerprint
+from .libraries import is_library_function, is_of_library
+from .registry import Reading, attention_key, block_key, registry
+
+_NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.Linear"  # such calls run the original
+# What a run on the CPU does not show, by names in code outside of the surveyed libraries.
+_UNSEEN_ON_CPUS = frozenset(("amp", "autocast", "cuda", "custom_fwd", "device_type", "is_autocast_enabled", "is_cuda"))
+
+
+class _NotNow(Exception):
+    """A module is not what its family takes it for at present; the message says why."""
+
+
+def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
+    """Return why a module's window attention cannot be replaced, or None if it is proven that it can.
+
+    Args:
+        module: it is not changed and not called.
+    """
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return "its tensors are on the meta device; call accelerate() once they are loaded"
+    attention = family.attention(module)
+    extra = family.name, spec.window, any(spec.shift)
+    own = own_method(type(module), family.method)
+    return _judge(
+        ("attention", *extra),
+        module,
+        (family.method,),
+        attention.modules(),
+        lambda: _probe(module, family, own),
+        lambda: attention_key(family, module),
+    )
+
+
+def judge_block(module: nn.Module, family: Any, method: str, attention: str | None) -> str | None:
+    """Return why a module around window attention cannot be run in fewer kernels, or None if it is proven that it can.
+
+    Args:
+        module: as for `judge`.
+        method: runs the whole module.
+        attention: the method for its attention, where that is another one.
+    """
+    inside = set(family.attention(module).modules()) if hasattr(family, "attention") else set()
+    methods = (method,) if attention is None else (method, attention)
+    forward = own_method(type(module), method)
+    own = None if attention is None else own_method(type(module), attention)
+    return _judge(
+        ("block", family.name),
+        module,
+        methods,
+        [part for part in module.modules() if part not in inside],
+        lambda: _probe_block(module, family, forward, own),
+        lambda: block_key(family, module),
+    )
+
+
+def _judge(
+    key: tuple[Hashable, ...],
+    module: nn.Module,
+    methods: tuple[str, ...],
+    parts: Iterable[nn.Module],
+    probe: Callable[[], Reading | str],
+    proven_by: Callable[[], Hashable],
+) -> str | None:
+    parts = list(parts)
+    reason = _replaced(parts) or _unseen(parts)
+    if reason is not None:
+        return reason
+    try:
+        key = (*key, fingerprint(module.named_modules(), methods))
+        verdict = registry.verdict(key)
+        if verdict is None:
+            verdict = probe()
+            registry.record(key, verdict)
+        if isinstance(verdict, Reading):
+            registry.prove(proven_by(), verdict)
+            return None
+        return verdict
+    except (Untraceable, _NotNow) as reason:
+        return str(reason)
+
+
+def _replaced(parts: Iterable[nn.Module]) -> str | None:
+    """Return which method other than forward, which every call looks after, was replaced on an instance."""
+    for part in parts:
+        for name in replaced_methods(part):
+            if name != "forward":
+                return f"{name} of a {type(part).__name__} was replaced on this instance"
+    return None
+
+
+def _unseen(parts: Iterable[nn.Module]) -> str | None:
+    """Return which code of modules may do on GPUs what a run on the CPU does not show, or None."""
+    for part in parts:
+        if is_of_library(part):
+            continue
+        for base in type(part).__mro__:
+            for name, function in vars(base).items():
+                code = getattr(function, "__code__", None)
+                if code is None or is_library_function(function) or _NOT_RUN.intersection(name.split("_")):
+                    continue
+                names = _UNSEEN_ON_CPUS.intersection(code.co_names)
+                if names:
+                    return f"{type(part).__name__}.{name} has to do with {min(names)}, which runs otherwise on GPUs"
+    return None
+
+
+_NOT_RUN = {"init", "repr", "flops", "mask"}  # words in names of methods that make no activations
+
+
+def _settings(module: nn.Module) -> tuple[Setting, ...]:
+    return EXACT if all(map(is_of_library, module.modules())) else EXACT + LOW_PRECISION
+
+
+def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> Reading | str:
+    """Return how the attention of a module is to be read, or why its forward is not its family's."""
+    inside = set(family.attention(module).modules()) | {module}
+    first = None
+    for reading in (Reading(), Reading(default_scale=True)):
+        compared = functools.partial(_compare, family=family, original=original, reading=reading)
+        reason = _run(module, family, inside, compared)
+        if reason is None:
+            return reading
+        first = first or reason
+    assert first is not None
+    return first
+
+
+def _probe_block(
+    module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
+) -> Reading | str:
+    """Return a reading if what a module does around its attention is what its family takes it for, else why not."""
+    reading = (registry.reading(attention_key(family, module)) if hasattr(family, "section") else None) or Reading()
+    moved = set(module.modules())
+    compared = functools.partial(_compare_block, family=family, original=original, attention=attention, reading=reading)
+    return _run(module, family, moved, compared, drops=True) or reading
+
+
+def _run(
+    module: nn.Module, family: Any, moved: set[nn.Module], compared: Callable[..., str | None], drops: bool = False
+) -> str | None:
+    """Return the first difference that two copies show in any setting and call, or None."""
+    empty = False
+    try:
+        with isolated():
+            for setting in _settings(module):
+                twin = random_copy(module, moved, setting)
+                arguments = calls(family, twin, setting)
+                compares = 0
+                for rate in (0.0, 0.2) if drops and setting.training else (0.0,):
+                    if drops:
+                        set_drop_rates(family.block(twin), rate)
+                    for args in arguments:
+                        pair = copy.deepcopy(twin), copy.deepcopy(twin)
+                        with (
+                            torch.set_grad_enabled(setting.training),
+                            torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast),
+                        ):
+                            reason = compared(*pair, args, setting)
+                        if reason == _NOTHING_TO_COMPARE:
+                            continue
+                        compares += 1
+                        if reason is not None:
+                            return reason
+                empty = empty or (setting in EXACT and not compares)
+    except _NotNow:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _NotNow(f"there was no memory to probe its forward in ({_first_line(error)})") from None
+    except Exception as error:
+        return f"the probe of its forward failed ({_first_line(error)})"
+    return _NOTHING_TO_COMPARE if empty else None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _compare(
+    twin: nn.Module,
+    other: nn.Module,
+    args: tuple[Any, ...],
+    setting: Setting,
+    family: Family,
+    original: Callable[..., Any],
+    reading: Reading,
+) -> str | None:
+    """Return why one call of the original does not do what its family reads out of it, or None where it does."""
+    section = family.section(other, *args)
+    if isinstance(section, str):
+        raise _NotNow(section)
+    if section.padding is None and section.geometry.is_padded:
+        return _NOTHING_TO_COMPARE
+    section = reading.apply(section)
+    reason = _unkept(family, other, section, args)
+    if reason is not None:
+        return reason
+    x, *rest = args
+    inputs = [x.clone().requires_grad_(setting.training) for _ in range(2)]
+    expected = _expected(original, twin, (inputs[0], *rest), setting)
+    if expected is None:
+        return _NOTHING_TO_COMPARE
+    seed()
+    found = _parts(family.forward(other, lambda image: attend(section, image), inputs[1], *rest))
+    return compare.reason(family.name, expected, found, inputs, twin, other, setting)
+
+
+def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any, ...]) -> str | None:
+    """Return which tensor of a section, or of its module, may change without anyone seeing it, or None."""
+    known = {id(tensor) for tensor in (*other.parameters(), *other.buffers(), *args)}
+    for tensor in (*section.sources, section.logit_scale, section.mask):
+        if tensor is not None and id(tensor) not in known and id(tensor._base) not in known:
+            return "what its scores start from is computed anew at each call, and is no parameter or buffer"
+    for part in family.attention(other).modules():
+        if is_of_library(part):
+            continue
+        for name, buffer in part._buffers.items():
+            if buffer is None or buffer.is_floating_point() or buffer.data_ptr() == section.index.data_ptr():
+                continue
+            return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
+    return None
+
+
+def _compare_block(
+    twin: nn.Module,
+    other: nn.Module,
+    args: tuple[Any, ...],
+    setting: Setting,
+    family: Any,
+    original: Callable[..., Any],
+    attention: Callable[..., Any] | None,
+    reading: Reading,
+) -> str | None:
+    """Return why a module does not do around its attention what its family reads, or None where it does."""
+    facts = family.block(other)
+    inputs = [args[0].clone().requires_grad_(setting.training) for _ in range(2)]
+    expected = _expected(original, twin, (inputs[0], *args[1:]), setting)
+    if expected is None:
+        return _NOTHING_TO_COMPARE
+    seed()
+    args = inputs[1], *args[1:]
+    x, size = family.tokens(other, *args)
+    if isinstance(facts, Merging):
+        found = merging_reference(facts, x, size)
+    elif not isinstance(facts, Block):
+        found = embedding_reference(facts, x)
+    else:
+        if attention is not None:
+            attended: Any = functools.partial(attention, other)
+        elif hasattr(family, "attend"):
+            attended = family.attend(other)
+        else:
+            section = family.section(other, *args)
+            if isinstance(section, str):
+                raise _NotNow(section)
+            attended = functools.partial(attend, reading.apply(section))
+        found = block_reference(facts, attended, x, size)
+    return compare.reason(family.name, expected, _parts(found), inputs, twin, other, setting)
+
+
+def attend(section: Section, x: Tensor) -> Tensor:
+    """Return what a section computes, in plain PyTorch: (B, H, W, C) to (B, H, W, C')."""
+    qkv = section.project(x)
+    q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
+    out = reference.shifted_window_attention(
+        q,
+        k,
+        v,
+        section.geometry,
+        num_heads=section.num_heads,
+        table=section.table(),
+        index=section.index,
+        padding=section.padding() if section.padding is not None else None,
+        mask=section.mask,
+        mask_value=section.mask_value,
+        scale=section.scale,
+        logit_scale=section.logit_scale,
+    )
+    return section.output(out)
+
+
+def _expected(
+    original: Callable[..., Any], twin: nn.Module, args: tuple[Any, ...], setting: Setting
+) -> tuple[Any, ...] | None:
+    """Return what the original gives, or None where it does not run in lower precision."""
+    seed()
+    try:
+        return _parts(original(twin, *args))
+    except Exception:
+        if setting in EXACT:
+            raise
+        return None
+
+
+def _parts(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)

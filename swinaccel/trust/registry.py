@@ -1,0 +1,91 @@
+"""Remember what was proven: verdicts on whole modules, and the readings that hold for what calls stand in for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..spec import Section
+from .fingerprint import fingerprint, is_dead
+
+_MOST = 1024
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the attributes of a proven module do not tell, and running it does.
+
+    Attributes:
+        default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
+    """
+
+    default_scale: bool = False
+
+    def apply(self, section: Section) -> Section:
+        """Return a section as the code of its module computes it."""
+        if self.default_scale and section.logit_scale is None:
+            return dataclasses.replace(section, scale=section.head_dim**-0.5)
+        return section
+
+
+class Registry:
+    """The proofs of this process, by fingerprint."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Hashable, Reading | str] = {}
+        self._readings: dict[Hashable, Reading] = {}
+        self.count = 0  # goes up with every proof: what was refused before may be proven now
+
+    def verdict(self, key: Hashable) -> Reading | str | None:
+        """Return how a module of this fingerprint is read, why it is not, or None if it was not judged yet."""
+        return self._verdicts.get(key)
+
+    def reading(self, key: Hashable) -> Reading | None:
+        """Return the reading that was proven for parts of this fingerprint, or None."""
+        return self._readings.get(key)
+
+    def record(self, key: Hashable, verdict: Reading | str) -> None:
+        """Keep a verdict for all modules of this fingerprint."""
+        _make_room(self._verdicts)
+        self._verdicts[key] = verdict
+
+    def prove(self, key: Hashable, reading: Reading) -> None:
+        """Let calls stand in for parts of this fingerprint."""
+        if self._readings.get(key) != reading:
+            _make_room(self._readings)
+            self._readings[key] = reading
+            self.count += 1
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._verdicts.clear()
+        self._readings.clear()
+
+
+def _make_room(proofs: dict) -> None:
+    """Drop the proofs of code that is gone, where there are many."""
+    if len(proofs) >= _MOST:
+        for key in [key for key in proofs if is_dead(key)]:
+            del proofs[key]
+
+
+registry = Registry()
+
+
+def attention_key(family: Any, module: nn.Module) -> Hashable:
+    """Return what calls of a module are proven by: the fingerprint of what its section stands in for."""
+    inside = set(family.attention(module).modules())
+    parts = [(path, part) for path, part in module.named_modules() if part is module or part in inside]
+    return "attention", family.name, fingerprint(parts, (family.method,))
+
+
+def block_key(family: Any, module: nn.Module) -> Hashable:
+    """Return what whole blocks are proven by: the fingerprint of the module and of all around its attention."""
+    attention = getattr(family.block(module), "attention", None)
+    inside = set() if attention is None else set(attention.modules())
+    parts = [(path, part) for path, part in module.named_modules() if part not in inside]
+    return "block", family.name, fingerprint(parts, (getattr(family, "block_method", family.method),))
