@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .backends import triton as backend
 from .config import env_strict
-from .failures import KernelError, failures
+from .failures import ArgumentError, KernelError, failures
 from .spec import Geometry
 
 unsupported_reason = backend.unsupported_reason
@@ -105,7 +105,13 @@ def _is_observed() -> bool:
 
 
 def _geometry(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_first: bool) -> Geometry:
-    return Geometry(tuple(qkv.shape[1 : 1 + len(window)]), tuple(window), tuple(shift), roll_first)
+    axes = len(window)
+    if axes not in (2, 3) or len(shift) != axes or min(window) < 1 or qkv.dim() not in (axes + 2, axes + 3):
+        raise ArgumentError(
+            "window must be two or three numbers of 1 or more, shift as many, and qkv an image of so many axes, (B, H, W, "
+            f"channels) if two; got {tuple(window)}, {tuple(shift)} and {tuple(qkv.shape)}"
+        )
+    return Geometry(tuple(qkv.shape[1 : 1 + axes]), tuple(window), tuple(shift), roll_first)
 
 
 def _options(
@@ -175,7 +181,7 @@ def _forward(
             seed=seed,
             for_backward=for_backward,
         )
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
         if backend.retry_with_defaults():
@@ -268,7 +274,7 @@ def _backward(
             None if v is None else _dense(v, geometry), geometry, **options, dropout=dropout, seed=seed,
             grad_table=grad_table,
         )  # fmt: skip
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
         if backend.retry_with_defaults():
@@ -395,7 +401,7 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
     try:
         return backend.position_table(coords, hidden_weight, hidden_bias, weight)
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
         failures.record(_POSITION, backend.first_line(error))

@@ -17,7 +17,7 @@ from .backends import triton_sequence as backend
 from .backends.triton import first_line
 from .backends.triton_sequence import Problem
 from .config import env_strict
-from .failures import KernelError, failures
+from .failures import ArgumentError, KernelError, failures
 from .ops import _is_observed
 
 unsupported_reason = backend.unsupported_reason
@@ -66,7 +66,7 @@ def _forward(
     if failures.get(key) is None:
         try:
             return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
-        except torch.OutOfMemoryError:  # which says nothing of the kernel
+        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
             raise
         except Exception as error:
             _note(key, error)
@@ -96,7 +96,7 @@ def _backward(
         try:
             grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
             return list(grads)
-        except torch.OutOfMemoryError:  # which says nothing of the kernel
+        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
             raise
         except Exception as error:
             _note(key, error)

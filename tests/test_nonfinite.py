@@ -167,7 +167,8 @@ def test_sections_of_models_in_plain_pytorch(kind):
         qkv[..., 9] = INF
     section = Section(
         case.geometry, 2, 4, project=lambda x: x, output=lambda x: x, padding=None, table=lambda: options["table"],
-        index=options["index"], sources=(), scale=0.5, mask=mask if kind == "mask" else None,
+        table_shape=options["table"].shape, index=options["index"], sources=(), scale=0.5,
+        mask=mask if kind == "mask" else None,
     )  # fmt: skip
     found = torch_backend.shifted_window_attention(section, qkv)
     expected = reference.shifted_window_attention(

@@ -65,8 +65,9 @@ class Tokens(NamedTuple):
 class Bias(NamedTuple):
     """Where the relative position bias is read from."""
 
-    table_ptr: tl.tensor = None  # (T, heads)
+    table_ptr: tl.tensor = None  # (rows, heads)
     index_ptr: tl.tensor = None  # (N, N), int64
+    rows: tl.tensor = None
     stride_table: tl.tuple = None  # (row, head)
     dense_ptr: tl.tensor = None  # (heads, rows, cols)
     stride_dense: tl.tuple = None  # (head, row)
@@ -252,19 +253,33 @@ def scaled_query(q, scale, COSINE: tl.constexpr):
 
 
 @triton.jit
+def table_row(index, rows):
+    """Row of the table that an entry of the index names, and whether there is one: what is not there is not read."""
+    row = index.to(tl.int32)
+    return row, row.to(tl.uint32, bitcast=True) < tl.cast(rows, tl.uint32)
+
+
+@triton.jit
 def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
-    """Relative position bias of a tile of scores, and -inf for keys beyond the window; fp32."""
+    """Relative position bias of a tile of scores, fp32: -inf for keys beyond the window, NaN where there is no row.
+
+    Queries beyond the window have the last one's.
+    """
     if BIAS == BIAS_DENSE:
         ptr = bias.dense_ptr + head * bias.stride_dense[0]
         tile = tl.load(ptr + (m * bias.stride_dense[1] + n)).to(tl.float32)
     else:
-        inside = (m < N) & (n < N)
+        offs = tl.minimum(m, N - 1) * N + n
         if BIAS == BIAS_TABLE:
-            row = tl.load(bias.index_ptr + m * N + n, mask=inside, other=0)
+            index = tl.load(bias.index_ptr + offs, mask=n < N, other=0)
+            row, there = table_row(index, bias.rows)
             ptrs = bias.table_ptr + row * bias.stride_table[0] + head * bias.stride_table[1]
-            tile = drawn_in(tl.load(ptrs, mask=inside, other=0.0), LARGEST)
+            tile = tl.load(ptrs, mask=there, other=float("nan"))
+            if bias.table_ptr.dtype.element_ty == tl.float64:
+                tile = drawn_in(tile, LARGEST)
+            tile = tile.to(tl.float32)
         else:
-            tile = tl.zeros(inside.shape, tl.float32)
+            tile = tl.zeros(offs.shape, tl.float32)
         tile = tl.where(n < N, tile, float("-inf"))
     return tile
 

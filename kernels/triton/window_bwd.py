@@ -109,7 +109,7 @@ def _window_attention_bwd_small_kernel(
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head,
+    stride_table_row, stride_table_head, num_rows,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
@@ -131,7 +131,7 @@ def _window_attention_bwd_small_kernel(
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
-    bias = Bias(table_ptr, index_ptr, (stride_table_row, stride_table_head))
+    bias = Bias(table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head))
     mask = Mask(mask_ptr, mask_value)
     num_windows = windows_d * windows_h * windows_w
     head = tl.program_id(0) % num_heads

@@ -64,7 +64,7 @@ def _window_attention_fwd_small_kernel(
     seed_ptr,  # (1,), int64, of attention dropout
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head,
+    stride_table_row, stride_table_head, num_rows,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
@@ -87,7 +87,7 @@ def _window_attention_fwd_small_kernel(
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
-    bias = Bias(table_ptr, index_ptr, (stride_table_row, stride_table_head))
+    bias = Bias(table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head))
     pid = tl.program_id(0)
     head = pid % num_heads  # fastest: neighbouring heads share cache lines of the image
     number = pid // num_heads
@@ -239,7 +239,7 @@ def _window_attention_fwd_kernel(
     lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax, for the backward
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head, stride_dense_head, stride_dense_row,
+    stride_table_row, stride_table_head, num_rows, stride_dense_head, stride_dense_row,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
@@ -303,8 +303,9 @@ def _window_attention_fwd_kernel(
         kind = tl.where(tl.load(stale_ptr) != 0, STALE_FACTORS, kind)
 
     bias = Bias(
-        table_ptr, index_ptr, (stride_table_row, stride_table_head), dense_ptr, (stride_dense_head, stride_dense_row)
-    )
+        table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head),
+        dense_ptr, (stride_dense_head, stride_dense_row),
+    )  # fmt: skip
     part = part_of(image, number, head, num_windows, num_heads)
     next_part = part_of(next_image, number, head, num_windows, num_heads)
     rows = tl.zeros((BLOCK_M,), tl.float32)

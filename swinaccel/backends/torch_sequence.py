@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .torch_softmax import accurate, can_look, drawn_in
+from .torch_softmax import accurate, can_look, drawn_in, nothing
 
 _ROWS = 64  # queries that one call should have at least
 _SCORES = 1 << 27  # at most, of calls whose scores may be held
@@ -35,7 +35,7 @@ def factored_bias_attention(
     gradients have gradients.
     """
     if q.numel() == 0:
-        return _nothing(q, k, v)
+        return nothing(q, k, v, q_factor, k_factor)
     out = _factored(q, k, v, q_factor, k_factor, mask, scale, causal, twice)
     return _exactly(out, q, k, v, q_factor=q_factor, k_factor=k_factor, mask=mask, scale=scale, causal=causal)
 
@@ -91,7 +91,7 @@ def block_sliding_window_attention(
     would each give it a gradient of full length. With `twice` the gradients have gradients.
     """
     if q.numel() == 0:
-        return _nothing(q, k, v)
+        return nothing(q, k, v)
     tokens = q.shape[2]
     blocks = max(1, -(-_ROWS // block_size))  # of a chunk; more than one share a call with a mask
     chunk = min(blocks * block_size, tokens)
@@ -155,8 +155,3 @@ def is_in_transform() -> bool:
 # Compilers call it while they trace, in the transforms that they meet there. What torch.compiler.assume_constant_result
 # does, which would import the compiler.
 is_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of empty tensors, with their gradients; PyTorch 2.11's own ends the process without heads."""
-    return q + k + v

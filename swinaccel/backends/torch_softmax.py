@@ -60,10 +60,20 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float,
     return (F.dropout(weights, dropout) @ v).to(dtype)
 
 
+def nothing(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Tensor:
+    """Attention of empty tensors, with gradients for all that it is given, zeros.
+
+    PyTorch 2.11's own ends the process without heads.
+    """
+    rest = sum(one.sum().to(q.dtype) for one in others if one is not None)
+    return q + k + v + rest
+
+
 def can_look() -> bool:
-    """Whether the numbers in a tensor may be asked for: no compiler or other mode traces the call."""
+    """Return True if the numbers in a tensor may be asked for: nothing traces or transforms the call."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )

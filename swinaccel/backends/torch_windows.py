@@ -9,7 +9,7 @@ from .. import reference
 from ..spec import Geometry
 from .torch import _cosine_operands
 from .torch_sequence import is_transformed
-from .torch_softmax import accurate, attend, drawn_in
+from .torch_softmax import accurate, attend, drawn_in, nothing
 
 
 def attention(
@@ -25,7 +25,7 @@ def attention(
 ) -> Tensor:
     """As `reference.attention`; on CPUs by `torch_softmax.attend`, whose start is bias and mask together."""
     if q.numel() == 0:
-        return reference.attention(q, k, v, bias=bias, scale=scale, logit_scale=logit_scale)
+        return nothing(q, k, v, bias, logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
         if q.device.type != "cpu" or is_transformed():  # `scaled_dot_product_attention` lacks their derivatives
             return reference.attention(
@@ -67,13 +67,15 @@ def shifted_window_attention(
     Of the mask that a shift implies there are few different rows: the last windows along each shifted axis have
     their own, and each kind of window goes through `attention` with its one.
     """
+    if q.numel() == 0:
+        return nothing(q, k, v, bias, padding, logit_scale)
     pads = (None,) * 3 if padding is None else padding.chunk(3)
     windows = [
         reference.split_heads(reference.cut(image, geometry, pad), num_heads)
         for image, pad in zip((q, k, v), pads, strict=True)
     ]
     options = {"bias": bias, "scale": scale, "logit_scale": logit_scale, "dropout": dropout}
-    if mask is None and geometry.is_shifted and mask_value and q.numel():
+    if mask is None and geometry.is_shifted and mask_value:
         out = _attend_by_kind(
             [part.unflatten(0, (-1, *geometry.grid)) for part in windows], geometry, mask_value, options
         )

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..spec import Geometry
 from . import tuned
+from .triton_checks import DTYPES, check_kinds, check_position, check_shapes, lse_shape
 
 MAX_TOKENS, MAX_HEAD_DIM = 1024, 128
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Bytes to assume in place of the device's own limit: how the tests stand in for smaller GPUs.
 shared_memory_override: int | None = None
@@ -89,12 +89,27 @@ class _Launch:
 
     Triton's own launch path looks at every argument of every call again; here the integers are part of the key
     under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
+
+    Attributes:
+        names: of the tensors that come from outside, as `check_kinds` takes them, "" for others.
     """
 
-    __slots__ = ("arguments", "described", "grid", "kernel", "latest", "options", "runners")
+    __slots__ = ("arguments", "described", "grid", "kernel", "latest", "names", "options", "runners")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> None:
-        self.kernel, self.arguments, self.options = kernel, arguments, options
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        names: tuple[str, ...] = (),
+        **options: int,
+    ) -> None:
+        """Decide all about a launch.
+
+        Args:
+            names: of tensors that come from outside, as `check_kinds` takes them, "" for those that do not.
+        """
+        self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
         self.grid = (*grid, 1, 1)[:3]
         self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`
         self.runners: dict[tuple, tuple[Any, bool]] = {}
@@ -131,6 +146,7 @@ class _Launch:
             run(self._passed(tensors))
 
     def _compile(self, index: int, tensors: tuple[Tensor | None, ...], kind: tuple) -> None:
+        check_kinds(self.names, tensors)
         compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             from ..kernels.run import runner
@@ -192,11 +208,6 @@ def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: in
     )
 
 
-def lse_shape(batch: int, geometry: Geometry, num_heads: int, has_mask: bool) -> tuple[int, ...]:
-    """What the forward of large windows keeps of the softmax: see `kernels.softmax`."""
-    return (batch, geometry.num_windows, num_heads, *((2,) if has_mask else ()), geometry.tokens)
-
-
 def _three(numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """One number for each of (depth, rows, columns); flat images have that one for their depth."""
     return numbers if len(numbers) == 3 else (depth, *numbers)
@@ -216,27 +227,71 @@ def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
 
 
 class _Problem(NamedTuple):
-    """What the launches of one attention problem depend on, and the key that they are kept under."""
+    """What the launches of one attention problem depend on, and the key that they are kept under.
 
+    Attributes:
+        shape, strides: of qkv, which is packed, or of q, and then k and v have shapes; and so on, None for what is not.
+        is_dense: whether table and index were made of a bias that has no index.
+        kept: shapes of the output's gradient, the output and what is kept of the softmax, where this is a backward.
+    """
+
+    geometry: Geometry
     device: torch.device
     dtype: torch.dtype
-    batch: int
+    shape: torch.Size
     strides: tuple[int, ...]
-    geometry: Geometry
     num_heads: int
-    channels: int
-    packed: bool
-    is_padded: bool
+    parts: tuple[torch.Size, ...] | None
+    table_shape: torch.Size | None
     table_strides: tuple[int, ...] | None
-    has_mask: bool
+    index_shape: torch.Size | None
+    is_dense: bool
+    padding_shape: torch.Size | None
+    mask_shape: torch.Size | None
+    logit_scale_shape: torch.Size | None
     mask_value: float
     scale: float
-    cosine: bool
-    rank: int
+    factors: tuple[torch.Size, ...] | None
+    seed_shape: torch.Size | None
     dropout: float
     for_backward: bool
     precision: str
     shared_memory: int | None
+    kept: tuple[torch.Size | None, ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def packed(self) -> bool:
+        return self.parts is None
+
+    @property
+    def channels(self) -> int:
+        if self.packed:
+            return self.shape[-1] // 3
+        return self.shape[-1] * (self.shape[-2] if self.heads_apart else 1)
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padding_shape is not None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.mask_shape is not None
+
+    @property
+    def cosine(self) -> bool:
+        return self.logit_scale_shape is not None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.factors is None else self.factors[0][-1]
+
+    @property
+    def table_rows(self) -> int:
+        return 0 if self.table_shape is None else self.table_shape[0]
 
     @property
     def head_dim(self) -> int:
@@ -349,6 +404,7 @@ class _Forward:
         from ..kernels import bias as bias_kernels
         from ..kernels import launch, tiles, window_fwd
 
+        check_shapes(problem)
         geometry, tokens = problem.geometry, problem.geometry.tokens
         shared_memory = problem.shared_memory or device_shared_memory(problem.device)
         self.is_small = problem.is_small
@@ -356,7 +412,7 @@ class _Forward:
         self.expand: Any = None
         self.checks_shape = (geometry.num_windows, _CHECKS)
         self.lse_shape = (0,)
-        table_strides = problem.table_strides or (0, 0)
+        table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
         if self.is_small:
             default = launch.small(
                 tokens=tokens,
@@ -374,6 +430,7 @@ class _Forward:
                     *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.places,
                     *problem.constants, problem.precision, small.block_n, small.block_d, small.images,
                 ),
+                ("", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
                 num_stages=small.num_stages,
             )  # fmt: skip
@@ -411,6 +468,10 @@ class _Forward:
                 *problem.places, *problem.constants, problem.for_backward, problem.precision, problem.rank or 16,
                 _CHECKS, large.block_m, large.block_n, large.block_d, large.images,
             ),
+            (
+                "", "qkv", "k", "v", "padding", "table", "index", "mask", "", "logit_scale", "", "a factor", "a factor",
+                "", "seed",
+            ),
             num_warps=large.num_warps,
             num_stages=large.num_stages,
             **_registers(large),
@@ -428,8 +489,12 @@ def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) 
     return _Launch(
         bias_kernels._expand_bias_kernel,
         (-(-rows // 8), -(-cols // 128), -(-heads // 4)),
-        (rows * cols, cols, *problem.table_strides, problem.geometry.tokens, rows, cols, heads, limit, 4, 8, 128),
-    )
+        (
+            rows * cols, cols, *problem.table_strides, problem.table_rows, problem.geometry.tokens, rows, cols, heads,
+            limit, 4, 8, 128,
+        ),
+        ("", "table", "index"),
+    )  # fmt: skip
 
 
 def _as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -437,18 +502,15 @@ def _as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None
 
     The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
     """
-    if table is None or index is not None:
+    if table is None or index is not None or table.dim() != 3:
         return table, index
     tokens = table.shape[-1]
     pairs = torch.arange(tokens * tokens, dtype=torch.int32, device=table.device)
     return table.flatten(1).t(), pairs.view(tokens, tokens)
 
 
-def _channels(qkv: Tensor, k: Tensor | None, geometry: Geometry) -> int:
-    channels = qkv.shape[-1]
-    if k is None:
-        return channels // 3
-    return channels * qkv.shape[-2] if are_heads_apart(qkv, geometry) else channels
+def _shapes(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple([None if one is None else one.shape for one in tensors])
 
 
 def shifted_window_attention(
@@ -486,20 +548,22 @@ def shifted_window_attention(
         small windows.
     """
     device, dtype = qkv.device, qkv.dtype
-    if index is None:
+    is_dense = index is None and table is not None
+    if is_dense:
         table, index = _as_table(table, index)
     if not geometry.is_padded:
         padding = None
-    image: tuple[Any, ...] = (device, dtype, qkv.shape[0], qkv.stride())
-    facts: tuple[Any, ...] = (
-        num_heads, _channels(qkv, k, geometry), k is None, padding is not None,
-        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
-        0 if factors is None else factors[0].shape[-1], dropout, for_backward, _precision(dtype),
-        shared_memory_override,
-    )  # fmt: skip
     # Of a geometry its numbers, since tuples are compared in a fraction of a dataclass's time.
-    key = (*image, geometry.size, geometry.window, geometry.shift, geometry.roll_first, *facts)
-    forward = _launches.get(key) or _keep(key, _Forward(_Problem._make((*image, geometry, *facts))))
+    key = (
+        geometry.window, geometry.shift, geometry.roll_first, device, dtype, qkv.shape, qkv.stride(), num_heads,
+        None if k is None else _shapes(k, v), None if table is None else table.shape,
+        None if table is None else table.stride(), None if index is None else index.shape, is_dense,
+        None if padding is None else padding.shape, None if mask is None else mask.shape,
+        None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None if factors is None else _shapes(*factors[:2]), None if seed is None else seed.shape, dropout, for_backward,
+        "ieee" if dtype is not torch.float32 else _precision(dtype), shared_memory_override,
+    )  # fmt: skip
+    forward = _launches.get(key) or _keep(key, _Forward(_Problem(geometry, *key[3:])))
     out = empty_image(qkv, geometry, k is None)
     lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else None
     if out.numel() == 0:
@@ -541,6 +605,7 @@ class _Backward:
         from ..kernels import bias as bias_kernels
         from ..kernels import launch, window_bwd
 
+        check_shapes(problem)
         geometry, heads, batch = problem.geometry, problem.num_heads, problem.batch
         tokens, windows = geometry.tokens, geometry.num_windows
         self.is_small = problem.is_small
@@ -549,7 +614,8 @@ class _Backward:
         self.reduce = _Launch(
             bias_kernels._reduce_bias_kernel,
             (math.prod(2 * side - 1 for side in geometry.window), heads),
-            (heads, problem.window, 64 if self.is_small else 256),
+            (problem.table_rows, heads, problem.window, 64 if self.is_small else 256),
+            ("", "", "index"),
             num_warps=2,
         )
         options: dict[str, int] = {
@@ -565,10 +631,11 @@ class _Backward:
                 window_bwd._window_attention_bwd_small_kernel,
                 (-(-windows // small.windows) * heads, -(-batch // small.images)),
                 (
-                    *problem.image_strides, *(problem.table_strides or (0, 0)), batch, heads, *problem.places,
-                    *problem.constants, grad_bias, problem.precision, small.block_n, small.block_d, small.images,
-                    small.windows,
+                    *problem.image_strides, *(problem.table_strides or (0, 0)), problem.table_rows, batch, heads,
+                    *problem.places, *problem.constants, grad_bias, problem.precision, small.block_n, small.block_d,
+                    small.images, small.windows,
                 ),
+                (*[""] * 6, "grad", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
                 num_stages=small.num_stages,
             )  # fmt: skip
@@ -584,28 +651,44 @@ class _Backward:
         if problem.table_strides is not None:
             self.expand = _expand(problem, self.dense)
 
-        def plan(kernel: Any, one: launch.LargeLaunch, grid: tuple[int, ...], *sizes: int, images: Any = ()) -> _Launch:
+        def plan(
+            kernel: Any,
+            one: launch.LargeLaunch,
+            grid: tuple[int, ...],
+            names: tuple[str, ...],
+            *sizes: int,
+            images: Any = (),
+        ) -> _Launch:
+            if rows % one.block_m or cols % one.block_n:
+                raise ValueError(f"tiles of {one.block_m} x {one.block_n} do not divide a bias of {rows} x {cols}")
+            names = (*names, "qkv", "k", "v", "padding", "mask", "logit_scale", "", "seed")
             numbers = (*problem.image_strides, rows * cols, cols, *sizes, heads, *problem.places, *problem.constants)
             shape = (problem.precision, one.block_m, one.block_n, one.block_d, *images)
             options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **_registers(one)}
-            return _Launch(kernel, grid, (*numbers, *shape), **options)
+            return _Launch(kernel, grid, (*numbers, *shape), names, **options)
 
         parts = heads * windows * batch
         self.row_shape = (batch, windows, heads, tokens)
         self.query_shape = (*self.row_shape, problem.head_dim)
         tiles = -(-tokens // large.query.block_m)
-        self.query = plan(window_bwd._window_attention_bwd_query_kernel, large.query, (tiles * parts,))
+        self.query = plan(
+            window_bwd._window_attention_bwd_query_kernel, large.query, (tiles * parts,),
+            (*[""] * 5, "grad", "out", "lse"),
+        )  # fmt: skip
         self.scale_shape = (batch, windows, tiles, heads)
         key_tiles = -(-tokens // large.key.block_n)
-        self.key = plan(window_bwd._window_attention_bwd_key_kernel, large.key, (key_tiles * parts,))
+        self.key = plan(
+            window_bwd._window_attention_bwd_key_kernel, large.key, (key_tiles * parts,),
+            (*[""] * 5, "grad", "lse", "", ""),
+        )  # fmt: skip
         self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
         if grad_bias:
             tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
             chunk = launch.bias_chunk(tiles=tiles, windows=windows, batch=batch)
             groups = -(-windows // chunk.windows), -(-batch // chunk.images)
             self.bias = plan(
-                window_bwd._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups), batch,
-                images=(chunk.images, chunk.windows),
+                window_bwd._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups),
+                ("", "grad", "lse", "", "", ""), batch, images=(chunk.images, chunk.windows),
             )  # fmt: skip
             self.bias_shape = (groups[0] * groups[1], heads, tokens, tokens)
 
@@ -651,15 +734,17 @@ def shifted_window_attention_backward(
         grad_table: whether the table's gradient is wanted, the only one that costs much.
     """
     device = qkv.device
-    batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
     pad = padding if geometry.is_padded else None
     is_dense = table is not None and index is None
     table, index = _as_table(table, index)
     grad_table = grad_table and table is not None
     problem = _Problem(
-        device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, pad is not None,
-        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
-        0, dropout, True, _precision(qkv.dtype), shared_memory_override,
+        geometry, device, qkv.dtype, qkv.shape, qkv.stride(), num_heads, None if k is None else _shapes(k, v),
+        None if table is None else table.shape, None if table is None else table.stride(),
+        None if index is None else index.shape, is_dense, None if pad is None else pad.shape,
+        None if mask is None else mask.shape, None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None, None if seed is None else seed.shape, dropout, True, _precision(qkv.dtype), shared_memory_override,
+        _shapes(grad_out, out, lse),
     )  # fmt: skip
     key = ("backward", grad_table, problem)
     backward = _launches.get(key) or _keep(key, _Backward(problem, grad_table))
@@ -748,18 +833,24 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     Returns:
         (T, heads), fp32; the heads come first in memory.
     """
-    rows, (heads, hidden) = coords.numel() // 2, weight.shape
-    device = coords.device
-    table = torch.empty((heads, rows), dtype=torch.float32, device=device)
-    run = _launches.get(("position", device, rows, heads, hidden)) or _plan_position(device, rows, heads, hidden)
+    key = ("position", coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape)
+    run, shape = _launches.get(key) or _plan_position(*key)
+    table = torch.empty(shape, dtype=torch.float32, device=coords.device)
     run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
 
 
-def _plan_position(device: torch.device, rows: int, heads: int, hidden: int) -> _Launch:
+def _plan_position(
+    name: str, device: torch.device, coords: torch.Size, weight1: torch.Size, bias1: torch.Size, weight2: torch.Size
+) -> tuple[_Launch, tuple[int, int]]:
     from ..kernels import bias as bias_kernels
     from ..kernels.launch import power_of_two
 
-    numbers = (rows, hidden, 16, min(512, power_of_two(hidden)))
-    launch = _Launch(bias_kernels._position_table_kernel, (-(-rows // 16), heads), numbers)
-    return _keep(("position", device, rows, heads, hidden), launch)
+    rows, heads, hidden = check_position(coords, weight1, bias1, weight2)
+    launch = _Launch(
+        bias_kernels._position_table_kernel,
+        (-(-rows // 16), heads),
+        (rows, hidden, 16, min(512, power_of_two(hidden))),
+        ("", "coords", "hidden_weight", "hidden_bias", "weight"),
+    )
+    return _keep((name, device, coords, weight1, bias1, weight2), (launch, (heads, rows)))
