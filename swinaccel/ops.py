@@ -108,8 +108,8 @@ def _geometry(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_fir
     axes = len(window)
     if axes not in (2, 3) or len(shift) != axes or min(window) < 1 or qkv.dim() not in (axes + 2, axes + 3):
         raise ArgumentError(
-            "window must be two or three numbers of 1 or more, shift as many, and qkv an image of so many axes, (B, H, W, "
-            f"channels) if two; got {tuple(window)}, {tuple(shift)} and {tuple(qkv.shape)}"
+            "window must be two or three numbers of 1 or more, shift as many, and qkv an image of so many axes, "
+            f"(B, H, W, channels) if two; got {tuple(window)}, {tuple(shift)} and {tuple(qkv.shape)}"
         )
     return Geometry(tuple(qkv.shape[1 : 1 + axes]), tuple(window), tuple(shift), roll_first)
 
