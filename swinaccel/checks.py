@@ -3,22 +3,63 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends.torch_softmax import can_look
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {value.dtype}")
+    if value.dtype not in _FLOATS:
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {value.dtype}")
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64; got {value.dtype}")
+    check_layout(name, value)
+
+
+def check_layout(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of layout {value.layout}")
 
 
 def check_device(name: str, value: Tensor, q: Tensor, of: str = "q") -> None:
     if value.device != q.device:
         raise ValueError(f"{name} must be on {of}'s device, {q.device}; got {value.device}")
+
+
+def check_parameter(name: str, value: Any, shape: tuple[int, ...], x: Tensor, of: str = "x") -> Tensor:
+    """The same, a tensor of that shape, with which x can be multiplied."""
+    check_tensor(name, value)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(value.shape)}")
+    check_device(name, value, x, of)
+    if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} must have {of}'s dtype, {x.dtype}; got {value.dtype}")
+    return value
+
+
+def check_layer(name: str, layer: Any, inputs: int, outputs: int, x: Tensor, of: str = "x") -> None:
+    """Raise where a layer, if it is a plain linear one, is not one that makes so many channels of so many of x."""
+    if type(layer) is torch.nn.Linear:
+        check_parameter(f"{name}.weight", layer.weight, (outputs, inputs), x, of)
+        if layer.bias is not None:
+            check_parameter(f"{name}.bias", layer.bias, (outputs,), x, of)
+
+
+def check_output(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    """What a module gave, which has this shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must give a tensor; got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must give shape {tuple(shape)}; got {tuple(value.shape)}")
+    return value
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -101,9 +142,34 @@ def check_table(q: Tensor, table: Any, index: Any, heads: int, tokens: int) -> T
             f"index must have shape ({tokens}, {tokens}), or ({tokens * tokens},), for a window of {tokens} tokens; "
             f"got {tuple(index.shape)}"
         )
+    check_layout("index", index)
     for name, value in (("table", table), ("index", index)):
         check_device(name, value, q, "qkv")
-    return index.view(tokens, tokens)
+    check_entries(index, table.shape[0])
+    return index.reshape(tokens, tokens)
+
+
+# By index, itself, what was last found in it: its version then, and its smallest and largest entries.
+_ranges: dict[int, tuple[weakref.ref, int, int, int]] = {}
+
+
+def check_entries(index: Tensor, rows: int) -> None:
+    """Raise where an index names rows that a table has not. An index is looked through once, until it is written to."""
+    if torch.compiler.is_compiling():
+        return  # kernels read nothing beyond the table, and give NaN
+    known = _ranges.get(id(index))
+    version = 0 if index.is_inference() else index._version
+    if known is None or known[0]() is not index or known[1] != version:
+        if not can_look() or type(index) not in (Tensor, torch.nn.Parameter) or index.is_meta:
+            return
+        if index.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if len(_ranges) > 256:
+            _ranges.clear()
+        low, high = (int(one) for one in index.aminmax())
+        known = _ranges[id(index)] = weakref.ref(index), version, low, high
+    if known[2] < 0 or known[3] >= rows:
+        raise ValueError(f"index must hold rows of the table, 0 to {rows - 1}; got {known[2]} to {known[3]}")
 
 
 def check_logit_scale(q: Tensor, logit_scale: Any, heads: int, of: str = "q") -> Tensor:

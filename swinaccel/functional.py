@@ -138,7 +138,7 @@ def shifted_window_attention(
         shift_size: how far windows are shifted, likewise, 0 or more and less than window_size.
         table, index: the relative position bias as parameters hold it: (rows, heads), natural units, and (N, N) int64,
             the row for (query, key) of a window, numbered row by row. Entries are 0 or more and less than the table's
-            rows: looking through them would make every call wait for the GPU, so the kernels trust that. Or
+            rows; they are looked through at the first call with an index, and again when that was written to. Or
         bias: (heads, N, N), the same as one tensor; with neither there is none.
         padding: (3 * heads * D,), what a padding token has for q, k and v; where a projection makes them of zeros, its
             bias. Zeros without.
@@ -155,8 +155,8 @@ def shifted_window_attention(
         TypeError, ValueError: for arguments of another kind or shape; the message names the argument.
     Source: Liu et al. 2021, arXiv:2103.14030, section 3.2; Liu et al. 2022, arXiv:2111.09883, eq. 2.
     """
-    parts = _check_images(qkv)
     check_positive("num_heads", num_heads)
+    parts = _check_images(qkv)
     first, packed = parts[0], len(parts) == 1
     channels, axes = first.shape[-1] // 3 if packed else first.shape[-1], first.dim() - 2
     if channels < 1 or channels % num_heads or (packed and first.shape[-1] % 3):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import triton_fusion as kernels
 from .backends.triton_fusion import Affine, LaunchError
-from .failures import failures
+from .failures import ArgumentError, failures
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -68,6 +68,7 @@ _library.define(
 
 def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
+    _check(x, branch, *arguments)
     x, branch = x.contiguous(), branch.contiguous()
     problem = "after attention", x.device, x.dtype, x.shape[-1], linears[0][0].shape, arguments[10]
     if failures.get(problem) is None:
@@ -76,6 +77,40 @@ def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
         except LaunchError as error:
             failures.record(problem, str(error))
     return _plain(x, branch, norms, linears, arguments[10])
+
+
+def _check(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    _: float,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    __: float,
+    fc1: Tensor,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    *___: bool,
+) -> None:
+    """Raise where the kernels would read a tensor otherwise than it is."""
+    channels, hidden, dtype = x.shape[-1:], fc1.shape[:1], x.dtype
+    for name, one, shape in (
+        ("branch", branch, x.shape),
+        ("norm1_weight", weight, channels),
+        ("norm1_bias", bias, channels),
+        ("norm2_weight", weight2, channels),
+        ("norm2_bias", bias2, channels),
+        ("weight1", fc1, hidden + channels),
+        ("bias1", fc1_bias, hidden),
+        ("weight2", fc2, channels + hidden),
+        ("bias2", fc2_bias, channels),
+    ):
+        if one is not None and (one.shape != shape or one.dtype is not dtype):
+            raise ArgumentError(f"{name} must have shape {tuple(shape)}, {dtype}; got {tuple(one.shape)}, {one.dtype}")
+        if one is not None and one is not branch and not one.is_contiguous():
+            raise ArgumentError(f"{name} must be contiguous; got strides {one.stride()}")
 
 
 def _plain(x: Tensor, branch: Tensor, norms: Any, linears: Any, post_norm: bool) -> Tensor:

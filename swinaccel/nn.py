@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .checks import check_axes, check_dropout, check_mask, check_positive
+from .checks import (
+    check_axes,
+    check_dropout,
+    check_layer,
+    check_mask,
+    check_output,
+    check_parameter,
+    check_positive,
+    check_tensor,
+)
 
 __all__ = ["ShiftedWindowAttention", "ShiftedWindowAttentionV2", "WindowAttention"]
 
@@ -38,6 +47,14 @@ class _Attention(nn.Module):
         self.register_buffer("relative_position_index", _position_index(self.window_size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def _check(self, x: Any, axes: int, wanted: str) -> None:
+        """Raise where the input, or a parameter that was replaced, does not fit the module."""
+        check_tensor("x", x)
+        if x.dim() != axes or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape ({wanted}, {self.dim}); got {tuple(x.shape)}")
+        check_layer("qkv", self.qkv, self.dim, 3 * self.dim, x)
+        check_layer("proj", self.proj, self.dim, self.dim, x)
 
     def _table_of_biases(self) -> None:
         rows = math.prod(2 * side - 1 for side in self.window_size)
@@ -96,17 +113,21 @@ class WindowAttention(_Attention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         height, width = self.window_size
-        if x.dim() != 3 or x.shape[1] != height * width or x.shape[2] != self.dim:
+        self._check(x, 3, f"windows, {height * width}")
+        if x.shape[1] != height * width:
             raise ValueError(f"x must have shape (windows, {height * width}, {self.dim}); got {tuple(x.shape)}")
+        if not isinstance(self.attn_drop, (nn.Dropout, nn.Identity)):
+            raise TypeError(f"attn_drop must be nn.Dropout or nn.Identity; got {type(self.attn_drop).__name__}")
         masks = 1 if mask is None else _count_masks(x, mask)
         # A window's tokens are a small image of their own; those of one image lie below each other.
-        qkv = self.qkv(x).view(-1, masks * height, width, 3 * self.dim)
+        qkv = check_output("qkv", self.qkv(x), (*x.shape[:2], 3 * self.dim))
+        qkv = qkv.reshape(x.shape[0] // masks, masks * height, width, 3 * self.dim)
         out = functional.shifted_window_attention(
             qkv, (height, width), self.num_heads, table=self.relative_position_bias_table,
             index=self.relative_position_index, mask=mask, scale=self.scale,
-            dropout=self.attn_drop.p if self.attn_drop.training else 0.0,
+            dropout=self.attn_drop.p if isinstance(self.attn_drop, nn.Dropout) and self.attn_drop.training else 0.0,
         )  # fmt: skip
-        return self.proj_drop(self.proj(out.reshape(x.shape)))
+        return self.proj_drop(check_output("proj", self.proj(out.reshape(x.shape)), x.shape))
 
 
 def _count_masks(x: Tensor, mask: Tensor) -> int:
@@ -175,17 +196,18 @@ class ShiftedWindowAttention(_Attention):
         return self._project()(x.new_zeros(1, 1, 1, self.dim)).view(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[3] != self.dim:
-            raise ValueError(f"x must have shape (B, H, W, {self.dim}); got {tuple(x.shape)}")
-        sizes = zip(x.shape[1:3], self.window_size, self.shift_size, strict=True)
+        self._check(x, 4, "B, H, W")
+        window = check_axes("window_size", self.window_size, 1)
+        sizes = zip(x.shape[1:3], window, check_axes("shift_size", self.shift_size, 0), strict=True)
         shift = tuple(step if length > side else 0 for length, side, step in sizes)
-        is_padded = any(length % side for length, side in zip(x.shape[1:3], self.window_size, strict=True))
+        is_padded = any(length % side for length, side in zip(x.shape[1:3], window, strict=True))
         out = functional.shifted_window_attention(
-            self._project()(x), self.window_size, self.num_heads, shift, index=self.relative_position_index,
+            check_output("qkv", self._project()(x), (*x.shape[:3], 3 * self.dim)), window, self.num_heads, shift,
+            index=self.relative_position_index,
             padding=self._padding(x) if is_padded else None,
             dropout=self.attention_dropout if self.training else 0.0, **self._scores(),
         )  # fmt: skip
-        return F.dropout(self.proj(out), self.dropout, self.training)
+        return F.dropout(check_output("proj", self.proj(out), x.shape), self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift_size={self.shift_size}"
@@ -237,15 +259,34 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         )
         self.register_buffer("relative_coords_table", _log_offsets(self.window_size, self._pretrained))
 
+    def _check(self, x: Any, axes: int, wanted: str) -> None:
+        super()._check(x, axes, wanted)
+        if self.q_bias is not None:
+            for name in ("q_bias", "v_bias"):
+                check_parameter(name, getattr(self, name), (self.dim,), x)
+        coords, mlp = self.relative_coords_table, self.cpb_mlp
+        check_tensor("logit_scale", self.logit_scale)
+        check_tensor("relative_coords_table", coords)
+        if coords.dim() < 1 or coords.shape[-1] != 2:
+            raise ValueError(f"relative_coords_table must have shape (..., 2); got {tuple(coords.shape)}")
+        if isinstance(mlp, nn.Sequential) and len(mlp) == 3 and type(mlp[0]) is nn.Linear:
+            check_tensor("cpb_mlp.0.weight", mlp[0].weight)
+            hidden = mlp[0].weight.shape[0] if mlp[0].weight.dim() else 0
+            check_layer("cpb_mlp.0", mlp[0], 2, hidden, coords, "relative_coords_table")
+            check_layer("cpb_mlp.2", mlp[2], hidden, self.num_heads, coords, "relative_coords_table")
+
     def _scores(self) -> dict[str, Any]:
-        hidden = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        return {"table": 16 * torch.sigmoid(hidden), "logit_scale": self.logit_scale}
+        coords = self.relative_coords_table
+        table = check_output("cpb_mlp", self.cpb_mlp(coords), (*coords.shape[:-1], self.num_heads))
+        return {"table": 16 * torch.sigmoid(table.view(-1, self.num_heads)), "logit_scale": self.logit_scale}
 
     def _project(self) -> Callable[[Tensor], Tensor]:
         bias = self._bias()
         if _is_plain(self.qkv):
             return lambda x: F.linear(x, self.qkv.weight, bias)
-        return self.qkv if bias is None else lambda x: self.qkv(x) + bias
+        if bias is None:
+            return self.qkv
+        return lambda x: check_output("qkv", self.qkv(x), (*x.shape[:-1], 3 * self.dim)) + bias
 
     def _padding(self, x: Tensor) -> Tensor | None:
         return self._bias() if _is_plain(self.qkv) else super()._padding(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .backends import triton as backend
 from .config import env_strict
-from .failures import KernelError, failures
+from .failures import ArgumentError, KernelError, failures
 from .spec import Geometry
 
 unsupported_reason = backend.unsupported_reason
@@ -105,7 +105,13 @@ def _is_observed() -> bool:
 
 
 def _geometry(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_first: bool) -> Geometry:
-    return Geometry(tuple(qkv.shape[1 : 1 + len(window)]), tuple(window), tuple(shift), roll_first)
+    axes = len(window)
+    if axes not in (2, 3) or len(shift) != axes or min(window) < 1 or qkv.dim() not in (axes + 2, axes + 3):
+        raise ArgumentError(
+            "window must be two or three numbers of 1 or more, shift as many, and qkv an image of so many axes, "
+            f"(B, H, W, channels) if two; got {tuple(window)}, {tuple(shift)} and {tuple(qkv.shape)}"
+        )
+    return Geometry(tuple(qkv.shape[1 : 1 + axes]), tuple(window), tuple(shift), roll_first)
 
 
 def _options(
@@ -175,7 +181,7 @@ def _forward(
             seed=seed,
             for_backward=for_backward,
         )
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
         if backend.retry_with_defaults():
@@ -187,7 +193,8 @@ def _forward(
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         out = _dense(_reference(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
-        return out, torch.empty(_lse_shape(qkv, geometry, num_heads, head_dim, for_backward), device=qkv.device)
+        shape = _lse_shape(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
+        return out, torch.empty(shape, device=qkv.device)
 
 
 def _is_readable(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry) -> bool:
@@ -227,10 +234,12 @@ def _note_failure(error: Exception, q: Tensor, geometry: Geometry, head_dim: int
         raise KernelError(reason) from error
 
 
-def _lse_shape(qkv: Tensor, geometry: Geometry, num_heads: int, head_dim: int, for_backward: bool) -> tuple[int, ...]:
+def _lse_shape(
+    qkv: Tensor, geometry: Geometry, num_heads: int, head_dim: int, has_mask: bool, for_backward: bool
+) -> tuple[int, ...]:
     if not for_backward or backend.is_small(qkv.device, qkv.dtype, geometry.tokens, head_dim):
         return (0,)
-    return (qkv.shape[0], geometry.num_windows, num_heads, geometry.tokens)
+    return backend.lse_shape(qkv.shape[0], geometry, num_heads, has_mask)
 
 
 def _backward(
@@ -265,7 +274,7 @@ def _backward(
             None if v is None else _dense(v, geometry), geometry, **options, dropout=dropout, seed=seed,
             grad_table=grad_table,
         )  # fmt: skip
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
         if backend.retry_with_defaults():
@@ -392,7 +401,7 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
     try:
         return backend.position_table(coords, hidden_weight, hidden_bias, weight)
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
         failures.record(_POSITION, backend.first_line(error))
@@ -407,10 +416,12 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(qkv: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    mask = rest[3]
     num_heads, window, shift, roll_first = rest[6:10]
     for_backward = rest[13]
     geometry = _geometry(qkv, window, shift, roll_first)
-    shape = _lse_shape(qkv, geometry, num_heads, _head_dim(qkv, k, num_heads, geometry), for_backward)
+    head_dim = _head_dim(qkv, k, num_heads, geometry)
+    shape = _lse_shape(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
     out = backend.empty_image(qkv, geometry, k is None)
     return out, qkv.new_empty(shape, dtype=torch.float32 if for_backward else qkv.dtype)
 

@@ -17,7 +17,7 @@ from .backends import triton_sequence as backend
 from .backends.triton import first_line
 from .backends.triton_sequence import Problem
 from .config import env_strict
-from .failures import KernelError, failures
+from .failures import ArgumentError, KernelError, failures
 from .ops import _is_observed
 
 unsupported_reason = backend.unsupported_reason
@@ -66,12 +66,12 @@ def _forward(
     if failures.get(key) is None:
         try:
             return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
-        except torch.OutOfMemoryError:  # which says nothing of the kernel
+        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
             raise
         except Exception as error:
             _note(key, error)
     out = backend.empty_like(q)
-    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q).fill_(float("nan"))
+    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
 
 
 def _backward(
@@ -96,7 +96,7 @@ def _backward(
         try:
             grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
             return list(grads)
-        except torch.OutOfMemoryError:  # which says nothing of the kernel
+        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
             raise
         except Exception as error:
             _note(key, error)
@@ -144,12 +144,14 @@ def _note(key: tuple, error: Exception) -> None:
         raise KernelError(reason) from error
 
 
-def _fake_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fake_lse(q: Tensor, mask: Tensor | None) -> Tensor:
+    return q.new_empty(backend.lse_shape(q, mask), dtype=torch.float32)
 
 
-def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return backend.empty_like(q), _fake_lse(q)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, q_factor: Any, k_factor: Any, mask: Tensor | None, *args: object
+) -> tuple[Tensor, Tensor]:
+    return backend.empty_like(q), _fake_lse(q, mask)
 
 
 def _fake_backward(

@@ -193,6 +193,20 @@ def test_keys_and_values_with_a_mean(dtype):
     compare(qkv, Case((9, 8), (9, 16), heads=2).geometry, **options)
 
 
+@pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_large_logits(dtype, cosine):
+    """The backward has the forward's scores, in which queries were scaled and rounded: its weights sum to one."""
+    case = Case((9, 8), (9, 8), heads=2, dim=30, cosine=cosine)
+    qkv, options = case.make(dtype)
+    if cosine:
+        options["logit_scale"] = torch.full((2,), 4.6, device=TRITON_DEVICE)
+        qkv[..., 60:120] += qkv[..., :60]
+    else:
+        qkv[..., :120] *= 12
+    compare(qkv, case.geometry, **options)
+
+
 @pytest.mark.parametrize("kind", ["heads-first", "different-strides"])
 @pytest.mark.parametrize("case", HEADS_APART[:4], ids=str)
 def test_an_axis_for_the_heads(case, kind):

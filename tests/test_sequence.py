@@ -318,23 +318,43 @@ def test_masks_that_rule_out_keys(backend, small_tiles):
 @pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("backend", ATTEND)
 def test_masks_of_large_finite_values(backend, value, small_tiles):
-    """What stands in for -inf is a number: a query that sees nothing else takes the mean of all keys.
-
-    No gradient comes to such a query here: a log-sum-exp of this size, as PyTorch's own kernels save it too, has no
-    digits left to recompute the weights from.
-    """
+    """What stands in for -inf is a number: a query that sees nothing else takes the mean of all keys."""
     attend, device = ATTEND[backend]
     mask = torch.zeros(1, 20, 20)
     mask[0, :, ::2] = value
     mask[0, 3] = value
     case = Case(20, rank=2, batch=2, heads=1)
     inputs, _, grad = case.make(torch.float32, device)
-    grad[:, :, 3] = 0
     found = differentiate(attend, inputs, mask.to(device), case.problem, grad)
     expected = differentiate(plain, inputs, mask.to(device), case.problem, grad)  # fp64 would tell those scores apart
     assert torch.allclose(found[0][:, :, 3], inputs[2].mean(2), atol=1e-5)
     for ours, theirs in zip(found, expected, strict=True):
         helpers.assert_close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("triton", torch.float16), ("torch", torch.float16), ("torch", torch.bfloat16), ("torch", torch.float64)],
+    ids=str,
+)
+def test_masks_and_factors_of_any_dtype(backend, dtype, mask_dtype, monkeypatch):
+    """Beside tokens of any, and factors of two others."""
+    if backend == "torch":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    device = ATTEND[backend][1]
+    mask = torch.zeros(1, 20, 20, dtype=mask_dtype, device=device)
+    mask[0, :, 3], mask[0, :, 5] = float("-inf"), torch.finfo(mask_dtype).min
+    inputs, _, _ = Case(20, rank=2, batch=2, heads=1).make(dtype, device)
+    inputs[3], inputs[4] = inputs[3].float(), inputs[4].to(mask_dtype if backend == "torch" else torch.float16)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    for causal in (False, True):
+        found = functional.factored_bias_attention(*leaves, mask, causal=causal)
+        gradients = torch.autograd.grad(found.sum(), leaves)
+        exact = plain([t.double() for t in inputs], mask.double(), Problem(causal, 0, 0, inputs[0].shape[-1] ** -0.5))
+        assert found.dtype == dtype
+        helpers.assert_close(found.double(), exact, 16 * max(torch.finfo(dtype).eps, 1e-6 * (dtype != torch.float64)))
+        assert all(one.dtype == leaf.dtype for one, leaf in zip(gradients, leaves, strict=True))
 
 
 def test_scores_far_below_what_a_mask_leaves_out(small_tiles):

@@ -3,18 +3,19 @@
 import triton
 import triton.language as tl
 
-from .tiles import Geometry, place_window, shift_region
+from .softmax import at_least, drawn_in
+from .tiles import Geometry, place_window, shift_region, table_row
 
 
 @triton.jit
 def _expand_bias_kernel(
     dense_ptr,  # (heads, rows, cols)
     table_ptr, index_ptr,  # (T, heads) and (N, N), int64
-    stride_dense_head, stride_dense_row, stride_table_row, stride_table_head,
+    stride_dense_head, stride_dense_row, stride_table_row, stride_table_head, table_rows,
     num_tokens, num_rows, num_cols, num_heads,
     LIMIT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of HEADS heads; table[index], -inf in columns beyond the window.
+    """One program: a tile of HEADS heads; table[index], -inf in columns beyond the window, NaN where there is no row.
 
     The index is the larger read by far, and all heads share it.
     """
@@ -22,13 +23,14 @@ def _expand_bias_kernel(
     offs_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
     index = tl.load(index_ptr + offs_m[:, None] * num_tokens + offs_n[None, :], mask=inside, other=0)
+    row, there = table_row(index, table_rows)
     stored = (offs_m < num_rows)[:, None] & (offs_n < num_cols)[None, :]
     first = tl.program_id(2) * HEADS
     for head in tl.range(first, tl.minimum(first + HEADS, num_heads)):
-        bias = tl.load(table_ptr + index * stride_table_row + head * stride_table_head, mask=inside, other=0.0)
-        # The dense form may be narrower than the table: keep its range, an fp16 infinity would make NaN of it.
-        bias = tl.minimum(tl.maximum(bias.to(tl.float32), -LIMIT), LIMIT)
-        bias = tl.where((offs_n < num_tokens)[None, :], bias, float("-inf"))
+        ptrs = table_ptr + row * stride_table_row + head * stride_table_head
+        bias = tl.load(ptrs, mask=inside & there, other=float("nan"))
+        bias = drawn_in(bias, LIMIT)  # of the dense form, which may be narrower than the table
+        bias = tl.where(inside, bias, tl.where((offs_n < num_tokens)[None, :], 0.0, float("-inf")))
         offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
         tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)
 
@@ -38,6 +40,7 @@ def _reduce_bias_kernel(
     grad_table_ptr,  # (T, heads), fp32, zero at the start
     grad_bias_ptr,  # (heads, N, N), fp32
     index_ptr,  # (N, N), int64
+    num_rows,
     num_heads,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,7 +48,7 @@ def _reduce_bias_kernel(
     """One program: one offset between query and key, and one head. Adds up its pairs, which share a row of the table.
 
     That they share it is what a relative position bias is, but it is the live index that decides: a pair whose row
-    is another one goes there by itself.
+    is another one goes there by itself, and one without a row nowhere.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     right = tl.program_id(0) % (2 * WINDOW[2] - 1) - (WINDOW[2] - 1)
@@ -61,7 +64,7 @@ def _reduce_bias_kernel(
     if WINDOW[0] > 1:
         corner += tl.maximum(deeper, 0) * (WINDOW[1] * WINDOW[2])
         distance += deeper * (WINDOW[1] * WINDOW[2])
-    row = tl.load(index_ptr + corner * N + corner - distance)
+    row, there = table_row(tl.load(index_ptr + corner * N + corner - distance), num_rows)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -74,11 +77,11 @@ def _reduce_bias_kernel(
         inside = inside & (key_row >= 0) & (key_row < WINDOW[1]) & (key_col >= 0) & (key_col < WINDOW[2])
         pair = offs * N + offs - distance
         grad = tl.load(grad_bias_ptr + tl.cast(head, tl.int64) * (N * N) + pair, mask=inside, other=0.0)
-        live = tl.load(index_ptr + pair, mask=inside, other=0)
+        live, has_row = table_row(tl.load(index_ptr + pair, mask=inside, other=0), num_rows)
         stray = inside & (live != row)
-        tl.atomic_add(grad_table_ptr + live * num_heads + head, grad, mask=stray)
+        tl.atomic_add(grad_table_ptr + live * num_heads + head, grad, mask=stray & has_row)
         total += tl.where(stray, 0.0, grad)
-    tl.atomic_add(grad_table_ptr + row * num_heads + head, tl.sum(total, axis=0))
+    tl.atomic_add(grad_table_ptr + row * num_heads + head, tl.sum(total, axis=0), mask=there)
 
 
 @triton.jit
@@ -133,7 +136,9 @@ def _position_table_kernel(
         hidden_bias = tl.load(hidden_bias_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + head * HIDDEN + offs, mask=inside, other=0.0).to(tl.float32)
         hidden = row[:, None] * row_weight[None, :] + col[:, None] * col_weight[None, :] + hidden_bias[None, :]
-        hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        hidden = at_least(hidden, 0.0)
+        if HIDDEN % BLOCK_HIDDEN:  # there is no channel, but infinite coordinates times zero are NaN
+            hidden = tl.where(inside[None, :], hidden, 0.0)
         acc += tl.sum(hidden * weight[None, :], axis=1)
     tl.store(table_ptr + head * num_rows + offs_t, 16.0 / (1.0 + tl.exp(-acc)), mask=mask_t)
 

@@ -30,15 +30,15 @@ from .sequence_fwd import (
     store_rows,
     visible_keys,
     visible_queries,
-    weights_of,
 )
+from .softmax import LOG2E, delta_of, is_finite, load_log_sum, weights_of
 
 
 @triton.jit
 def _walk_keys(
     state,  # dq (BLOCK_M, BLOCK_D), dq_factor and p k_factor (BLOCK_M, BLOCK_R), the sum of ds (BLOCK_M,); fp32
     q, q_factor, grad,  # (BLOCK_M, BLOCK_D or BLOCK_R)
-    lse, delta,  # (BLOCK_M,)
+    softmax, delta,  # (BLOCK_M,), the first of two vectors
     keys, values,
     k_factor_ptr, stride_kf_token, mask_ptr,  # of this sequence
     start, end, offs_m,
@@ -61,8 +61,8 @@ def _walk_keys(
         if HAS_MASK:
             scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
         if AT_EDGE:
-            scores = only_visible(scores, offs_n, visible)
-        p = weights_of(scores, scale, lse[:, None], HAS_MASK)
+            scores = only_visible(scores, offs_n, visible, float("-inf"))
+        p = weights_of(scores, softmax[0][:, None], softmax[1][:, None], scale * LOG2E, HAS_MASK)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -79,7 +79,7 @@ def _sequence_attention_bwd_query_kernel(
     dq_factor_ptr,  # (batch, heads, tokens, RANK), contiguous, where FACTOR_GRAD
     delta_ptr,  # (batch * heads, tokens), fp32, written for the second kernel
     grad_ptr, out_ptr, q_ptr, k_ptr, v_ptr,  # (batch, heads, tokens, HEAD_DIM)
-    lse_ptr,  # (batch * heads, tokens), fp32
+    lse_ptr,  # (batch * heads, tokens), with a mask (.., 2, tokens), fp32: the softmax
     q_factor_ptr, k_factor_ptr,  # (batch, heads, tokens, RANK)
     mask_ptr,  # (masks, tokens, tokens)
     stride_dq_batch, stride_dq_head, stride_dq_token,
@@ -98,6 +98,10 @@ def _sequence_attention_bwd_query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dq, dq_factor and δ. One program: BLOCK_M queries of one sequence, which stay, as in the forward; keys pass."""
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(RANK <= BLOCK_R)
+    tl.static_assert(RANK > 0 or not FACTOR_GRAD)
+    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M
@@ -114,9 +118,8 @@ def _sequence_attention_bwd_query_kernel(
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     grad = load_rows(grad_ptr, first_query, stride_grad_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     out = load_rows(out_ptr, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
-    offs_row = sequence.to(tl.int64) * num_tokens + offs_m
-    lse = tl.load(lse_ptr + offs_row, mask=offs_m < num_tokens, other=float("inf"))
+    delta = delta_of(out, grad)
+    softmax = load_log_sum(lse_ptr, sequence.to(tl.int64), offs_m, num_tokens, HAS_MASK)
     q_factor = q
     if RANK > 0:
         q_factor_ptr += sequence_offset(sequence, num_heads, stride_qf_batch, stride_qf_head)
@@ -135,14 +138,15 @@ def _sequence_attention_bwd_query_kernel(
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
             dq, dq_factor, mean_factor, miss = _walk_keys(
-                (dq, dq_factor, mean_factor, miss), q, q_factor, grad, lse, delta, keys, values, k_factor_ptr,
+                (dq, dq_factor, mean_factor, miss), q, q_factor, grad, softmax, delta, keys, values, k_factor_ptr,
                 stride_kf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_m, visible, num_tokens, scale,
                 HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
     store_rows(dq_ptr, dq * scale, first_query, stride_dq_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
-    tl.store(delta_ptr + offs_row, delta + miss, mask=offs_m < num_tokens)
+    miss = tl.where(is_finite(miss), miss, 0.0)  # where dp is infinite, so is δ, rightly
+    tl.store(delta_ptr + sequence.to(tl.int64) * num_tokens + offs_m, delta + miss, mask=offs_m < num_tokens)
     if FACTOR_GRAD:
         dq_factor -= miss[:, None] * mean_factor
         dq_factor_ptr += sequence.to(tl.int64) * num_tokens * RANK
@@ -154,7 +158,8 @@ def _walk_queries(
     state,  # dk and dv (BLOCK_N, BLOCK_D), dk_factor (BLOCK_N, BLOCK_R); fp32
     k, v, k_factor,  # (BLOCK_N, BLOCK_D or BLOCK_R)
     queries, grads,
-    lse_ptr, delta_ptr, q_factor_ptr, stride_qf_token, mask_ptr,  # of this sequence
+    lse_ptr, sequence,
+    delta_ptr, q_factor_ptr, stride_qf_token, mask_ptr,  # of this sequence
     start, end, offs_n,
     visible,  # (BLOCK_N,) each: the interval of queries that see each key
     num_tokens, scale,
@@ -168,11 +173,10 @@ def _walk_queries(
         offs_m = first + tl.arange(0, BLOCK_M)
         q = load_passing(queries, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
         grad = load_passing(grads, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
+        maximum, log_sum = load_log_sum(lse_ptr, sequence, offs_m, num_tokens, HAS_MASK, AT_EDGE)
         if AT_EDGE:
-            lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_tokens, other=float("inf"))
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
         else:
-            lse = tl.load(lse_ptr + offs_m)
             delta = tl.load(delta_ptr + offs_m)
         q_factor = q
         if RANK > 0:
@@ -181,11 +185,13 @@ def _walk_queries(
         if HAS_MASK:
             scores += tl.trans(load_mask(mask_ptr, offs_m, offs_n, num_tokens)) * (1.0 / scale)
         if AT_EDGE:
-            scores = only_visible(scores, offs_m, visible)
-        p = weights_of(scores, scale, lse[None, :], HAS_MASK)
+            scores = only_visible(scores, offs_m, visible, float("-inf"))
+        p = weights_of(scores, maximum[None, :], log_sum[None, :], scale * LOG2E, HAS_MASK)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
+        if AT_EDGE:  # a query whose δ is not finite hands that to the keys that it sees
+            ds = only_visible(ds, offs_m, visible, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if FACTOR_GRAD:
             dk_factor = tl.dot(ds.to(q_factor.dtype), q_factor, dk_factor, input_precision=FACTOR_PRECISION)
@@ -198,7 +204,7 @@ def _sequence_attention_bwd_key_kernel(
     dk_factor_ptr,  # (batch, heads, tokens, RANK), contiguous, where FACTOR_GRAD
     delta_ptr,  # (batch * heads, tokens), fp32, by the first kernel
     grad_ptr, q_ptr, k_ptr, v_ptr,  # (batch, heads, tokens, HEAD_DIM)
-    lse_ptr,  # (batch * heads, tokens), fp32
+    lse_ptr,  # (batch * heads, tokens), with a mask (.., 2, tokens), fp32: the softmax
     q_factor_ptr, k_factor_ptr,  # (batch, heads, tokens, RANK)
     mask_ptr,  # (masks, tokens, tokens)
     stride_dk_batch, stride_dk_head, stride_dk_token,
@@ -220,6 +226,10 @@ def _sequence_attention_bwd_key_kernel(
 
     The first keys have the most queries, so they come first.
     """
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(RANK <= BLOCK_R)
+    tl.static_assert(RANK > 0 or not FACTOR_GRAD)
+    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     tile, sequence = place(tl.cdiv(num_tokens, BLOCK_N), num_sequences, group)
     first_key = tile * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, num_tokens) - 1
@@ -231,7 +241,6 @@ def _sequence_attention_bwd_key_kernel(
     grad_offset = sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
     queries = passing(q_ptr, q_offset, stride_q_token, DESCRIBED)
     grads = passing(grad_ptr, grad_offset, stride_grad_token, DESCRIBED)
-    lse_ptr += sequence.to(tl.int64) * num_tokens
     delta_ptr += sequence.to(tl.int64) * num_tokens
     k = load_rows(k_ptr, first_key, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
     v = load_rows(v_ptr, first_key, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
@@ -252,9 +261,10 @@ def _sequence_attention_bwd_key_kernel(
     for PART in tl.static_range(3):
         if PART == 1 or HAS_EDGES:
             dk, dv, dk_factor = _walk_queries(
-                (dk, dv, dk_factor), k, v, k_factor, queries, grads, lse_ptr, delta_ptr, q_factor_ptr,
-                stride_qf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_n, visible, num_tokens, scale,
-                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_M, BLOCK_D, BLOCK_R,
+                (dk, dv, dk_factor), k, v, k_factor, queries, grads, lse_ptr, sequence.to(tl.int64), delta_ptr,
+                q_factor_ptr, stride_qf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_n, visible, num_tokens,
+                scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_M, BLOCK_D,
+                BLOCK_R,
             )  # fmt: skip
 
     dk_ptr += sequence_offset(sequence, num_heads, stride_dk_batch, stride_dk_head)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, drawn_in
+from .softmax import LARGEST, LOG2E, drawn_in, store_log_sum
 
 # How a product of factors is computed. Positions are factors too, and TF32 would round them like half precision; three
 # TF32 products in place of one of fp32 ("tf32x3") give wrong numbers on Hopper, others at each run, in Triton 3.6.
@@ -179,14 +179,14 @@ def load_mask(mask_ptr, offs_m, offs_n, num_tokens):
     """A tile (M, N) of one mask (tokens, tokens), fp32."""
     inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
     ptrs = mask_ptr + offs_m[:, None].to(tl.int64) * num_tokens + offs_n[None, :]
-    return drawn_in(tl.load(ptrs, mask=inside, other=0.0))
+    return drawn_in(tl.load(ptrs, mask=inside, other=0.0), LARGEST)
 
 
 @triton.jit
-def only_visible(scores, offs, visible):
-    """Scores (rows, columns) where columns `offs` lie in the interval that each row sees, else -inf."""
+def only_visible(tile, offs, visible, other):
+    """A tile (rows, columns) where columns `offs` lie in the interval that each row sees, else `other`."""
     inside = (offs[None, :] >= visible[0][:, None]) & (offs[None, :] < visible[1][:, None])
-    return tl.where(inside, scores, float("-inf"))
+    return tl.where(inside, tile, other)
 
 
 @triton.jit
@@ -196,15 +196,6 @@ def scores_of(rows, cols, row_factor, col_factor, inverse_scale, RANK: tl.conste
         bias = tl.dot(row_factor, tl.trans(col_factor), input_precision=FACTOR_PRECISION)
         return tl.dot(rows, tl.trans(cols), bias * inverse_scale, input_precision=PRECISION)
     return tl.dot(rows, tl.trans(cols), input_precision=PRECISION)
-
-
-@triton.jit
-def weights_of(scores, scale, lse, HAS_MASK: tl.constexpr):
-    """The softmax again, from its log-sum-exp in log2 units."""
-    exponents = scores * (scale * LOG2E) - lse
-    if HAS_MASK:  # a sum of a mask's large numbers has no digits left: see `_walk_keys`
-        exponents = tl.minimum(exponents, 0.0)
-    return tl.exp2(exponents)
 
 
 @triton.jit
@@ -237,8 +228,8 @@ def _walk_keys(
         if HAS_MASK:
             scores += load_mask(mask_ptr, offs_m, offs_n, num_tokens) * (1.0 / scale)
         if AT_EDGE:
-            scores = only_visible(scores, offs_n, visible)
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+            scores = only_visible(scores, offs_n, visible, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))  # NaN is left to the weights
         if HAS_MASK:  # its numbers may be so large that what a fused multiply-add does not round is more than a score
             p = tl.exp2((scores - new_maximum[:, None]) * exponent)
         else:
@@ -254,7 +245,7 @@ def _walk_keys(
 @triton.jit
 def _sequence_attention_fwd_kernel(
     out_ptr,  # (batch, heads, tokens, HEAD_DIM)
-    lse_ptr,  # (batch * heads, tokens), fp32: log2 of the sum of the exponentials, +inf where no key is seen
+    lse_ptr,  # (batch * heads, tokens), with a mask (.., 2, tokens), fp32: the softmax, +inf where no key is seen
     q_ptr, k_ptr, v_ptr,  # (batch, heads, tokens, HEAD_DIM)
     q_factor_ptr, k_factor_ptr,  # (batch, heads, tokens, RANK)
     mask_ptr,  # (masks, tokens, tokens)
@@ -316,5 +307,6 @@ def _sequence_attention_fwd_kernel(
     out = acc * tl.where(seen, 1.0 / total, 0.0)[:, None]
     out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
     store_rows(out_ptr, out, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
-    lse = tl.where(seen, maximum * (scale * LOG2E) + tl.log2(total), float("inf"))
-    tl.store(lse_ptr + sequence.to(tl.int64) * num_tokens + offs_m, lse, mask=offs_m < num_tokens)
+    log_total = tl.where(seen, tl.log2(total), float("inf"))
+    part = sequence.to(tl.int64)
+    store_log_sum(lse_ptr, part, offs_m, num_tokens, maximum, log_total, scale * LOG2E, HAS_MASK)

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .softmax import LARGEST, at_least, at_most, drawn_in
+
 LOG_100 = tl.constexpr(4.605170185988092)  # SwinV2 clamps logit_scale at ln(100), from above only
 
 # How a shift mask reaches a kernel.
@@ -64,8 +65,9 @@ class Tokens(NamedTuple):
 class Bias(NamedTuple):
     """Where the relative position bias is read from."""
 
-    table_ptr: tl.tensor = None  # (T, heads)
+    table_ptr: tl.tensor = None  # (rows, heads)
     index_ptr: tl.tensor = None  # (N, N), int64
+    rows: tl.tensor = None
     stride_table: tl.tuple = None  # (row, head)
     dense_ptr: tl.tensor = None  # (heads, rows, cols)
     stride_dense: tl.tuple = None  # (head, row)
@@ -218,16 +220,22 @@ def store_tokens(ptr, tile, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def within(tokens, inside):
+    """Those of the tokens that are `inside`; the others neither exist nor are padding."""
+    return Tokens(tokens.n, tokens.at, tokens.real & inside, tokens.padding & inside)
+
+
+@triton.jit
 def inverse_norm(x):
     """1 / max(Euclidean norm, 1e-12) of each row, the factor of `torch.nn.functional.normalize`; fp32."""
     x = x.to(tl.float32)
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), 1e-24))
+    return tl.rsqrt(at_least(tl.sum(x * x, axis=1), 1e-24))
 
 
 @triton.jit
 def cosine_scale(logit_scale_ptr, head):
     """What multiplies a head's cosines, natural units: exp of the clamped logit_scale."""
-    return tl.exp(tl.minimum(tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100))
+    return tl.exp(at_most(tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100))
 
 
 @triton.jit
@@ -245,28 +253,35 @@ def scaled_query(q, scale, COSINE: tl.constexpr):
 
 
 @triton.jit
+def table_row(index, rows):
+    """Row of the table that an entry of the index names, and whether there is one: what is not there is not read."""
+    row = index.to(tl.int32)
+    return row, row.to(tl.uint32, bitcast=True) < tl.cast(rows, tl.uint32)
+
+
+@triton.jit
 def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
-    """Relative position bias of a tile of scores, and -inf for keys beyond the window; fp32."""
+    """Relative position bias of a tile of scores, fp32: -inf for keys beyond the window, NaN where there is no row.
+
+    Queries beyond the window have the last one's.
+    """
     if BIAS == BIAS_DENSE:
         ptr = bias.dense_ptr + head * bias.stride_dense[0]
         tile = tl.load(ptr + (m * bias.stride_dense[1] + n)).to(tl.float32)
     else:
-        inside = (m < N) & (n < N)
+        offs = tl.minimum(m, N - 1) * N + n
         if BIAS == BIAS_TABLE:
-            row = tl.load(bias.index_ptr + m * N + n, mask=inside, other=0)
+            index = tl.load(bias.index_ptr + offs, mask=n < N, other=0)
+            row, there = table_row(index, bias.rows)
             ptrs = bias.table_ptr + row * bias.stride_table[0] + head * bias.stride_table[1]
-            tile = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(ptrs, mask=there, other=float("nan"))
+            if bias.table_ptr.dtype.element_ty == tl.float64:
+                tile = drawn_in(tile, LARGEST)
+            tile = tile.to(tl.float32)
         else:
-            tile = tl.zeros(inside.shape, tl.float32)
+            tile = tl.zeros(offs.shape, tl.float32)
         tile = tl.where(n < N, tile, float("-inf"))
     return tile
-
-
-@triton.jit
-def drawn_in(mask):
-    """A mask in fp32, its large finite values, as stand in for -inf elsewhere, where scaling keeps them finite."""
-    mask = mask.to(tl.float32)
-    return tl.where(mask > float("-inf"), tl.maximum(mask, -1.0e30), mask)
 
 
 @triton.jit
@@ -278,7 +293,7 @@ def add_mask(scores, m, n, mask, window, geometry, WINDOW: tl.constexpr, MASK: t
     elif MASK == MASK_TENSOR:
         N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
         ptr = mask.ptr + tl.cast(window.number, tl.int64) * (N * N)
-        scores += drawn_in(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0))
+        scores += drawn_in(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0), LARGEST)
     return scores
 
 

@@ -6,19 +6,24 @@ With P = softmax(S) and dP = dO Vᵀ, both kernels compute (Dao et al. 2022, arX
 
 from recomputed scores. A small window needs nothing but its tokens; its bias gradient is summed in registers over
 all images that a program walks. A large window is walked in tiles three times, once for each of dQ, (dK, dV) and dB,
-with the log-sum-exp of the forward; nothing is added up by atomics, so results do not depend on timing.
+with the forward's softmax as `softmax.store_log_sum` keeps it, so that scores must be the forward's to the last digit:
+the first walk writes the queries down as the forward scaled and rounded them, padding included, for the others. Nothing
+is added up by atomics, so results do not depend on timing.
 
 Attention dropout multiplies P where it meets V, and dP (dropped weights pass no gradient). Cosine attention passes
 dQ and dK through the normalisation, x / max(‖x‖, ε): dx = (dx̂ − x̂ (x̂ · dx̂)) / ‖x‖, and x̂ · dx̂ of the queries,
-summed, is the gradient of logit_scale. Padding queries have no gradient, their outputs are cropped; padding keys and
-values hand theirs to the projection's bias.
+summed, is the gradient of logit_scale. Padding tokens hand theirs to the projection's bias: keys and values, and
+queries too, whose outputs are cropped, so that theirs is zero, or NaN.
 """
 
 import triton
 import triton.language as tl
 
+from .softmax import LOG2E, delta_of, is_finite, load_log_sum, score_tile, weights_of
 from .tiles import (
-    LOG2E,
+    BIAS_DENSE,
+    BIAS_NONE,
+    BIAS_TABLE,
     LOG_100,
     MASK_REGIONS,
     MASK_TENSOR,
@@ -42,6 +47,7 @@ from .tiles import (
     store_tokens,
     tile_bias,
     token_offsets,
+    within,
 )
 
 
@@ -76,8 +82,8 @@ def _gradient_unit(scale, COSINE: tl.constexpr):
 
 @triton.jit
 def _logit_scale_gradient(grad_scale, logit_scale_ptr, head):
-    """Gradient of a head's logit_scale from Σ dS ∘ S, which is that of its logarithm; none where it is clamped."""
-    return tl.where(tl.load(logit_scale_ptr + head).to(tl.float32) > LOG_100, 0.0, grad_scale)
+    """Gradient of a head's logit_scale from Σ dS ∘ S, that of its logarithm; none where it is clamped, or NaN."""
+    return tl.where(tl.load(logit_scale_ptr + head).to(tl.float32) <= LOG_100, grad_scale, 0.0)
 
 
 @triton.jit
@@ -103,7 +109,7 @@ def _window_attention_bwd_small_kernel(
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head,
+    stride_table_row, stride_table_head, num_rows,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
@@ -118,10 +124,14 @@ def _window_attention_bwd_small_kernel(
     from image to image: bias and mask (BLOCK_N, BLOCK_N), and what dB, padding and logit_scale gather.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    tl.static_assert(N <= BLOCK_N)
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(VOLUME or WINDOW[0] == 1)
+    tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_TABLE)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
-    bias = Bias(table_ptr, index_ptr, (stride_table_row, stride_table_head))
+    bias = Bias(table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head))
     mask = Mask(mask_ptr, mask_value)
     num_windows = windows_d * windows_h * windows_w
     head = tl.program_id(0) % num_heads
@@ -140,13 +150,17 @@ def _window_attention_bwd_small_kernel(
     unit = _gradient_unit(scale, COSINE)
     pad_q_ptr, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
 
+    # Beyond the window queries are its last one again, of no weight: zeros would meet an infinite key as NaN, for all.
+    inside = offs_n < N
     grad_bias = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    grad_pad_q = tl.zeros((BLOCK_D,), tl.float32)
     grad_pad_k = tl.zeros((BLOCK_D,), tl.float32)
     grad_pad_v = tl.zeros((BLOCK_D,), tl.float32)
     grad_scale = 0.0
     for number in tl.range(group * WINDOWS, tl.minimum((group + 1) * WINDOWS, num_windows)):
         window = place_window(number, geometry, VOLUME)
-        tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
+        queries = locate_tokens(tl.minimum(offs_n, N - 1), window, geometry, WINDOW, ROLL_FIRST)
+        tokens = within(queries, inside)
         offs_token = token_offsets(tokens, (stride_qkv_depth, stride_qkv_row, stride_qkv_col))
         offs_token += head * stride_qkv_head * HEAD_DIM
         offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
@@ -155,7 +169,7 @@ def _window_attention_bwd_small_kernel(
         start = add_mask(start, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
-            q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
+            q = load_tokens(q_ptr + offs_image, offs_token, queries, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
             k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
             v = load_tokens(v_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
             image_ptr = grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch
@@ -164,7 +178,7 @@ def _window_attention_bwd_small_kernel(
             query, key = scaled_query(q, scale, COSINE), _normalised(k, COSINE)
             scores = tl.dot(query, tl.trans(key), start, input_precision=PRECISION)
             p = tl.exp2((scores - tl.max(scores, axis=1)[:, None]) * LOG2E)
-            p *= (unit / tl.sum(p, axis=1))[:, None]
+            p *= tl.where(inside, unit / tl.sum(p, axis=1), 0.0)[:, None]
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
@@ -173,7 +187,8 @@ def _window_attention_bwd_small_kernel(
                 kept = p * factor
                 grad_p *= factor
             grad_v = tl.dot(tl.trans(kept.to(v.dtype)), grad_out, input_precision=PRECISION)
-            grad_scores = p * (grad_p - (tl.sum(p * grad_p, axis=1) / unit)[:, None])
+            delta = tl.where(inside, tl.sum(p * grad_p, axis=1) / unit, 0.0)
+            grad_scores = p * (grad_p - delta[:, None])
             if GRAD_BIAS:
                 grad_bias += grad_scores
             grad_scores = grad_scores.to(q.dtype)
@@ -186,6 +201,7 @@ def _window_attention_bwd_small_kernel(
                 grad_k, _ = _through_norm(k, grad_k)
                 grad_scale += tl.sum(along, axis=0)
             if HAS_PAD:
+                grad_pad_q += _sum_padding(grad_q, tokens)
                 grad_pad_k += _sum_padding(grad_k, tokens)
                 grad_pad_v += _sum_padding(grad_v, tokens)
             store_tokens(grad_q_ptr + offs_image, grad_q, offs_token, tokens, offs_d, HEAD_DIM)
@@ -202,17 +218,9 @@ def _window_attention_bwd_small_kernel(
         tl.store(grad_logit_scale_ptr + partial * num_heads + head, grad_scale)
     if HAS_PAD:
         offs_pad = (tl.cast(partial, tl.int64) * 3 * num_heads + head) * HEAD_DIM + offs_d
+        tl.store(grad_padding_ptr + offs_pad, grad_pad_q, mask=offs_d < HEAD_DIM)
         tl.store(grad_padding_ptr + offs_pad + num_heads * HEAD_DIM, grad_pad_k, mask=offs_d < HEAD_DIM)
         tl.store(grad_padding_ptr + offs_pad + 2 * num_heads * HEAD_DIM, grad_pad_v, mask=offs_d < HEAD_DIM)
-
-
-@triton.jit
-def _weights(scores, lse, MASK: tl.constexpr):
-    """P, times 2^l where the log-sum-exp (log2 units) was lowered by l."""
-    exponents = scores * LOG2E - lse
-    if MASK == MASK_TENSOR:  # the sum of a mask's large numbers has no digits left, and may be a little below them
-        exponents = tl.minimum(exponents, 8.0)
-    return tl.exp2(exponents)
 
 
 @triton.jit
@@ -230,6 +238,16 @@ def _load_vector(ptr, offs, N: tl.constexpr, other):
 
 
 @triton.jit
+def _load_queries(ptr, offs, offs_d, N: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Queries of one window and head as they were written down; beyond the last one, which weigh nothing, that again.
+
+    Zeros in their place would meet an infinite key as NaN, which all queries' keys then shared.
+    """
+    offs = tl.minimum(offs, N - 1)
+    return tl.load(ptr + (offs[:, None] * HEAD_DIM + offs_d[None, :]), mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def _place_program(num_heads, geometry, TILES: tl.constexpr):
     """This program's tile and part, and of which image, window and head that part is."""
     tile = tl.program_id(0) % TILES
@@ -243,11 +261,12 @@ def _place_program(num_heads, geometry, TILES: tl.constexpr):
 @triton.jit
 def _window_attention_bwd_query_kernel(
     grad_qkv_ptr,  # as qkv
+    grad_padding_ptr,  # (batch * windows * TILES or more, 3 * heads * HEAD_DIM), fp32, zero at the start
     grad_logit_scale_ptr,  # (batch * windows * TILES, heads), fp32
     delta_ptr,  # (batch, windows, heads, N), fp32: rowsum(dO ∘ O), for the other two kernels
-    query_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the queries, likewise
+    query_ptr,  # (batch, windows, heads, N, HEAD_DIM), as qkv: the queries as they meet the keys, likewise
     grad_out_ptr, out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
-    lse_ptr,  # (batch, windows, heads, N), fp32, log2 units
+    lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
@@ -268,13 +287,17 @@ def _window_attention_bwd_query_kernel(
 ):  # fmt: skip
     """dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of one window and head of one image.
 
-        P = exp(S − lse)        dP = dO Vᵀ        dS = P ∘ (dP − δ)        dQ = scale · Σ dS K
+        P = exp(S − log Σ exp S)        dP = dO Vᵀ        dS = P ∘ (dP − δ)        dQ = scale · Σ dS K
 
-    summed over tiles of keys and values, which pass by. Queries, dO, lse and δ stay, and dQ (BLOCK_M, BLOCK_D) gathers
-    in registers.
+    summed over tiles of keys and values, which pass by. Queries, dO, their softmax and δ stay, and dQ
+    (BLOCK_M, BLOCK_D) gathers in registers.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    APART: tl.constexpr = MASK == MASK_TENSOR
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(VOLUME or WINDOW[0] == 1)
+    tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_DENSE)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
@@ -293,22 +316,22 @@ def _window_attention_bwd_query_kernel(
     grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
     out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
-    _, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
+    pad_q_ptr, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
 
-    # Padding queries read as zeros: their gradient is zero whatever they hold.
-    q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM)
+    # Of padding queries dO is zero, and so is their gradient, where everything is finite.
+    q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
     grad_out = load_tokens(grad_out_ptr, offs_out, tokens, offs_d, HEAD_DIM)
     out = load_tokens(out_ptr, offs_out, tokens, offs_d, HEAD_DIM)
-    lse = _load_vector(lse_ptr + part * N, offs_m, N, float("inf"))
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
-    query, factor = q, scale
+    maximum, log_sum = load_log_sum(lse_ptr, part, offs_m, N, APART)
+    delta = delta_of(out, grad_out)
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
-        norm = inverse_norm(q)
-        tl.store(query_norm_ptr + part * N + offs_m, norm, mask=offs_m < N)
-        query, factor = scale_rows(q, norm * scale), 1.0
+    query = scaled_query(q, scale, COSINE)
+    offs_query = offs_m[:, None] * HEAD_DIM + offs_d[None, :]
+    inside = (offs_m < N)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(query_ptr + part * (N * HEAD_DIM) + offs_query, query, mask=inside)
     unit = _gradient_unit(scale, COSINE)
-    lse -= tl.log2(unit)
+    log_sum -= tl.log2(unit)
 
     masked = _is_masked(window, geometry, WINDOW, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -321,13 +344,15 @@ def _window_attention_bwd_query_kernel(
         k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
         v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
         start = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
-        key = _normalised(k, COSINE)
-        product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-        scores = product * factor + start
         if masked:
-            scores = add_mask(scores, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
-        p = _weights(scores, lse[:, None], MASK)
+            start = add_mask(start, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+        key, norms = k, 0.0
+        if COSINE:
+            norm = inverse_norm(k)
+            key, norms = scale_rows(k, norm), norm[None, :]
+        scores = score_tile(query, k, start, norms, COSINE, PRECISION)
+        p = weights_of(scores, maximum[:, None], log_sum[:, None], LOG2E, APART)
+        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
             grad_p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[:, None], offs_n[None, :], N)
         grad_scores = p * (grad_p - delta[:, None])
@@ -336,14 +361,20 @@ def _window_attention_bwd_query_kernel(
         mean_key = tl.dot(p.to(q.dtype), key, mean_key, input_precision=PRECISION)
 
     # A row of dS sums to zero, but for what the rounding of O has left in delta: it is taken out of dQ here, and of
-    # delta for the kernels that follow.
+    # delta for the kernels that follow. Where dP is infinite, delta is so rightly. Of padding it is not known but here.
     residual *= 1.0 / unit
+    residual = tl.where(is_finite(residual) | tokens.padding, residual, 0.0)
     tl.store(delta_ptr + part * N + offs_m, delta + residual, mask=offs_m < N)
     grad_q = (grad_q - residual[:, None] * mean_key) * (scale / unit)
     if COSINE:
+        # Queries are read again: they would take registers all along the walk.
+        q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
         grad_q, along = _through_norm(q, grad_q)
         grad_scale = _logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
         tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
+    if HAS_PAD:
+        offs_pad = ((part // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
+        tl.store(grad_padding_ptr + offs_pad, _sum_padding(grad_q, tokens), mask=offs_d < HEAD_DIM)
     store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, tokens, offs_d, HEAD_DIM)
 
 
@@ -351,11 +382,13 @@ def _window_attention_bwd_query_kernel(
 def _window_attention_bwd_key_kernel(
     grad_qkv_ptr,  # as qkv, k and v
     grad_k_ptr, grad_v_ptr,
-    grad_padding_ptr,  # (batch * windows * TILES, 3 * heads * HEAD_DIM), fp32, zero at the start
+    grad_padding_ptr,  # (batch * windows * TILES or more, 3 * heads * HEAD_DIM), fp32, zero at the start
     key_norm_ptr,  # (batch, windows, heads, N), fp32: inverse norms of the keys, for the bias kernel
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
-    lse_ptr, delta_ptr, query_norm_ptr,  # (batch, windows, heads, N), fp32; lse in log2 units
-    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
+    lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax
+    delta_ptr,  # (batch, windows, heads, N), fp32
+    query_ptr,  # (batch, windows, heads, N, HEAD_DIM), as they meet the keys
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED k and v apart, with q's strides
     k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
@@ -375,14 +408,18 @@ def _window_attention_bwd_key_kernel(
 ):  # fmt: skip
     """dK and dV. One program: BLOCK_N keys of one window and head of one image.
 
-        dV = Σ Pᵀ dO        dK = scale · Σ dSᵀ Q
+        dV = Σ Pᵀ dO        dK = Σ dSᵀ (scale · Q)
 
-    summed over tiles of queries and dO, which pass by with lse and δ. Keys and values stay, and dK and dV
+    summed over tiles of queries and dO, which pass by with their softmax and δ. Keys and values stay, and dK and dV
     (BLOCK_N, BLOCK_D) gather in registers. Scores are transposed here, (keys, queries), so that both products take
     them from registers as they are.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    APART: tl.constexpr = MASK == MASK_TENSOR
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(VOLUME or WINDOW[0] == 1)
+    tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_DENSE)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
@@ -398,16 +435,17 @@ def _window_attention_bwd_key_kernel(
     offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
     offs_token = token_offsets(tokens, stride_qkv)
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
+    query_ptr += part * (N * HEAD_DIM)
     _, grad_k_ptr, grad_v_ptr = operand_pointers(grad_qkv_ptr, grad_k_ptr, grad_v_ptr, num_heads, HEAD_DIM, PACKED)
     pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
     k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
     v = load_tokens(v_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
-    key, factor = k, scale
+    norms = 0.0
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
         norm = inverse_norm(k)
         tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
-        key, factor = scale_rows(k, norm), 1.0
+        norms = norm[:, None]
     unit = _gradient_unit(scale, COSINE)
     log_unit = tl.log2(unit)
 
@@ -416,28 +454,29 @@ def _window_attention_bwd_key_kernel(
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Vectors are not pipelined by the compiler: each is loaded one turn ahead.
-    lse_ptr += part * N
     delta_ptr += part * N
-    lse = _load_vector(lse_ptr, tl.arange(0, BLOCK_M), N, float("inf"))
-    delta = _load_vector(delta_ptr, tl.arange(0, BLOCK_M), N, 0.0)
-    if COSINE:
-        query_norm_ptr += part * N
-        norm_m = _load_vector(query_norm_ptr, tl.arange(0, BLOCK_M), N, 0.0)
+    offs_m = tl.arange(0, BLOCK_M)
+    maximum, log_sum = load_log_sum(lse_ptr, part, offs_m, N, APART)
+    delta = _load_vector(delta_ptr, offs_m, N, 0.0)
     for first in tl.range(0, N, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
-        offs_query = token_offsets(tokens_m, stride_qkv)
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
         start = tile_bias(offs_m[None, :], offs_n[:, None], bias, head, N, BIAS)
         if masked:
             start = add_mask(start, offs_m[None, :], offs_n[:, None], mask, window, geometry, WINDOW, MASK)
-        query = load_tokens(q_ptr + offs_image, offs_query, tokens_m, offs_d, HEAD_DIM)
+        query = _load_queries(query_ptr, offs_m, offs_d, N, HEAD_DIM)
         grad_out = load_tokens(grad_out_ptr, offs_out, tokens_m, offs_d, HEAD_DIM)
-        if COSINE:
-            query = scale_rows(query, norm_m * scale)
-        product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        log_sum -= log_unit
+        # Cosine scores over the norms, so that `start` is in the product and takes no registers meanwhile; beside large
+        # numbers of a mask that would not be exact enough.
+        if COSINE and not APART:
+            scores = score_tile(k, query, start * (1.0 / norms), norms, False, PRECISION)
+            p = weights_of(scores, maximum[None, :], log_sum[None, :], norms * LOG2E, APART)
+        else:
+            scores = score_tile(k, query, start, norms, COSINE, PRECISION)
+            p = weights_of(scores, maximum[None, :], log_sum[None, :], LOG2E, APART)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-        p = _weights(product * factor + start, (lse - log_unit)[None, :], MASK)
         kept = p
         if HAS_DROPOUT:
             dropped = dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[None, :], offs_n[:, None], N)
@@ -446,16 +485,14 @@ def _window_attention_bwd_key_kernel(
         grad_v = tl.dot(kept.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_scores.to(k.dtype), query, grad_k, input_precision=PRECISION)
-        lse = _load_vector(lse_ptr, offs_m + BLOCK_M, N, float("inf"))
+        maximum, log_sum = load_log_sum(lse_ptr, part, offs_m + BLOCK_M, N, APART)
         delta = _load_vector(delta_ptr, offs_m + BLOCK_M, N, 0.0)
-        if COSINE:
-            norm_m = _load_vector(query_norm_ptr, offs_m + BLOCK_M, N, 0.0)
 
     if COSINE:
         grad_v *= 1.0 / unit
-        grad_k, _ = _through_norm(k, grad_k * (1.0 / unit))  # the queries held the scale
-    else:
-        grad_k *= scale
+        # Keys are read again: they would take registers all along the walk.
+        k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
+        grad_k, _ = _through_norm(k, grad_k * (1.0 / unit))
     if HAS_PAD:
         offs_pad = ((part // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
         grad_pad_k = _sum_padding(grad_k, tokens)
@@ -467,24 +504,25 @@ def _window_attention_bwd_key_kernel(
 
 
 @triton.jit
-def _load_vectors(ptrs, part, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr):
-    """Log-sum-exp, delta and, for cosine attention, inverse norms of a tile's queries and keys."""
-    lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr = ptrs
-    lse = _load_vector(lse_ptr + part * N, offs_m, N, float("inf"))
+def _load_vectors(ptrs, part, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr, APART: tl.constexpr):
+    """Softmax and delta of a tile's queries, and for cosine attention inverse norms of its keys."""
+    lse_ptr, delta_ptr, key_norm_ptr = ptrs
+    maximum, log_sum = load_log_sum(lse_ptr, part, offs_m, N, APART)
     delta = _load_vector(delta_ptr + part * N, offs_m, N, 0.0)
-    norm_m, norm_n = tl.zeros(offs_m.shape, tl.float32), tl.zeros(offs_n.shape, tl.float32)
+    norm = tl.zeros(offs_n.shape, tl.float32)
     if COSINE:
-        norm_m = _load_vector(query_norm_ptr + part * N, offs_m, N, 0.0)
-        norm_n = _load_vector(key_norm_ptr + part * N, offs_n, N, 0.0)
-    return lse, delta, norm_m, norm_n
+        norm = _load_vector(key_norm_ptr + part * N, offs_n, N, 0.0)
+    return maximum, log_sum, delta, norm
 
 
 @triton.jit
 def _window_attention_bwd_bias_kernel(
     grad_bias_ptr,  # (parts, heads, N, N), fp32
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
-    lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr,  # (batch, windows, heads, N), fp32; lse in log2 units
-    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
+    lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax
+    delta_ptr, key_norm_ptr,  # (batch, windows, heads, N), fp32
+    query_ptr,  # (batch, windows, heads, N, HEAD_DIM), as they meet the keys
+    qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED k and v apart, with q's strides
     k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
@@ -509,12 +547,16 @@ def _window_attention_bwd_bias_kernel(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = TILES_N * ((N + BLOCK_M - 1) // BLOCK_M)
+    APART: tl.constexpr = MASK == MASK_TENSOR
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(VOLUME or WINDOW[0] == 1)
+    tl.static_assert(BIAS == BIAS_DENSE)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
     mask = Mask(mask_ptr, mask_value)
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    vector_ptrs = (lse_ptr, delta_ptr, query_norm_ptr, key_norm_ptr)
+    vector_ptrs = (lse_ptr, delta_ptr, key_norm_ptr)
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES
     num_windows = windows_d * windows_h * windows_w
@@ -526,9 +568,6 @@ def _window_attention_bwd_bias_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_head = head * stride_qkv_head * HEAD_DIM
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
-    factor = scale
-    if COSINE:
-        factor = cosine_scale(logit_scale_ptr, head)
     pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
     bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
     bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
@@ -538,7 +577,6 @@ def _window_attention_bwd_bias_kernel(
         window = place_window(number, geometry, VOLUME)
         tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
         tokens_n = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
-        offs_query = token_offsets(tokens_m, stride_qkv) + offs_head
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
         offs_out += head * stride_out_head * HEAD_DIM
         offs_key = token_offsets(tokens_n, stride_qkv) + offs_head
@@ -546,27 +584,24 @@ def _window_attention_bwd_bias_kernel(
         # Vectors are not pipelined by the compiler: each is loaded one image ahead.
         last = tl.minimum(first + IMAGES, batch) - 1
         part = part_of(first, number, head, num_windows, num_heads)
-        vectors = _load_vectors(vector_ptrs, part, offs_m, offs_n, N, COSINE)
+        vectors = _load_vectors(vector_ptrs, part, offs_m, offs_n, N, COSINE, APART)
         for image in tl.range(first, last + 1):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
             part = part_of(image, number, head, num_windows, num_heads)
             next_part = part_of(tl.minimum(image + 1, last), number, head, num_windows, num_heads)
-            lse, delta, norm_m, norm_n = vectors
-            vectors = _load_vectors(vector_ptrs, next_part, offs_m, offs_n, N, COSINE)
-            q = load_tokens(q_ptr + offs_image, offs_query, tokens_m, offs_d, HEAD_DIM)
+            maximum, log_sum, delta, norm = vectors
+            vectors = _load_vectors(vector_ptrs, next_part, offs_m, offs_n, N, COSINE, APART)
+            query = _load_queries(query_ptr + part * (N * HEAD_DIM), offs_m, offs_d, N, HEAD_DIM)
             k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
             v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
             image_ptr = grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch
             grad_out = load_tokens(image_ptr, offs_out, tokens_m, offs_d, HEAD_DIM)
-            product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = score_tile(query, k, start, norm[None, :], COSINE, PRECISION)
+            p = weights_of(scores, maximum[:, None], log_sum[:, None], LOG2E, APART)
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-            if COSINE:  # on the product, in fp32: q and k stay in shared memory
-                product *= (norm_m * factor)[:, None] * norm_n[None, :]
-            else:
-                product *= factor
             if HAS_DROPOUT:
                 grad_p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[:, None], offs_n[None, :], N)
-            grad_bias += _weights(product + start, lse[:, None], MASK) * (grad_p - delta[:, None])
+            grad_bias += p * (grad_p - delta[:, None])
 
     offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_m[:, None] * N + offs_n[None, :]
     tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_m < N)[:, None] & (offs_n < N)[None, :])

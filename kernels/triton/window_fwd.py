@@ -13,10 +13,11 @@ softmax (Dao et al. 2022, arXiv:2205.14135), two images at a time.
 import triton
 import triton.language as tl
 
+from .softmax import LOG2E, score_tile, store_log_sum
 from .tiles import (
     BIAS_FACTORS,
+    BIAS_NONE,
     BIAS_TABLE,
-    LOG2E,
     MASK_NONE,
     MASK_TENSOR,
     Bias,
@@ -45,10 +46,10 @@ STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a kind of window
 
 @triton.jit
 def _scores(q, k, start, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """q kᵀ on top of `start`; cosine scores are divided by the norms of k here, so that k stays in shared memory."""
+    norms = 0.0  # not used
     if COSINE:
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_norm(k)[None, :] + start
-    return tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
+        norms = inverse_norm(k)[None, :]
+    return score_tile(q, k, start, norms, COSINE, PRECISION)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _window_attention_fwd_small_kernel(
     seed_ptr,  # (1,), int64, of attention dropout
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head,
+    stride_table_row, stride_table_head, num_rows,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
@@ -81,10 +82,12 @@ def _window_attention_fwd_small_kernel(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     tl.static_assert(N <= BLOCK_N)
     tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(VOLUME or WINDOW[0] == 1)
+    tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_TABLE)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
-    bias = Bias(table_ptr, index_ptr, (stride_table_row, stride_table_head))
+    bias = Bias(table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head))
     pid = tl.program_id(0)
     head = pid % num_heads  # fastest: neighbouring heads share cache lines of the image
     number = pid // num_heads
@@ -138,7 +141,7 @@ def _attend(
     """
     acc, total, maximum = state
     scores = _scores(q, k, start, COSINE, PRECISION)
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))  # NaN is left to the weights
     if MASK == MASK_TENSOR:  # its numbers may be so large that what a multiply-add does not round is more than a score
         p = tl.exp2((scores - new_maximum[:, None]) * LOG2E)
     else:
@@ -175,7 +178,7 @@ def _walk_keys(
     Two images share bias, mask and addresses, and give the scheduler two chains that do not wait for each other.
 
     Returns:
-        For each image (BLOCK_M, BLOCK_D) and the scores' log-sum-exp (BLOCK_M,), log2 units; all fp32.
+        For each image what `_finished` gives: (BLOCK_M, BLOCK_D), and (BLOCK_M,) twice; all fp32.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     offs_d = tl.arange(0, BLOCK_D)
@@ -209,18 +212,14 @@ def _walk_keys(
                 next_state, next_q, k, v, start, dropout, next_part, offs_m, offs_n, N, COSINE, MASK, HAS_DROPOUT,
                 PRECISION,
             )  # fmt: skip
-    acc, total, maximum = state
-    next_acc, next_total, next_maximum = next_state
-    lse = maximum * LOG2E + tl.log2(total)
-    next_lse = next_maximum * LOG2E + tl.log2(next_total)
-    return acc * (1.0 / total)[:, None], lse, next_acc * (1.0 / next_total)[:, None], next_lse
+    return _finished(state), _finished(next_state)
 
 
 @triton.jit
-def _store_lse(lse_ptr, lse, part, tokens, N: tl.constexpr, HAS_LSE: tl.constexpr):
-    """Infinite where the query is padding: the backward takes its weights for zero."""
-    if HAS_LSE:
-        tl.store(lse_ptr + part * N + tokens.n, tl.where(tokens.real, lse, float("inf")), mask=tokens.n < N)
+def _finished(state):
+    """The output, and of the softmax the largest scores and log2 of the sum of weights."""
+    acc, total, maximum = state
+    return acc * (1.0 / total)[:, None], maximum, tl.log2(total)
 
 
 @triton.jit
@@ -237,10 +236,10 @@ def _window_attention_fwd_kernel(
     q_factor_ptr, k_factor_ptr,  # (heads, N, RANK)
     stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
     seed_ptr,  # (1,), int64, of attention dropout
-    lse_ptr,  # (batch, windows, heads, N), fp32: log-sum-exp of the scores, for the backward
+    lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax, for the backward
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head, stride_dense_head, stride_dense_row,
+    stride_table_row, stride_table_head, num_rows, stride_dense_head, stride_dense_row,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
@@ -258,6 +257,9 @@ def _window_attention_fwd_kernel(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(VOLUME or WINDOW[0] == 1)
+    tl.static_assert(BIAS != BIAS_TABLE)  # but for stale factors' sake
+    tl.static_assert(IMAGES == 1 or IMAGES == 2)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
@@ -301,17 +303,18 @@ def _window_attention_fwd_kernel(
         kind = tl.where(tl.load(stale_ptr) != 0, STALE_FACTORS, kind)
 
     bias = Bias(
-        table_ptr, index_ptr, (stride_table_row, stride_table_head), dense_ptr, (stride_dense_head, stride_dense_row)
-    )
+        table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head),
+        dense_ptr, (stride_dense_head, stride_dense_row),
+    )  # fmt: skip
     part = part_of(image, number, head, num_windows, num_heads)
     next_part = part_of(next_image, number, head, num_windows, num_heads)
-    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    lse = tl.zeros((BLOCK_M,), tl.float32)
-    next_out, next_lse = out, lse
+    rows = tl.zeros((BLOCK_M,), tl.float32)
+    found = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), rows, rows
+    next_found = found
     for KIND in tl.static_range(4):
         if KIND <= MASK or (KIND == STALE_FACTORS and BIAS == BIAS_FACTORS):
             if kind == KIND:
-                out, lse, next_out, next_lse = _walk_keys(
+                found, next_found = _walk_keys(
                     q, next_q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, stride_next, stride_qkv,
                     offs_m, head, window, part, next_part, geometry, bias, (q_factor_ptr, k_factor_ptr),
                     Mask(mask_ptr, mask_value), Dropout(seed_ptr, dropout), WINDOW, HEAD_DIM, COSINE,
@@ -321,10 +324,9 @@ def _window_attention_fwd_kernel(
 
     offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
     offs_out += head * stride_out_head * HEAD_DIM
-    image_ptr = out_ptr + image * stride_out_batch
-    _store_lse(lse_ptr, lse, part, tokens, N, HAS_LSE)
-    store_tokens(image_ptr, out, offs_out, tokens, offs_d, HEAD_DIM)
-    if IMAGES == 2:
-        image_ptr = out_ptr + next_image * stride_out_batch
-        _store_lse(lse_ptr, next_lse, next_part, tokens, N, HAS_LSE)
-        store_tokens(image_ptr, next_out, offs_out, tokens, offs_d, HEAD_DIM)
+    for NUMBER in tl.static_range(IMAGES):
+        out, maximum, log_total = found if NUMBER == 0 else next_found
+        one, its_part = (image, part) if NUMBER == 0 else (next_image, next_part)
+        if HAS_LSE:
+            store_log_sum(lse_ptr, its_part, offs_m, N, maximum, log_total, LOG2E, MASK == MASK_TENSOR)
+        store_tokens(out_ptr + one * stride_out_batch, out, offs_out, tokens, offs_d, HEAD_DIM)

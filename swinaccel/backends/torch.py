@@ -15,11 +15,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
 from ..spec import Geometry, Section
+from .torch_softmax import accurate, attend, drawn_in
 
 
 class _Order(NamedTuple):
@@ -114,15 +114,11 @@ def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor,
     """q and k normalised, q times the clamped scale; (windows, heads, N, D)."""
 
     def inverse_norm(x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_accurate(x.dtype))
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate(x.dtype))
         return norm.clamp_min(1e-12).reciprocal()
 
-    scale = logit_scale.to(_accurate(q.dtype)).view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+    scale = logit_scale.to(accurate(q.dtype)).view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
     return (q * (inverse_norm(q) * scale)).to(q.dtype), (k * inverse_norm(k)).to(k.dtype)
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = None, in_parts: bool = False) -> Tensor:
@@ -184,7 +180,7 @@ class _Starts(NamedTuple):
         """(1 or windows, heads, N, N) for all windows of an order, with the masks of their groups."""
         key = sum(count for count, _ in order.groups), dtype
         if key not in self.sums:
-            bias, section = self.bias.to(dtype), self.section
+            bias, section = drawn_in(self.bias, dtype), self.section
             mask = _shift_masks(section.geometry, section.mask_value, dtype, bias.device)
             sums = (
                 (bias if row is None else bias + mask[row]).expand(count, *bias.shape) for count, row in order.groups
@@ -214,10 +210,10 @@ def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, 
         q, k = _cosine_operands(q, k, section.logit_scale)
         scale = 1.0
 
-    bias = starts.bias.to(_accurate(q.dtype))
+    bias = drawn_in(starts.bias, accurate(q.dtype))
     if not starts.is_implied and batch:
         assert section.mask is not None
-        start = bias + section.mask.to(bias.dtype)[:, None]  # (M, heads, N, N)
+        start = bias + drawn_in(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
         images = zip(*(part.unflatten(0, (batch, -1)) for part in (q, k, v)), strict=True)
         out = torch.cat([_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images])
     elif len(order.groups) == 1 and order.groups[0][1] is None:
@@ -241,5 +237,4 @@ few_scores = 1 << 18  # of a group of windows, up to which masks written out cos
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, scale: float) -> Tensor:
     """(windows, heads, N, D) to (windows, N, heads * D), scores starting from (1 or windows, heads, N, N)."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
-    return out.transpose(1, 2).flatten(2)
+    return attend(q, k, v, start, scale).transpose(1, 2).flatten(2)

@@ -5,13 +5,17 @@ Gradients are autograd's. Where they are to have gradients in turn, or in a torc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .torch_softmax import accurate, can_look, drawn_in, nothing
 
 _ROWS = 64  # queries that one call should have at least
+_SCORES = 1 << 27  # at most, of calls whose scores may be held
 
 
 def factored_bias_attention(
@@ -31,7 +35,22 @@ def factored_bias_attention(
     gradients have gradients.
     """
     if q.numel() == 0:
-        return _nothing(q, k, v)
+        return nothing(q, k, v, q_factor, k_factor)
+    out = _factored(q, k, v, q_factor, k_factor, mask, scale, causal, twice)
+    return _exactly(out, q, k, v, q_factor=q_factor, k_factor=k_factor, mask=mask, scale=scale, causal=causal)
+
+
+def _factored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    twice: bool,
+) -> Tensor:
     dtype, width = q.dtype, v.shape[-1]
     if q_factor is not None and k_factor is not None and q_factor.shape[-1]:
         wide = torch.promote_types(torch.promote_types(dtype, q_factor.dtype), k_factor.dtype)
@@ -42,21 +61,25 @@ def factored_bias_attention(
         v = F.pad(v, (0, rank))
     if mask is not None:
         mask = _batch_mask(mask, q, causal)
+        is_recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        twice = twice or (is_recorded and can_look() and _has_large_numbers(mask))
     out = _attend(q, k, v, mask, causal and mask is None, scale, twice)
     return out[..., :width].to(dtype)
 
 
 def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:
-    """(batch or 1, 1, N, N), q's dtype, from (M, N, N) with batch i using row i mod M."""
+    """(batch or 1, 1, N, N), in a dtype that goes with q's, from (M, N, N) with batch i using row i mod M."""
     if causal:
         seen = reference.visible_keys(q.shape[2], causal=True, device=q.device)
         mask = mask.masked_fill(~seen, float("-inf"))
     if mask.shape[0] > 1:
         mask = mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]]
-    # What stands in for -inf must stay finite, or queries that see nothing else turn from a mean into nothing.
-    limit = torch.finfo(q.dtype).min / 2
-    mask = torch.where(mask > float("-inf"), mask.clamp_min(limit), mask)
-    return mask.to(q.dtype).unsqueeze(1)
+    return drawn_in(mask, accurate(q.dtype) if q.device.type == "cpu" else q.dtype).unsqueeze(1)
+
+
+def _has_large_numbers(mask: Tensor) -> bool:
+    """Whether a mask leaves no digits for the scores in a log-sum-exp, from which gradients without scores are made."""
+    return bool(((mask.abs() > 1e3) & mask.isfinite()).any())
 
 
 def block_sliding_window_attention(
@@ -68,7 +91,7 @@ def block_sliding_window_attention(
     would each give it a gradient of full length. With `twice` the gradients have gradients.
     """
     if q.numel() == 0:
-        return _nothing(q, k, v)
+        return nothing(q, k, v)
     tokens = q.shape[2]
     blocks = max(1, -(-_ROWS // block_size))  # of a chunk; more than one share a call with a mask
     chunk = min(blocks * block_size, tokens)
@@ -85,7 +108,29 @@ def block_sliding_window_attention(
         window = slice(first, index + 1)
         key, value = torch.cat(keys[window], 2), torch.cat(values[window], 2)
         outs.append(_attend(query, key, value, mask, False, scale, twice))
-    return torch.cat(outs, 2)
+    return _exactly(
+        torch.cat(outs, 2), q, k, v, scale=scale, block_size=block_size, window_blocks=window_blocks
+    )  # fmt: skip
+
+
+def _exactly(out: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """The output, or where that is not finite what plain softmax gives, which keeps NaN to where it belongs.
+
+    Otherwise a key's NaN would get to queries that do not see it, and gradients would lack some. Not where scores are
+    too many to be held.
+    """
+    batch, heads, tokens, _ = q.shape
+    if out.device.type != "cpu" or not can_look() or is_transformed() or batch * heads * tokens**2 > _SCORES:
+        return out
+    if bool(out.sum(dtype=accurate(out.dtype)).isfinite()):
+        return out
+    wide = accurate(q.dtype)
+    for name in ("q_factor", "k_factor", "mask"):
+        if options.get(name) is not None:
+            wide = torch.promote_types(wide, options[name].dtype)
+    q, k, v = (one.to(wide) for one in (q, k, v))
+    options = {name: one.to(wide) if isinstance(one, Tensor) else one for name, one in options.items()}
+    return reference.sequence_attention(q, k, v, **options).to(out.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, twice: bool) -> Tensor:
@@ -110,8 +155,3 @@ def is_in_transform() -> bool:
 # Compilers call it while they trace, in the transforms that they meet there. What torch.compiler.assume_constant_result
 # does, which would import the compiler.
 is_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of empty tensors, with their gradients; PyTorch 2.11's own ends the process without heads."""
-    return q + k + v

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..spec import Geometry
-from .torch import _accurate, _cosine_operands
+from .torch import _cosine_operands
 from .torch_sequence import is_transformed
+from .torch_softmax import accurate, attend, drawn_in, nothing
 
 
 def attention(
@@ -23,9 +23,9 @@ def attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `reference.attention`; on CPUs by `scaled_dot_product_attention`, whose start is bias and mask together."""
+    """As `reference.attention`; on CPUs by `torch_softmax.attend`, whose start is bias and mask together."""
     if q.numel() == 0:
-        return reference.attention(q, k, v, bias=bias, scale=scale, logit_scale=logit_scale)
+        return nothing(q, k, v, bias, logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
         if q.device.type != "cpu" or is_transformed():  # `scaled_dot_product_attention` lacks their derivatives
             return reference.attention(
@@ -34,16 +34,16 @@ def attention(
         if logit_scale is not None:
             q, k = _cosine_operands(q, k, logit_scale)
             scale = 1.0
-        dtype = _accurate(q.dtype)
-        start = None if bias is None else bias.to(dtype).unsqueeze(0)
+        dtype = accurate(q.dtype)
+        start = None if bias is None else drawn_in(bias, dtype).unsqueeze(0)
         if mask is None:
-            return F.scaled_dot_product_attention(q, k, v, start, dropout, scale=scale)
-        start = mask.to(dtype).unsqueeze(1) + (0 if start is None else start)
+            return attend(q, k, v, start, scale, dropout)
+        start = drawn_in(mask, dtype).unsqueeze(1) + (0 if start is None else start)
         # (windows, heads) become (images, masks * heads), so that one start serves all images.
         period, heads, count = mask.shape[0], q.shape[1], mask.shape[0] * q.shape[1]
         start = start.expand(-1, heads, -1, -1).reshape(1, count, *mask.shape[1:])
         q, k, v = (t.reshape(t.shape[0] // period, count, *t.shape[2:]) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, start, dropout, scale=scale)
+        out = attend(q, k, v, start, scale, dropout)
         return out.reshape(-1, heads, *out.shape[2:])
 
 
@@ -67,13 +67,15 @@ def shifted_window_attention(
     Of the mask that a shift implies there are few different rows: the last windows along each shifted axis have
     their own, and each kind of window goes through `attention` with its one.
     """
+    if q.numel() == 0:
+        return nothing(q, k, v, bias, padding, logit_scale)
     pads = (None,) * 3 if padding is None else padding.chunk(3)
     windows = [
         reference.split_heads(reference.cut(image, geometry, pad), num_heads)
         for image, pad in zip((q, k, v), pads, strict=True)
     ]
     options = {"bias": bias, "scale": scale, "logit_scale": logit_scale, "dropout": dropout}
-    if mask is None and geometry.is_shifted and mask_value and q.numel():
+    if mask is None and geometry.is_shifted and mask_value:
         out = _attend_by_kind(
             [part.unflatten(0, (-1, *geometry.grid)) for part in windows], geometry, mask_value, options
         )

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..spec import Geometry
 from . import tuned
+from .triton_checks import DTYPES, check_kinds, check_position, check_shapes, lse_shape
 
 MAX_TOKENS, MAX_HEAD_DIM = 1024, 128
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Bytes to assume in place of the device's own limit: how the tests stand in for smaller GPUs.
 shared_memory_override: int | None = None
@@ -89,12 +89,27 @@ class _Launch:
 
     Triton's own launch path looks at every argument of every call again; here the integers are part of the key
     under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
+
+    Attributes:
+        names: of the tensors that come from outside, as `check_kinds` takes them, "" for others.
     """
 
-    __slots__ = ("arguments", "described", "grid", "kernel", "latest", "options", "runners")
+    __slots__ = ("arguments", "described", "grid", "kernel", "latest", "names", "options", "runners")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> None:
-        self.kernel, self.arguments, self.options = kernel, arguments, options
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        names: tuple[str, ...] = (),
+        **options: int,
+    ) -> None:
+        """Decide all about a launch.
+
+        Args:
+            names: of tensors that come from outside, as `check_kinds` takes them, "" for those that do not.
+        """
+        self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
         self.grid = (*grid, 1, 1)[:3]
         self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`
         self.runners: dict[tuple, tuple[Any, bool]] = {}
@@ -131,6 +146,7 @@ class _Launch:
             run(self._passed(tensors))
 
     def _compile(self, index: int, tensors: tuple[Tensor | None, ...], kind: tuple) -> None:
+        check_kinds(self.names, tensors)
         compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             from ..kernels.run import runner
@@ -211,27 +227,71 @@ def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
 
 
 class _Problem(NamedTuple):
-    """What the launches of one attention problem depend on, and the key that they are kept under."""
+    """What the launches of one attention problem depend on, and the key that they are kept under.
 
+    Attributes:
+        shape, strides: of qkv, which is packed, or of q, and then k and v have shapes; and so on, None for what is not.
+        is_dense: whether table and index were made of a bias that has no index.
+        kept: shapes of the output's gradient, the output and what is kept of the softmax, where this is a backward.
+    """
+
+    geometry: Geometry
     device: torch.device
     dtype: torch.dtype
-    batch: int
+    shape: torch.Size
     strides: tuple[int, ...]
-    geometry: Geometry
     num_heads: int
-    channels: int
-    packed: bool
-    is_padded: bool
+    parts: tuple[torch.Size, ...] | None
+    table_shape: torch.Size | None
     table_strides: tuple[int, ...] | None
-    has_mask: bool
+    index_shape: torch.Size | None
+    is_dense: bool
+    padding_shape: torch.Size | None
+    mask_shape: torch.Size | None
+    logit_scale_shape: torch.Size | None
     mask_value: float
     scale: float
-    cosine: bool
-    rank: int
+    factors: tuple[torch.Size, ...] | None
+    seed_shape: torch.Size | None
     dropout: float
     for_backward: bool
     precision: str
     shared_memory: int | None
+    kept: tuple[torch.Size | None, ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def packed(self) -> bool:
+        return self.parts is None
+
+    @property
+    def channels(self) -> int:
+        if self.packed:
+            return self.shape[-1] // 3
+        return self.shape[-1] * (self.shape[-2] if self.heads_apart else 1)
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padding_shape is not None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.mask_shape is not None
+
+    @property
+    def cosine(self) -> bool:
+        return self.logit_scale_shape is not None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.factors is None else self.factors[0][-1]
+
+    @property
+    def table_rows(self) -> int:
+        return 0 if self.table_shape is None else self.table_shape[0]
 
     @property
     def head_dim(self) -> int:
@@ -344,6 +404,7 @@ class _Forward:
         from ..kernels import bias as bias_kernels
         from ..kernels import launch, tiles, window_fwd
 
+        check_shapes(problem)
         geometry, tokens = problem.geometry, problem.geometry.tokens
         shared_memory = problem.shared_memory or device_shared_memory(problem.device)
         self.is_small = problem.is_small
@@ -351,7 +412,7 @@ class _Forward:
         self.expand: Any = None
         self.checks_shape = (geometry.num_windows, _CHECKS)
         self.lse_shape = (0,)
-        table_strides = problem.table_strides or (0, 0)
+        table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
         if self.is_small:
             default = launch.small(
                 tokens=tokens,
@@ -369,6 +430,7 @@ class _Forward:
                     *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.places,
                     *problem.constants, problem.precision, small.block_n, small.block_d, small.images,
                 ),
+                ("", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
                 num_stages=small.num_stages,
             )  # fmt: skip
@@ -396,7 +458,8 @@ class _Forward:
                 ),
             )  # fmt: skip
         if problem.for_backward:
-            self.lse_shape = (problem.batch, geometry.num_windows, problem.num_heads, tokens)  # type: ignore[assignment]
+            shape = lse_shape(problem.batch, geometry, problem.num_heads, problem.has_mask)
+            self.lse_shape = shape  # type: ignore[assignment]
         self.attention = _Launch(
             window_fwd._window_attention_fwd_kernel,
             (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
@@ -404,6 +467,10 @@ class _Forward:
                 *problem.image_strides, *table_strides, rows * cols, cols, problem.batch, problem.num_heads,
                 *problem.places, *problem.constants, problem.for_backward, problem.precision, problem.rank or 16,
                 _CHECKS, large.block_m, large.block_n, large.block_d, large.images,
+            ),
+            (
+                "", "qkv", "k", "v", "padding", "table", "index", "mask", "", "logit_scale", "", "a factor", "a factor",
+                "", "seed",
             ),
             num_warps=large.num_warps,
             num_stages=large.num_stages,
@@ -414,15 +481,20 @@ class _Forward:
 def _expand(problem: _Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> _Launch:
     """The launch that expands the live table into the dense bias."""
     from ..kernels import bias as bias_kernels
+    from ..kernels import softmax
 
     (heads, rows, cols), dtype = dense
-    limit = 3e38 if dtype == torch.float32 else 6e4
+    limit = softmax.LARGEST.value if dtype == torch.float32 else 6e4
     assert problem.table_strides is not None
     return _Launch(
         bias_kernels._expand_bias_kernel,
         (-(-rows // 8), -(-cols // 128), -(-heads // 4)),
-        (rows * cols, cols, *problem.table_strides, problem.geometry.tokens, rows, cols, heads, limit, 4, 8, 128),
-    )
+        (
+            rows * cols, cols, *problem.table_strides, problem.table_rows, problem.geometry.tokens, rows, cols, heads,
+            limit, 4, 8, 128,
+        ),
+        ("", "table", "index"),
+    )  # fmt: skip
 
 
 def _as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -430,18 +502,15 @@ def _as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None
 
     The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
     """
-    if table is None or index is not None:
+    if table is None or index is not None or table.dim() != 3:
         return table, index
     tokens = table.shape[-1]
     pairs = torch.arange(tokens * tokens, dtype=torch.int32, device=table.device)
     return table.flatten(1).t(), pairs.view(tokens, tokens)
 
 
-def _channels(qkv: Tensor, k: Tensor | None, geometry: Geometry) -> int:
-    channels = qkv.shape[-1]
-    if k is None:
-        return channels // 3
-    return channels * qkv.shape[-2] if are_heads_apart(qkv, geometry) else channels
+def _shapes(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple([None if one is None else one.shape for one in tensors])
 
 
 def shifted_window_attention(
@@ -475,24 +544,26 @@ def shifted_window_attention(
         dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
         for_backward: keep what the backward needs.
     Returns:
-        (B, H, W, heads * D), and where `for_backward` the log-sum-exp of the scores (B, M, heads, N) in log2 units,
-        which is empty for small windows.
+        (B, H, W, heads * D), and where `for_backward` what is kept of the softmax, of `lse_shape`, which is empty for
+        small windows.
     """
     device, dtype = qkv.device, qkv.dtype
-    if index is None:
+    is_dense = index is None and table is not None
+    if is_dense:
         table, index = _as_table(table, index)
     if not geometry.is_padded:
         padding = None
-    image: tuple[Any, ...] = (device, dtype, qkv.shape[0], qkv.stride())
-    facts: tuple[Any, ...] = (
-        num_heads, _channels(qkv, k, geometry), k is None, padding is not None,
-        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
-        0 if factors is None else factors[0].shape[-1], dropout, for_backward, _precision(dtype),
-        shared_memory_override,
-    )  # fmt: skip
     # Of a geometry its numbers, since tuples are compared in a fraction of a dataclass's time.
-    key = (*image, geometry.size, geometry.window, geometry.shift, geometry.roll_first, *facts)
-    forward = _launches.get(key) or _keep(key, _Forward(_Problem._make((*image, geometry, *facts))))
+    key = (
+        geometry.window, geometry.shift, geometry.roll_first, device, dtype, qkv.shape, qkv.stride(), num_heads,
+        None if k is None else _shapes(k, v), None if table is None else table.shape,
+        None if table is None else table.stride(), None if index is None else index.shape, is_dense,
+        None if padding is None else padding.shape, None if mask is None else mask.shape,
+        None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None if factors is None else _shapes(*factors[:2]), None if seed is None else seed.shape, dropout, for_backward,
+        "ieee" if dtype is not torch.float32 else _precision(dtype), shared_memory_override,
+    )  # fmt: skip
+    forward = _launches.get(key) or _keep(key, _Forward(_Problem(geometry, *key[3:])))
     out = empty_image(qkv, geometry, k is None)
     lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else None
     if out.numel() == 0:
@@ -526,14 +597,15 @@ class _Backward:
     """The launches of one backward, and what it needs allocated."""
 
     __slots__ = (
-        "bias", "bias_shape", "dense", "expand", "is_small", "key", "padding_shape", "query", "reduce", "scale_shape",
-        "small",
+        "bias", "bias_shape", "dense", "expand", "is_small", "key", "padding_shape", "query", "query_shape", "reduce",
+        "row_shape", "scale_shape", "small",
     )  # fmt: skip
 
     def __init__(self, problem: _Problem, grad_bias: bool) -> None:
         from ..kernels import bias as bias_kernels
         from ..kernels import launch, window_bwd
 
+        check_shapes(problem)
         geometry, heads, batch = problem.geometry, problem.num_heads, problem.batch
         tokens, windows = geometry.tokens, geometry.num_windows
         self.is_small = problem.is_small
@@ -542,7 +614,8 @@ class _Backward:
         self.reduce = _Launch(
             bias_kernels._reduce_bias_kernel,
             (math.prod(2 * side - 1 for side in geometry.window), heads),
-            (heads, problem.window, 64 if self.is_small else 256),
+            (problem.table_rows, heads, problem.window, 64 if self.is_small else 256),
+            ("", "", "index"),
             num_warps=2,
         )
         options: dict[str, int] = {
@@ -558,10 +631,11 @@ class _Backward:
                 window_bwd._window_attention_bwd_small_kernel,
                 (-(-windows // small.windows) * heads, -(-batch // small.images)),
                 (
-                    *problem.image_strides, *(problem.table_strides or (0, 0)), batch, heads, *problem.places,
-                    *problem.constants, grad_bias, problem.precision, small.block_n, small.block_d, small.images,
-                    small.windows,
+                    *problem.image_strides, *(problem.table_strides or (0, 0)), problem.table_rows, batch, heads,
+                    *problem.places, *problem.constants, grad_bias, problem.precision, small.block_n, small.block_d,
+                    small.images, small.windows,
                 ),
+                (*[""] * 6, "grad", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
                 num_stages=small.num_stages,
             )  # fmt: skip
@@ -577,26 +651,44 @@ class _Backward:
         if problem.table_strides is not None:
             self.expand = _expand(problem, self.dense)
 
-        def plan(kernel: Any, one: launch.LargeLaunch, grid: tuple[int, ...], *sizes: int, images: Any = ()) -> _Launch:
+        def plan(
+            kernel: Any,
+            one: launch.LargeLaunch,
+            grid: tuple[int, ...],
+            names: tuple[str, ...],
+            *sizes: int,
+            images: Any = (),
+        ) -> _Launch:
+            if rows % one.block_m or cols % one.block_n:
+                raise ValueError(f"tiles of {one.block_m} x {one.block_n} do not divide a bias of {rows} x {cols}")
+            names = (*names, "qkv", "k", "v", "padding", "mask", "logit_scale", "", "seed")
             numbers = (*problem.image_strides, rows * cols, cols, *sizes, heads, *problem.places, *problem.constants)
             shape = (problem.precision, one.block_m, one.block_n, one.block_d, *images)
             options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **_registers(one)}
-            return _Launch(kernel, grid, (*numbers, *shape), **options)
+            return _Launch(kernel, grid, (*numbers, *shape), names, **options)
 
         parts = heads * windows * batch
+        self.row_shape = (batch, windows, heads, tokens)
+        self.query_shape = (*self.row_shape, problem.head_dim)
         tiles = -(-tokens // large.query.block_m)
-        self.query = plan(window_bwd._window_attention_bwd_query_kernel, large.query, (tiles * parts,))
+        self.query = plan(
+            window_bwd._window_attention_bwd_query_kernel, large.query, (tiles * parts,),
+            (*[""] * 5, "grad", "out", "lse"),
+        )  # fmt: skip
         self.scale_shape = (batch, windows, tiles, heads)
-        tiles = -(-tokens // large.key.block_n)
-        self.key = plan(window_bwd._window_attention_bwd_key_kernel, large.key, (tiles * parts,))
-        self.padding_shape = (batch * windows * tiles, 3 * problem.channels)
+        key_tiles = -(-tokens // large.key.block_n)
+        self.key = plan(
+            window_bwd._window_attention_bwd_key_kernel, large.key, (key_tiles * parts,),
+            (*[""] * 5, "grad", "lse", "", ""),
+        )  # fmt: skip
+        self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
         if grad_bias:
             tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
             chunk = launch.bias_chunk(tiles=tiles, windows=windows, batch=batch)
             groups = -(-windows // chunk.windows), -(-batch // chunk.images)
             self.bias = plan(
-                window_bwd._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups), batch,
-                images=(chunk.images, chunk.windows),
+                window_bwd._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups),
+                ("", "grad", "lse", "", "", ""), batch, images=(chunk.images, chunk.windows),
             )  # fmt: skip
             self.bias_shape = (groups[0] * groups[1], heads, tokens, tokens)
 
@@ -642,15 +734,17 @@ def shifted_window_attention_backward(
         grad_table: whether the table's gradient is wanted, the only one that costs much.
     """
     device = qkv.device
-    batch, channels = qkv.shape[0], _channels(qkv, k, geometry)
     pad = padding if geometry.is_padded else None
     is_dense = table is not None and index is None
     table, index = _as_table(table, index)
     grad_table = grad_table and table is not None
     problem = _Problem(
-        device, qkv.dtype, batch, qkv.stride(), geometry, num_heads, channels, k is None, pad is not None,
-        None if table is None else table.stride(), mask is not None, mask_value, scale, logit_scale is not None,
-        0, dropout, True, _precision(qkv.dtype), shared_memory_override,
+        geometry, device, qkv.dtype, qkv.shape, qkv.stride(), num_heads, None if k is None else _shapes(k, v),
+        None if table is None else table.shape, None if table is None else table.stride(),
+        None if index is None else index.shape, is_dense, None if pad is None else pad.shape,
+        None if mask is None else mask.shape, None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None, None if seed is None else seed.shape, dropout, True, _precision(qkv.dtype), shared_memory_override,
+        _shapes(grad_out, out, lse),
     )  # fmt: skip
     key = ("backward", grad_table, problem)
     backward = _launches.get(key) or _keep(key, _Backward(problem, grad_table))
@@ -674,13 +768,14 @@ def shifted_window_attention_backward(
         if backward.expand is not None:
             dense = torch.empty(backward.dense[0], dtype=backward.dense[1], device=device)
             backward.expand(dense, table, index)
-        delta = torch.empty_like(lse)
-        q_norm, k_norm = (None, None) if logit_scale is None else (torch.empty_like(lse), torch.empty_like(lse))
+        delta = fp32(backward.row_shape)
+        norms = None if logit_scale is None else fp32(backward.row_shape)
+        queries = torch.empty(backward.query_shape, dtype=qkv.dtype, device=device)
         operands = (qkv, k, v, pad, mask, logit_scale, dense, seed)
-        backward.query(grad_qkv, grad_scale, delta, q_norm, grad_out, out, lse, *operands)
-        backward.key(grad_qkv, grad_k, grad_v, grad_pad, k_norm, grad_out, lse, delta, q_norm, *operands)
+        backward.query(grad_qkv, grad_pad, grad_scale, delta, queries, grad_out, out, lse, *operands)
+        backward.key(grad_qkv, grad_k, grad_v, grad_pad, norms, grad_out, lse, delta, queries, *operands)
         if grad_table:
-            backward.bias(grad_bias, grad_out, lse, delta, q_norm, k_norm, *operands)
+            backward.bias(grad_bias, grad_out, lse, delta, norms, queries, *operands)
     return Gradients(
         grad_qkv,
         grad_k,
@@ -738,18 +833,24 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     Returns:
         (T, heads), fp32; the heads come first in memory.
     """
-    rows, (heads, hidden) = coords.numel() // 2, weight.shape
-    device = coords.device
-    table = torch.empty((heads, rows), dtype=torch.float32, device=device)
-    run = _launches.get(("position", device, rows, heads, hidden)) or _plan_position(device, rows, heads, hidden)
+    key = ("position", coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape)
+    run, shape = _launches.get(key) or _plan_position(*key)
+    table = torch.empty(shape, dtype=torch.float32, device=coords.device)
     run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
 
 
-def _plan_position(device: torch.device, rows: int, heads: int, hidden: int) -> _Launch:
+def _plan_position(
+    name: str, device: torch.device, coords: torch.Size, weight1: torch.Size, bias1: torch.Size, weight2: torch.Size
+) -> tuple[_Launch, tuple[int, int]]:
     from ..kernels import bias as bias_kernels
     from ..kernels.launch import power_of_two
 
-    numbers = (rows, hidden, 16, min(512, power_of_two(hidden)))
-    launch = _Launch(bias_kernels._position_table_kernel, (-(-rows // 16), heads), numbers)
-    return _keep(("position", device, rows, heads, hidden), launch)
+    rows, heads, hidden = check_position(coords, weight1, bias1, weight2)
+    launch = _Launch(
+        bias_kernels._position_table_kernel,
+        (-(-rows // 16), heads),
+        (rows, hidden, 16, min(512, power_of_two(hidden))),
+        ("", "coords", "hidden_weight", "hidden_bias", "weight"),
+    )
+    return _keep((name, device, coords, weight1, bias1, weight2), (launch, (heads, rows)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import triton as windows
+from .triton_checks import check_sequence
 
 MAX_HEAD_DIM, MAX_RANK = 128, 64
 
@@ -55,6 +56,12 @@ def empty_like(tensor: Tensor) -> Tensor:
     return made if made.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
+def lse_shape(q: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """What the forward keeps of the softmax: see `kernels.softmax`."""
+    rows = q.shape[:-1]
+    return rows if mask is None else (*rows[:-1], 2, *rows[-1:])
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -71,20 +78,22 @@ def forward(
         q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
         mask: (M, N, N).
     Returns:
-        (batch, heads, N, D), laid out as q is, and the log2-sum-exp of the scores, (batch, heads, N), fp32.
+        (batch, heads, N, D), laid out as q is, and what is kept of the softmax, of `lse_shape`, fp32.
     """
     out = empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = torch.empty(lse_shape(q, mask), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     q, k, v, q_factor, k_factor = (_rows(tensor) for tensor in (q, k, v, q_factor, k_factor))
     mask = None if mask is None else mask.contiguous()
     strides = _strides(out, q, k, v, q_factor, k_factor)
     described = _describable(q_factor, mask, k, v)
-    key = ("sequence", *_key(q, q_factor, mask, problem), strides, described)
-    launch = windows._launches.get(key) or windows._keep(
-        key, _plan_forward(q, q_factor, mask, problem, strides, described)
-    )
+    shapes = _shapes(k, v, q_factor, k_factor, mask)
+    key = ("sequence", *_key(q, q_factor, problem), strides, described, shapes)
+    launch = windows._launches.get(key)
+    if launch is None:
+        check_sequence(q.shape, shapes, problem)
+        launch = windows._keep(key, _plan_forward(q, q_factor, mask, problem, strides, described))
     launch(out, lse, q, k, v, q_factor, k_factor, mask)
     return out, lse
 
@@ -109,7 +118,7 @@ def backward(
         out, lse: what `forward` gave; the rest as there.
     """
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    batch, heads, tokens, _ = q.shape
+    batch, heads, tokens, _ = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     factors = (q_factor, k_factor) if factor_grad and q_factor is not None and k_factor is not None else ()
     # Factors that all of the batch shares gather its gradients, which must not be rounded before they are summed.
     parts = [
@@ -123,13 +132,15 @@ def backward(
     if q.numel():
         grad, q, k, v, out, q_factor, k_factor = (_rows(t) for t in (grad, q, k, v, out, q_factor, k_factor))
         mask = None if mask is None else mask.contiguous()
-        delta = torch.empty_like(lse)
+        delta = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
         strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
         described = _describable(q_factor, mask, grad, q, k, v)
-        key = ("sequence backward", *_key(q, q_factor, mask, problem), factor_grad, strides, described)
-        launches = windows._launches.get(key) or windows._keep(
-            key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described)
-        )
+        shapes = _shapes(k, v, q_factor, k_factor, mask, grad, out, lse)
+        key = ("sequence backward", *_key(q, q_factor, problem), factor_grad, strides, described, shapes)
+        launches = windows._launches.get(key)
+        if launches is None:
+            check_sequence(q.shape, shapes, problem, lse_shape(q, mask))
+            launches = windows._keep(key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described))
         dq_part, dk_part = parts if parts else (None, None)
         launches[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
         launches[1](dk, dv, dk_part, delta, grad, q, k, v, lse, q_factor, k_factor, mask)
@@ -138,6 +149,10 @@ def backward(
         for part, factor in zip(parts, factors, strict=True)
     )
     return dq, dk, dv, *sums
+
+
+def _shapes(*tensors: Tensor | None) -> tuple[torch.Size | None, ...]:
+    return tuple([None if one is None else one.shape for one in tensors])
 
 
 def _rows(tensor: Any) -> Any:
@@ -153,12 +168,10 @@ def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
-    factor = (0, q.dtype) if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
-    masks = 0 if mask is None else mask.shape[0]
+def _key(q: Tensor, q_factor: Tensor | None, problem: Problem) -> tuple:
+    factor_dtype = None if q_factor is None else q_factor.dtype
     return (
-        q.device, q.dtype, tuple(q.shape), *factor, masks, problem, windows._precision(q.dtype),
-        windows.shared_memory_override,
+        q.device, q.dtype, q.shape, factor_dtype, problem, windows._precision(q.dtype), windows.shared_memory_override
     )  # fmt: skip
 
 
@@ -227,6 +240,8 @@ def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor)
     if not windows.has_copy_engine(first.device) or windows.shared_memory_override:
         return False
     for tensor in tensors:
+        if tensor.dim() != 4:
+            return False
         batch, head, token, _ = tensor.stride()
         if token < DESCRIBED_HEAD_DIM or token % 8 or tensor.data_ptr() % 16 or batch % token:
             return False
@@ -246,6 +261,7 @@ def _plan(
     flags: tuple[bool, ...],
     passing: dict[int, str],
     keys: bool,
+    names: tuple[str, ...],
 ) -> windows._Launch:
     """One launch: with descriptors of the tensors at the places `passing`, if `shape` is given and fits, or without."""
     batch, heads, tokens, head_dim = q.shape
@@ -263,6 +279,7 @@ def _plan(
             _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, facts.precision,
             shape.block_m, shape.block_n, shape.block_d, shape.block_r,
         ),
+        (*names, "q_factor", "k_factor", "mask"),
     )  # fmt: skip
     if described:
         from ..kernels import sequence_launch
@@ -293,6 +310,7 @@ def _plan_forward(
         (),
         {3: "block_n", 4: "block_n"},  # k and v
         keys=False,
+        names=("", "", "q", "k", "v"),
     )
 
 
@@ -320,6 +338,7 @@ def _plan_backward(
         (factor_grad,),
         {6: "block_n", 7: "block_n"},  # k and v
         keys=False,
+        names=("", "", "", "grad", "out", "q", "k", "v", "lse"),
     )
     keys = _plan(
         sequence_bwd._sequence_attention_bwd_key_kernel,
@@ -332,5 +351,6 @@ def _plan_backward(
         (factor_grad,),
         {4: "block_m", 5: "block_m"},  # grad and q
         keys=True,
+        names=("", "", "", "", "grad", "q", "k", "v", "lse"),
     )
     return queries, keys
