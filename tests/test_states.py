@@ -60,17 +60,17 @@ def _timm_cr() -> nn.Module:
 
 # A model, and the shape of its input.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "timm": (lambda: helpers.timm_v1(**_TIMM), (2, 3, 32, 32)),
-    "timm V2": (lambda: helpers.timm_v2(**_TIMM), (2, 3, 32, 32)),
-    "timm CR": (_timm_cr, (2, 3, 32, 32)),
-    "torchvision": (lambda: helpers.torchvision_model(depths=[2], num_heads=[2]), (2, 3, 28, 36)),
-    "torchvision V2": (lambda: helpers.torchvision_model(True, depths=[2], num_heads=[2]), (2, 3, 32, 32)),
-    "torchvision 3D": (_torchvision_3d, (1, 3, 4, 24, 32)),
-    "Hugging Face": (lambda: helpers.huggingface("Swin", **_HF), (2, 3, 32, 32)),
-    "Hugging Face V2": (lambda: helpers.huggingface("Swinv2", **_HF), (2, 3, 32, 32)),
-    "Microsoft": (lambda: _blocks(False), (2, 64, 16)),
-    "Microsoft V2": (lambda: _blocks(True), (2, 64, 16)),
-    "video": (lambda: video_models.BasicLayer(16, 2, (2, 4, 4)), (1, 16, 3, 6, 8)),
+    "timm": (lambda: helpers.timm_v1(**_TIMM), (1, 3, 32, 32)),
+    "timm V2": (lambda: helpers.timm_v2(**_TIMM), (1, 3, 32, 32)),
+    "timm CR": (_timm_cr, (1, 3, 32, 32)),
+    "torchvision": (lambda: helpers.torchvision_model(depths=[2], num_heads=[2]), (1, 3, 28, 32)),
+    "torchvision V2": (lambda: helpers.torchvision_model(True, depths=[2], num_heads=[2]), (1, 3, 32, 32)),
+    "torchvision 3D": (_torchvision_3d, (1, 3, 2, 24, 32)),
+    "Hugging Face": (lambda: helpers.huggingface("Swin", **_HF), (1, 3, 32, 32)),
+    "Hugging Face V2": (lambda: helpers.huggingface("Swinv2", **_HF), (1, 3, 32, 32)),
+    "Microsoft": (lambda: _blocks(False), (1, 64, 16)),
+    "Microsoft V2": (lambda: _blocks(True), (1, 64, 16)),
+    "video": (lambda: video_models.BasicLayer(16, 2, (2, 4, 4)), (1, 16, 2, 6, 8)),
 }
 
 OPTIONS = [{}, {"fuse": "attention"}, {"bias": "table"}, {"bias": "factors", "bias_energy": 0.9}]
@@ -206,7 +206,7 @@ class States(RuleBasedStateMachine):
         swinaccel.accelerate(self.model, backend=self.backend, **options)
         self.compare("without_gradients")
 
-    @rule(height=st.sampled_from([0, 4, 8]), width=st.sampled_from([0, 4, 8]), batch=st.integers(1, 3))
+    @rule(height=st.sampled_from([0, 4, 8]), width=st.sampled_from([0, 4, 8]), batch=st.integers(1, 2))
     def other_input(self, height: int, width: int, batch: int) -> None:
         if len(self.shape) > 3:
             start = next(shape for make, shape in MODELS.values() if len(shape) == len(self.shape))
@@ -243,7 +243,7 @@ class States(RuleBasedStateMachine):
 
 
 # How many sequences, and how long they are.
-QUICK = {"torch": (20, 10), "triton": (7, 6)}
+QUICK = {"torch": (20, 10), "triton": (12, 8)}
 LONG = {"torch": (400, 20), "triton": (100, 12)}
 
 
