@@ -19,23 +19,11 @@ import zoo
 from edits import EDITS, SCOPES, WAYS
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from known import KNOWN
 from torch import Tensor, nn
 
 import swinaccel
 from swinaccel import patching
-
-# Edits, ways and models that are known to fail, each with the reason: they are left out. Empty it, and they are tried.
-KNOWN = {
-    "forward_by_function": "forwards set on an instance are ignored in some places",
-    "forward_by_partial": "only plain functions are seen in a forward's place",
-    "forward_by_object": "only plain functions are seen in a forward's place",
-    "proxy": "what passes attributes on is taken for the module itself",
-    "fused_attention": "timm's fused path does not read its scale",
-    "not_a_number": "NaN and infinities are hidden",
-    "table_of_one_column": "kernels read beyond a table of fewer columns than heads",
-    "logit_scale_of_one": "kernels read beyond a logit_scale of fewer numbers than heads",
-    "timm CR": "its first call in training draws its dropout twice",
-}
 
 _TIMM = {"img_size": 32, "window": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
 _HF = {"depths": [2], "num_heads": [2], "image_size": 32}

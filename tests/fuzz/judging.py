@@ -1,4 +1,4 @@
-"""The rule by which fuzzed calls are judged, and the kinds of failures that are known."""
+"""The rule by which fuzzed calls are judged."""
 
 from __future__ import annotations
 
@@ -11,19 +11,9 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from known import KNOWN
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-# Kinds of calls that are known to fail, each with the reason: cases with such a tag are passed over. Empty it, and
-# every case is judged.
-KNOWN = {
-    "NaN and infinities": "kernels and plain PyTorch hide NaN, and hand on what nobody sees",
-    "masks of -inf": "a row that sees nothing is NaN in the original",
-    "masks of a wider dtype": "the lowest number of fp64 becomes -inf in fp32",
-    "gradients of large windows in half precision": "scores of forward and backward are not the same",
-    "sequences of mixed dtypes": "plain PyTorch does not take masks and factors of other dtypes",
-    "attention by itself of no windows": "raises where the original does not",
-}
 
 # Times the cases of every run.
 LENGTHS = {"quick": 1, "long": 12}
