@@ -755,7 +755,7 @@ def in_a_scope(model, args):
 @scope
 def in_scopes_that_fail(model, args):
     with contextlib.suppress(ArithmeticError), swinaccel.accelerated(model, backend="torch", fuse="attention"):
-        with_gradients(model, args)
+        without_gradients(model, args)
         with swinaccel.disabled(), swinaccel.accelerated(model, backend="triton"):
             raise ArithmeticError
     return without_gradients(model, args)

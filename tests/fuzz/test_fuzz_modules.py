@@ -19,8 +19,8 @@ from test_fuzz_functions import BACKENDS, DTYPES, GRADS, ODD, make_grad, window_
 from torch import Tensor, nn
 
 import swinaccel
-from swinaccel import fusion, ops
 from swinaccel import nn as own_nn
+from swinaccel.failures import failures
 
 Axes = tuple[int, ...]
 
@@ -294,8 +294,7 @@ def calls(draw, backend: str, length: str) -> Case:
 @pytest.fixture
 def backend(request, poisoned):
     yield request.param
-    failures = ops._failures or fusion.failure()
-    assert not failures, f"kernels failed: {failures}"
+    assert not failures, f"kernels failed: {failures._reasons}"
 
 
 @EACH_LENGTH
