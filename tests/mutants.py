@@ -1,0 +1,386 @@
+"""Deliberate faults, and whether the tests notice them.
+
+    python tests/mutants.py [--only WORD] [--jobs N] [--no-baseline]
+
+Each mutant is one piece of text in one file, put otherwise in a temporary copy of the tree, where the tests that must
+notice it are run. A text that does not occur exactly once is out of date: put the mutant where the fact has gone.
+Exits with 1 if a mutant survived, with 2 if one is out of date or the tests fail without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 900  # seconds that the tests of a mutant may take
+
+
+class Mutant(NamedTuple):
+    """A fault: in `file`, under the tree's root, `old` reads `new`; `tests` are pytest's arguments."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def under(folder: str, *mutants: tuple[str, str, str, str]) -> list[Mutant]:
+    return [Mutant(f"{folder}/{file}", *rest) for file, *rest in mutants]
+
+
+FUZZ = "tests/fuzz/test_fuzz_functions.py -k quick"
+GAPS = "tests/test_gaps.py"
+VERDICTS = "tests/test_verdicts.py"
+FINGERPRINT = "tests/test_fingerprint.py tests/test_verdicts.py"
+
+MUTANTS = [
+    *under(
+        "swinaccel/trust",  # what is proven of a kind of module
+        ("copies.py", "Setting(factor=1e3), ", "", GAPS),
+        ("copies.py", "Setting(factor=1e-3), ", "", GAPS),
+        ("copies.py", ", Setting(training=True))", ")", GAPS),
+        ("copies.py", "value[:, 0] *= 200", "value[:, 0] *= 1", GAPS),
+        ("copies.py", "largest = 5.5 if", "largest = 1.5 if", GAPS),
+        ("copies.py", "1.25 * number + 0.05", "number", GAPS),
+        ("copies.py", "value + torch.rand_like(value) if", "value if", GAPS),
+        ("copies.py", "            hooks.clear()", "            pass", GAPS),
+        ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/test_patching.py -k random"),
+        ("copies.py", "    Setting(dtype=torch.float16),\n", "", "tests/test_verdicts.py -k dtypes"),
+        ("copies.py", "autocast=True)", "autocast=False)", "tests/test_verdicts.py -k dtypes"),
+        ("copies.py", "Setting(dtype=torch.float32, odd=True)", "Setting(dtype=torch.float32)", VERDICTS),
+        ("compare.py", " or _other_state(twin, other)", "", GAPS),
+        ("compare.py", "if one.dtype != other.dtype:", "if False:", VERDICTS),
+        ("compare.py", "if differs is None and setting.training", "if False", GAPS),
+        ("probe.py", "for rate in (0.0, 0.2) if", "for rate in (0.0,) if", GAPS),
+        ("probe.py", "key = (*key, fingerprint(module.named_modules(), methods))", "pass", VERDICTS),
+        (
+            "probe.py",
+            "raise _NotNow(section)\n    if section.padding",
+            "return section\n    if section.padding",
+            VERDICTS,
+        ),
+        ("probe.py", "Reading(default_scale=True)", "Reading()", VERDICTS),
+        ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS),
+        ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS),
+        ("registry.py", "if self.default_scale and", "if", "tests/test_traps.py -k scale"),
+        ("fingerprint.py", "if not is_of_library(part):\n", "if False:\n", FINGERPRINT),
+        ("fingerprint.py", "if isinstance(value, float) or (has_sizes", "if (has_sizes", FINGERPRINT),
+        ("fingerprint.py", "self.contents.append((value, dict(value)))", "pass", VERDICTS),
+        ("fingerprint.py", "self.cells.append((function.__globals__, name, value))", "pass", VERDICTS),
+        ("fingerprint.py", "self.cells.append((vars(value), name, one))", "pass", VERDICTS),
+        ("fingerprint.py", "or self._version != other._version", "", FINGERPRINT),
+    ),
+    *under(
+        "swinaccel/runtime",  # what decides about a call
+        ("attention.py", "high >= rows", "high > rows", GAPS),
+        ("attention.py", "low < 0 or ", "", "tests/test_dispatch.py -k index"),
+        ("attention.py", "section.table_shape[1] != heads", "False", "tests/test_states.py -k quick"),
+        ("attention.py", "section.logit_scale.numel() != heads", "False", "tests/test_states.py -k quick"),
+        (
+            "attention.py",
+            "if has_hooks(part) and (place or not is_called):",
+            "if False:",
+            "tests/test_dispatch.py -k hooks",
+        ),
+        ("attention.py", "return x.requires_grad or any(", "return x.requires_grad or False and any(", GAPS),
+        ("attention.py", "if section.dropout > 0:", "if False:", "tests/test_dispatch.py -k dropout"),
+        ("attention.py", "mask is not None and mask.requires_grad", "False", "tests/test_dispatch.py -k gradient"),
+        ("attention.py", "and section.padding is None:", "and False:", "tests/test_dispatch.py -k padding"),
+        ("attention.py", "call._compiled_call_impl is not None or not are_functions_torchs()", "False", GAPS),
+        ("attention.py", "not trained and bias.wanted(self.config)", "bias.wanted(self.config)", "tests/test_bias.py"),
+        (
+            "attention.py",
+            "section.position is not None and not trained",
+            "section.position is not None",
+            "tests/test_training.py tests/test_dispatch.py",
+        ),
+        ("context.py", "if _has_any_global_hook():", "if False:", "tests/test_dispatch.py -k hooks"),
+        ("context.py", "forward_ad._current_level >= 0", "False", "tests/test_dispatch.py -k forward_mode"),
+        ("context.py", "_interpreter_stack() is not None", "False", "tests/test_dispatch.py -k transforms"),
+        ("context.py", "_active_mode(_PROXY) is not None", "False", "tests/test_dispatch.py -k graph"),
+        ("context.py", "namespace[name] is value for", "True for", "tests/test_fusion.py " + GAPS),
+        (
+            "context.py",
+            "x.requires_grad, x.is_contiguous()",
+            "x.is_contiguous()",
+            "tests/test_memory.py tests/test_training.py",
+        ),
+        (
+            "context.py",
+            "torch.is_grad_enabled(), torch.is_inference",
+            "True, torch.is_inference",
+            "tests/test_memory.py tests/test_training.py",
+        ),
+        (
+            "context.py",
+            "inference_mode_enabled(), autocast",
+            "inference_mode_enabled(), None",
+            "tests/test_memory.py tests/test_traps.py -k autocast",
+        ),
+        ("guard.py", "and self._has_settings()", "", "tests/test_memory.py"),
+        ("guard.py", "and not any(self._empty)", "", "tests/test_memory.py"),
+        ("guard.py", "list(map(type, self.modules)) == self._types", "True", "tests/test_memory.py"),
+        ("guard.py", "and all(map(is_, map(_forward, self._classes), self._forwards))", "", "tests/test_memory.py"),
+        ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/test_memory.py"),
+        ("guard.py", "list(map(Tensor.data_ptr, self._buffers)) == self._pointers", "True", "tests/test_memory.py"),
+        ("guard.py", "list(map(_version, self._values)) == self._versions", "True", "tests/test_memory.py"),
+        ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS),
+        ("guard.py", "and self._contents == self._copies", "", VERDICTS),
+        ("guard.py", "return value.copy()", "return value", "tests/test_memory.py"),
+        (
+            "plan.py",
+            "self._failures == failures.count\n            and",
+            "True\n            and",
+            "tests/test_dispatch.py -k failure",
+        ),
+        ("plan.py", "and self._fits(*self._tensors)", "", "tests/test_memory.py"),
+        (
+            "plan.py",
+            "_version(self._index) == self._version",
+            "True",
+            "tests/test_memory.py tests/test_dispatch.py -k index",
+        ),
+        ("state.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS),
+        ("state.py", "root.__dict__ is not module.__dict__ or", "", "tests/test_memory.py"),
+        ("call.py", "tokens is not x or ", "", "tests/test_fusion.py tests/test_embedding.py"),
+        ("call.py", "state.fallbacks += 1", "pass", "tests/test_dispatch.py -k counts"),
+        ("call.py", "(config, *key, *map(", "(*key, *map(", "tests/test_patching.py tests/test_memory.py"),
+        ("block.py", "not is_leaf or does_nothing(part)", "True", "tests/test_fusion.py tests/test_descendants.py"),
+        ("block.py", "demand(not drops_now(part),", "demand(True,", "tests/test_fusion_autograd.py"),
+        ("block.py", "or not tensor.is_contiguous():", ":", "tests/test_fusion.py"),
+        (
+            "block.py",
+            "(x.requires_grad or any(one.requires_grad for one in parameters))",
+            "x.requires_grad",
+            "tests/test_fusion_autograd.py",
+        ),
+    ),
+    *under(
+        "swinaccel",
+        # Dispatchers and markers.
+        ("patching.py", "        if switch.is_open:", "        if False:", "tests/test_patching.py -k disabled"),
+        (
+            "patching.py",
+            "return torch._C._current_graph_task_id() != -1",
+            "return False",
+            "tests/test_patching.py -k disabled",
+        ),
+        ("patching.py", "idle - _copied(idle)", "idle", "tests/test_patching.py -k copies"),
+        (
+            "patching.py",
+            "if method in module.__dict__:",
+            "if False:",
+            "tests/test_dispatch.py tests/test_verdicts.py -k replaced",
+        ),
+        (
+            "patching.py",
+            "_is_off(compiling) or env_disabled()",
+            "_is_off(compiling)",
+            "tests/test_patching.py -k environment",
+        ),
+        ("patching.py", "if checkpoints and", "if False and", "tests/test_traps.py -k checkpointing"),
+        ("patching.py", "forget_state(module)", "pass", GAPS),
+        (
+            "patching.py",
+            "                delattr(cls, name)",
+            "                pass",
+            "tests/test_patching.py -k nothing",
+        ),
+        ("patching.py", "os.register_at_fork(after_in_child=_renew_lock)", "pass", "tests/test_patching.py"),
+        # Operators.
+        ("ops.py", "if twice or _is_batched(grad):", "if twice:", "tests/test_backward.py tests/test_functional.py"),
+        ("ops.py", "if env_strict() or dropout:", "if env_strict():", "tests/test_backward.py -k dropout"),
+        ("ops.py", "strides == k.stride() == v.stride()", "True", FUZZ),
+        ("ops.py", "strides[-1] == 1", "True", FUZZ),
+        (
+            "ops.py",
+            "table, padding, logit_scale)\n    )",
+            "table, padding)\n    )",
+            "tests/test_functional.py tests/test_backward.py",
+        ),
+        ("ops.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
+        # Factors and their cache.
+        ("bias.py", "None if tensor.is_inference() else tensor._version", "None", GAPS),
+        ("bias.py", "info.st_uid != os.getuid()", "False", "tests/test_bias.py"),
+        ("bias.py", "(torch.isfinite(q).all() and torch.isfinite(k).all())", "True", "tests/test_bias.py"),
+        ("bias.py", " and not _enough(bias, *found[:2], dtype, energy)", " and False", "tests/test_bias.py"),
+        ("bias.py", "if not bool(torch.isfinite(bias).all()):", "if False:", "tests/test_bias.py"),
+        (
+            "bias.py",
+            "tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()",
+            "b''",
+            "tests/test_bias.py",
+        ),
+        # Families.
+        ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS),
+        ("families/timm.py", "if coords.shape[0] != tokens * tokens:", "if False:", "tests/test_timm_cr.py"),
+        (
+            "families/_official.py",
+            "attn.attn_drop.p if attn.training",
+            "attn.attn_drop.p if attn.attn_drop.training",
+            GAPS,
+        ),
+        (
+            "families/torchvision.py",
+            "0 if side >= length else",
+            "0 if side > length else",
+            "tests/test_traps.py -k clamp",
+        ),
+        ("families/torchvision.py", "torch.zeros_like(k_bias)", "k_bias", "tests/test_traps.py -k bias"),
+        ("families/huggingface.py", "if not always_partition:", "if True:", "tests/test_traps.py -k partition"),
+        (
+            "families/video.py",
+            "mask_matrix if geometry.is_shifted else None",
+            "mask_matrix",
+            "tests/test_families_3d.py",
+        ),
+        (
+            "families/_common.py",
+            "torch.zeros_like(attn.v_bias) if k_bias is None",
+            "attn.v_bias if k_bias is None",
+            "tests/test_families.py",
+        ),
+        ("families/_common.py", "not (dropout.training and dropout.p)", "True", "tests/test_traps.py -k dropout"),
+    ),
+    *under(
+        "kernels/triton",
+        # The kernel of two images.
+        ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", GAPS),
+        ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", GAPS),
+        ("window_fwd.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", GAPS),
+        (
+            "window_fwd.py",
+            "next_state, next_q, k, v, start, dropout, next_part,",
+            "next_state, next_q, k, v, start, dropout, part,",
+            GAPS,
+        ),
+        # Windows, shifts and masks.
+        ("tiles.py", "& (shift[1] > 0)) | ((place[2]", "& (shift[1] > 1)) | ((place[2]", GAPS),
+        ("tiles.py", "n % WINDOW[2] >= WINDOW[2] - shift[2]", "n % WINDOW[2] > WINDOW[2] - shift[2]", FUZZ),
+        ("tiles.py", "tl.maximum(mask, -1.0e30)", "mask", GAPS),
+        (
+            "tiles.py",
+            "at = tl.where(at >= length, at - length, at)",
+            "at = tl.where(at > length, at - length, at)",
+            FUZZ,
+        ),
+        ("tiles.py", "(n < WINDOW[0] * WINDOW[1] * WINDOW[2]) & (real == 0)", "real == 0", FUZZ),
+        (
+            "tiles.py",
+            "tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100)",
+            "tl.load(logit_scale_ptr + head).to(tl.float32), 9.0)",
+            FUZZ,
+        ),
+        (
+            "tiles.py",
+            "1.0 / tl.maximum(1.0 - dropout.probability, 1e-6)",
+            "1.0",
+            "tests/test_kernels.py tests/test_backward.py -k dropout",
+        ),
+        ("bias.py", "(offs_n < num_tokens)[None, :], bias, float", "(offs_n < num_cols)[None, :], bias, float", FUZZ),
+        ("window_fwd.py", 'lse, float("inf"))', "lse, 0.0)", FUZZ),
+        # Gradients.
+        ("window_bwd.py", "exponents = tl.minimum(exponents, 8.0)", "exponents = exponents", "tests/test_backward.py"),
+        ("window_bwd.py", "clamped = inverse > 0.9999e12", "clamped = inverse > 1e38", GAPS),
+        ("window_bwd.py", "> LOG_100, 0.0, grad_scale)", "> 90.0, 0.0, grad_scale)", FUZZ),
+        ("window_bwd.py", "residual[:, None] * mean_key", "0.0 * mean_key", "tests/test_backward.py"),
+        ("window_bwd.py", "delta + residual, mask", "delta, mask", "tests/test_backward.py"),
+        ("sequence_fwd.py", "seen = total != 0", "seen = total >= 0", "tests/test_sequence.py"),
+        (
+            "sequence_fwd.py",
+            "exponents = tl.minimum(exponents, 0.0)",
+            "exponents = exponents",
+            "tests/test_sequence.py",
+        ),
+        (
+            "sequence_fwd.py",
+            "(block + window_blocks) * block_size, num_tokens",
+            "(block + window_blocks) * block_size - 1, num_tokens",
+            FUZZ,
+        ),
+    ),
+]
+
+
+class Outcome(NamedTuple):
+    mutant: Mutant
+    word: str  # caught, survived, out of date
+    detail: str = ""
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    """A copy of the tree, whose package is the one that is imported by what runs in it."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "*.egg-info", "build", "dist")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        (tree / "swinaccel" / "kernels").symlink_to(tree / "kernels" / "triton", target_is_directory=True)
+        yield tree
+
+
+def run_tests(tree: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def is_current(mutant: Mutant) -> bool:
+    path = ROOT / mutant.file
+    return path.exists() and path.read_text().count(mutant.old) == 1
+
+
+def tried(mutant: Mutant) -> Outcome:
+    """Run the tests of a mutant where it lives."""
+    if not is_current(mutant):
+        return Outcome(mutant, "out of date")
+    with copied_tree() as tree:
+        path = tree / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        try:
+            done = run_tests(tree, mutant.tests.split())
+        except subprocess.TimeoutExpired:
+            return Outcome(mutant, "caught", "the tests do not end")
+    if done.returncode not in (0, 1):
+        return Outcome(mutant, "out of date", done.stdout[-300:] + done.stderr[-300:])
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return Outcome(mutant, "caught" if done.returncode else "survived", failed[0][:150] if failed else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mutants with this word in their file, texts or tests")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mutant first")
+    options = parser.parse_args()
+    chosen = [one for one in MUTANTS if options.only in " ".join(one)]
+    if not options.no_baseline:
+        with copied_tree() as tree:
+            for tests in sorted({one.tests for one in chosen if is_current(one)}):
+                done = run_tests(tree, tests.split())
+                if done.returncode:
+                    print(f"without any mutant these tests fail: {tests}\n{done.stdout[-2000:]}")
+                    return 2
+    words: list[str] = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(tried, chosen):
+            words.append(outcome.word)
+            mutant = outcome.mutant
+            print(f"{outcome.word:11} {mutant.file}: {mutant.old!r} -> {mutant.new!r}  {outcome.detail}", flush=True)
+    counts = {word: words.count(word) for word in ("caught", "survived", "out of date")}
+    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    return 2 if counts["out of date"] else 1 if counts["survived"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
