@@ -225,7 +225,8 @@ class Trace:
             return type(value), repr(value) if isinstance(value, (float, complex, range, slice)) else value
         if isinstance(value, enum.Enum):
             extra = {name: one for name, one in vars(value).items() if not name.startswith("_")}
-            return type(value), value.name, self._value(extra, names, depth + 1), self._watch_all(value, extra)
+            self._watch_all(value, extra)
+            return type(value), value.name, self._value(extra, names, depth + 1)
         if isinstance(value, types.FunctionType):
             return self._function(value, names, depth)
         if isinstance(value, types.MethodType):
