@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import swinaccel
 from swinaccel import families
-from swinaccel.spec import Geometry, Section, WindowSpec
+from swinaccel.spec.window import Geometry, Section, WindowSpec
 
 
 class TileMixer(nn.Module):

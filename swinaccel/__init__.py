@@ -8,8 +8,8 @@ See `accelerate`, and https://github.com/swinaccel/swinaccel for the rest.
 from . import functional, nn
 from .api import accelerate, accelerated, disabled, plan, report, restore
 from .config import AccelConfig
+from .errors import FallbackError
 from .report import Report
-from .runtime.errors import FallbackError
 from .verify import VerifyResult, verify
 
 __version__ = "0.1.0"

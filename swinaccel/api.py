@@ -11,12 +11,13 @@ from torch import nn
 
 from . import families, patching
 from .config import AccelConfig, env_disabled, env_strict, setup_logging
+from .errors import FallbackError
 from .failures import failures
-from .families import Family, near
+from .families import Family
+from .families.shared import near
 from .report import Entry, Report
-from .runtime.errors import FallbackError
 from .runtime.state import state_of
-from .spec import WindowSpec
+from .spec.window import WindowSpec
 from .trust import probe
 
 _LEFT_OUT = "the filter left it out"

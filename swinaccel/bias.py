@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import cache, reference
+from . import cache
 from .config import AccelConfig
-from .spec import Section
+from .spec import reference
+from .spec.window import Section
 
 RANKS = (16, 32, 64, 128)  # what the kernel's dot product takes
 MIN_TOKENS = 65  # smaller windows keep the whole bias in registers

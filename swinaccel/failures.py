@@ -8,14 +8,6 @@ from collections.abc import Hashable
 logger = logging.getLogger("swinaccel")
 
 
-class KernelError(RuntimeError):
-    """A kernel of ours failed, and plain PyTorch must not or cannot stand in for it."""
-
-
-class ArgumentError(KernelError, ValueError):
-    """A tensor does not fit the problem that a kernel was asked to solve with it: nothing was run."""
-
-
 class Failures:
     """Problems (device, dtype, window, head_dim, ...) whose kernels failed, and why, in one sentence each."""
 

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, sequence_ops
+from . import ops, sequence_ops
 from .backends import torch_sequence, torch_windows
 from .backends.triton_sequence import Problem
-from .checks import (
+from .config import env_interpret, env_strict
+from .errors import KernelError
+from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
+from .failures import failures
+from .runtime.exporting import is_onnx_export
+from .spec import reference
+from .spec.arguments import (
     check_axes,
     check_bias,
     check_device,
@@ -28,11 +34,7 @@ from .checks import (
     check_table,
     check_tensor,
 )
-from .config import env_interpret, env_strict
-from .exporting import is_onnx_export
-from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
-from .failures import KernelError, failures
-from .spec import SHIFT_MASK_VALUE, Geometry
+from .spec.window import SHIFT_MASK_VALUE, Geometry
 
 __all__ = [
     "BiasFactors",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .backends import triton_fusion as kernels
 from .backends.triton_fusion import Affine, LaunchError
-from .failures import ArgumentError, failures
+from .errors import ArgumentError
+from .failures import failures
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -20,7 +21,7 @@ Layer = tuple[Tensor, Tensor | None]  # weight and bias
 def after_attention(
     x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
 ) -> Tensor:
-    """What a block returns whose input is x, and whose attention gave branch; see `layout.Block`.
+    """What a block returns whose input is x, and whose attention gave branch; see `spec.block.Block`.
 
     Raises:
         LaunchError: a kernel did not compile or fit.

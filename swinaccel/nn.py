@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .checks import (
+from .spec.arguments import (
     check_axes,
     check_dropout,
     check_layer,

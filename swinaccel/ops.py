@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .backends import triton as backend
 from .config import env_strict
-from .failures import ArgumentError, KernelError, failures
-from .spec import Geometry
+from .errors import ArgumentError, KernelError
+from .failures import failures
+from .spec import reference
+from .spec.window import Geometry
 
 unsupported_reason = backend.unsupported_reason
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
-from .spec import Axes
+from .spec.window import Axes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from .backends import triton_sequence as backend
 from .backends.triton import first_line
 from .backends.triton_sequence import Problem
 from .config import env_strict
-from .failures import ArgumentError, KernelError, failures
+from .errors import ArgumentError, KernelError
+from .failures import failures
 from .ops import _is_observed
 
 unsupported_reason = backend.unsupported_reason

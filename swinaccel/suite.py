@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bench, functional, models, plots, reference
+from . import bench, functional, models, plots
 from .backends.triton import first_line
 from .failures import failures
 from .nn import _position_index
-from .spec import Geometry
+from .spec import reference
+from .spec.window import Geometry
 
 SECTIONS = ("attention", "sequence", "models", "training")
 HEAD_DIM = 32  # of every published Swin

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import api, bench, reference
+from . import api, bench
 from .backends import triton as backend
 from .backends import tuned
 from .config import AccelConfig
 from .nn import _position_index
+from .spec import reference
 from .verify import _flat
 
 Timer = Callable[[Callable[[], Any], torch.device], float]

@@ -24,8 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_fusion, triton_sequence
-from swinaccel.reference import shift_mask
-from swinaccel.spec import Geometry
+from swinaccel.spec.reference import shift_mask
+from swinaccel.spec.window import Geometry
 
 KIB = 1024
 # Name: target, and the most shared memory of one program.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import swinaccel
-from swinaccel import reference
-from swinaccel.spec import Geometry
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 # Where backend="triton" runs: on the GPU, or in Triton's interpreter, which takes CPU tensors.
 TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -12,74 +12,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "swinaccel", ROOT / "kernels" / "triton"
 
-# What a module of the package may import from it. Modules that are not listed are leaves on top (the command line
-# and the like), and nothing may import them.
+# Folders, and modules right in the package, with what each may import. The command line is on top: nobody imports it.
 ALLOWED = {
-    "__init__": {"api", "config", "dispatch", "functional", "nn", "report", "verify"},
-    "layout": set(),
-    "api": {"config", "dispatch", "families", "fusion", "patching", "probe", "report", "spec"},
-    "config": set(),
-    "spec": set(),
-    "report": {"spec"},
-    "reference": {"spec"},
-    "families": {"families", "layout", "spec", "watch"},
-    "patching": {"config", "dispatch", "families", "watch"},
-    "probe": {"dispatch", "families", "fusion", "harmless", "layout", "reference", "spec", "watch"},
-    "dispatch": {"backends.torch", "bias", "config", "fusion", "layout", "ops", "spec", "watch"},
-    "fusion": {
-        "backends",
-        "backends.torch_fusion",
-        "backends.triton_fusion",
-        "fusion_autograd",
-        "fusion_ops",
-        "harmless",
-        "layout",
-        "watch",
-    },
-    "fusion_ops": {"backends", "backends.triton_fusion"},
-    "harmless": {"watch"},
-    "fusion_autograd": {"backends", "backends.triton_fusion", "backends.triton_fusion_bwd"},
-    "exporting": set(),
-    "projections": set(),
-    "watch": set(),
-    "backends.torch_fusion": set(),
-    "backends.triton_fusion": {"backends", "backends.triton", "kernels"},
-    "backends.triton_fusion_bwd": {"backends", "backends.triton", "backends.triton_fusion", "kernels"},
-    "bias": {"cache", "config", "reference", "spec"},
-    "cache": {"config"},
-    "ops": {"backends.triton", "config", "reference", "spec"},
-    "backends.torch": {"reference", "spec"},
-    "backends.triton": {"backends", "backends.tuned", "config", "kernels", "spec"},
-    "backends.tuned": {"cache", "config", "kernels"},
-    "sequence_ops": {
-        "backends",
-        "backends.torch_sequence",
-        "backends.triton",
-        "backends.triton_sequence",
-        "config",
-        "ops",
-    },
-    "backends.torch_sequence": {"reference"},
-    "backends.triton_sequence": {"backends.triton", "kernels"},
-    "factors": {"bias"},
-    "backends.torch_windows": {"backends.torch", "backends.torch_sequence", "reference", "spec"},
-    "checks": set(),
-    "nn": {"checks", "functional"},
+    "__init__": {"api", "config", "errors", "functional", "nn", "report", "runtime", "verify"},
     "verify": {"api", "report"},
-    "functional": {
-        "backends",
-        "backends.torch_sequence",
-        "backends.torch_windows",
-        "backends.triton_sequence",
-        "checks",
-        "config",
-        "factors",
-        "ops",
-        "reference",
-        "sequence_ops",
-        "spec",
-    },
+    "nn": {"functional", "spec"},
+    "functional": {"backends", "bias", "config", "errors", "ops", "runtime", "spec"},
+    "api": {"config", "errors", "families", "layers", "ops", "patching", "report", "runtime", "spec", "trust"},
+    "patching": {"config", "families", "layers", "runtime"},
+    "report": {"spec"},
+    "trust": {"families", "layers", "ops", "spec"},
+    "runtime": {"backends", "bias", "config", "errors", "layers", "ops", "spec", "trust"},
+    "families": {"layers", "spec"},
+    "bias": {"config", "spec"},
+    "ops": {"backends", "config", "errors", "spec"},
+    "backends": {"config", "errors", "kernels", "spec"},
+    "spec": set(),
+    "errors": set(),
+    "layers": set(),
+    "config": set(),
 }
+TOP = {"cli"}
 LIBRARIES = ("timm", "torchvision", "transformers", "monai", "mmcv", "mmengine", "mmdet")
 
 
@@ -88,11 +41,8 @@ def sources(folder):
 
 
 def name_of(path):
-    """`swinaccel/backends/torch.py` is backends.torch; all of families/ is families."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    if parts[0] == "families":
-        return "families"
-    return ".".join(part for part in parts if part != "__init__" or len(parts) == 1)
+    """Return the folder of a module, or its own name if it lies right in the package."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path):
@@ -114,29 +64,35 @@ def imports(path):
 
 
 def own_imports(path):
-    """Modules of the package that a file imports, by the keys of ALLOWED."""
+    """Return the folders of the package that a file imports from, by the keys of ALLOWED, without its own."""
     known = {name_of(source) for source in sources(PACKAGE)} | {"kernels"}
-    found = set()
-    for name in imports(path):
-        if name == "swinaccel" or name.startswith("swinaccel."):
-            parts = name.split(".")[1:]
-            candidates = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-            found.add(next((candidate for candidate in candidates if candidate in known), name))
-    return found
+    found = {name.split(".")[1] for name in imports(path) if name.startswith("swinaccel.")}
+    return (found & known) - {name_of(path)}
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_follow_the_arrows(path):
-    name = name_of(path)
-    if name in ALLOWED:
-        assert own_imports(path) <= ALLOWED[name]
-    else:
-        assert not any(name in own_imports(other) for other in sources(PACKAGE) if name_of(other) in ALLOWED)
+def test_every_folder_is_in_the_table():
+    assert {name_of(path) for path in sources(PACKAGE)} == set(ALLOWED) | TOP
 
 
-def test_the_table_is_about_what_is_there():
-    present = {name_of(path) for path in sources(PACKAGE)}
-    assert set(ALLOWED) <= present
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_imports_follow_the_arrows(folder):
+    found = {path: own_imports(path) for path in sources(PACKAGE) if name_of(path) == folder}
+    assert not {
+        str(path.relative_to(PACKAGE)): names - ALLOWED[folder]
+        for path, names in found.items()
+        if names - ALLOWED[folder]
+    }
+
+
+def test_no_arrow_points_back():
+    """Each folder imports from folders below it alone."""
+    left, placed = dict(ALLOWED), {"kernels"}
+    while left:
+        free = {name for name, below in left.items() if below <= placed}
+        assert free, f"a circle among {sorted(left)}"
+        placed |= free
+        for name in free:
+            del left[name]
 
 
 @pytest.mark.parametrize("path", sources(KERNELS), ids=lambda path: path.name)
@@ -152,9 +108,10 @@ def test_kernels_import_triton_only(path):
 
 
 def test_only_the_triton_backend_imports_the_kernels():
-    importers = {name_of(path) for path in sources(PACKAGE) if "kernels" in own_imports(path)}
-    fusion = {"backends.triton_fusion", "backends.triton_fusion_bwd"}
-    assert importers <= {"backends.triton", *fusion, "backends.triton_sequence", "backends.tuned"}
+    importers = {path for path in sources(PACKAGE) if "kernels" in own_imports(path)}
+    assert importers
+    assert {name_of(path) for path in importers} == {"backends"}
+    assert not [path.name for path in importers if "torch" in path.relative_to(PACKAGE / "backends").parts[0]]
 
 
 def test_only_the_kernels_import_triton():
@@ -164,22 +121,18 @@ def test_only_the_kernels_import_triton():
 
 def test_no_file_imports_a_model_library():
     for path in (*sources(PACKAGE), *sources(KERNELS)):
-        if name_of_top(path) in ("cli", "bench"):
-            continue  # they build models by name, and import at that moment
+        if path.is_relative_to(PACKAGE) and name_of(path) in TOP:
+            continue  # it builds models by name, and imports at that moment
         assert not [name for name in imports(path) if name.split(".")[0] in LIBRARIES], path.name
 
 
-def name_of_top(path):
-    return path.relative_to(ROOT).with_suffix("").parts[1]
-
-
 def test_spec_knows_neither_modules_nor_kernels():
-    names = imports(PACKAGE / "spec.py")
-    assert not [name for name in names if name.startswith(("torch.nn", "triton"))]
+    for path in sources(PACKAGE / "spec"):
+        assert not [name for name in imports(path) if name.startswith(("torch.nn.modules", "triton"))], path.name
 
 
 def test_reference_imports_torch_and_spec_only():
-    names = {name.split(".")[0] for name in imports(PACKAGE / "reference.py")}
+    names = {name.split(".")[0] for name in imports(PACKAGE / "spec" / "reference.py")}
     assert names <= {"__future__", "math", "torch", "swinaccel"}
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from test_kernels import DTYPES, GPU_CASES, HEAD_DIMS, HEADS_APART, VOLUMES, Case, draw_case, heads_apart
 from torch import Tensor
 
-from swinaccel import ops, reference
+from swinaccel import ops
 from swinaccel.backends import triton as backend
-from swinaccel.spec import Geometry
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 PARAMETERS = ("table", "padding", "logit_scale")  # differentiable, beside the tokens
 

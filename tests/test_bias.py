@@ -17,9 +17,10 @@ import torch
 from helpers import TRITON_DEVICE, position_index, table_rows
 
 import swinaccel
-from swinaccel import bias, ops, reference
+from swinaccel import bias, ops
 from swinaccel.config import AccelConfig
-from swinaccel.spec import Geometry, Section
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry, Section
 
 WINDOW = (9, 8)
 TOKENS, HEADS = 72, 1  # one more than a small window; few programs, for the interpreter takes its time

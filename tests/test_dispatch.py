@@ -22,7 +22,7 @@ from swinaccel import ops
 from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import triton as triton_backend
 from swinaccel.runtime import attention
-from swinaccel.spec import Geometry
+from swinaccel.spec.window import Geometry
 
 X = torch.randn(2, 8, 8, 16)
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import swinaccel
-from swinaccel import functional, ops, reference
+from swinaccel import functional, ops
 from swinaccel.backends import torch_windows
 from swinaccel.config import env_interpret
-from swinaccel.spec import Geometry
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 WINDOWS = ("q", "k", "v", "bias", "logit_scale")
 IMAGES = ("qkv", "table", "bias", "padding", "logit_scale")

@@ -18,8 +18,8 @@ import swinaccel
 from swinaccel import fusion_ops, ops, patching
 from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_fusion as kernels
-from swinaccel.reference_block import merged
 from swinaccel.runtime.state import state_of
+from swinaccel.spec.reference_block import merged
 
 HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
 DTYPES = [*HALVES, torch.float32]

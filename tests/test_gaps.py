@@ -18,8 +18,9 @@ from timm.layers import DropPath
 from torch import nn
 
 import swinaccel
-from swinaccel import functional, spec
+from swinaccel import functional
 from swinaccel.backends import triton as triton_backend
+from swinaccel.spec import reference, window
 
 X = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
 
@@ -189,7 +190,7 @@ def test_sizes_that_never_come_back_are_forgotten():
 
     def kept():
         gc.collect()
-        return sum(isinstance(one, spec.Section) for one in gc.get_objects())
+        return sum(isinstance(one, window.Section) for one in gc.get_objects())
 
     before = kept()
     for height in range(1, 6):
@@ -308,9 +309,9 @@ def image_problem(window, batch, shift, dim=12, heads=1, **options):
 
 
 def exact_images(qkv, window_size, num_heads, shift_size, bias, padding, mask, logit_scale=None):
-    geometry = spec.Geometry(tuple(qkv.shape[1:3]), window_size, shift_size)
+    geometry = window.Geometry(tuple(qkv.shape[1:3]), window_size, shift_size)
     head_dim = qkv.shape[-1] // 3 // num_heads
-    return swinaccel.reference.shifted_window_attention(
+    return reference.shifted_window_attention(
         *qkv.chunk(3, -1), geometry, num_heads=num_heads, table=bias, padding=padding, mask=mask,
         scale=head_dim**-0.5, logit_scale=logit_scale,
     )  # fmt: skip

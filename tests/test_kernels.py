@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swinaccel import ops, reference
-from swinaccel.spec import Geometry
+from swinaccel import ops
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

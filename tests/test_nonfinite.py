@@ -14,11 +14,12 @@ from test_backward import exactly, gradients, leaves, named, reference_gradients
 from test_kernels import Case
 from torch import Tensor
 
-from swinaccel import functional, ops, reference, sequence_ops
+from swinaccel import functional, ops, sequence_ops
 from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import torch_windows
 from swinaccel.backends.triton_sequence import Problem
-from swinaccel.spec import Section
+from swinaccel.spec import reference
+from swinaccel.spec.window import Section
 
 NAN, INF = float("nan"), float("inf")
 VALUES = (NAN, INF, -INF)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import swinaccel
-from swinaccel import projections
+from swinaccel.trust import projections
 
 
 class Own(nn.Module):

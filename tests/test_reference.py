@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swinaccel import reference
-from swinaccel.spec import Geometry
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 EXACT = 1e-12
 

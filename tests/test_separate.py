@@ -12,7 +12,7 @@ from helpers import BACKENDS, check
 from torch import nn
 
 import swinaccel
-from swinaccel.families import _separate
+from swinaccel.families.shared import separate
 
 KINDS = ("Swin", "Swinv2", "DonutSwin")
 NAMES = {"Swin": ("q_proj", "k_proj", "v_proj")}
@@ -22,14 +22,14 @@ NAMES = {"Swin": ("q_proj", "k_proj", "v_proj")}
 def packed(monkeypatch):
     """Every x is worth it; gives how many projections ran as one."""
     calls = []
-    decide = _separate._is_packed
+    decide = separate._is_packed
 
     def counted(x, projections):
         calls.append(decide(x, projections))
         return calls[-1]
 
-    monkeypatch.setattr(_separate, "is_worth", lambda x, channels: True)
-    monkeypatch.setattr(_separate, "_is_packed", counted)
+    monkeypatch.setattr(separate, "is_worth", lambda x, channels: True)
+    monkeypatch.setattr(separate, "_is_packed", counted)
     return calls
 
 
@@ -171,35 +171,35 @@ def test_what_is_put_together_is_of_one_kind(packed):
     x, same = torch.randn(4, 16), ((16, 16),) * 3
     usual = plain(*same)
     with torch.no_grad():
-        assert _separate._is_packed(x, usual)
-        assert not _separate._is_packed(x, (*usual[:2], *plain((16, 8))))
-        assert not _separate._is_packed(x, (*usual[:2], *plain((16, 16), dtype=torch.bfloat16)))
+        assert separate._is_packed(x, usual)
+        assert not separate._is_packed(x, (*usual[:2], *plain((16, 8))))
+        assert not separate._is_packed(x, (*usual[:2], *plain((16, 16), dtype=torch.bfloat16)))
         mixed = plain(*same)
         mixed[1].bias = nn.Parameter(mixed[1].bias.double())
-        assert not _separate._is_packed(x, mixed)
+        assert not separate._is_packed(x, mixed)
         special = plain(*same)
         special[2].weight = nn.Parameter(special[2].weight.detach().as_subclass(Marked))
-        assert not _separate._is_packed(x, special)
+        assert not separate._is_packed(x, special)
         parametrized = plain(*same)
         nn.utils.parametrizations.weight_norm(parametrized[0])
-        assert not _separate._is_packed(x, parametrized)
+        assert not separate._is_packed(x, parametrized)
 
 
 def test_training(packed, monkeypatch):
     x, linears = torch.randn(4, 16), plain(*((16, 16),) * 3)
-    assert _separate._is_packed(x, linears)
-    monkeypatch.setattr(_separate, "packs_training", False)
-    assert not _separate._is_packed(x, linears)
+    assert separate._is_packed(x, linears)
+    monkeypatch.setattr(separate, "packs_training", False)
+    assert not separate._is_packed(x, linears)
     with torch.no_grad():
-        assert _separate._is_packed(x, linears)
-        monkeypatch.setattr(_separate, "packs_inference", False)
-        assert not _separate._is_packed(x, linears)
-    monkeypatch.setattr(_separate, "packs_training", True)
+        assert separate._is_packed(x, linears)
+        monkeypatch.setattr(separate, "packs_inference", False)
+        assert not separate._is_packed(x, linears)
+    monkeypatch.setattr(separate, "packs_training", True)
     linears[1].requires_grad_(False)  # its gradient would be worked out for nothing
-    assert not _separate._is_packed(x, linears)
+    assert not separate._is_packed(x, linears)
     for linear in linears:
         linear.requires_grad_(False)
-    assert _separate._is_packed(x.requires_grad_(), linears)
+    assert separate._is_packed(x.requires_grad_(), linears)
 
 
 def test_where_it_is_worth_it(monkeypatch):
@@ -209,20 +209,20 @@ def test_where_it_is_worth_it(monkeypatch):
         return types.SimpleNamespace(is_cuda=is_cuda, numel=lambda: rows * channels)
 
     for rows, channels in ((200704, 128), (50176, 256), (12544, 512)):  # measured to win
-        assert _separate.is_worth(image(rows, channels), channels)
-        assert not _separate.is_worth(image(rows, channels, is_cuda=False), channels)
-    assert not _separate.is_worth(image(3136, 1024), 1024)  # measured to lose
-    assert not _separate.is_worth(image(3136, 128), 128)  # waits for the host
-    assert not _separate.is_worth(image(2048, 512), 512)  # the weights are much of what is moved
+        assert separate.is_worth(image(rows, channels), channels)
+        assert not separate.is_worth(image(rows, channels, is_cuda=False), channels)
+    assert not separate.is_worth(image(3136, 1024), 1024)  # measured to lose
+    assert not separate.is_worth(image(3136, 128), 128)  # waits for the host
+    assert not separate.is_worth(image(2048, 512), 512)  # the weights are much of what is moved
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _separate.is_worth(image(3136, 128), 128)
+    assert separate.is_worth(image(3136, 128), 128)
 
 
 @pytest.mark.parametrize("records", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, records, monkeypatch):
     """One graph, with one product in the place of three."""
-    monkeypatch.setattr(_separate, "is_worth", lambda x, channels: True)
+    monkeypatch.setattr(separate, "is_worth", lambda x, channels: True)
     device = helpers.TRITON_DEVICE
     model = swinaccel.accelerate(layer(kind).to(device), backend="triton").requires_grad_(records)
     x, size = tokens()
@@ -252,8 +252,8 @@ def test_compile(kind, records, monkeypatch):
 def test_on_a_gpu_it_happens_by_itself(kind, monkeypatch):
     model = helpers.huggingface_layer(kind, (64, 64), shift=2).cuda()
     seen = []
-    decide = _separate._is_packed
-    monkeypatch.setattr(_separate, "_is_packed", lambda *arguments: seen.append(decide(*arguments)) or seen[-1])
+    decide = separate._is_packed
+    monkeypatch.setattr(separate, "_is_packed", lambda *arguments: seen.append(decide(*arguments)) or seen[-1])
     x = torch.randn(16, 64 * 64, 16, device="cuda")
     check(model, x, (64, 64), backend="triton")
     assert seen[-1]

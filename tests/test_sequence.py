@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinaccel import functional, ops, reference, sequence_ops
+from swinaccel import functional, ops, sequence_ops
 from swinaccel.backends import torch_sequence
 from swinaccel.backends import triton as windows
 from swinaccel.backends import triton_sequence as backend
 from swinaccel.backends.triton_sequence import Problem
-from swinaccel.failures import KernelError
+from swinaccel.errors import KernelError
+from swinaccel.spec import reference
 
 # The interpreter cuts bfloat16 off where a GPU rounds, so errors of that dtype are compared on the GPU only.
 LOW = (torch.float16, torch.bfloat16) if TRITON_DEVICE == "cuda" else (torch.float16,)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..spec import Geometry, Section
+from ..spec import reference
+from ..spec.window import Geometry, Section
 from .torch_softmax import accurate, attend, drawn_in
 
 

@@ -33,7 +33,7 @@ def rest(x: Tensor, branch: Tensor, block: Any) -> Tensor:
 
     Args:
         x, branch: (..., C), block's input and what its attention gave.
-        block: `layout.Block` of plain modules, without gradients to record.
+        block: `spec.block.Block` of plain modules, without gradients to record.
     """
     channels, hidden = x.shape[-1], block.fc1.out_features
     rows = x.numel() // channels

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec.arguments import can_look
+
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax and sums."""
@@ -67,13 +69,3 @@ def nothing(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Tensor:
     """
     rest = sum(one.sum().to(q.dtype) for one in others if one is not None)
     return q + k + v + rest
-
-
-def can_look() -> bool:
-    """Return True if the numbers in a tensor may be asked for: nothing traces or transforms the call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )

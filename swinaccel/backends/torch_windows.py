@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..spec import Geometry
+from ..spec import reference
+from ..spec.window import Geometry
 from .torch import _cosine_operands
 from .torch_sequence import is_transformed
 from .torch_softmax import accurate, attend, drawn_in, nothing

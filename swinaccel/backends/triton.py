@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Geometry
+from ..spec.window import Geometry
 from . import tuned
 from .triton_checks import DTYPES, check_kinds, check_position, check_shapes, lse_shape
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..failures import ArgumentError
-from ..spec import Geometry
+from ..errors import ArgumentError
+from ..spec.window import Geometry
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*DTYPES, torch.float64)

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..layers import is_wrapper
-from ..layout import Block, Embedding, Merging, Tokens
-from ..spec import Section, WindowSpec
+from ..spec.block import Block, Embedding, Merging, Tokens
+from ..spec.window import Section, WindowSpec
 from .around import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
 from .embedding import Embeddings, PatchEmbed

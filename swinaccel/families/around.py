@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import Block, Merging, Tokens
-from ._common import pair, positional_names
+from ..spec.block import Block, Merging, Tokens
+from .shared.common import pair, positional_names
 from .torchvision import Torchvision
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import Block, Tokens
-from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._block import block_facts, block_forward, block_spec, strange_mask
-from ._common import pair, positional_names
-from ._official import attention_projections, attention_section, attention_spec
+from ..spec.block import Block, Tokens
+from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from .shared.blocks import block_facts, block_forward, block_spec, strange_mask
+from .shared.common import pair, positional_names
+from .shared.official import attention_projections, attention_section, attention_spec
 
 
 def padded_geometry(module: Any, x: Tensor, size: Any, shift: int) -> Geometry | str:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import Embedding, Tokens
-from ._common import pair, positional_names
+from ..spec.block import Embedding, Tokens
+from .shared.common import pair, positional_names
 
 
 def _tokens(image: Tensor) -> Tensor:

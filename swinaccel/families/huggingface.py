@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import Block, Tokens
-from ..spec import Geometry, Section, WindowSpec
-from ._common import is_table, pair
-from ._separate import separate_padding, separate_projections
+from ..spec.block import Block, Tokens
+from ..spec.window import Geometry, Section, WindowSpec
+from .shared.common import is_table, pair
+from .shared.separate import separate_padding, separate_projections
 
 
 def square_geometry(module: Any, dimensions: Any) -> Geometry | str:

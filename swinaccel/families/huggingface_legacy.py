@@ -11,11 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layout import Block, Tokens
-from ..spec import SHIFT_MASK_VALUE, Section, WindowSpec
-from ._common import drop_rate, is_index, is_position_mlp, logit_scale_reason, pair, position_bias, positional_names
-from ._separate import separate_padding, separate_projections
+from ..spec.block import Block, Tokens
+from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
 from .huggingface import layer_examples, square_geometry
+from .shared.common import (
+    drop_rate,
+    is_index,
+    is_position_mlp,
+    logit_scale_reason,
+    pair,
+    position_bias,
+    positional_names,
+)
+from .shared.separate import separate_padding, separate_projections
 
 
 class HuggingFaceSwinLegacy:

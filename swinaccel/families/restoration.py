@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import Block, Tokens
-from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._block import block_facts, block_forward, block_spec, strange_mask, undivided
-from ._common import is_index, pair
-from ._official import attention_projections, attention_section
+from ..spec.block import Block, Tokens
+from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from .shared.blocks import block_facts, block_forward, block_spec, strange_mask, undivided
+from .shared.common import is_index, pair
+from .shared.official import attention_projections, attention_section
 
 
 def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import Block, Tokens
-from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
-from ._block import block_facts
-from ._common import pair
-from ._official import attention_projections, attention_section, attention_spec
+from ..spec.block import Block, Tokens
+from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
+from .shared.blocks import block_facts
+from .shared.common import pair
+from .shared.official import attention_projections, attention_section, attention_spec
 
 
 class Timm:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import Axes, Geometry, Section, WindowSpec
-from ._common import drop_rate, is_plain_linear, pair, zero_token
+from ..spec.window import Axes, Geometry, Section, WindowSpec
+from .shared.common import drop_rate, is_plain_linear, pair, zero_token
 from .timm import Timm, few_windows
 
 

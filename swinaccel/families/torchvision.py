@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import Product
-from ..spec import Axes, Geometry, Section, WindowSpec
-from ._common import is_position_mlp, is_table, logit_scale_reason, position_bias, sides
-from ._shrinking import example_sizes, prefix, shrinking_geometry
+from ..spec.block import Product
+from ..spec.window import Axes, Geometry, Section, WindowSpec
+from .shared.common import is_position_mlp, is_table, logit_scale_reason, position_bias, sides
+from .shared.shrinking import example_sizes, prefix, shrinking_geometry
 
 
 class Torchvision:

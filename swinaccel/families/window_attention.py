@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from ._block import strange_mask
-from ._common import positional_names
-from ._official import attention_projections, attention_section, attention_spec, flash_reason
+from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from .shared.blocks import strange_mask
+from .shared.common import positional_names
+from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
 
 
 class WindowAttention:

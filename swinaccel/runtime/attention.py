@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from .. import bias, ops
 from ..backends import torch as torch_backend
 from ..config import AccelConfig, env_interpret
-from ..failures import KernelError, failures
+from ..errors import KernelError
+from ..failures import failures
 from ..layers import has_hooks, is_builtin, replaced_methods, twin
-from ..layout import Product
-from ..spec import Section
+from ..spec.block import Product
+from ..spec.window import Section
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library
 from ..trust.registry import Reading, attention_key, registry

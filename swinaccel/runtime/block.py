@@ -21,14 +21,14 @@ from .. import fusion_ops
 from ..backends import torch_fusion
 from ..backends import triton_fusion as kernels
 from ..config import AccelConfig, env_strict
+from ..errors import FallbackError
 from ..failures import failures
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
-from ..layout import Block
-from ..reference_block import attend_tokens, drop_factors
+from ..spec.block import Block
+from ..spec.reference_block import attend_tokens, drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
 from .context import are_functions_torchs, has_dispatch_mode, product_dtype
-from .errors import FallbackError
 
 logger = logging.getLogger("swinaccel")
 

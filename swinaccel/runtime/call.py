@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from ..backends import torch_fusion
 from ..config import AccelConfig, env_strict
-from ..exporting import is_onnx_export
-from ..failures import KernelError, failures
+from ..errors import FallbackError, KernelError
+from ..failures import failures
 from ..layers import twin
-from ..layout import Embedding, Merging
-from ..spec import Section
+from ..spec.block import Embedding, Merging
+from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
 from . import traced
 from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
-from .errors import FallbackError
+from .exporting import is_onnx_export
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
 from .plan import Plan
 from .state import Scope, State, state_of

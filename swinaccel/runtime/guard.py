@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 
 from ..layers import HOOKS, OWN_ATTRIBUTES
-from ..spec import is_plain
+from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _forward = attrgetter("forward")

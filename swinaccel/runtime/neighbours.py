@@ -12,8 +12,8 @@ from .. import fusion_autograd as recorded
 from ..backends import triton_fusion as kernels
 from ..config import AccelConfig
 from ..layers import is_builtin
-from ..layout import Embedding, Merging
-from ..reference_block import embedded, embedding_reference, merged, merging_reference
+from ..spec.block import Embedding, Merging
+from ..spec.reference_block import embedded, embedding_reference, merged, merging_reference
 from .block import _norm_dtype, demand, demand_idle, demand_sizes, demand_unhooked, failed, is_mixed
 from .context import product_dtype
 

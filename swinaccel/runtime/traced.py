@@ -16,15 +16,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import fusion_ops
 from ..config import env_strict
+from ..errors import FallbackError
 from ..layers import has_hooks, has_own_forward, is_builtin
-from ..layout import Attend, Block, Embedding
-from ..reference_block import attend_tokens
-from ..spec import Section
+from ..spec.block import Attend, Block, Embedding
+from ..spec.reference_block import attend_tokens
+from ..spec.window import Section
 from ..trust.libraries import is_of_library
 from .attention import attend_triton, problem_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
-from .errors import FallbackError
 from .neighbours import embedding_of, is_patchwise
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import OWN_ATTRIBUTES
-from ..spec import is_plain
+from ..spec.window import is_plain
 from .copies import Setting, tensors
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..families import examples
-from ..layout import Block
+from ..spec.block import Block
 
 
 @dataclass(frozen=True)

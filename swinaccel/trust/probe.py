@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .. import projections, reference
 from ..families import Family
 from ..layers import own_method, replaced_methods
-from ..layout import Block, Merging
-from ..reference_block import block_reference, embedding_reference, merging_reference
-from ..spec import Section, WindowSpec
-from . import compare
+from ..spec import reference
+from ..spec.block import Block, Merging
+from ..spec.reference_block import block_reference, embedding_reference, merging_reference
+from ..spec.window import Section, WindowSpec
+from . import compare, projections
 from .copies import EXACT, LOW_PRECISION, Setting, calls, isolated, random_copy, seed, set_drop_rates, set_path_rates
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..spec import Section
+from ..spec.window import Section
 from .fingerprint import fingerprint, is_dead
 
 _MOST = 1024

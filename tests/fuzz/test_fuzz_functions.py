@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from judging import EACH_LENGTH, Results, differentiate, explore, judge
 from torch import Tensor
 
-from swinaccel import functional, reference
+from swinaccel import functional
 from swinaccel.failures import failures
-from swinaccel.spec import Geometry
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 COUNTS = {"triton": 45, "torch": 120}  # of each property; the interpreter is slow
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"], indirect=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layout import Block
-from ..spec import Geometry, WindowSpec
-from ._common import positional_names
-from ._official import attention_spec
+from ...spec.block import Block
+from ...spec.window import Geometry, WindowSpec
+from .common import positional_names
+from .official import attention_spec
 
 
 def block_spec(family: str, module: Any, arguments: int, has_index: bool = True) -> WindowSpec | None:

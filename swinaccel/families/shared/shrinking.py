@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..spec import Axes, Geometry
+from ...spec.window import Axes, Geometry
 
 
 def shrinking_geometry(size: Axes, window: Sequence[int], shift: Sequence[int]) -> Geometry:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import is_builtin
-from ..spec import Axes
+from ...layers import is_builtin
+from ...spec.window import Axes
 
 
 def pair(value: object) -> tuple[int, int] | None:

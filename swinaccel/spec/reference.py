@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import Geometry
+from .window import Geometry
 
 
 def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str = "cpu") -> Tensor:

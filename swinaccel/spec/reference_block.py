@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Attend, Block, Embedding, Merging
+from .block import Attend, Block, Embedding, Merging
 
 
 def block_reference(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None) -> Any:
@@ -20,7 +20,7 @@ def block_reference(block: Block, attend: Attend, x: Tensor, size: tuple[int, in
 
     Args:
         attend: (B, H, W, C) to the same.
-        x, size: see `layout.Tokens`.
+        x, size: see `spec.block.Tokens`.
     """
     branch = attend_tokens(attend, x if block.post_norm else _norm(block.norm1, x), size)
     if block.post_norm:

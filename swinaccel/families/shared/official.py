@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layout import Product
-from ..spec import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
-from ._common import (
+from ...spec.block import Product
+from ...spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
+from .common import (
     drop_rate,
     has_table_rows,
     is_idle,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._common import is_plain_linear, zero_token
+from .common import is_plain_linear, zero_token
 
 # By measurement (docs/benchmarks.md): at 24 rows a channel and 512 channels it still wins, at 3 and 1024 it loses.
 widest = 512

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..spec import Axes
-from ._common import sides
+from ...spec.window import Axes
+from .common import sides
 
 QUERIES = re.compile(r"qkv|in_proj|(^|_)(q|kv|query|queries)(_|$)|^wq$")
 WINDOW = re.compile(r"(local_|attn_|attention_)?(win|windows?|partition|stripe)(_?(sizes?|shape|resolution))?|ws|wsize")

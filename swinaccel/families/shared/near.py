@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from ..spec import WindowSpec
-from ._common import positional_names, sides
-from ._look import SHIFT, WINDOW, Look, counts, look_at, named, settings_of
+from ...spec.window import WindowSpec
+from .common import positional_names, sides
+from .look import SHIFT, WINDOW, Look, counts, look_at, named, settings_of
 
 _ABOVE = 3  # so far above an attention may be the block that knows window and shift
 _CALLED = ("qkv", "proj", "attn_drop", "proj_drop")

@@ -1,0 +1,1 @@
+"""Readings that several families share."""
