@@ -390,9 +390,9 @@ def _pytorch_reason(q: Tensor) -> str | None:
     elif torch.jit.is_tracing():
         return "the call is being traced, and sizes are tensors then"
     if torch_sequence.is_in_transform():
-        return "the call is inside a torch.func transform"
+        return "the call is inside a torch.func transform, which kernels have no rules for"
     if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
+        return "forward-mode differentiation is active, which kernels have no rules for"
     return None
 
 

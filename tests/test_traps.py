@@ -944,7 +944,9 @@ def test_trap_39_attention_dropout_runs_the_original_without_kernels(name):
         torch.manual_seed(0)
         outs.append(helpers.tensors(one(*inputs))[0])
     assert torch.equal(outs[0], outs[1])
-    assert helpers.reasons(twin) == ["attention dropout is active, and the torch backend has none"]
+    assert helpers.reasons(twin) == [
+        "attention dropout is active, and the torch backend has none; call eval(), or set its rate to 0"
+    ]
     model.eval()
     twin.eval()
     with torch.no_grad():

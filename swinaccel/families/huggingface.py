@@ -61,9 +61,10 @@ class HuggingFaceSwin:
     ) -> Section | str:
         attn = module.attention
         if attn.config._attn_implementation != "sdpa":
-            return f"attn_implementation={attn.config._attn_implementation!r} returns attention weights"
+            name = attn.config._attn_implementation
+            return f"attn_implementation={name!r} returns attention weights; set attn_implementation='sdpa'"
         if kwargs.get("output_attentions"):
-            return "attention weights are requested"
+            return "attention weights are requested, which kernels do not keep; call without output_attentions"
         if not type(module).__module__.startswith("transformers.") and kwargs.keys() - {"output_attentions"}:
             return f"the call has arguments that are not known: {', '.join(sorted(kwargs))}"
         if not always_partition:

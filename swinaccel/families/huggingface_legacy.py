@@ -69,13 +69,13 @@ class HuggingFaceSwinLegacy:
         if unknown or len(args) > len(_NAMES[type(module)]):
             return f"the call has arguments that are not known: {', '.join(sorted(unknown)) or len(args)}"
         if arguments.get("output_attentions"):
-            return "attention weights are requested"
+            return "attention weights are requested, which kernels do not keep; call without output_attentions"
         if arguments.get("head_mask") is not None:
-            return "a head_mask is given"
+            return "a head_mask is given, which kernels do not take; call without it"
         outer = module.attention
         attn, heads = outer.self, outer.self.num_attention_heads
         if getattr(outer, "pruned_heads", None):
-            return "attention heads were pruned"
+            return "attention heads were pruned, and its projections have sizes that kernels do not take"
         dimensions = arguments["input_dimensions"]
         if hasattr(module, "set_shift_and_window_size") and not arguments.get("always_partition"):
             module.set_shift_and_window_size(dimensions)

@@ -18,6 +18,7 @@ from ..spec.block import Product
 from ..spec.window import Section
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library
+from ..trust.probe import PADDED
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
@@ -40,9 +41,11 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     if isinstance(facts, Reading):
         inside += [part for path in facts.unread_dropouts if (part := module.get_submodule(path)) not in inside]
         dropout = facts.active(module)
-        facts = (
-            facts if dropout is None else f"its dropout {dropout} is active, and only its own code says where it drops"
-        )
+        if dropout is not None:
+            facts = (
+                f"its dropout {dropout} is active, and only its own code says where it drops; "
+                "call eval(), or set its rate to 0"
+            )
     scope.renew(facts, lambda: guarded(family, root, inside))
     return facts
 
@@ -67,13 +70,13 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
-            return f"{name} inside the attention has hooks, which expect its own tensors"
+            return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
-                return f"{name} inside the attention has a {method} of its own"
+                return f"{name} inside the attention has a {method} of its own; delete it to accelerate"
         for rate, value in () if is_of_library(part) else rates(part):
             if value:
-                return f"{rate} of its {name} is not zero, and whether that drops is for its own code to say"
+                return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
     return None
 
 
@@ -160,7 +163,7 @@ def section_reason(section: Section, device: torch.device) -> str | None:
     geometry, heads = section.geometry, section.num_heads
     tokens = geometry.tokens
     if tokens < 2 or min(geometry.window) < 1:
-        return "the window is a single token"
+        return "the window is a single token, where attention has nothing to weigh"
     if not all(0 <= shift < window for shift, window in zip(geometry.shift, geometry.window, strict=True)):
         return f"the shift {geometry.shift} does not lie inside the window {geometry.window}"
     if section.index.dtype not in (torch.int64, torch.int32):
@@ -176,14 +179,14 @@ def section_reason(section: Section, device: torch.device) -> str | None:
     if mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens):
         return f"the mask {tuple(mask.shape)} belongs to another image size than {geometry.size}"
     if mask is not None and not mask.is_floating_point():
-        return f"the mask is of {mask.dtype}"
+        return f"the mask is of {mask.dtype}, and kernels add one of floating-point numbers; convert it"
     if mask is not None and mask.requires_grad:
-        return "the mask has a gradient"
+        return "the mask records gradients, and kernels give it none; detach it"
     for tensor in (*section.sources, section.index, mask, section.logit_scale):
         if tensor is not None and tensor.device != device:
-            return f"a tensor of its bias or mask is on {tensor.device}, and the input on {device}"
+            return f"a tensor of its bias or mask is on {tensor.device}, the input on {device}; move all of the model"
     if not all(tensor.is_floating_point() for tensor in section.sources):
-        return "its bias does not consist of floating-point numbers"
+        return "its bias does not consist of floating-point numbers; convert its table"
     return None
 
 
@@ -198,9 +201,9 @@ def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x
     One that was asked for by name records gradients all the same.
     """
     if section.dropout > 0:
-        return "attention dropout is active, and the torch backend has none"
+        return "attention dropout is active, and the torch backend has none; call eval(), or set its rate to 0"
     if config.backend != "torch" and _records_gradients(attention, x):
-        return "gradients are recorded, and only on GPUs is training accelerated"
+        return "gradients are recorded, and here only inference is accelerated; call it inside torch.no_grad()"
     return None
 
 
@@ -224,7 +227,7 @@ def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
         x.device, product_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
     )
     if reason is None and section.geometry.is_padded and section.padding is None:
-        reason = "the image is padded and the projection is not a plain nn.Linear"
+        reason = PADDED
     return reason or failures.get(problem)
 
 

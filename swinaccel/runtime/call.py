@@ -131,7 +131,7 @@ def _note_fallback(reason: str, module: nn.Module, config: AccelConfig, state: S
     state.reason = reason
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"swinaccel: the original runs, because {reason}", stacklevel=5)
+        warnings.warn(f"swinaccel: the original runs, and its results are right: {reason}", stacklevel=5)
 
 
 def _attention_plan(
@@ -198,7 +198,7 @@ def _facts(adapter: Any, module: nn.Module, scope: Scope) -> Any:
 def _look(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
     facts = adapter.block(root)
     if registry.reading(block_key(adapter, module)) is None:
-        raise NotFusable("it was changed after accelerate()")
+        raise NotFusable("it was changed after accelerate(); call accelerate() again")
     if isinstance(facts, Merging):
         return MergingFacts(module, facts)
     if isinstance(facts, Embedding):

@@ -47,23 +47,23 @@ def context_reason(x: Any) -> str | None:
     if not isinstance(x, Tensor):
         return "the input is no tensor"
     if _has_any_global_hook():
-        return "hooks of all modules are registered, which expect the original's own"
+        return "a global module hook is registered, which expects the original's own modules; remove it to accelerate"
     if torch.compiler.is_compiling():
         return None  # what follows is no concern of a compiler's own tracing, and cannot be traced
     if _tracing_state() is not None:
-        return "the model is being traced"
+        return "the model is being traced, and a trace holds no kernels; use torch.export or torch.compile in its place"
     if type(x) not in PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
     if x.is_meta:
-        return "the input is on the meta device"
+        return "the input is on the meta device, where nothing is computed"
     if _interpreter_stack() is not None:
-        return "the call is inside a torch.func transform"
+        return "the call is inside a torch.func transform, which kernels have no rules for; call it outside"
     if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
+        return "forward-mode differentiation is active, which kernels have no rules for; use backward() to accelerate"
     if _active_mode(_PROXY) is not None:
-        return "the call is being traced into a graph"
+        return "the call is being traced into a graph by make_fx; use torch.export or torch.compile in its place"
     if _function_modes() and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack()):
-        return "a mode is active that may replace PyTorch's functions"
+        return "a torch function mode is active, which may replace PyTorch's functions; leave it to accelerate"
     return None
 
 

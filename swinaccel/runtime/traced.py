@@ -118,7 +118,7 @@ def _parts_reason(
 ) -> str | None:
     """Return why modules that the section stands in for must be called; see `attention.parts_reason`."""
     if not is_called and has_hooks(part):
-        return f"{type(part).__name__} inside the attention has hooks, which expect its own tensors"
+        return f"{type(part).__name__} inside the attention has hooks, which expect its own tensors; remove them"
     if not is_called and has_own_forward(part):
         return f"{type(part).__name__} inside the attention has a forward of its own"
     if (*place, type(part)) not in roles:

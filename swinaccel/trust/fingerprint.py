@@ -247,7 +247,7 @@ class Trace:
             return type(value), frozenset(self._value(one, names, depth + 1) for one in value)
         if isinstance(value, Tensor):
             if depth:
-                raise Untraceable("its code reads a tensor that is no part of the module, and may change unseen")
+                raise Untraceable("its code reads a tensor that is no part of the module; register it as a buffer")
             return _identity(value)
         if isinstance(value, nn.Module):
             return self._owner(value, names, depth)
@@ -260,13 +260,17 @@ class Trace:
         if not isinstance(value, nn.Module):
             return self._value(value, names, depth + 1)
         if value not in self._modules and not is_of_library(value):
-            raise Untraceable(f"its code reads a {type(value).__name__} that is no submodule of it")
+            raise Untraceable(f"its code reads a {type(value).__name__} that is no submodule of it; assign it as one")
         return _identity(value)
 
     def _namespace(self, value: Any, names: frozenset[str], depth: int) -> Iterator[Hashable]:
         """Yield what code uses of a Python module or of a class; of a user's class all that is no function."""
         if value is type or getattr(value, "__module__", None) == "builtins":
             return
+        if isinstance(value, enum.EnumMeta):
+            members: Mapping[str, Any] = value.__members__  # of which the class's own namespace may hold descriptors
+            for name in sorted(names & members.keys()):
+                yield name, self._value(members[name], names, depth + 1)
         if isinstance(value, type):
             is_opaque = is_library_function(value) or issubclass(value, (Tensor, enum.Enum))
             shown = names if is_opaque or issubclass(value, nn.Module) else names | vars(value).keys()

@@ -35,7 +35,8 @@ from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library
 from .registry import Reading, attention_key, block_key, registry
 
-_NOTHING_TO_COMPARE = "the image is padded and the projection is not a plain nn.Linear"  # such calls run the original
+# Such calls run the original, and are not compared.
+PADDED = "the image is padded and the projection is not a plain nn.Linear; pad images to whole windows, or merge it"
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((
     "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cuda", "custom_fwd", "device_type",
@@ -190,7 +191,7 @@ def _unread_dropouts(
             dropping.p = 1.0  # type: ignore[assignment]
             try:
                 pairs = [(copy.deepcopy(twin), copy.deepcopy(twin), args, Setting()) for args in arguments]
-                reasons = {compared(*pair) for pair in pairs} - {None, _NOTHING_TO_COMPARE}
+                reasons = {compared(*pair) for pair in pairs} - {None, PADDED}
             except _NotNow:  # the family reads it, and leaves such calls to the original
                 continue
             if reasons:
@@ -230,7 +231,7 @@ def _run(
                             torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast),
                         ):
                             reason = compared(*pair, args, setting)
-                        if reason == _NOTHING_TO_COMPARE:
+                        if reason == PADDED:
                             continue
                         compares += 1
                         if reason is not None:
@@ -242,7 +243,7 @@ def _run(
         raise _NotNow(f"there was no memory to probe its forward in ({_first_line(error)})") from None
     except Exception as error:
         return f"the probe of its forward failed ({_first_line(error)})"
-    return _NOTHING_TO_COMPARE if empty else None
+    return PADDED if empty else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -264,7 +265,7 @@ def _compare(
     if isinstance(section, str):
         raise _NotNow(section)
     if section.padding is None and section.geometry.is_padded:
-        return _NOTHING_TO_COMPARE
+        return PADDED
     section = reading.apply(section)
     reason = _unkept(family, other, section, args)
     if reason is not None:
@@ -273,7 +274,7 @@ def _compare(
     inputs = [x.clone().requires_grad_(setting.training) for _ in range(2)]
     expected = _expected(original, twin, (inputs[0], *rest), setting)
     if expected is None:
-        return _NOTHING_TO_COMPARE
+        return PADDED
     seed()
     found = _parts(family.forward(other, lambda image: attend(section, image), inputs[1], *rest))
     return compare.reason(family.name, expected, found, inputs, twin, other, setting)
@@ -311,7 +312,7 @@ def _compare_block(
     inputs = [args[0].clone().requires_grad_(setting.training) for _ in range(2)]
     expected = _expected(original, twin, (inputs[0], *args[1:]), setting)
     if expected is None:
-        return _NOTHING_TO_COMPARE
+        return PADDED
     seed()
     args = inputs[1], *args[1:]
     x, size = family.tokens(other, *args)
