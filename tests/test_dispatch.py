@@ -618,7 +618,7 @@ def test_mask_with_a_gradient():
     model.attn_mask = model.attn_mask.clone().requires_grad_()
     swinaccel.accelerate(model, backend="triton")
     model.to(helpers.TRITON_DEVICE)(X.to(helpers.TRITON_DEVICE))
-    assert reason_of(model) == "the mask has a gradient"
+    assert "the mask records gradients" in reason_of(model)
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
@@ -860,7 +860,7 @@ def test_hooks_of_all_modules(backend):
             handles.append(hook(lambda module, _, out: 2 * out if isinstance(module, nn.Softmax) else None))
 
     try:
-        assert "hooks of all modules" in changed(backend, change)
+        assert "global module hook" in changed(backend, change)
     finally:
         handles[0].remove()
 

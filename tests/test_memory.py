@@ -365,7 +365,7 @@ def test_mask_that_gets_a_gradient():
     model.attn_mask.requires_grad_()
     model(X)
     (entry,) = swinaccel.report(model)
-    assert entry.reason == "the mask has a gradient"
+    assert "the mask records gradients" in entry.reason
 
 
 def test_autocast():
