@@ -1,4 +1,4 @@
-"""Settings that a forward reads may lie anywhere; changed before accelerate() or after it, a call does as the original."""
+"""Settings that a forward reads may lie anywhere; changed before accelerate() or after, the original's answer comes."""
 
 from __future__ import annotations
 
