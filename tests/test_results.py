@@ -75,7 +75,7 @@ def test_end_to_end(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert document["machine"]["matrix_tflop_s"]["float32"] > 0
     assert document["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     text = (tmp_path / "results.md").read_text()
-    for words in ("## Window attention", "ms: forward + backward", "## Whole models, ms per batch", "| swinaccel |"):
+    for words in ("## Window attention", "### Forward + backward", "## Whole models, ms per batch", "| swinaccel |"):
         assert words in text
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert {"attention-forward-speedup.png", "models-inference-speedup.png"} <= set(pictures)

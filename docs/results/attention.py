@@ -86,9 +86,10 @@ class Windows(NamedTuple):
         logit_scale = torch.full((heads, 1, 1), math.log(10.0), device=device, dtype=dtype) if self.cosine else None
         bias = reference.bias_from_table(table, index).contiguous()
         mask = reference.shift_mask(geometry, -100.0, device=device).to(dtype)
-        given = Cut(*(windows(part).contiguous() for part in qkv.chunk(3, -1)), bias, mask, logit_scale)
+        q, k, v = (windows(part).contiguous() for part in qkv.chunk(3, -1))
+        given = Cut(q, k, v, bias, mask, logit_scale)
         scales = [] if logit_scale is None else [logit_scale]
-        for tensor in (qkv, table, *given[:3], bias, *scales):
+        for tensor in (qkv, table, q, k, v, bias, *scales):
             tensor.requires_grad_(backward)
         options: dict[str, Any] = {"table": table, "index": index, "logit_scale": logit_scale}
         makers: dict[str, Make] = {
@@ -104,7 +105,7 @@ class Windows(NamedTuple):
             makers |= _window_seeds(seed_repos, given, backward)
         if backward:
             grad = draw(*qkv.shape[:-1], channels)
-            wanted = dict.fromkeys(makers, ([*given[:3], bias, *scales], windows(grad).contiguous()))
+            wanted = dict.fromkeys(makers, ([q, k, v, bias, *scales], windows(grad).contiguous()))
             wanted["swinaccel"] = ([qkv, table, *scales], grad)
             makers = {name: partial(_with_gradients, make, *wanted[name]) for name, make in makers.items()}
         pixels = self.batch * self.side**2

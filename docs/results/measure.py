@@ -49,6 +49,7 @@ MODELS = {  # and the largest batch
     "torchvision:swin_v2_b": 64,
 }
 TRAINED = {"timm:swin_tiny_patch4_window7_224": 128, "timm:swinv2_tiny_window16_256": 64}
+SIDES = {(True, True): 4096, (True, False): 8192, (False, True): 1024, (False, False): 256}  # (CUDA, fp32): of products
 CPU_MODELS = (*TRAINED, "hf:swin-tiny", "torchvision:swin_v2_t")
 
 
@@ -62,10 +63,13 @@ class Model(NamedTuple):
         return f"{self.name}, B{self.batch}"
 
 
+Case = attention.Windows | attention.Sequence | Model
+
+
 class Row(NamedTuple):
     """One row of one table, not measured yet; `backward` says training for a model."""
 
-    case: attention.Windows | attention.Sequence | Model
+    case: Case
     dtype: str
     backward: bool = False
 
@@ -97,16 +101,17 @@ def plan(is_cuda: bool) -> list[Row]:
     """Return the rows, cheap and important ones first; fewer and smaller ones on a CPU."""
     windows, sequences = attention.WINDOWS, attention.SEQUENCES
     if not is_cuda:
-        cases = [*(case._replace(batch=case.batch // 16) for case in windows), sequences[0]]
+        cases: list[Case] = [*(case._replace(batch=case.batch // 16) for case in windows), sequences[0]]
         whole = [Row(Model(name, batch), "float32") for batch in (1, 8) for name in CPU_MODELS]
         return [*(Row(case, "float32", backward) for backward in (False, True) for case in cases), *whole]
-    alone = [Row(case, "float16", backward) for backward in (False, True) for case in (*windows, *sequences)]
-    trained = [Row(Model(*one), "bfloat16", True) for one in TRAINED.items()]
+    every: list[Case] = [*windows, *sequences]
+    alone = [Row(case, "float16", backward) for backward in (False, True) for case in every]
+    trained = [Row(Model(name, batch), "bfloat16", True) for name, batch in TRAINED.items()]
     whole = [
-        Row(Model(name, batch or most), dtype)
+        Row(Model(name, size or batch), dtype)
         for dtype in ("bfloat16", "float16", "float32")
-        for batch in (None, 1, 8)
-        for name, most in MODELS.items()
+        for size in (None, 1, 8)
+        for name, batch in MODELS.items()
     ]
     return [*alone, *trained, *whole]
 
@@ -162,11 +167,11 @@ def describe(setting: Setting, dtypes: list[str]) -> dict[str, Any]:
     """Return the machine and its ceilings: GB/s of a copy, read and written, and TFLOP/s of products, by dtype."""
     packages = ("swinaccel", "torch", "triton", "timm", "transformers", "torchvision")
     is_cuda = setting.device.type == "cuda"
-    source = torch.randn(2**28 if is_cuda else 2**22, device=setting.device)
+    source = torch.randn(2**28 if is_cuda else 2**25, device=setting.device)
     copy = partial(torch.neg, source, out=torch.empty_like(source))  # a captured copy is no kernel, and slower
     rates: dict[str, float] = {}
     for dtype in dict.fromkeys(dtypes):
-        side = (4096 if dtype == "float32" else 8192) if is_cuda else 256
+        side = SIDES[is_cuda, dtype == "float32"]
         pair = (torch.randn(side, side, device=setting.device).to(models.as_dtype(dtype)) for _ in range(2))
         rates[dtype] = 2 * side**3 / _seconds(partial(torch.mm, *pair), setting.device) / 1e12
     return {

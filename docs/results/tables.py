@@ -79,9 +79,13 @@ def markdown(document: dict[str, Any]) -> str:
         f" {number(machine['copy_gb_s'])} GB/s (read + write); matrix product, TFLOP/s: {rates} (fp32 products:"
         f" {machine['fp32_products']}).", "", LEGEND,
     ]  # fmt: skip
+    last = None
     for section, mode, rows in parts(document):
-        title, reading = SECTIONS[section]
-        lines += ["", f"## {title}: {mode}", "", reading, "", *_table(rows, _times(rows)), "", *_notes(rows)]
+        if section != last:
+            title, reading = SECTIONS[section]
+            lines += ["", f"## {title}", "", reading]
+        last = section
+        lines += ["", f"### {mode.capitalize()}", "", *_table(rows, _times(rows)), "", *_notes(rows)]
         if any(variant["peak_memory_mib"] for row in rows for variant in row["variants"]):
             counted = "parameters included" if section in ("models", "training") else "beyond the inputs"
             columns = _columns(rows, lambda v: number(v["peak_memory_mib"]))

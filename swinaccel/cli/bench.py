@@ -197,7 +197,7 @@ def _variants(
     makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": copied}
     other = _other_attention(model)
     if other is not None:
-        makers["SDPA" if other == "sdpa" else "eager attention"] = lambda: _with_attention(copied(), other)
+        makers[other[0]] = lambda: other[1](copied())
 
     def compiled(mode: str | None, fast: nn.Module | None = None) -> Callable[..., Any]:
         return torch.compile(copied() if fast is None else fast, mode=mode)
@@ -219,28 +219,25 @@ def _copy(model: nn.Module, train: bool) -> nn.Module:
     return copied
 
 
-def _other_attention(model: nn.Module) -> str | None:
-    """Return the attention that the model's library offers besides the one in use: "sdpa", "eager" or None."""
-    if _unfused(model):
-        return "sdpa"
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    has_both = getattr(model, "_supports_sdpa", False) and implementation in ("eager", "sdpa")  # Hugging Face
-    return ("sdpa" if implementation == "eager" else "eager") if has_both else None
+def _other_attention(model: nn.Module) -> tuple[str, Callable[[nn.Module], nn.Module]] | None:
+    """Return the attention that the model's library offers besides the one in use, by name, and what sets it."""
 
+    def fuse(model: nn.Module) -> nn.Module:  # timm's, of those that could be SDPA's
+        for module in model.modules():
+            if getattr(module, "fused_attn", None) is False:
+                module.fused_attn = True  # type: ignore[assignment]
+        return model
 
-def _with_attention(model: nn.Module, implementation: str) -> nn.Module:
-    """Switch a model to its library's other attention, and return it."""
-    unfused = _unfused(model)
-    for module in unfused:
-        module.fused_attn = True
-    if not unfused:
-        model.set_attn_implementation(implementation)  # type: ignore[operator]
-    return model
+    def switch(model: nn.Module) -> nn.Module:  # Hugging Face's
+        model.set_attn_implementation("sdpa" if used == "eager" else "eager")  # type: ignore[operator]
+        return model
 
-
-def _unfused(model: nn.Module) -> list[Any]:
-    """Return timm's attentions that could be SDPA's."""
-    return [module for module in model.modules() if getattr(module, "fused_attn", None) is False]
+    if any(getattr(module, "fused_attn", None) is False for module in model.modules()):
+        return "SDPA", fuse
+    used = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if not getattr(model, "_supports_sdpa", False) or used not in ("eager", "sdpa"):
+        return None
+    return "SDPA" if used == "eager" else "eager attention", switch
 
 
 def _step(model: Any, device: torch.device, autocast: torch.dtype | None) -> Callable[..., list[Tensor]]:

@@ -88,13 +88,13 @@ def inspect(model: Model, pretrained: Pretrained = False, size: Size = None, as_
 def verify(
     model: Model,
     batch: Batch = 2,
+    size: Size = None,
+    pretrained: Pretrained = False,
     dtype: Dtype = None,
     device: Device = None,
     backend: Backend = "auto",
     bias: Bias = "auto",
     bias_energy: BiasEnergy = None,
-    pretrained: Pretrained = False,
-    size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Compare a model, accelerated and as it was, with an fp64 reference. Exits with 1 if it did not pass."""
@@ -115,20 +115,17 @@ def verify(
 def bench(
     model: Model,
     batch: Batch = 8,
-    dtype: Dtype = None,
-    device: Device = None,
-    backend: Backend = "auto",
-    bias: Bias = "auto",
-    bias_energy: BiasEnergy = None,
-    pretrained: Pretrained = False,
-    size: Size = None,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Samples of each variant. Default: 10 to 50, for about 20 s.")
-    ] = None,
     train: Annotated[
         bool,
         typer.Option("--train", help="Measure training steps; parameters are fp32, and --dtype is that of autocast."),
     ] = False,
+    size: Size = None,
+    pretrained: Pretrained = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each variant. Default: 10 to 50, for about 20 s.")
+    ] = None,
     compile: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="With the torch.compile variants. Default: on CUDA only."),
@@ -136,13 +133,16 @@ def bench(
     compile_mode: Annotated[
         str | None, typer.Option(help="Mode of torch.compile, such as reduce-overhead or max-autotune.")
     ] = None,
+    backend: Backend = "auto",
+    bias: Bias = "auto",
+    bias_energy: BiasEnergy = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the medians into an image.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure inference or training: original, its library's other attention, torch.compile, accelerated, and both."""
     with terminal.work(as_json) as out:
         options = _options(backend, bias, bias_energy)
-        terminal.check_image("--plot", plot)
+        picture = terminal.image_path("--plot", plot)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         options |= {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
         options |= {"rounds": rounds, "compile": compile, "compile_mode": compile_mode}
@@ -155,9 +155,9 @@ def bench(
         out.show(result.report.summary())
         for reason in dict.fromkeys(entry.reason for entry in result.report if entry.reason):
             out.show(f"original: {reason}")
-        if plot is not None:
-            result.plot(plot)
-            out.show(f"drawn into {plot}")
+        if picture is not None:
+            result.plot(picture)
+            out.show(f"drawn into {picture}")
 
 
 @app.command(epilog=_EPILOG)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -110,24 +109,22 @@ def running(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
         raise
 
 
-def check_image(option: str, path: str | None) -> None:
-    """Raise where no image can be drawn into a path, before there is something to draw."""
+def image_path(option: str, path: str | None) -> Path | None:
+    """Return the place of an image that is to be drawn; ValueError, before the work, where none can be."""
     if path is None:
-        return
+        return None
     from .models import library
 
     library("matplotlib")
     place = Path(path).expanduser()
-    first = place if place.exists() else place.parent
-    if place.is_dir():
-        reason = "it is a folder"
-    elif not first.exists():
-        reason = f"there is no folder {first}"
-    elif not os.access(first, os.W_OK):
-        reason = f"{first} is closed to this user"
-    else:
-        return
-    raise ValueError(f"{option} {path} cannot be written: {reason}; give another path")
+    was_there = place.exists()
+    try:
+        place.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}; give another path") from None
+    if not was_there:
+        place.unlink()
+    return place
 
 
 def finite(value: Any) -> Any:
