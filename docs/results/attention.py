@@ -229,7 +229,7 @@ def _sdpa(given: Cut, backward: bool) -> Call:
 
 
 def _window_seeds(repos: Path, given: Cut, backward: bool) -> dict[str, Make]:
-    """Return what makes the calls of the peers' own kernels."""
+    """Return functions that make the calls of the peers' own kernels, by name."""
     q, k, v, bias, mask, logit_scale = given
     makers: dict[str, Make] = {}
     if logit_scale is None:

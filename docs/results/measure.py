@@ -88,7 +88,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Setting:
-    """What all rows share; `deadline` is a time of `time.monotonic()`."""
+    """The options of all rows; `deadline` is a time of `time.monotonic()`."""
 
     device: torch.device
     rounds: int
@@ -140,7 +140,7 @@ def write(document: dict[str, Any], folder: Path) -> None:
 
 
 def _measured(setting: Setting, row: Row, machine: dict[str, Any]) -> dict[str, Any]:
-    """Return what a row gives, or a note why there is nothing."""
+    """Return the measurements of a row, or a note why there are none."""
     begin = time.monotonic()
     try:
         measure: Callable[..., dict[str, Any]] = measure_model if isinstance(row.case, Model) else measure_attention

@@ -134,7 +134,7 @@ def _table(rows: list[Row], columns: Columns) -> list[str]:
 
 
 def _notes(rows: list[Row]) -> list[str]:
-    """Return what did not run, what was timed otherwise than the rest, and whose output is another."""
+    """Return notes on failures, on variants timed otherwise than the rest, and on outputs that differ."""
     found = []
     for row in rows:
         if row["note"]:

@@ -220,7 +220,7 @@ def _copy(model: nn.Module, train: bool) -> nn.Module:
 
 
 def _other_attention(model: nn.Module) -> tuple[str, Callable[[nn.Module], nn.Module]] | None:
-    """Return the attention that the model's library offers besides the one in use, by name, and what sets it."""
+    """Return the name of the library's other attention and a function that sets it, or None where there is none."""
 
     def fuse(model: nn.Module) -> nn.Module:  # timm's, of those that could be SDPA's
         for module in model.modules():

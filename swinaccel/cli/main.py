@@ -235,7 +235,7 @@ def _factorize(model: nn.Module, config: AccelConfig, like: torch.Tensor) -> Ite
 
 
 def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> dict[str, Any]:
-    """Return the entries of a row that are about the factors of one module."""
+    """Compute the factors of one module, and return their part of its row."""
     copied = copy.deepcopy(module)
     family = families.match(module)[0]  # type: ignore[index]
     example = families.examples(family, copied)[0]

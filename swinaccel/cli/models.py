@@ -106,7 +106,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """Return a device, which is there."""
+    """Return a device; ValueError where this machine has no such one."""
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -79,7 +79,7 @@ def work(as_json: bool) -> Iterator[Output]:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what an error is about: our own words as they are, and others' in one line."""
+    """Return an error's message: our own as it is, others' in one line."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     from .factory import told
