@@ -25,7 +25,7 @@ def step_by_step(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) ->
 
 
 def shift_mask() -> Tensor:
-    """Return a mask (windows, N, N) for 2x2 windows shifted by half of one: -100 between tokens from different sides."""
+    """Return the mask (windows, N, N) of 2x2 windows shifted by half of one: -100 between tokens of different sides."""
     side = torch.arange(SIDE, device=DEVICE) >= SIDE // 2
     masks = []
     for row in (False, True):
