@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from swinaccel.cli import bench, factory, main, models
+from swinaccel.cli import bench, factory, main, models, terminal
 
 TINY = """
     import timm, torch
@@ -309,6 +309,16 @@ def test_plots_that_cannot_be_written_are_found_out_before_the_work(tiny, tmp_pa
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
     assert "give another path" in result.stderr
+
+
+def test_the_place_of_a_plot(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = terminal.image_path("--plot", "~/plot.png")
+    assert path == tmp_path / "plot.png"
+    assert not path.exists()
+    path.write_bytes(b"before")
+    terminal.image_path("--plot", str(path))
+    assert path.read_bytes() == b"before"
 
 
 def test_factors_that_cannot_be_kept(tiny, tmp_path, monkeypatch):
