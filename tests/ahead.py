@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not there: `python tests/ahead.py [all]`.
+"""Compile the kernels for GPUs that are not there: `python tests/ahead.py [all]`.
 
 Calls are planned on the CPU for an assumed limit of shared memory; what would be launched is compiled instead. One
 JSON object a line: the problem, the kernel, the GPU, the limit, and the shared memory that one program takes, or an
@@ -73,7 +73,7 @@ def everything() -> tuple[list[Any], list[Any], list[Any], list[Any]]:
 
 
 def launches(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
-    """What a plan would launch on such a GPU."""
+    """Return the launches that a plan would make on such a GPU, with their tensors."""
     target, limit = GPUS[gpu]
     found = []
     plain, hip = windows._Launch.__call__, torch.version.hip
@@ -95,7 +95,7 @@ def launches(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
 
 
 def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str) -> None:
-    """Forward and backward of windows, and in inference with factors of the bias."""
+    """Pose forward and backward of windows, and in inference with factors of the bias."""
     heads, batch, tokens = 2, 4, torch.Size(shape).numel()
     size = tuple(2 * side - ("padded" in flags) for side in shape)
     geometry = Geometry(size, shape, tuple(side // 2 for side in shape), False)
@@ -142,7 +142,7 @@ def mlp(channels: int) -> None:
 
 
 def linear_gelu(channels: int, rows: int) -> None:
-    """Two programs are to share a multiprocessor."""
+    """Pose a product with GELU, of which two programs are to share a multiprocessor."""
     from swinaccel.kernels import fusion_launch
 
     x, up = torch.zeros(rows, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
@@ -159,7 +159,7 @@ def embed(channels: int) -> None:
 
 
 def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
-    """Compile a launch; bytes of shared memory of one program."""
+    """Compile a launch, and return the bytes of shared memory of one program."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
@@ -185,7 +185,7 @@ def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
 
 
 def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
-    """(GPU, problem, plan)."""
+    """Yield GPU, problem and plan."""
     windows_, sequences, mlps, embeddings = everything() if everywhere else (WINDOWS, SEQUENCES, MLPS, EMBEDDINGS)
     for gpu in [name for name in GPUS if "twice" not in name] if everywhere else GPUS_BY_DEFAULT:
         for one in windows_:
