@@ -32,18 +32,6 @@ def folder_of(kind: str) -> Path | None:
         return None
 
 
-def records(folder: Path) -> list[Path]:
-    """Return the files of a folder that are whole records; none where it is absent, or not to be trusted."""
-    try:
-        reason = _doubt(os.lstat(folder))
-        if reason is None:
-            return sorted(path for path in folder.iterdir() if path.suffix != _PART and path.is_file())
-        warn_once(_unusable(folder, reason))
-    except OSError:  # it is absent, or closed
-        pass
-    return []
-
-
 def read(path: Path, most: int) -> bytes | None:
     """Return a record's contents, of more bytes the first `most`, or None where it is absent or not to be trusted."""
     try:

@@ -3,8 +3,7 @@
 =====================  ==========================================================================================
 SWINACCEL_DISABLE      1 | true | yes | on: `accelerate` does nothing and accelerated models run their originals.
 SWINACCEL_STRICT       likewise: raise where an original would run in place of a kernel.
-SWINACCEL_CACHE_DIR    folder of bias factors and tuned launches; default: $XDG_CACHE_HOME/swinaccel or
-                       ~/.cache/swinaccel.
+SWINACCEL_CACHE_DIR    folder of bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
 SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
 TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kernels on CPU tensors.
 =====================  ==========================================================================================
@@ -117,7 +116,7 @@ def env_interpret() -> bool:
 
 
 def cache_dir() -> Path:
-    """Return the folder of bias factors and tuned launches, which need not exist.
+    """Return the folder of bias factors, which need not exist.
 
     Raises:
         ValueError: where there can be none; the message names the variable that says so.

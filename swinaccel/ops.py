@@ -185,11 +185,6 @@ def _forward(
     except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
-        if backend.retry_with_defaults():
-            return _forward(
-                qkv, k, v, table, index, padding, mask, logit_scale, seed, num_heads, window, shift, roll_first,
-                mask_value, scale, dropout, for_backward, factors, geometry,
-            )  # fmt: skip
         head_dim = _head_dim(qkv, k, num_heads, geometry)
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         options = _options(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
@@ -278,11 +273,6 @@ def _backward(
     except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
-        if backend.retry_with_defaults():
-            return _backward(
-                grad, out, lse, qkv, k, v, table, index, padding, mask, logit_scale, seed, num_heads, window, shift,
-                roll_first, mask_value, scale, dropout, grad_table, geometry,
-            )  # fmt: skip
         head_dim = _head_dim(qkv, k, num_heads, geometry)
         _note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         gradients = _reference_gradients(grad, qkv, k, v, geometry, options, create_graph=False)

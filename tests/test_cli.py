@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from swinaccel import bench, cli, factory, models, tuning
+from swinaccel import bench, cli, factory, models
 
 TINY = """
     import timm, torch
@@ -266,11 +266,8 @@ def test_models_whose_train_gives_nothing(nets, arguments):
     assert result.exit_code == 0, result.output
 
 
-def test_training_and_tuning_of_models_whose_train_gives_nothing(nets):
-    model = factory.load(f"{nets}:silent")[0]
-    assert bench._twin(model, train=True).training
-    with pytest.raises(RuntimeError, match="poses no problem"):  # but it is run
-        tuning.collect(type(model)(torch.nn.Linear(2, 2)), (torch.ones(1, 2),), measurable=True, train=True)
+def test_training_of_models_whose_train_gives_nothing(nets):
+    assert bench._twin(factory.load(f"{nets}:silent")[0], train=True).training
 
 
 def test_a_model_that_is_there_already(nets):

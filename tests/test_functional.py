@@ -719,7 +719,6 @@ def test_out_of_memory_is_no_failure(place, monkeypatch, caplog):
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "swinaccel"):
         patch.setattr(kernels, place, full)
-        patch.setattr(kernels, "retry_with_defaults", lambda: pytest.fail("tuned launches are given up"))
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             step()
     assert not ops.has_failures()

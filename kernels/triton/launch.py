@@ -1,4 +1,4 @@
-"""From the shape of a problem to the shape of a launch. Plain arithmetic: no device is asked, nothing is tuned.
+"""From the shape of a problem to the shape of a launch. Plain arithmetic: no device is asked.
 
 The numbers were chosen by measurement on an H200 at head_dim 32 (docs/benchmarks.md); what must hold elsewhere is
 that a launch fits `shared_memory`, which the caller reads from the device.

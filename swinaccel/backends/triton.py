@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..spec.window import Geometry
-from . import tuned
 from .triton_checks import DTYPES, check_kinds, check_position, check_shapes, lse_shape
 
 MAX_TOKENS, MAX_HEAD_DIM = 1024, 128
@@ -375,21 +374,6 @@ def forget_launches() -> None:
     _launches.clear()
 
 
-def retry_with_defaults() -> bool:
-    """After a failure: whether tuned launches were in use. They no longer are, and all are planned again."""
-    distrusted = tuned.distrust()
-    if distrusted:
-        forget_launches()
-    return distrusted
-
-
-def _chosen(kernel: str, problem: _Problem, default: Any, grad_bias: bool = False) -> Any:
-    """The launch of a kernel, the default one or a tuned one; asked when a problem is first seen."""
-    if problem.shared_memory is not None:  # another device is assumed
-        return default
-    return tuned.launch(kernel, problem, default, grad_bias)
-
-
 def _registers(large: Any) -> dict[str, int]:
     """The launch option that holds the compiler to so many registers; AMD's has none."""
     return {"maxnreg": large.max_registers} if large.max_registers and torch.version.hip is None else {}
@@ -414,7 +398,7 @@ class _Forward:
         self.lse_shape = (0,)
         table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
         if self.is_small:
-            default = launch.small(
+            small = launch.small(
                 tokens=tokens,
                 head_dim=problem.head_dim,
                 batch=problem.batch,
@@ -422,7 +406,6 @@ class _Forward:
                 element_size=problem.dtype.itemsize,
                 shared_memory=shared_memory,
             )
-            small = _chosen("small", problem, default)
             self.attention: Any = _Launch(
                 window_fwd._window_attention_fwd_small_kernel,
                 (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
@@ -443,7 +426,6 @@ class _Forward:
             element_size=problem.dtype.itemsize,
             shared_memory=shared_memory,
         )
-        large = _chosen("large", problem, large)
         self.dense = problem.dense(large.block_m, large.block_n)
         _, rows, cols = self.dense[0]
         if problem.bias_mode == tiles.BIAS_DENSE.value:
@@ -624,8 +606,7 @@ class _Backward:
             "shared_memory": problem.shared_memory or device_shared_memory(problem.device),
         }
         if self.is_small:
-            default = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
-            small = _chosen("small_backward", problem, default, grad_bias)
+            small = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
             parts = -(-windows // small.windows) * -(-batch // small.images)
             self.small: Any = _Launch(
                 window_bwd._window_attention_bwd_small_kernel,
@@ -643,8 +624,7 @@ class _Backward:
             self.scale_shape: tuple[int, ...] = (parts, heads)
             self.padding_shape = (parts, 3 * problem.channels)
             return
-        kinds = zip(launch.LargeBackwardLaunch._fields, launch.large_backward(tokens=tokens, **options), strict=True)
-        large = launch.LargeBackwardLaunch(*(_chosen(kind, problem, one, grad_bias) for kind, one in kinds))
+        large = launch.large_backward(tokens=tokens, **options)
         blocks = [(one.block_m, one.block_n) for one in large]
         self.dense = problem.dense(max(m for m, _ in blocks), max(n for _, n in blocks))
         _, rows, cols = self.dense[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -242,95 +242,6 @@ def precompute(
         out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
         if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
             out.show("These weights are random, and so are their factors; --pretrained takes the library's.")
-
-
-@app.command(epilog=_EPILOG)
-def tune(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Not with --list or --clear.")] = None,
-    batch: Batch = 8,
-    dtype: Dtype = None,
-    device: Device = None,
-    pretrained: Pretrained = False,
-    size: Size = None,
-    train: Annotated[
-        bool,
-        typer.Option("--train", help="Tune training, too; parameters are fp32, and --dtype is that of autocast."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the problems that MODEL poses and their launches; measure nothing.")
-    ] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Show all that is tuned.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Forget all that is tuned.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure launches of the attention kernels on this GPU, and keep those that are faster than the default ones."""
-    with terminal.work(as_json) as out:
-        from . import cache
-        from .backends import tuned
-
-        if (model is None) != (listing or clear) or (listing and clear):
-            raise ValueError("give one of MODEL, --list and --clear")
-        out.document = {"cache": str(tuned.folder())}
-        if clear:
-            removed = tuned.clear()
-            out.document["removed"] = removed
-            out.show(f"{removed} launches removed from {tuned.folder()}")
-        elif listing:
-            found = tuned.stored()
-            out.document["tuned"] = [{**place, "launches": launches} for place, launches in found]
-            for place, launches in found:
-                out.show(", ".join(f"{name} {value}" for name, value in place.items()))
-                out.show(_launch_table({"key": key, **record} for key, record in launches.items()))
-            out.show(f"{sum(len(launches) for _, launches in found)} tuned launches in {tuned.folder()}")
-        else:
-            loaded = _load(str(model), pretrained, "float32" if train else dtype, device, size)
-            arguments: dict[str, Any] = {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
-            out.document |= {"model": model, **_place(loaded), "batch": batch, "train": train}
-            inputs = loaded.example_inputs(batch)
-            if not dry_run:
-                cache.check(tuned.folder())
-            with terminal.running(loaded.model, inputs):
-                rows = (_posed if dry_run else _tuned)(loaded.model, inputs, arguments)
-            out.document["problems"] = rows
-            better = sum(row["tuned"] is not None for row in rows)
-            out.show(f"{model}, batch {batch}")
-            out.show(_launch_table(row | {"parameters": row["tuned"] or row["default"]} for row in rows))
-            for row in rows:
-                if row.get("error"):
-                    out.show(f"{row['key']} failed: {row['error']}")
-            out.show(f"{better} of {len(rows)} launches are tuned, kept in {tuned.folder()}")
-
-
-def _tuned(model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each launch that was looked for."""
-    from . import tuning
-
-    with terminal.progress() as progress:
-        return [one.to_dict() for one in tuning.run(model, inputs, progress=progress, **arguments)]
-
-
-def _posed(model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each launch that would be looked for, with what is known of it."""
-    from . import tuning
-    from .backends import tuned
-
-    with terminal.status("running it once"):
-        jobs = tuning.collect(model, inputs, **arguments)
-    rows = []
-    for job in jobs:
-        record = tuned.read(job.problem.device).get(job.key, {})
-        row = {"key": job.key, "default": tuned.parameters(job.default), "tuned": record.get("parameters")}
-        rows.append(row | {name: record.get(name) for name in ("default_ms", "tuned_ms")})
-    return rows
-
-
-def _launch_table(rows: Iterable[dict[str, Any]]) -> Any:
-    def cells(row: dict[str, Any]) -> list[str]:
-        parameters = " ".join(f"{name}={value}" for name, value in row["parameters"].items() if value is not None)
-        times = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("default_ms", "tuned_ms"))
-        return [row["key"], parameters, *times, str(row.get("tried", ""))]
-
-    return terminal.table(("launch", "parameters", "default ms", "tuned ms", "tried"), map(cells, rows))
 
 
 def _check_bench(context: typer.Context, model: str | None, suite: bool, from_files: list[str] | None) -> None:
