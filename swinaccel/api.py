@@ -76,7 +76,7 @@ def restore(model: Model) -> Model:
 
 @contextmanager
 def accelerated(model: Model, **options: Any) -> Iterator[Model]:
-    """`accelerate` within a `with` block; after it the model is as it was at entry, also where the body raises.
+    """Accelerate a model within a `with` block; after it the model is as it was, also where the body raises.
 
     Blocks nest, each with its own options.
     """
@@ -93,13 +93,13 @@ def accelerated(model: Model, **options: Any) -> Iterator[Model]:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Originals run inside, in this thread and context; other threads are concerned only where they compile."""
+    """Run originals inside, in this thread and context; other threads are concerned only where they compile."""
     with patching.switched_off():
         yield
 
 
 def plan(model: nn.Module, **options: Any) -> Report:
-    """What `accelerate` with these options would do, without doing it."""
+    """Return what `accelerate` with these options would do, without doing it."""
     config = _prepare(model, options)
     found = list(_survey(model, config))
     entries = [*(entry for *_, entry in found), *_near_misses(model, (module for module, *_ in found))]
@@ -109,7 +109,7 @@ def plan(model: nn.Module, **options: Any) -> Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What is accelerated now, with the calls so far and why any of them ran an original."""
+    """Return what is accelerated now, with the calls so far and why any of them ran an original."""
     _check_model(model)
     entries, found = [], []
     for name, module, family, spec in _attentions(model, _is_marked):
@@ -169,7 +169,7 @@ Judge = Callable[[str, nn.Module, Family, WindowSpec], Verdict]
 
 
 def _attentions(model: nn.Module, judge: Judge) -> Iterator[tuple[str, nn.Module, Family, WindowSpec]]:
-    """Every window attention of a model, once: as its block, or by itself where it is accelerated and the block not."""
+    """Yield every window attention of a model, once: as its block, or by itself where the block is not known."""
     settled: set[nn.Module] = set()
     for name, module in model.named_modules():
         found = _recognise(module)
@@ -199,7 +199,7 @@ def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
 
 
 def _parts_of_attention(family: Family, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The attention of a module and what is in it, by their names within the module."""
+    """Return the attention of a module and what is in it, by their names within the module."""
     try:
         inside = set(family.attention(module).modules())
     except AttributeError:  # it was changed beyond recognition
@@ -208,7 +208,7 @@ def _parts_of_attention(family: Family, module: nn.Module) -> list[tuple[str, nn
 
 
 def _survey(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, Family, WindowSpec, Entry]]:
-    """Every window attention of a model, and what becomes of it."""
+    """Yield every window attention of a model, and what becomes of it."""
     reasons: dict[nn.Module, str | None] = {}
 
     def judge(name: str, module: nn.Module, family: Family, spec: WindowSpec) -> Verdict:

@@ -74,7 +74,7 @@ class AccelConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> AccelConfig:
-        """The config of keyword options; an unknown one is a TypeError that lists the known ones."""
+        """Return the config of keyword options; an unknown one is a TypeError that lists the known ones."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -82,7 +82,7 @@ class AccelConfig:
         return cls(**options)
 
     def to_json(self) -> str:
-        """The options that a call needs, as text: what an instance's marker carries through copies and pickles."""
+        """Return the options of a call as text, which an instance's marker carries through copies and pickles."""
         options = asdict(self)
         del options["filter"]
         return json.dumps(options, sort_keys=True)
@@ -101,17 +101,17 @@ def _flag(name: str) -> bool:
 
 
 def env_disabled() -> bool:
-    """Whether SWINACCEL_DISABLE is on, read now."""
+    """Return True if SWINACCEL_DISABLE is on, read now."""
     return _flag("SWINACCEL_DISABLE")
 
 
 def env_strict() -> bool:
-    """Whether SWINACCEL_STRICT is on, read now."""
+    """Return True if SWINACCEL_STRICT is on, read now."""
     return _flag("SWINACCEL_STRICT")
 
 
 def env_interpret() -> bool:
-    """Whether Triton kernels are interpreted on the CPU (TRITON_INTERPRET=1)."""
+    """Return True if Triton kernels are interpreted on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in _TRUE
 
 

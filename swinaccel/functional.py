@@ -58,7 +58,7 @@ def window_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q kᵀ · scale + bias + mask) v within windows: Swin's attention, on windows that are cut already.
+    """Compute softmax(q kᵀ · scale + bias + mask) v within windows: Swin's attention, on windows that are cut already.
 
     Differentiable in q, k, v and bias. The kernels take windows of up to 1024 tokens and a head_dim of up to 128;
     larger ones run in PyTorch. Where windows are still to be cut from an image, see `shifted_window_attention`.
@@ -90,7 +90,7 @@ def cosine_window_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(cos(q, k) · exp(min(logit_scale, ln 100)) + bias + mask) v within windows: SwinV2's attention.
+    """Compute softmax(cos(q, k) · exp(min(logit_scale, ln 100)) + bias + mask) v within windows: SwinV2's attention.
 
     Vectors are divided by max(‖x‖, 1e-12), as `torch.nn.functional.normalize` does. Differentiable in q, k, v,
     logit_scale and bias; above its clamp logit_scale has no gradient.
@@ -126,7 +126,7 @@ def shifted_window_attention(
     dropout: float = 0.0,
     roll_first: bool = False,
 ) -> Tensor:
-    """Attention within the shifted windows of an image, from image to image.
+    """Compute attention within the shifted windows of an image, from image to image.
 
     Stands in for pad, roll, partition, attention, reverse, roll back and crop, and on a GPU does none of those in
     memory. Differentiable in qkv, table, bias, padding and logit_scale.
@@ -259,7 +259,7 @@ def _attend_windows(
 
 
 def _check_images(qkv: Any) -> tuple[Tensor, ...]:
-    """qkv as one packed tensor or three."""
+    """Return qkv, checked, as one packed tensor or three."""
     parts = tuple(qkv) if isinstance(qkv, (tuple, list)) else (qkv,)
     if len(parts) not in (1, 3) or (len(parts) == 1 and not isinstance(qkv, Tensor)):
         raise TypeError(f"qkv must be a tensor or three of them; got {_kind(qkv)}")
@@ -293,7 +293,7 @@ def factored_bias_attention(
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Attention with the bias q_factor k_factorᵀ, which is never materialised.
+    """Compute attention with the bias q_factor k_factorᵀ, which is never materialised.
 
     Differentiable in q, k, v and the factors; twice where the kernels run or under torch.func, by plain PyTorch, which
     holds all scores then.
@@ -334,7 +334,7 @@ def factored_bias_attention(
 def block_sliding_window_attention(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, window_blocks: int, scale: float | None = None
 ) -> Tensor:
-    """Attention of every token to its own block of tokens, all of it, and to the blocks just before.
+    """Compute attention of every token to its own block of tokens, all of it, and to the blocks just before.
 
     For videos, block_size is the tokens of a frame, and window_blocks the frames that a frame knows, itself included.
     Time and memory grow linearly with the number of tokens. Differentiable in q, k and v; twice where the kernels run
@@ -366,7 +366,7 @@ def block_sliding_window_attention(
 
 
 def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, cosine: bool) -> str | None:
-    """Why the window kernels cannot serve a call, or None."""
+    """Return why the window kernels cannot serve a call, or None."""
     if q.numel() == 0:
         return "there is nothing to compute"
     reason = _pytorch_reason(q)
@@ -381,7 +381,7 @@ def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int,
 
 
 def _pytorch_reason(q: Tensor) -> str | None:
-    """Why a call is for PyTorch's own operators, whatever its numbers, or None."""
+    """Return why a call is for PyTorch's own operators, whatever its numbers, or None."""
     if torch.compiler.is_compiling():
         if is_onnx_export():
             return "ONNX has no Triton kernels"
@@ -397,7 +397,7 @@ def _pytorch_reason(q: Tensor) -> str | None:
 
 
 def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
-    """What the kernels give; None where one failed that plain PyTorch can stand in for."""
+    """Return what the kernels give; None where one failed that plain PyTorch can stand in for."""
     if torch.compiler.is_compiling():
         return ops.shifted_window_attention(qkv, geometry, **options)
     try:
@@ -409,7 +409,7 @@ def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As `scaled_dot_product_attention` does: under autocast, in its dtype."""
+    """Return tensors in autocast's dtype where that is on, as `scaled_dot_product_attention` takes them."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
@@ -418,7 +418,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
-    """q and a scale above 0, which the kernels rely on, with the product that was asked for."""
+    """Return q and a scale above 0, which the kernels rely on, with the product that was asked for."""
     if scale is None:
         return q, q.shape[-1] ** -0.5
     check_number("scale", scale, "None or a number")
@@ -428,7 +428,7 @@ def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
 
 
 def _unsupported(q: Tensor, rank: int, factor_dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve a call, or None."""
+    """Return why the kernels cannot serve a call, or None."""
     if q.numel() == 0:
         return "there is nothing to compute"
     reason = _pytorch_reason(q)

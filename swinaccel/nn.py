@@ -184,7 +184,7 @@ class ShiftedWindowAttention(_Attention):
         self._table_of_biases()
 
     def _scores(self) -> dict[str, Any]:
-        """What belongs to the scores: their bias and their scale."""
+        """Return what belongs to the scores: their bias and their scale."""
         return {"table": self.relative_position_bias_table}
 
     def _project(self) -> Callable[[Tensor], Tensor]:
@@ -305,13 +305,13 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a projection is a linear layer and nothing else, so that its parameters say what it does."""
+    """Return True if a projection is a linear layer and nothing else, so that its parameters say what it does."""
     watched = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
 
 
 def _position_index(window: tuple[int, ...]) -> Tensor:
-    """(N, N), int64: row of the bias table for (query, key), by their offset; rows count through the columns first."""
+    """Return the row of the bias table for each (query, key), (N, N), int64; rows count through the columns first."""
     place = torch.stack(torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij"), -1).flatten(0, -2)
     offset = place[:, None] - place[None, :]
     index = torch.zeros(offset.shape[:2], dtype=torch.int64)
@@ -321,7 +321,7 @@ def _position_index(window: tuple[int, ...]) -> Tensor:
 
 
 def _log_offsets(window: tuple[int, ...], pretrained: tuple[int, ...]) -> Tensor:
-    """(1, 2h - 1, 2w - 1, 2): offsets between tokens, 8 at the far end of the trained window, log-spaced."""
+    """Return (1, 2h - 1, 2w - 1, 2) offsets between tokens, 8 at the far end of the trained window, log-spaced."""
     axes = []
     for side, known in zip(window, pretrained, strict=True):
         axes.append(8.0 * torch.arange(1 - side, side) / max(1, (known or side) - 1))

@@ -59,7 +59,7 @@ class Report:
         return [entry for entry in self.entries if entry.status == "original"]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: {"accelerated": count, "original": count, "entries": [...]}."""
+        """Return what JSON can hold: {"accelerated": count, "original": count, "entries": [...]}."""
         return {
             "accelerated": len(self.accelerated),
             "original": len(self.original),
@@ -67,7 +67,7 @@ class Report:
         }
 
     def summary(self) -> str:
-        """One line."""
+        """Return one line about all entries."""
         if not self.entries:
             return "swinaccel: no window attention found"
         return f"swinaccel: {len(self.accelerated)} of {len(self.entries)} window attentions accelerated"
@@ -85,7 +85,7 @@ class Report:
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:
-        """The table, for rich."""
+        """Return the table, for rich."""
         from rich import box
         from rich.table import Table
 

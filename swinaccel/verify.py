@@ -45,7 +45,7 @@ class VerifyResult:
         return self.passed
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return what JSON can hold."""
         values = asdict(self)
         values["report"] = self.report.to_dict()
         return values
@@ -133,12 +133,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _kinds(tensor: Tensor) -> Tensor:
-    """What every element is: 0 for a number, and something else for each infinity and NaN."""
+    """Return what every element is: 0 for a number, and something else for each infinity and NaN."""
     return tensor.isposinf() + 2 * tensor.isneginf() + 3 * tensor.isnan()
 
 
 def _errors(outputs: list[Tensor], references: list[Tensor], where: list[Tensor]) -> tuple[float, float]:
-    """Largest and mean error relative to the reference's size, over all tensors, of the elements `where` says."""
+    """Return the largest and the mean error, relative to the reference's size, of the elements that `where` says."""
     largest = mean = 0.0
     for output, reference, compared in zip(outputs, references, where, strict=True):
         exact = reference[compared]

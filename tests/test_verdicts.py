@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BACKENDS, DEVICES
+from timm.layers import DropPath
 from torch import nn
 
 import swinaccel
@@ -151,6 +152,34 @@ def test_rates_that_no_family_reads():
     model.attn.attn_drop_prob = 0.5
     assert_like_the_original(model, x)
     assert "attn_drop_prob" in swinaccel.report(model).entries[0].reason
+
+
+class DropsSums(microsoft_models.SwinTransformerBlock):
+    """Its drop-path drops sums, and not branches."""
+
+    def forward(self, x):
+        x = self.drop_path(x + self.attend(self.norm1(x)))
+        return self.drop_path(x + self.mlp(self.norm2(x)))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_drop_paths_elsewhere(when):
+    """The first block of each Swin has a rate of 0, where nothing can be told apart."""
+    model = nn.Sequential(*(DropsSums(16, (8, 8), 2, 4) for _ in range(2)))
+    for block in model:
+        block.drop_path = DropPath(0.0)
+    helpers.randomize(model).train()
+    x = torch.randn(8, 64, 16)
+    if when == "after":
+        swinaccel.accelerate(model, backend="torch")
+        model(x)
+    model[1].drop_path.drop_prob = 0.3
+    swinaccel.accelerate(model, backend="torch")
+    torch.manual_seed(0)
+    found = model(x)
+    with swinaccel.disabled():
+        torch.manual_seed(0)
+        helpers.assert_close(found, model(x))
 
 
 def huggingface(kind="Swin"):

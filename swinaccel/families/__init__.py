@@ -47,22 +47,22 @@ class Family(Protocol):
     method: str
 
     def match(self, module: nn.Module) -> WindowSpec | None:
-        """The static facts of a module that looks like this family's, by structure; None for any other."""
+        """Return the static facts of a module that looks like this family's, by structure; None for any other."""
 
     def attention(self, module: nn.Module) -> nn.Module:
-        """The submodule that the section stands in for; hooks anywhere in it make a call run the original."""
+        """Return the submodule that the section stands in for; hooks anywhere in it make a call run the original."""
 
     def projections(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """Return the modules in the attention that calls run as modules, token by token, as the original does."""
 
     def section(self, module: nn.Module, *args: Any, **kwargs: Any) -> Section | str:
-        """The live facts of a call with these arguments, or one sentence why the original must run."""
+        """Return the live facts of a call with these arguments, or one sentence why the original must run."""
 
     def forward(self, module: nn.Module, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        """What the original computes and returns, with `attend` ((B, H, W, C) to the same) for the section."""
+        """Return what the original computes and returns, with `attend` ((B, H, W, C) to the same) for the section."""
 
     def example(self, module: nn.Module) -> tuple[Any, ...] | list[tuple[Any, ...]]:
-        """Positional arguments of a small call, for the probe, or of several; each torch.Size becomes a random tensor.
+        """Return positional arguments of a small call, or of several; each torch.Size becomes a random tensor.
 
         The module is a copy, which may be prepared for the calls.
         """
@@ -79,16 +79,16 @@ class BlockAdapter(Protocol):
     method: str
 
     def match(self, module: nn.Module) -> bool:
-        """Whether a module looks like one."""
+        """Return True if a module looks like one."""
 
     def block(self, module: nn.Module) -> Block | Embedding | Merging:
-        """What a module consists of."""
+        """Return what a module consists of."""
 
     def tokens(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tokens:
-        """What a call with these arguments is about."""
+        """Return what a call with these arguments is about."""
 
     def example(self, module: nn.Module) -> tuple[Any, ...] | list[tuple[Any, ...]]:
-        """As a family's."""
+        """Return what the probe calls it with, as a family does."""
 
 
 # A module is the first's that recognises it: attention by itself comes last.
@@ -113,7 +113,7 @@ BLOCK_ADAPTERS: list[BlockAdapter] = [TorchvisionBlock(), PatchMerging(), PatchE
 
 
 def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
-    """Every call that shows what a module of this family does."""
+    """Yield every call that shows what a module of this family does."""
     found = family.example(module)
     return found if isinstance(found, list) else [found]
 

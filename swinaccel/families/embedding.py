@@ -56,7 +56,7 @@ class PatchEmbed:
         return x, None
 
     def constrains_sizes(self, module: Any) -> bool:
-        """Whether the original asks of an image what `tokens` does, so that compilers find out nothing else of it."""
+        """Return True if the original asks of an image what `tokens` does: no more for compilers to find out."""
         if "projection" in module._modules:
             return True
         return getattr(module, "img_size", None) is not None and getattr(module, "strict_img_size", True)
@@ -108,7 +108,7 @@ def _projection(module: Any) -> Any:
 
 
 def _give(module: Any) -> Callable[[Tensor], Any] | None:
-    """What makes the module's own output of an image of tokens; KeyError where that is another form."""
+    """Return what makes the module's own output of an image of tokens; KeyError where that is another form."""
     if "projection" in module._modules:
         return _tokens_and_size
     return _tokens if getattr(module, "flatten", True) else _FORMATS[module.output_fmt]

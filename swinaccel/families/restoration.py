@@ -20,7 +20,7 @@ from .shared.official import attention_projections, attention_section
 
 
 def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
-    """The windows of a block that is told its size and does not pad."""
+    """Return the windows of a block that is told its size and does not pad."""
     sides = pair(size)
     if sides is None:
         return "the size of the image is given as tensors, as it is while a model is traced"

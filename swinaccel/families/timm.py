@@ -76,7 +76,7 @@ class Timm:
 
 
 def few_windows(module: Any, resolution: str) -> Axes:
-    """Leaves a copy the last two windows of either axis, which a shift's mask tells apart; returns their size.
+    """Leave a copy the last two windows of either axis, which a shift's mask tells apart; return their size.
 
     A probe in fp64 of all windows of 24x24 takes half a minute.
     """

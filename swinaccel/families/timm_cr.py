@@ -61,7 +61,7 @@ class TimmCr(Timm):
 
 
 def _pairs(tokens: int, device: torch.device) -> Tensor:
-    """(N, N): the row of each pair in a table of all of them; the same tensor at each call, for factors to know it."""
+    """Return the row of each pair in a table of all pairs, (N, N); the same tensor at each call."""
     return _made_pairs(tokens, device) if not torch.compiler.is_compiling() else _make_pairs(tokens, device)
 
 

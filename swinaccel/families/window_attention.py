@@ -65,7 +65,7 @@ class WindowAttention:
 
 
 def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Windows and mask, under whatever names the forward gives them; what else it may take must be left out."""
+    """Return windows and mask, under whatever names the forward gives them; what else it may take must be left out."""
     names = _NAMES.get(type(module))
     if names is None:
         names = _NAMES[type(module)] = _names(type(module)) or ()
@@ -79,7 +79,7 @@ def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def _names(cls: type) -> tuple[str, ...] | None:
-    """The names of a forward's arguments: windows, mask, and others that are None unless given; None of any other."""
+    """Return the names of a forward's arguments (windows, mask, others that default to None), or None."""
     names = positional_names(cls.forward)  # type: ignore[attr-defined]
     parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
     return names if len(names) > 1 and all(parameters[name].default is None for name in names[2:]) else None

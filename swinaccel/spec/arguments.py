@@ -43,7 +43,7 @@ def check_device(name: str, value: Tensor, q: Tensor, of: str = "q") -> None:
 
 
 def check_parameter(name: str, value: Any, shape: tuple[int, ...], x: Tensor, of: str = "x") -> Tensor:
-    """The same, a tensor of that shape, with which x can be multiplied."""
+    """Check that a parameter is a tensor of that shape, with which x can be multiplied."""
     check_tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(value.shape)}")
@@ -62,7 +62,7 @@ def check_layer(name: str, layer: Any, inputs: int, outputs: int, x: Tensor, of:
 
 
 def check_output(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-    """What a module gave, which has this shape."""
+    """Check that a module gave a tensor of this shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must give a tensor; got {type(value).__name__}")
     if value.shape != shape:
@@ -92,7 +92,7 @@ def check_qkv(q: Any, k: Any, v: Any, axes: str = "batch, heads, tokens, head_di
 
 
 def check_factors(q: Tensor, q_factor: Any, k_factor: Any) -> list[Tensor]:
-    """The two, with the heads of q."""
+    """Check two factors, which have the heads of q."""
     batch, heads, tokens, _ = q.shape
     found = []
     for name, value in (("q_factor", q_factor), ("k_factor", k_factor)):
@@ -112,7 +112,7 @@ def check_factors(q: Tensor, q_factor: Any, k_factor: Any) -> list[Tensor]:
 
 
 def check_mask(q: Tensor, mask: Any, tokens: int, instead: str, count: int | None = None, of: str = "q") -> None:
-    """A mask (M, N, N), of `count` rows where that is given; `instead` says what takes gradients in its place."""
+    """Check a mask (M, N, N), of `count` rows where that is given; `instead` names what takes gradients."""
     check_tensor("mask", mask)
     wanted = f"(masks, {tokens}, {tokens}), 1 mask or more" if count is None else f"({count}, {tokens}, {tokens})"
     if mask.dim() != 3 or mask.shape[0] < 1 or mask.shape[1:] != (tokens, tokens):
@@ -134,7 +134,7 @@ def check_bias(q: Tensor, bias: Any, heads: int, tokens: int, of: str = "q") -> 
 
 
 def check_table(q: Tensor, table: Any, index: Any, heads: int, tokens: int) -> Tensor:
-    """The index of a table (T, heads), with its two axes."""
+    """Check the index of a table (T, heads), with its two axes."""
     for name, one, other, other_name in (("table", table, index, "index"), ("index", index, table, "table")):
         if one is None:
             raise ValueError(f"{name} must be given where {other_name} is; got None and a {type(other).__name__}")
@@ -181,7 +181,7 @@ def check_entries(index: Tensor, rows: int) -> None:
 
 
 def check_logit_scale(q: Tensor, logit_scale: Any, heads: int, of: str = "q") -> Tensor:
-    """The same, (heads,)."""
+    """Check a logit_scale, (heads,)."""
     check_tensor("logit_scale", logit_scale)
     if tuple(logit_scale.shape) not in ((heads,), (heads, 1, 1)):
         raise ValueError(
@@ -208,7 +208,7 @@ def check_number(name: str, value: Any, wanted: str = "a number") -> None:
 
 
 def check_axes(name: str, value: Any, least: int, count: int = 2) -> tuple[int, ...]:
-    """One integer for each of `count` axes, from as many or from one for all of them."""
+    """Return one integer for each of `count` axes, from as many or from one for all of them."""
     axes = (value,) * count if isinstance(value, int) else value
     if not isinstance(axes, (tuple, list)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in axes):
         raise TypeError(f"{name} must be an integer or {count} of them; got {value!r}")

@@ -16,7 +16,7 @@ from .window import Geometry
 
 
 def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str = "cpu") -> Tensor:
-    """The mask of shifted windows: `value` between tokens of different regions, else 0.
+    """Return the mask of shifted windows: `value` between tokens of different regions, else 0.
 
     Returns:
         (M, N, N), fp32.
@@ -37,7 +37,7 @@ def _slices(window: int, shift: int) -> tuple[slice, slice, slice]:
 
 
 def partition(image: Tensor, geometry: Geometry) -> Tensor:
-    """(B, H, W, C) of padded size to (B * M, N, C), windows row-major within an image; (B, depth, H, W, C) likewise."""
+    """Turn (B, H, W, C) of padded size into (B * M, N, C), windows row-major in an image; (B, depth, H, W, C) too."""
     batch, *_, channels = image.shape
     axes = len(geometry.grid)
     sides = [side for pair in zip(geometry.grid, geometry.window, strict=True) for side in pair]
@@ -47,7 +47,7 @@ def partition(image: Tensor, geometry: Geometry) -> Tensor:
 
 
 def reverse(windows: Tensor, geometry: Geometry) -> Tensor:
-    """(B * M, N, C) to (B, H, W, C) of padded size; undoes `partition`."""
+    """Turn (B * M, N, C) into (B, H, W, C) of padded size; undoes `partition`."""
     axes = len(geometry.grid)
     tiles = windows.reshape(-1, *geometry.grid, *geometry.window, windows.shape[-1])
     interleaved = [axis for number in range(1, axes + 1) for axis in (number, axes + number)]
@@ -97,7 +97,7 @@ def attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Window attention with additive bias and mask.
+    """Compute window attention with additive bias and mask.
 
     Args:
         q, k, v: (windows, heads, N, D).
@@ -125,12 +125,12 @@ def attention(
 
 
 def split_heads(windows: Tensor, num_heads: int) -> Tensor:
-    """(windows, N, heads * D) to (windows, heads, N, D)."""
+    """Turn (windows, N, heads * D) into (windows, heads, N, D)."""
     return windows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
-    """Relative position bias (heads, N, N) from its table (T, heads) and index (N, N)."""
+    """Return the relative position bias (heads, N, N) from its table (T, heads) and index (N, N)."""
     return table[index.reshape(-1)].view(*index.shape, -1).permute(2, 0, 1)
 
 
@@ -150,7 +150,7 @@ def shifted_window_attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Shifted-window attention from image to image.
+    """Compute shifted-window attention from image to image.
 
     Args:
         q, k, v: (B, H, W, heads * D), or (B, depth, H, W, heads * D).
@@ -181,7 +181,7 @@ def visible_keys(
     window_blocks: int = 1,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which keys (columns) each query (row) of a sequence sees, (N, N), bool.
+    """Return which keys (columns) each query (row) of a sequence sees, (N, N), bool.
 
     With `causal` those up to itself; with `block_size` those of its own block of so many tokens and of the
     `window_blocks - 1` blocks before; else all.
@@ -209,7 +209,7 @@ def sequence_attention(
     block_size: int = 0,
     window_blocks: int = 1,
 ) -> Tensor:
-    """Attention over sequences with a bias from factors and a pattern of visible keys.
+    """Compute attention over sequences with a bias from factors and a pattern of visible keys.
 
     Args:
         q, k, v: (batch, heads, N, D).

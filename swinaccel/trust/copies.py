@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def tolerance(self) -> float:
-        """The difference, relative to the largest number, that two orders of the same arithmetic may have."""
+        """Return the difference, relative to the largest number, that two orders of the same arithmetic may have."""
         if self.dtype == torch.float64:
             return 1e-6
         return 0.1 if self.autocast or self.dtype == torch.bfloat16 else 0.02

@@ -13,7 +13,7 @@ from .official import attention_spec
 
 
 def block_spec(family: str, module: Any, arguments: int, has_index: bool = True) -> WindowSpec | None:
-    """What a block around an official attention is, whose forward takes that many arguments; None for any other."""
+    """Return the facts of a block around an official attention whose forward takes so many arguments, else None."""
     attn, size, shift = (getattr(module, name, None) for name in ("attn", "window_size", "shift_size"))
     if attn is None or not isinstance(size, int) or not isinstance(shift, int):
         return None
@@ -26,7 +26,7 @@ def block_spec(family: str, module: Any, arguments: int, has_index: bool = True)
 
 
 def block_forward(module: Any, attend: Any, x: Tensor, size: Any) -> Any:
-    """The official block on (B, H * W, C): V1 normalises before attention and MLP, V2 after them.
+    """Run the official block on (B, H * W, C): V1 normalises before attention and MLP, V2 after them.
 
     Where the MLP is a mixture of experts, their balancing loss is returned as well.
     """
@@ -42,7 +42,7 @@ def block_forward(module: Any, attend: Any, x: Tensor, size: Any) -> Any:
 
 
 def block_facts(module: Any) -> Block:
-    """The same, as facts."""
+    """Return the parts of the official block, in the order of their use."""
     attn, mlp = module.attn, module.mlp
     post_norm = hasattr(attn, "logit_scale")
     names = ("drop_path1", "drop_path2") if hasattr(module, "drop_path1") else ("drop_path", "drop_path")
@@ -51,7 +51,7 @@ def block_facts(module: Any) -> Block:
 
 
 def strange_mask(mask: Any, x: Tensor) -> str | None:
-    """Why a mask that came as an argument is left to the original, or None."""
+    """Return why a mask that came as an argument is left to the original, or None."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dim() != 3 or mask.device != x.device:
@@ -60,7 +60,7 @@ def strange_mask(mask: Any, x: Tensor) -> str | None:
 
 
 def undivided(geometry: Geometry) -> str | None:
-    """Why a block that does not pad must run its original (which raises), or None."""
+    """Return why a block that does not pad must run its original (which raises), or None."""
     if geometry.is_padded:
         (height, width), (rows, cols) = geometry.size, geometry.window
         return f"{height}x{width} tokens do not divide into windows of {rows}x{cols}, and the original does not pad"

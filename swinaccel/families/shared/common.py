@@ -14,7 +14,7 @@ from ...spec.window import Axes
 
 
 def pair(value: object) -> tuple[int, int] | None:
-    """(int, int) of an int or of two of them; None of anything else."""
+    """Return (int, int) of an int or of two of them; None of anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
     if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
@@ -23,14 +23,14 @@ def pair(value: object) -> tuple[int, int] | None:
 
 
 def sides(value: object) -> Axes | None:
-    """Lengths along the axes of an image: `pair`, or (int, int, int) of three; None of anything else."""
+    """Return the lengths along the axes of an image: `pair`, or (int, int, int) of three; None of anything else."""
     if isinstance(value, (tuple, list)) and len(value) == 3 and all(isinstance(v, int) for v in value):
         return tuple(value)
     return pair(value)
 
 
 def is_table(table: object, index: object, window: Axes, num_heads: int) -> bool:
-    """Whether these are the relative position bias table and index of a window, with no room for extra tokens."""
+    """Return True if these are the bias table and index of a window, with no room for extra tokens."""
     return has_table_rows(table, window, num_heads) and is_index(index, math.prod(window))
 
 
@@ -44,7 +44,7 @@ def is_index(index: object, tokens: int) -> bool:
 
 
 def is_position_mlp(mlp: object, num_heads: int) -> bool:
-    """Whether this is SwinV2's MLP from log-spaced coordinates to one bias a head."""
+    """Return True if this is SwinV2's MLP from log-spaced coordinates to one bias a head."""
     return (
         isinstance(mlp, nn.Sequential)
         and len(mlp) == 3
@@ -54,7 +54,7 @@ def is_position_mlp(mlp: object, num_heads: int) -> bool:
 
 
 def position_bias(mlp: Any, coords: Tensor, num_heads: int) -> dict[str, Any]:
-    """SwinV2's bias as fields of a `Section`: 16 · sigmoid of the MLP, which commutes with the gathering (eq. 3)."""
+    """Return SwinV2's bias (eq. 3) as fields of a `Section`: 16 · sigmoid of the MLP commutes with the gathering."""
     hidden, activation, last = mlp._modules.values()  # indexing a Sequential costs more than all else here
     plain = type(hidden) is nn.Linear and type(activation) is nn.ReLU and type(last) is nn.Linear
     position = None
@@ -87,12 +87,12 @@ def mlp_table_shape(coords: Tensor, last: Any, num_heads: int) -> tuple[int, int
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
+    """Return True if the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
     return is_builtin(module, nn.Linear)
 
 
 def zero_token(*projections: Any) -> Tensor | None:
-    """What plain projections make of a zero token: their biases one after the other; None where none has one."""
+    """Return what plain projections make of a zero token: their biases one after the other; None where none has one."""
     biases = [projection.bias for projection in projections]
     if all(bias is None for bias in biases):
         return None
@@ -104,7 +104,7 @@ def zero_token(*projections: Any) -> Tensor | None:
 
 
 def separate_bias(attn: Any) -> Tensor | None:
-    """SwinV2's bias of the packed projection, (3 * heads * D,): q's, zeros (or the buffer k_bias), v's; or None."""
+    """Return the bias of SwinV2's packed projection, (3 * heads * D,), or None: q's, zeros or k_bias, v's."""
     if attn.q_bias is None:
         return None
     k_bias = getattr(attn, "k_bias", None)
@@ -112,17 +112,17 @@ def separate_bias(attn: Any) -> Tensor | None:
 
 
 def drop_rate(dropout: Any) -> float:
-    """Probability at which a dropout module drops now; its own mode counts, which Monte Carlo dropout sets alone."""
+    """Return the probability at which a dropout drops now; its own mode counts, as Monte Carlo dropout sets it."""
     return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
 def is_idle(dropout: Any) -> bool:
-    """Whether this is a dropout that hands on what it is given, so that it need not be called."""
+    """Return True if this is a dropout that hands on what it is given, so that it need not be called."""
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
 def positional_names(method: object) -> tuple[str, ...]:
-    """Names of a method's positional parameters after self."""
+    """Return the names of a method's positional parameters after self."""
     parameters = list(inspect.signature(method).parameters.values())[1:]  # type: ignore[arg-type]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)

@@ -31,7 +31,7 @@ from .common import (
 
 
 def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index: bool = True) -> WindowSpec | None:
-    """What an official window attention is, by structure; None for anything else.
+    """Return what an official window attention is, by structure; None for anything else.
 
     Args:
         has_index: the attention keeps the index of its position biases; HAT's is given it at each call.
@@ -61,7 +61,7 @@ def attention_section(
     mask_value: float = SHIFT_MASK_VALUE,
     index: Tensor | None = None,
 ) -> Section | str:
-    """The live facts of a call of an official window attention over these windows, or why it must run itself.
+    """Return the live facts of a call of an official window attention over these windows, or why it must run itself.
 
     Args:
         mask, mask_value: as in `Section`.
@@ -110,7 +110,7 @@ def attention_projections(attn: Any) -> tuple[nn.Module, ...]:
 
 
 def flash_reason(attn: Any) -> str | None:
-    """Why the attention must run itself where its flash path (MONAI's) may be taken, or None."""
+    """Return why the attention must run itself where its flash path (MONAI's) may be taken, or None."""
     if getattr(attn, "use_flash_attention", False) and drop_rate(attn.attn_drop) > 0:
         return "dropout is active, and its flash path leaves it out"
     return None

@@ -27,7 +27,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def separate_projections(*projections: Any) -> Callable[[Tensor], Any]:
-    """The `project` of a `Section`."""
+    """Return the `project` of a `Section`."""
 
     def project(x: Tensor) -> Any:
         if _is_packed(x, projections):
@@ -39,12 +39,12 @@ def separate_projections(*projections: Any) -> Callable[[Tensor], Any]:
 
 
 def separate_padding(*projections: Any) -> Callable[[], Tensor | None] | None:
-    """The `padding` of a `Section`."""
+    """Return the `padding` of a `Section`."""
     return (lambda: zero_token(*projections)) if all(map(is_plain_linear, projections)) else None
 
 
 def _is_packed(x: Tensor, projections: tuple[Any, ...]) -> bool:
-    """Whether plain projections, which nobody watches (see `dispatch`), are better run as one for such an x."""
+    """Return True if plain projections, which a guard watches, are better run as one for such an x."""
     if not is_worth(x, x.shape[-1]) or not all(map(is_plain_linear, projections)):
         return False
     first, *others = weights = [projection.weight for projection in projections]
@@ -60,7 +60,7 @@ def _is_packed(x: Tensor, projections: tuple[Any, ...]) -> bool:
 
 
 def is_worth(x: Tensor, channels: int) -> bool:
-    """Whether one product over weights put together is faster than three."""
+    """Return True if one product over weights put together is faster than three."""
     if not x.is_cuda or channels > widest:
         return False
     if torch.compiler.is_compiling():

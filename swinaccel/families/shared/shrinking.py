@@ -11,7 +11,7 @@ from ...spec.window import Axes, Geometry
 
 
 def shrinking_geometry(size: Axes, window: Sequence[int], shift: Sequence[int]) -> Geometry:
-    """Along an axis that one window covers, the window is as long as the image, and nothing is shifted."""
+    """Return the geometry whose window is as long as the image, and unshifted, along an axis that one window covers."""
     covered = [length <= side for length, side in zip(size, window, strict=True)]
     return Geometry(
         size,
@@ -21,7 +21,7 @@ def shrinking_geometry(size: Axes, window: Sequence[int], shift: Sequence[int]) 
 
 
 def prefix(index: Tensor, window: Sequence[int], geometry: Geometry) -> Tensor:
-    """(N, N): of the whole window's index the first rows and columns, whatever pairs those stand for.
+    """Return (N, N): of the whole window's index the first rows and columns, whatever pairs those stand for.
 
     Where the window has shrunk along any axis but the first, they are not the pairs that the smaller window has. It is
     what the originals read, and so what models were trained with.
@@ -32,7 +32,7 @@ def prefix(index: Tensor, window: Sequence[int], geometry: Geometry) -> Tensor:
 
 
 def example_sizes(window: Sequence[int]) -> list[Axes]:
-    """Small images for a probe: between them padded on every axis, and with a window that has shrunk; one is whole."""
+    """Return sizes of images for a probe: one whole, others padded on every axis or with a window that has shrunk."""
     first, *rest = window
     along_last = (*rest[:-1], rest[-1] + 1)
     return [

@@ -1,0 +1,96 @@
+"""Tensors of other shapes, set after accelerate(): the original's answer, or the original's error."""
+
+from __future__ import annotations
+
+import copy
+
+import helpers
+import microsoft_models
+import pytest
+import torch
+from helpers import BACKENDS, DEVICES
+from torch import nn
+
+import swinaccel
+
+MODELS = {
+    "timm": lambda: helpers.timm_block((8, 8), shift=2),
+    "timm-v2": lambda: helpers.timm_block((8, 8), shift=2, v2=True),
+    "torchvision": lambda: helpers.torchvision_attention(shift=(2, 2)),
+    "torchvision-v2": lambda: helpers.torchvision_attention(shift=(2, 2), v2=True),
+}
+
+
+def named(model, end):
+    """Yield owners and names of the parameters whose names end so."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if name.endswith(end) and value is not None:
+                yield module, name, value.detach()
+
+
+def remade(end, change):
+    def apply(model):
+        for module, name, value in list(named(model, end)):
+            made = change(value)
+            module._parameters[name] = None if made is None else nn.Parameter(made.clone())
+
+    return apply
+
+
+CHANGES = {
+    "table-of-one-axis": (("timm", "torchvision"), remade("bias_table", lambda one: one[:, 0])),
+    "table-of-one-head": (("timm", "torchvision"), remade("bias_table", lambda one: one[:, :1])),
+    "no-logit-scale": (("timm-v2", "torchvision-v2"), remade("logit_scale", lambda one: None)),
+    "logit-scale-of-one-axis": (("timm-v2", "torchvision-v2"), remade("logit_scale", lambda one: one.flatten())),
+    "logit-scale-of-one": (("timm-v2", "torchvision-v2"), remade("logit_scale", lambda one: one[:1])),
+    "qkv-bias-of-one": (
+        ("torchvision", "torchvision-v2"),
+        lambda model: setattr(model.qkv, "bias", nn.Parameter(torch.full((1,), 0.3))),
+    ),
+    "qkv-bias-of-two-axes": (
+        ("torchvision", "torchvision-v2"),
+        lambda model: setattr(model.qkv, "bias", nn.Parameter(model.qkv.bias.detach()[None].clone())),
+    ),
+    "norms-shorter": (("timm", "timm-v2"), lambda model: remade("weight", lambda one: one[:-1])(model.norm1)),
+    "norms-longer": (("timm", "timm-v2"), lambda model: remade("bias", lambda one: torch.cat((one, one)))(model.norm2)),
+    "norms-of-one": (("timm",), lambda model: remade("weight", lambda one: one[:1])(model.norm2)),
+}
+
+
+def outcome(model, x):
+    with torch.no_grad():
+        try:
+            return model(x)
+        except Exception as error:
+            return error
+
+
+# Of padded images alone is the bias of a projection read by itself.
+CASES = [(kind, name, 8) for name, (kinds, _) in CHANGES.items() for kind in kinds]
+CASES += [(kind, name, 7) for kind, name, _ in CASES if name.startswith("qkv")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "change", "size"), CASES)
+def test_tensors_of_other_shapes(kind, change, size, backend):
+    model = MODELS[kind]().eval().to(DEVICES[backend])
+    twin, x = copy.deepcopy(model), torch.randn(2, size, size, 16).to(DEVICES[backend])
+    swinaccel.accelerate(model, backend=backend)
+    with torch.no_grad():
+        helpers.assert_close(model(x), twin(x))
+    for one in (model, twin):
+        CHANGES[change][1](one)
+    expected, found = outcome(twin, x), outcome(model, x)
+    assert isinstance(found, Exception) == isinstance(expected, Exception), (expected, found)
+    if not isinstance(expected, Exception):
+        helpers.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_windows(backend):
+    """Detectors' heads get no image at times."""
+    model = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).eval().to(DEVICES[backend])
+    swinaccel.accelerate(model, backend=backend)
+    with torch.no_grad():
+        assert model(torch.zeros(0, 16, 16, device=DEVICES[backend])).shape == (0, 16, 16)
