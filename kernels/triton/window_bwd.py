@@ -272,18 +272,17 @@ def _window_attention_bwd_query_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols)
+    dense_ptr,  # (heads, ROWS, COLS)
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_dense_head, stride_dense_row,
     num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of one window and head of one image.
 
@@ -298,10 +297,11 @@ def _window_attention_bwd_query_kernel(
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     tl.static_assert(VOLUME or WINDOW[0] == 1)
     tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_DENSE)
+    tl.static_assert(ROWS >= N and ROWS % BLOCK_M == 0 and COLS >= N and COLS % BLOCK_N == 0)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
-    bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
+    bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
     mask = Mask(mask_ptr, mask_value)
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     tile, part, image, number, head = _place_program(num_heads, geometry, TILES)
@@ -393,18 +393,17 @@ def _window_attention_bwd_key_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols)
+    dense_ptr,  # (heads, ROWS, COLS)
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_dense_head, stride_dense_row,
     num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. One program: BLOCK_N keys of one window and head of one image.
 
@@ -420,10 +419,11 @@ def _window_attention_bwd_key_kernel(
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     tl.static_assert(VOLUME or WINDOW[0] == 1)
     tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_DENSE)
+    tl.static_assert(ROWS >= N and ROWS % BLOCK_M == 0 and COLS >= N and COLS % BLOCK_N == 0)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
-    bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
+    bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
     mask = Mask(mask_ptr, mask_value)
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     tile, part, image, number, head = _place_program(num_heads, geometry, TILES)
@@ -527,18 +527,17 @@ def _window_attention_bwd_bias_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols)
+    dense_ptr,  # (heads, ROWS, COLS)
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_dense_head, stride_dense_row,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """dB = Σ dS. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images.
 
@@ -551,6 +550,7 @@ def _window_attention_bwd_bias_kernel(
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     tl.static_assert(VOLUME or WINDOW[0] == 1)
     tl.static_assert(BIAS == BIAS_DENSE)
+    tl.static_assert(ROWS >= N and ROWS % BLOCK_M == 0 and COLS >= N and COLS % BLOCK_N == 0)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
@@ -569,7 +569,7 @@ def _window_attention_bwd_bias_kernel(
     offs_head = head * stride_qkv_head * HEAD_DIM
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
     pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
-    bias = Bias(dense_ptr=dense_ptr, stride_dense=(stride_dense_head, stride_dense_row))
+    bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
     bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
 
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -446,9 +446,9 @@ class _Forward:
             window_fwd._window_attention_fwd_kernel,
             (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
             (
-                *problem.image_strides, *table_strides, rows * cols, cols, problem.batch, problem.num_heads,
+                *problem.image_strides, *table_strides, problem.batch, problem.num_heads,
                 *problem.places, *problem.constants, problem.for_backward, problem.precision, problem.rank or 16,
-                _CHECKS, large.block_m, large.block_n, large.block_d, large.images,
+                _CHECKS, rows, cols, large.block_m, large.block_n, large.block_d, large.images,
             ),
             (
                 "", "qkv", "k", "v", "padding", "table", "index", "mask", "", "logit_scale", "", "a factor", "a factor",
@@ -639,11 +639,9 @@ class _Backward:
             *sizes: int,
             images: Any = (),
         ) -> _Launch:
-            if rows % one.block_m or cols % one.block_n:
-                raise ValueError(f"tiles of {one.block_m} x {one.block_n} do not divide a bias of {rows} x {cols}")
             names = (*names, "qkv", "k", "v", "padding", "mask", "logit_scale", "", "seed")
-            numbers = (*problem.image_strides, rows * cols, cols, *sizes, heads, *problem.places, *problem.constants)
-            shape = (problem.precision, one.block_m, one.block_n, one.block_d, *images)
+            numbers = (*problem.image_strides, *sizes, heads, *problem.places, *problem.constants)
+            shape = (problem.precision, rows, cols, one.block_m, one.block_n, one.block_d, *images)
             options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **_registers(one)}
             return _Launch(kernel, grid, (*numbers, *shape), names, **options)
 
