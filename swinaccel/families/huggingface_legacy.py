@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -64,9 +65,9 @@ class HuggingFaceSwinLegacy:
         return attn.query, attn.key, attn.value, module.attention.output.dense
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
-        arguments = _named(module, args, kwargs)
-        unknown = arguments.keys() - set(_NAMES[type(module)])
-        if unknown or len(args) > len(_NAMES[type(module)]):
+        arguments, names = _named(module, args, kwargs), _NAMES[type(module)]
+        unknown = arguments.keys() - set(names)
+        if unknown or len(args) > len(names):
             return f"the call has arguments that are not known: {', '.join(sorted(unknown)) or len(args)}"
         if arguments.get("output_attentions"):
             return "attention weights are requested, which kernels do not keep; call without output_attentions"
@@ -94,11 +95,8 @@ class HuggingFaceSwinLegacy:
                 "mask_value": 2 * SHIFT_MASK_VALUE,  # added once before and once after a reshape
             }
         else:
-            bias = {
-                "table": lambda: attn.relative_position_bias_table,
-                "sources": (attn.relative_position_bias_table,),
-                "scale": 1 / math.sqrt(attn.attention_head_size),
-            }
+            table, scale = attn.relative_position_bias_table, 1 / math.sqrt(attn.attention_head_size)
+            bias = {"table": lambda: attn.relative_position_bias_table, "sources": (table,), "scale": scale}
         return Section(
             geometry=geometry,
             num_heads=heads,
@@ -142,7 +140,7 @@ class HuggingFaceSwinLegacy:
 
 
 # Positional parameters of the layers' forwards: they differ between models and versions of transformers.
-_NAMES: dict[type, tuple[str, ...]] = {}
+_NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

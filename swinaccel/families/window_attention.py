@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -85,4 +86,4 @@ def _names(cls: type) -> tuple[str, ...] | None:
     return names if len(names) > 1 and all(parameters[name].default is None for name in names[2:]) else None
 
 
-_NAMES: dict[type, tuple[str, ...]] = {}
+_NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
