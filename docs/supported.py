@@ -37,7 +37,7 @@ import zoo  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import swinaccel  # noqa: E402
-from swinaccel.models import as_device, as_dtype  # noqa: E402
+from swinaccel.cli.models import as_device, as_dtype  # noqa: E402
 
 
 def census(entry: zoo.Entry, args: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import swinaccel
-from swinaccel import models
+from swinaccel.cli import models
 
 
 def main() -> int:

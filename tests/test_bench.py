@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import swinaccel
-from swinaccel import bench
+from swinaccel.cli import bench
 
 IMAGES = (torch.randn(2, 3, 56, 56),)
 

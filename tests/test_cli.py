@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from swinaccel import bench, cli, factory, models
+from swinaccel.cli import bench, factory, main, models
 
 TINY = """
     import timm, torch
@@ -50,7 +50,7 @@ def tiny(tmp_path):
 
 
 def call(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 def document(*arguments: object, code: int = 0):
@@ -267,7 +267,7 @@ def test_models_whose_train_gives_nothing(nets, arguments):
 
 
 def test_training_of_models_whose_train_gives_nothing(nets):
-    assert bench._twin(factory.load(f"{nets}:silent")[0], train=True).training
+    assert bench._copy(factory.load(f"{nets}:silent")[0], train=True).training
 
 
 def test_a_model_that_is_there_already(nets):
@@ -309,12 +309,6 @@ def test_plots_that_cannot_be_written_are_found_out_before_the_work(tiny, tmp_pa
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
     assert "give another path" in result.stderr
-
-
-def test_a_suite_that_cannot_be_written(tiny):
-    result = call("bench", "--suite", "--output", tiny)
-    assert result.exit_code == 2
-    assert f"--output {tiny} cannot be written: it is no folder" in result.stderr
 
 
 def test_factors_that_cannot_be_kept(tiny, tmp_path, monkeypatch):

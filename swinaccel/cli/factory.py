@@ -1,4 +1,4 @@
-"""A model out of a user's file, whose code may do anything: what it raises, or ends by, is told in one sentence."""
+"""Load a model from a user's file, whose code may do anything: its errors and exits are told in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by name, for the command line and the benchmark.
+"""Load models by name, for the command line and the benchmark.
 
 ==========================  ================================================================================
 timm:NAME                   a timm model, such as timm:swin_tiny_patch4_window7_224
@@ -65,7 +65,7 @@ def load(
     device: str | torch.device = "cpu",
     size: int | None = None,
 ) -> Loaded:
-    """A model by its name, in eval mode.
+    """Load a model by its name, in eval mode.
 
     Args:
         name: see the module's docstring.
@@ -99,16 +99,14 @@ def load(
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A floating-point dtype of a name such as "bfloat16" or "bf16"."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
+    """Return the floating-point dtype of a name such as "bfloat16" or "bf16"."""
+    if not isinstance(dtype, torch.dtype) and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
-    return _DTYPES[dtype]
+    return dtype if isinstance(dtype, torch.dtype) else _DTYPES[dtype]
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """A device that is there."""
+    """Return a device, which is there."""
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -240,7 +238,7 @@ _LOADERS: dict[str, Callable[[str, bool, int | None], Loaded]] = {
 
 
 def library(name: str) -> Any:
-    """A module of a library that swinaccel does not require.
+    """Import a module of a library that swinaccel does not require.
 
     Raises:
         ImportError: where the library is not installed; the message says what to install.
@@ -256,7 +254,7 @@ def library(name: str) -> Any:
 
 
 def _made(make: Callable[[], Any], name: str, downloads: bool) -> Any:
-    """What `make` returns, its errors as one sentence."""
+    """Return what `make` returns; its errors become one sentence."""
     advice = "; this needs a network, or the cache of an earlier download" if downloads else ""
     with (
         factory.blamed(f"{name} cannot be made", advice),
@@ -267,7 +265,7 @@ def _made(make: Callable[[], Any], name: str, downloads: bool) -> Any:
 
 @contextmanager
 def _no_retries() -> Iterator[None]:
-    """Where the Hugging Face hub cannot be reached, say so to its client, which else tries for most of a minute."""
+    """Tell the Hugging Face client where its hub cannot be reached, which it tries for most of a minute otherwise."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -279,7 +277,7 @@ def _no_retries() -> Iterator[None]:
 
 
 def _answers(url: str, timeout: float = 3.0) -> bool:
-    """Whether a server answers at all, within seconds."""
+    """Return True if a server answers at all, within seconds."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -304,14 +302,12 @@ def _similar(name: str, known: Any) -> str:
 
 
 def _images(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
-    """Inputs of noise, the same at every call."""
+    """Return a function of the batch that gives one tensor of noise, the same at every call."""
     return lambda batch: (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),)
 
 
 def _moved(inputs: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-    return tuple(move(value) for value in inputs)
+    return tuple(
+        value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        for value in inputs
+    )

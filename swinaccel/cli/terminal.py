@@ -1,13 +1,15 @@
-"""What the command line says, and how it ends: text or one document, one sentence for an error, the exit code."""
+"""Print text or one document, end with one sentence for an error, and set the exit code."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -19,7 +21,7 @@ show_traceback = False  # where an error comes from, in place of the sentence
 
 
 class Output:
-    """What a command has to say: as text at once, or as one document at the end."""
+    """The output of a command: text at once, or one document at the end."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -27,6 +29,7 @@ class Output:
         self.code = 0
 
     def show(self, what: Any) -> None:
+        """Print a text or a table, unless a document is wanted."""
         if not self.as_json:
             from rich.console import Console
 
@@ -42,7 +45,7 @@ class Output:
 
 @contextlib.contextmanager
 def _printing(stdout: Any) -> Iterator[None]:
-    """Inside, something is printed; where that fails, nothing more is, and the exit code says so."""
+    """Print something inside; where that fails, end with the exit code that says so."""
     try:
         yield
         stdout.flush()
@@ -55,7 +58,7 @@ def _printing(stdout: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def work(as_json: bool) -> Iterator[Output]:
-    """A command's body: libraries print on stderr, and an error is one line and exit code 2."""
+    """Run a command's body: with a document, libraries print on stderr; an error is one line and exit code 2."""
     out = Output(as_json)
     stdout = sys.stdout
     try:
@@ -71,8 +74,6 @@ def work(as_json: bool) -> Iterator[Output]:
         typer.echo(f"error: {_sentence(error)}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        from .plots import finite
-
         with _printing(stdout):
             print(json.dumps(finite(out.document), indent=2), file=stdout)
     raise typer.Exit(out.code)
@@ -80,10 +81,10 @@ def work(as_json: bool) -> Iterator[Output]:
 
 def _sentence(error: BaseException) -> str:
     """Return what an error is about: our own words as they are, and others' in one line."""
-    from .factory import told
-
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
+    from .factory import told
+
     own = (ValueError, TypeError, ImportError, RuntimeError, OSError)
     is_own = isinstance(error, own) and len(str(error).strip().splitlines()) == 1
     text = str(error).strip() if is_own else told(error)
@@ -92,13 +93,13 @@ def _sentence(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def running(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
-    """Inside, a model is run; where that fails, and the untouched model fails as well, the error says so."""
+    """Run a model inside; where that fails and the untouched model fails as well, say so in the error."""
     try:
         yield
     except (Exception, SystemExit):
         import torch
 
-        from . import disabled
+        from .. import disabled
         from .factory import blamed
 
         shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs if isinstance(one, torch.Tensor))
@@ -109,31 +110,45 @@ def running(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
         raise
 
 
-def check_writable(option: str, path: str | None) -> None:
-    """Raise where nothing can be written to a path, before there is something to write."""
+def check_image(option: str, path: str | None) -> None:
+    """Raise where no image can be drawn into a path, before there is something to draw."""
     if path is None:
         return
-    from pathlib import Path
+    from .models import library
 
+    library("matplotlib")
     place = Path(path).expanduser()
-    if option == "--plot":
-        from .models import library
-
-        library("matplotlib")
-        reason = "it is a folder" if place.is_dir() else None
-        first = place if place.exists() else place.parent
-    else:
-        reason = "it is no folder" if place.exists() and not place.is_dir() else None
-        first = next((one for one in (place, *place.parents) if one.exists()), place)
-    if reason is None and not first.exists():
+    first = place if place.exists() else place.parent
+    if place.is_dir():
+        reason = "it is a folder"
+    elif not first.exists():
         reason = f"there is no folder {first}"
-    if reason is None and not os.access(first, os.W_OK):
+    elif not os.access(first, os.W_OK):
         reason = f"{first} is closed to this user"
-    if reason is not None:
-        raise ValueError(f"{option} {path} cannot be written: {reason}; give another path")
+    else:
+        return
+    raise ValueError(f"{option} {path} cannot be written: {reason}; give another path")
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON, which has no infinity and no NaN: in any nesting they become strings."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits (of 0.01 or more), and no fewer than all before the point."""
+    if value is None:
+        return "–"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3 if value >= 0.1 else 4
+    return f"{value:,.{digits}f}"
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Any:
+    """Return a table for rich."""
     from rich import box
     from rich.table import Table
 
@@ -147,6 +162,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Any:
 
 @contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
+    """Show on stderr what happens inside."""
     from rich.console import Console
 
     with Console(stderr=True).status(text):
@@ -155,7 +171,7 @@ def status(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Any]:
-    """A bar on stderr, and the function (text, done, total) that moves it."""
+    """Show a bar on stderr; the function (text, done, total) moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
