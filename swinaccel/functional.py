@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, sequence_ops
-from .backends import torch_sequence, torch_windows
-from .backends.triton_sequence import Problem
+from .backends.torch import sequence as torch_sequence
+from .backends.torch import windows as torch_windows
+from .backends.triton.sequence import Problem
+from .bias.exact import alibi_factors, squared_distance_factors
+from .bias.factors import BiasFactors, factorize_bias
 from .config import env_interpret, env_strict
 from .errors import KernelError
-from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
-from .failures import failures
+from .ops import has_failures
+from .ops import sequence as sequence_ops
+from .ops import window as window_ops
+from .ops.failures import failures
 from .runtime.exporting import is_onnx_export
 from .spec import reference
 from .spec.arguments import (
@@ -372,12 +376,12 @@ def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int,
     reason = _pytorch_reason(q)
     if reason is not None:
         return reason
-    if not torch.compiler.is_compiling() and ops.has_failures():
-        failed = failures.get(ops.problem(q.device, q.dtype, geometry, head_dim, cosine))
+    if not torch.compiler.is_compiling() and has_failures():
+        failed = failures.get(window_ops.problem(q.device, q.dtype, geometry, head_dim, cosine))
         if failed is not None and not env_strict():
             return failed
     interpret = q.device.type == "cpu" and env_interpret()
-    return ops.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, interpret)
+    return window_ops.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, interpret)
 
 
 def _pytorch_reason(q: Tensor) -> str | None:
@@ -399,9 +403,9 @@ def _pytorch_reason(q: Tensor) -> str | None:
 def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
     """Return what the kernels give; None where one failed that plain PyTorch can stand in for."""
     if torch.compiler.is_compiling():
-        return ops.shifted_window_attention(qkv, geometry, **options)
+        return window_ops.shifted_window_attention(qkv, geometry, **options)
     try:
-        return ops.shifted_window_attention(qkv, geometry, **options)
+        return window_ops.shifted_window_attention(qkv, geometry, **options)
     except KernelError:
         if env_strict():
             raise

@@ -13,7 +13,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel import functional
-from swinaccel.failures import failures
+from swinaccel.ops.failures import failures
 from swinaccel.runtime.exporting import is_onnx_export
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import torch_fusion
+from ..backends.torch import block as torch_block
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError, KernelError
-from ..failures import failures
 from ..layers import twin
+from ..ops.failures import failures
 from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
@@ -165,7 +165,7 @@ def _fused_plan(
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
     adapter, config, scope = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
-    if backend == "torch" and not (hasattr(adapter, "inner") and torch_fusion.is_worth(x)):
+    if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
         return None
     facts = _facts(adapter, module, scope)
     made = facts
