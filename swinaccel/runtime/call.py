@@ -15,6 +15,7 @@ from ..config import AccelConfig, env_strict
 from ..errors import FallbackError, KernelError
 from ..layers import twin
 from ..ops.failures import failures
+from ..ops.observed import is_onnx_export
 from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
@@ -23,7 +24,6 @@ from . import traced
 from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
-from .exporting import is_onnx_export
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
 from .plan import Plan
 from .state import Scope, State, state_of
