@@ -172,6 +172,7 @@ CASES = [
     Case(20, scale=0.0, masks=3),
     Case(64, cosine=True, has_bias=False),
     Case(65, windows=3, masks=3),
+    Case(256, windows=1, dim=8),
     Case(130, windows=1, cosine=True),
 ]
 

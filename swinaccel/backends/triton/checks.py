@@ -60,7 +60,8 @@ def check_shapes(problem: Any) -> None:
         if not problem.is_small:
             _expect("out", out or (), grad)
             _expect("lse", lse, lse_shape(problem.batch, geometry, heads, problem.has_mask))
-    if problem.table_strides and problem.table_rows * sum(problem.table_strides) >= 2**31:
+    table = zip(problem.table_shape or (), problem.table_strides or (), strict=True)
+    if sum((length - 1) * stride for length, stride in table) >= 2**31:
         raise ValueError("the bias table spans 2^31 numbers or more")
 
 
