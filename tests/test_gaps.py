@@ -364,6 +364,13 @@ def test_rows_of_the_lowest_numbers_are_means(tokens, strict_kernels):
     helpers.assert_close(found[1], (grad / tokens)[:, :, None].expand_as(v), 1e-4)
 
 
+def test_gradients_of_large_scores_are_finite(strict_kernels):
+    """Queries beyond the window weigh nothing, and not infinity times nothing."""
+    q, k, v = (torch.full((1, 1, 66, 16), 8.0, device=TRITON_DEVICE).requires_grad_() for _ in range(3))
+    functional.window_attention(q, k, v, scale=1.0).sum().backward()
+    assert all(bool(one.grad.isfinite().all()) for one in (q, k, v))
+
+
 @pytest.mark.parametrize("tokens", [9, 66])
 def test_gradients_of_vectors_of_no_length(tokens, strict_kernels):
     case = test_functional.Case(tokens, cosine=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,11 +88,18 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     Returns:
         (T, heads), fp32; the heads come first in memory.
     """
-    key = ("position", coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape)
-    run, shape = launches.get(key) or _plan_position(*key)
+    run, shape = position_launch(
+        coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape
+    )  # fmt: skip
     table = torch.empty(shape, dtype=torch.float32, device=coords.device)
     run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
+
+
+def position_launch(device: torch.device, *shapes: torch.Size) -> tuple[Launch, tuple[int, int]]:
+    """Return the launch for tensors of such shapes, in order, and the table's shape in memory, (heads, T)."""
+    key: tuple[Any, ...] = ("position", device, *shapes)
+    return launches.get(key) or _plan_position(*key)
 
 
 def _plan_position(

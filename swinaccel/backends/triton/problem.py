@@ -54,10 +54,16 @@ def are_heads_apart(tokens: Tensor, geometry: Geometry) -> bool:
 
 def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
     """Return an empty output: (B, H, W, heads * D), or (B, H, W, heads, D) with the heads before W in memory."""
-    shape = tokens.shape
-    if are_heads_apart(tokens, geometry):
-        return tokens.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
-    return tokens.new_empty((*shape[:-1], shape[-1] // 3 if packed else shape[-1]))
+    shape, swaps_heads = image_shape(tokens.shape, geometry, packed)
+    out = tokens.new_empty(shape)
+    return out.transpose(-3, -2) if swaps_heads else out
+
+
+def image_shape(shape: torch.Size, geometry: Geometry, packed: bool) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of an output in memory, and whether its axes -3 and -2 are then swapped."""
+    if len(shape) == len(geometry.size) + 3:
+        return (*shape[:-3], shape[-2], shape[-3], shape[-1]), True
+    return (*shape[:-1], shape[-1] // 3 if packed else shape[-1]), False
 
 
 def shapes_of(*tensors: Tensor | None) -> tuple[Any, ...]:
