@@ -264,8 +264,8 @@ MUTANTS = [
         ("window_fwd.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", GAPS),
         (
             "window_fwd.py",
-            "next_state, next_q, k, v, start, dropout, next_part,",
-            "next_state, next_q, k, v, start, dropout, part,",
+            "next_state, next_q, k, v, attn_bias, dropout, next_instance,",
+            "next_state, next_q, k, v, attn_bias, dropout, instance,",
             GAPS,
         ),
         # Windows, shifts and masks.

@@ -176,7 +176,7 @@ def after_attention(
 def compiled_after_attention(
     x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
 ) -> Tensor:
-    """The same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
+    """Return the same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
     return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
 
 

@@ -65,7 +65,7 @@ def shifted_window_attention(
     factors: Sequence[Tensor] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Shifted-window attention from image to image, as `reference.shifted_window_attention`, by the Triton kernels.
+    """Attend from image to image as `reference.shifted_window_attention` does, by the Triton kernels.
 
     Args:
         qkv: (B, H, W, 3 * heads * D) packed as q, k, v, or the three (B, H, W, heads * D) or (B, H, W, heads, D)
@@ -302,7 +302,7 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None
 def _gradients(
     ctx: Any, grad: Tensor, needs_grad: tuple[bool, ...], geometry: Geometry | None
 ) -> tuple[Tensor | None, ...]:
-    """One gradient, or None, for each argument of the operator."""
+    """Return one gradient, or None, for each argument of the operator."""
     *inputs, out, lse = ctx.saved_tensors
     qkv, k, v, table, index, padding, mask, logit_scale, _ = inputs
     found: Sequence[Tensor | None]
@@ -331,13 +331,13 @@ def _gradients(
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether this stands for many tensors, which have no memory that a kernel could find."""
+    """Return True if a tensor stands for many tensors, which have no memory that a kernel could find."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """As an operator returns it, which has no way to return nothing."""
+    """Return the results as an operator must, which has no way to return nothing."""
     out, lse = _forward(*arguments)
     return out, arguments[0].new_empty(0) if lse is None else lse
 

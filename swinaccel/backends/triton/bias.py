@@ -15,7 +15,7 @@ _BLOCK = 4096
 
 
 def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> Launch:
-    """The launch that expands the live table into the dense bias."""
+    """Return the launch that expands the live table into the dense bias."""
     from ...kernels import bias as bias_kernels
     from ...kernels import softmax
 
@@ -34,7 +34,7 @@ def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) ->
 
 
 def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A bias (heads, N, N), which has no index, as a table with a row for every query and key.
+    """Return a bias (heads, N, N), which has no index, as a table with a row for every query and key, and an index.
 
     The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
     """
@@ -46,9 +46,7 @@ def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None,
 
 
 def reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, launch: Launch) -> Tensor:
-    """From the dense bias gradients of all parts (parts, heads, N, N) to the table's (T, heads), or without index
-    to that of a bias which is dense itself.
-    """
+    """Return the table's gradient (T, heads) from all parts (parts, heads, N, N), or of a dense bias."""
     assert table is not None
     grad_bias = parts[0] if parts.shape[0] == 1 else parts.sum(0)
     if index is None:
@@ -79,7 +77,7 @@ def _plan_compare(device: torch.device, count: int) -> Launch:
 
 
 def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
-    """SwinV2's bias table 16 · sigmoid(MLP(coords)), as one kernel in fp32.
+    """Return SwinV2's bias table 16 · sigmoid(MLP(coords)), as one kernel in fp32.
 
     Args:
         coords: (..., 2), T log-spaced offsets.

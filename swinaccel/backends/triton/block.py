@@ -60,7 +60,7 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
 
 
 def sample_rows(rows: int, scale: Tensor | None) -> int:
-    """How many rows one factor of `scale` is for."""
+    """Return how many rows one factor of `scale` is for."""
     return 1 if scale is None else rows // scale.numel()
 
 
@@ -76,7 +76,7 @@ def run_norm(
     scale: Tensor | None = None,
     total_bias: Tensor | None = None,
 ) -> None:
-    """`kernels.pointwise._norm_kernel`, whose modes and operands these are."""
+    """Run `kernels.pointwise._norm_kernel`, whose modes and operands these are."""
     channels, (weight, bias, eps) = x.shape[-1], affine
     rows = x.numel() // channels
     if rows:
@@ -90,28 +90,28 @@ def norm_launch(mode: int, device: torch.device, rows: int, channels: int, eps: 
 
 
 def norm(x: Tensor, affine: Affine) -> Tensor:
-    """Layer norm of the last axis; statistics in fp32."""
+    """Return the layer norm of the last axis; statistics in fp32."""
     out = torch.empty_like(x)
     run_norm(NORM, x, None, affine, out=out)
     return out
 
 
 def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
+    """Return x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
     return total, out
 
 
 def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
-    """x + the layer norm of branch, which is not rounded before."""
+    """Return x + the layer norm of branch, which is not rounded before."""
     out = torch.empty_like(x)
     run_norm(NORM_ADD, x, branch, affine, out=out)
     return out
 
 
 def merge(x: Tensor, affine: Affine | None) -> Tensor:
-    """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
+    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
     if out.numel():
@@ -135,14 +135,14 @@ def _plan_merge(device: torch.device, batch: int, height: int, width: int, chann
 
 @lru_cache(maxsize=256)
 def embed_launch(channels: int, numbers: int) -> Any:
-    """How `embed` would run for patches of so many numbers, or None where it is not to."""
+    """Return how `embed` would run for patches of so many numbers, or None where it is not to."""
     from ...kernels import fusion_launch
 
     return fusion_launch.embed(channels=channels, numbers=numbers)
 
 
 def embed(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine | None) -> Tensor:
-    """(B, C_in, H, W) to (B, H / p, W / q, C): each patch times the weight (C, C_in, p, q), and the norm of that.
+    """Embed (B, C_in, H, W) to (B, H / p, W / q, C): each patch times the weight (C, C_in, p, q), and its norm.
 
     Args:
         x: its sides are multiples of the patch's, and it has less than 2^31 - 64 patches.
@@ -186,7 +186,7 @@ def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Exact GELU of 16-bit numbers; `out` may be x."""
+    """Return exact GELU of 16-bit numbers; `out` may be x."""
     out, numbers = torch.empty_like(x) if out is None else out, x.numel()
     if numbers:
         run(gelu_launch(x.device, numbers), out, x)
@@ -206,7 +206,7 @@ def _plan_gelu(device: torch.device, numbers: int) -> Any:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """GELU(x weightᵀ + bias), exact, of 16-bit numbers; None where PyTorch's product is to be preferred.
+    """Return GELU(x weightᵀ + bias), exact, of 16-bit numbers, or None where PyTorch's product is to be preferred.
 
     Args:
         x, weight: (..., K) and (N, K).
@@ -259,7 +259,7 @@ def _plan_linear_gelu(
 
 
 def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether `mlp` is to be preferred to products of their own, for (..., C) and the first weight (hidden, C)."""
+    """Return True if `mlp` is to be preferred to products of their own, for (..., C) and the weight (hidden, C)."""
     hidden, channels = weight.shape
     return pays_in_one(x.device, x.dtype, x.numel() // channels, channels, hidden)
 
@@ -271,7 +271,7 @@ def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: i
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
-    """How `mlp` would run, or None where it cannot, or never is to."""
+    """Return how `mlp` would run, or None where it cannot, or never is to."""
     shared_memory = devices.shared_memory(device)
     return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
@@ -290,7 +290,7 @@ def mlp(
     fc1: tuple[Tensor, Tensor | None],
     fc2: tuple[Tensor, Tensor | None],
 ) -> Tensor:
-    """All of a block after its attention, where `mlp_launch` has a launch.
+    """Run all of a block after its attention, where `mlp_launch` has a launch.
 
     Args:
         branch: the attention's output: with total = x + branch, total + mlp(norm(total)). None: x + norm(mlp(x)).

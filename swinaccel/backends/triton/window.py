@@ -13,13 +13,13 @@ from . import devices
 from .bias import as_table, compare, expand
 from .checks import check_shapes, lse_shape
 from .launches import Launch, keep, launches
-from .problem import Problem, as_three, image_shape, shapes_of
+from .problem import Problem, as_3d, image_shape, shapes_of
 
 _CHECKS = 32  # programs that look over one window's mask
 
 
 def registers_of(large: Any) -> dict[str, int]:
-    """The launch option that holds the compiler to so many registers; AMD's has none."""
+    """Return the launch option that holds the compiler to so many registers; AMD's has none."""
     return {"maxnreg": large.max_registers} if large.max_registers and torch.version.hip is None else {}
 
 
@@ -57,8 +57,8 @@ class Forward:
                 window_fwd._window_attention_fwd_small_kernel,
                 (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
                 (
-                    *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.places,
-                    *problem.constants, problem.precision, small.block_n, small.block_d, small.images,
+                    *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.runtime_args,
+                    *problem.constexprs, problem.precision, small.block_n, small.block_d, small.images,
                 ),
                 ("", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
@@ -82,7 +82,7 @@ class Forward:
                 bias_kernels._check_mask_kernel,
                 (geometry.num_windows, _CHECKS),
                 (
-                    *as_three(geometry.grid, 1), *as_three(geometry.shift, 0), problem.mask_value, problem.window,
+                    *as_3d(geometry.grid, 1), *as_3d(geometry.shift, 0), problem.mask_value, problem.window,
                     problem.is_volume, _CHECKS, 1024,
                 ),
             )  # fmt: skip
@@ -94,7 +94,7 @@ class Forward:
             (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
             (
                 *problem.image_strides, *table_strides, problem.batch, problem.num_heads,
-                *problem.places, *problem.constants, problem.for_backward, problem.precision, problem.rank or 16,
+                *problem.runtime_args, *problem.constexprs, problem.for_backward, problem.precision, problem.rank or 16,
                 _CHECKS, rows, cols, large.block_m, large.block_n, large.block_d, large.images,
             ),
             (
@@ -205,7 +205,7 @@ def shifted_window_attention(
     seed: Tensor | None = None,
     for_backward: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `reference.shifted_window_attention`, by one kernel.
+    """Attend as `reference.shifted_window_attention` does, by one kernel.
 
     Args:
         qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
