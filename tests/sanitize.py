@@ -282,7 +282,9 @@ def reports(text: str, kernels: set[str]) -> Iterator[tuple[str, bool]]:
         place = re.search(r"hazard detected at __shared__ (0x\w+)", block)
         apart = abs(int(values[1], 0) - int(values[2], 0)) if values else None
         is_lowest_byte = place is not None and int(place[1], 16) % 4 == 0
-        is_same = " WAW " in block and apart is not None and (apart == 0 or (is_lowest_byte and min(apart, 256 - apart) < 32))
+        is_same = (
+            " WAW " in block and apart is not None and (apart == 0 or (is_lowest_byte and min(apart, 256 - apart) < 32))
+        )
         yield ours[0] if ours else f"another's: {other[1] if other else '?'}", is_same
 
 
