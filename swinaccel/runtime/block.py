@@ -291,7 +291,7 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x weightᵀ + bias, as PyTorch does it; where gradients are recorded, by `fusion_autograd.linear`."""
+    """Return x weightᵀ + bias, as PyTorch does it; where gradients are recorded, by `ops.block_autograd.linear`."""
     if torch.is_grad_enabled() and are_functions_torchs() and _is_recorded(x, weight, bias):
         return recorded.linear(x, weight, bias, product_dtype(x))
     return F.linear(x, weight, bias)
