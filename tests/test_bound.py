@@ -155,3 +155,26 @@ def test_bound_position_table(strict_kernels):
     given = tensors((3, 5, 2), (12, 2), (12,), (HEADS, 12))
     bound = position.bind(given[0].device, *(one.shape for one in given))
     assert torch.equal(bound.run(*given), position.position_table(*given))
+
+
+def test_only_aligned_tensors_of_the_same_kind_are_passed_on_unseen(monkeypatch):
+    """A tensor that is not aligned, or absent where one was given, is for the launch to look at."""
+    compiled, ran = [], []
+
+    def compile_nothing(self, index, tensors, signature):
+        compiled.append(signature)
+        self.runners[signature] = (lambda pointers: ran.append(list(pointers))), True
+        self.latest = list(signature), self.runners[signature]
+
+    monkeypatch.setattr(launches.Launch, "_compile", compile_nothing)
+    bound = launches.BoundLaunch(launches.Launch(None, (1,), ()))
+    looked, look = [], launches.Launch.__call__
+    monkeypatch.setattr(launches.Launch, "__call__", lambda self, *given: looked.append(1) or look(self, *given))
+    x, y = torch.zeros(64), torch.zeros(64)
+    for _ in range(3):
+        bound(x, None, y)
+    assert (len(compiled), len(looked)) == (1, 1)
+    assert ran == [[x.data_ptr(), None, y.data_ptr()]] * 2
+    bound(x[1:], None, y)
+    bound(x, x, y)
+    assert (len(compiled), len(looked)) == (3, 3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends.triton import block as kernels
 from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
+from ..backends.triton.launches import BoundLaunch
 from ..errors import ArgumentError
 from .failures import failures
 
@@ -62,6 +63,13 @@ class BoundRest:
             self._gelu = kernels.gelu_launch(device, rows * hidden)
         self._last = kernels.norm_launch(NORM_ADD if post_norm else ADD_NORM, device, rows, channels, eps[1])
         self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
+
+    def bound(self) -> BoundRest:
+        """Let the launches be one caller's; see `BoundLaunch`."""
+        for name in ("_add", "_gelu", "_in_one", "_last"):
+            launch = getattr(self, name)
+            setattr(self, name, None if launch is None else BoundLaunch(launch))
+        return self
 
     def run(self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]) -> Tensor:
         """Return what a block returns whose input is x, and whose attention gave branch.
@@ -137,7 +145,7 @@ def bind_rest(
     Raises:
         LaunchError: a kernel cannot be planned.
     """
-    return BoundRest(shape, dtype, device, hidden, eps, post_norm)
+    return BoundRest(shape, dtype, device, hidden, eps, post_norm).bound()
 
 
 class BoundNorm:
@@ -147,7 +155,7 @@ class BoundNorm:
 
     def __init__(self, shape: Sequence[int], device: torch.device, eps: float) -> None:
         rows = math.prod(shape[:-1])
-        self._launch = kernels.norm_launch(NORM, device, rows, shape[-1], eps) if rows else None
+        self._launch = BoundLaunch(kernels.norm_launch(NORM, device, rows, shape[-1], eps)) if rows else None
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return the norm of a contiguous x of the shape that was bound.
@@ -170,7 +178,8 @@ def after_attention(
         LaunchError: a kernel did not compile or fit.
     """
     eps = norms[0][2], norms[1][2]
-    return bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm).run(x, branch, norms, linears)
+    hidden = linears[0][0].shape[0]
+    return BoundRest(x.shape, x.dtype, x.device, hidden, eps, post_norm).run(x, branch, norms, linears)
 
 
 def compiled_after_attention(
