@@ -214,6 +214,17 @@ MUTANTS = [
             "tests/test_functional.py tests/test_backward.py",
         ),
         ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
+        # What is bound to its launches.
+        ("backends/triton/launches.py", "bits & 15 or absent", "absent", "tests/test_bound.py"),
+        ("backends/triton/launches.py", " or absent != self._absent", "", "tests/test_bound.py"),
+        ("ops/window.py", "not is_observed() and (self", "(self", "tests/test_bound.py"),
+        ("ops/window.py", "precision(torch.float32) == self._precision", "True", "tests/test_bound.py"),
+        (
+            "ops/block.py",
+            "else ADD_NORM, device, rows, channels, eps[1]",
+            "else ADD_NORM, device, rows, channels, eps[0]",
+            "tests/test_bound.py",
+        ),
         # Factors and their cache.
         ("bias/table.py", "None if tensor.is_inference() else tensor._version", "None", GAPS),
         ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/test_bias.py"),
