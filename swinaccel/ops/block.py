@@ -53,15 +53,17 @@ class BoundRest:
             self._run: Any = BoundRest._nothing
             return
         if post_norm:
-            self._add = kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0])
+            self._add = BoundLaunch(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
         if kernels.pays_in_one(device, dtype, rows, channels, hidden):
-            self._in_one = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
+            launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
+            self._in_one = BoundLaunch(launch)
             self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
             return
         if self._is_half:
             self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
-            self._gelu = kernels.gelu_launch(device, rows * hidden)
-        self._last = kernels.norm_launch(NORM_ADD if post_norm else ADD_NORM, device, rows, channels, eps[1])
+            self._gelu = BoundLaunch(kernels.gelu_launch(device, rows * hidden))
+        mode = NORM_ADD if post_norm else ADD_NORM
+        self._last = BoundLaunch(kernels.norm_launch(mode, device, rows, channels, eps[1]))
         self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
 
     def bound(self) -> BoundRest:

@@ -108,12 +108,12 @@ class Forward:
         )  # fmt: skip
 
     def bound(self) -> Forward:
-        """Return the same for one caller; see `BoundLaunch`."""
-        forward = copy.copy(self)
+        """Return a copy for one caller, who gives tensors of the same dtypes and devices at every call."""
+        other = copy.copy(self)
         for name in ("attention", "check", "expand"):
             launch = getattr(self, name)
-            setattr(forward, name, None if launch is None else BoundLaunch(launch))
-        return forward
+            setattr(other, name, None if launch is None else BoundLaunch(launch))
+        return other
 
     def run(
         self,
@@ -192,7 +192,8 @@ def bind(
         torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
         devices.precision(dtype), devices.shared_memory_override,
     )  # fmt: skip
-    return (launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))).bound()
+    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    return forward.bound()
 
 
 def shifted_window_attention(
