@@ -215,14 +215,13 @@ MUTANTS = [
         ),
         ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
         # What is bound to its launches.
-        ("backends/triton/launches.py", "bits & 15 or absent", "absent", "tests/test_bound.py"),
-        ("backends/triton/launches.py", " or absent != self._absent", "", "tests/test_bound.py"),
+        ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/test_bound.py"),
         ("ops/window.py", "not is_observed() and (self", "(self", "tests/test_bound.py"),
         ("ops/window.py", "precision(torch.float32) == self._precision", "True", "tests/test_bound.py"),
         (
             "ops/block.py",
-            "else ADD_NORM, device, rows, channels, eps[1]",
-            "else ADD_NORM, device, rows, channels, eps[0]",
+            "norm_launch(mode, device, rows, channels, eps[1])",
+            "norm_launch(mode, device, rows, channels, eps[0])",
             "tests/test_bound.py",
         ),
         # Factors and their cache.

@@ -66,13 +66,6 @@ class BoundRest:
         self._last = BoundLaunch(kernels.norm_launch(mode, device, rows, channels, eps[1]))
         self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
 
-    def bound(self) -> BoundRest:
-        """Let the launches be one caller's; see `BoundLaunch`."""
-        for name in ("_add", "_gelu", "_in_one", "_last"):
-            launch = getattr(self, name)
-            setattr(self, name, None if launch is None else BoundLaunch(launch))
-        return self
-
     def run(self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]) -> Tensor:
         """Return what a block returns whose input is x, and whose attention gave branch.
 
@@ -147,7 +140,7 @@ def bind_rest(
     Raises:
         LaunchError: a kernel cannot be planned.
     """
-    return BoundRest(shape, dtype, device, hidden, eps, post_norm).bound()
+    return BoundRest(shape, dtype, device, hidden, eps, post_norm)
 
 
 class BoundNorm:
@@ -180,8 +173,7 @@ def after_attention(
         LaunchError: a kernel did not compile or fit.
     """
     eps = norms[0][2], norms[1][2]
-    hidden = linears[0][0].shape[0]
-    return BoundRest(x.shape, x.dtype, x.device, hidden, eps, post_norm).run(x, branch, norms, linears)
+    return bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm).run(x, branch, norms, linears)
 
 
 def compiled_after_attention(

@@ -12,8 +12,6 @@ from .checks import check_dtypes
 
 launches: dict[tuple, Any] = {}
 
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # builds without CUDA have none
-
 
 def keep(key: tuple, value: Any) -> Any:
     if len(launches) >= 4096:  # sizes that never come back, such as those of a dynamic batch
@@ -153,7 +151,7 @@ class BoundLaunch:
         _, signature = _read(tensors)
         run, takes_pointers = launch.runners.get(tuple(signature), _NOT_COMPILED)
         if takes_pointers and not launch.described and False not in signature:
-            self._run, self._index = run, tensors[0].get_device()
+            self._index, self._run = tensors[0].get_device(), run  # in this order, for the sake of other threads
 
 
 class DescribedLaunch(Launch):
@@ -175,45 +173,6 @@ class DescribedLaunch(Launch):
             passed[place] = one = describe(passed[place])
             self.described[place] = type(one), {**vars(one), "base": None}
         return tuple(passed)
-
-
-class BoundLaunch:
-    """A launch for the tensors of one caller, whose dtypes and devices, and which of them are None, do not change.
-
-    Only that all tensors are aligned, which is the usual, is left to look at; whatever else comes is `launch`'s.
-    """
-
-    __slots__ = ("_absent", "_device", "_run", "launch")
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch, self._run, self._device, self._absent = launch, None, -1, 0
-
-    def __call__(self, *tensors: Any) -> None:
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        bits = absent = 0
-        for pointer in pointers:
-            if pointer is None:
-                absent += 1
-            else:
-                bits |= pointer
-        run, device = self._run, self._device
-        if run is None or bits & 15 or absent != self._absent or not (device < 0 or device == _current_device()):
-            self.launch(*tensors)
-            self._learn(tensors, absent)
-        else:
-            run(pointers)
-
-    def _learn(self, tensors: tuple[Any, ...], absent: int) -> None:
-        """Take over what the launch has compiled for aligned tensors of these dtypes and devices."""
-        signature: list[Any] = []  # of such tensors, as the launch has it, which other threads may be using
-        for tensor in tensors:
-            if tensor is None:
-                signature.append(None)
-            else:
-                signature += tensor.dtype, tensor.get_device(), True
-        run, takes_pointers = self.launch.runners.get(tuple(signature), _NOT_COMPILED)
-        if takes_pointers and not self.launch.described:
-            self._device, self._absent, self._run = tensors[0].get_device(), absent, run
 
 
 _NOT_COMPILED = (None, False)
