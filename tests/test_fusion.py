@@ -32,23 +32,36 @@ def kernels_that_run():
     assert not ops.has_failures()
 
 
+NORMS = {kernels.NORM: "norm", kernels.ADD_NORM: "add_norm", kernels.NORM_ADD: "norm_add", kernels.ADD: "add"}
+
+
+AROUND = {"_norm_kernel": "norm", "_merge_kernel": "merge", "_gelu_kernel": "gelu", "_mlp_kernel": "mlp"}
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels that ran, in order; as on a GPU that any number of rows keeps busy."""
-    names = []
+    names, running = [], []
     monkeypatch.setattr(devices, "multiprocessors", lambda device: 0)
 
-    def spy(name):
-        plain = getattr(kernels, name)
+    def spy(owner, launch_of):
+        plain = owner.__call__
 
-        def run(*args, **kwargs):
-            names.append(name)
-            return plain(*args, **kwargs)
+        def call(self, *tensors):
+            launch = launch_of(self)
+            if not running and launch.kernel.__name__ in AROUND:
+                name = AROUND[launch.kernel.__name__]
+                names.append(NORMS[launch.arguments[4]] if name == "norm" else name)
+            running.append(self)
+            try:
+                plain(self, *tensors)
+            finally:
+                running.pop()
 
-        monkeypatch.setattr(kernels, name, run)
+        monkeypatch.setattr(owner, "__call__", call)
 
-    for name in ("norm", "add_norm", "norm_add", "merge", "gelu", "mlp"):
-        spy(name)
+    spy(launches.BoundLaunch, lambda bound: bound._launch)
+    spy(launches.Launch, lambda launch: launch)
     return names
 
 
@@ -534,21 +547,31 @@ def test_a_filter_is_asked_of_attention_only():
     assert marked == ["features.1.0", "features.1.0.attn", "features.1.1", "features.1.1.attn"]
 
 
+def break_launches(monkeypatch):
+    """Let every kernel around the attention fail."""
+    run = launches.Launch.__call__
+
+    def fail(self, *tensors):
+        if self.kernel.__name__ in AROUND:
+            raise RuntimeError("no registers")
+        run(self, *tensors)
+
+    monkeypatch.setattr(launches.Launch, "__call__", fail)
+
+
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 def test_kernels_that_fail(v2, monkeypatch, caplog):
     model = accelerated(block(v2=v2))
 
-    def fail(*_):
-        raise kernels.LaunchError("no registers")
-
-    for name in ("norm", "add_norm", "norm_add", "mlp"):
-        monkeypatch.setattr(kernels, name, fail)
-    with pytest.warns(UserWarning, match="only the attention is accelerated .* the Triton kernel failed: no regis"):
+    break_launches(monkeypatch)
+    with pytest.warns(
+        UserWarning, match="only the attention is accelerated .* the Triton kernel failed: RuntimeError: no regis"
+    ):
         found = outputs(model, X)
     again = outputs(model, X)
     assert [record.message for record in caplog.records if "no registers" in record.message]
     (entry,) = swinaccel.report(model)
-    assert entry.reason == "its attention only, because the Triton kernel failed: no registers"
+    assert entry.reason == "its attention only, because the Triton kernel failed: RuntimeError: no registers"
     assert entry.status == "accelerated"
     ops.forget_failures()
     assert [entry.reason for entry in swinaccel.report(model)] == [None]
@@ -565,14 +588,13 @@ def test_kernels_that_fail_are_errors_where_strict(name, monkeypatch):
     model, x = accelerated(make()), example()
     monkeypatch.setenv("SWINACCEL_STRICT", "1")
 
-    def fail(*_):
-        raise kernels.LaunchError("no registers")
-
-    monkeypatch.setattr(kernels, "norm", fail)
+    break_launches(monkeypatch)
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with pytest.raises(swinaccel.FallbackError, match="own layers: the Triton kernel failed: no registers"):
+            with pytest.raises(
+                swinaccel.FallbackError, match="own layers: the Triton kernel failed: RuntimeError: no registers"
+            ):
                 outputs(model, x)
     ops.forget_failures()
 
