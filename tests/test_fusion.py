@@ -464,15 +464,17 @@ def test_recorded_gradients_are_the_originals(launched):
         x = X.clone().to(TRITON_DEVICE).requires_grad_()
         one(x).square().sum().backward()
         gradients.append([x.grad, *(parameter.grad for parameter in one.parameters())])
-    assert launched == []
+    assert "add" in launched  # of the kernels with gradients alone
+    launched.clear()
     helpers.assert_close(gradients[0], gradients[1], 1e-4)
     for parameter in model.parameters():  # and frozen, but for one
         parameter.requires_grad_(parameter is model.mlp.fc2.bias)
     assert model(X.to(TRITON_DEVICE)).requires_grad
-    assert launched == []
+    assert "add" in launched
+    launched.clear()
     model.requires_grad_(False)
     model(X.to(TRITON_DEVICE))
-    assert launched
+    assert launched == ["norm", "add_norm"]
     model.attn.qkv.weight.requires_grad_()
     assert model(X.to(TRITON_DEVICE)).requires_grad
 
