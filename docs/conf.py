@@ -33,6 +33,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say more than types, and signatures have them
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_custom_sections = ["Shapes", "State dict"]
 # Types of other libraries, whose inventories would have to be downloaded, and words of docstrings that are no names.
@@ -71,6 +72,12 @@ def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
                 logging.getLogger(__name__).warning("the public name %s.%s is on no page", module, name)
 
 
+def escape_bars(app: Sphinx, kind: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Let |x| in docstrings be a length, and not a substitution."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", escape_bars)
     app.connect("builder-inited", write_commands)
     app.connect("env-check-consistency", check_public_names)
