@@ -110,7 +110,8 @@ def bias_forms() -> Iterator[Any]:
     """Yield what the kernels about biases wrote: factors that hold and that are stale, a table by SwinV2's MLP."""
     import torch
 
-    from swinaccel import ops
+    from swinaccel.ops import position
+    from swinaccel.ops import window as window_ops
     from swinaccel.spec.window import Geometry
 
     window, heads, dim = (6, 11), 3, 16
@@ -122,9 +123,11 @@ def bias_forms() -> Iterator[Any]:
         options: dict[str, Any] = {"num_heads": heads, "table": table, "index": index, "scale": 0.25}
         with torch.no_grad():
             geometry = Geometry((7, 13), window, (3, 5))
-            yield ops.shifted_window_attention(qkv, geometry, **options, factors=[*factors, known, index.clone()])
+            yield window_ops.shifted_window_attention(
+                qkv, geometry, **options, factors=[*factors, known, index.clone()]
+            )
     parameters = (torch.randn(24, 2), torch.randn(24), torch.randn(heads, 24))
-    yield ops.position_table(torch.randn(11, 21, 2).to(DEVICE), *(one.to(DEVICE) for one in parameters))
+    yield position.position_table(torch.randn(11, 21, 2).to(DEVICE), *(one.to(DEVICE) for one in parameters))
 
 
 def sequences() -> Iterator[Any]:
@@ -158,8 +161,8 @@ def norms() -> Iterator[Any]:
     """Yield what the norms wrote, forward and backward, with the sums beside them, and the gathering of patches."""
     import torch
 
-    from swinaccel.backends import triton_fusion as kernels
-    from swinaccel.backends import triton_fusion_bwd as backward
+    from swinaccel.backends.triton import block as kernels
+    from swinaccel.backends.triton import block_bwd as backward
 
     for dtype, channels in [(torch.float16, 20), (torch.float32, 96), (torch.float16, 200)]:
         x, branch, grad, other = (torch.randn(3, 37, channels, dtype=dtype).to(DEVICE) for _ in range(4))
@@ -191,8 +194,8 @@ def norms() -> Iterator[Any]:
 def mlps() -> Iterator[Any]:
     import torch
 
-    from swinaccel.backends import triton_fusion as kernels
-    from swinaccel.backends import triton_fusion_bwd as backward
+    from swinaccel.backends.triton import block as kernels
+    from swinaccel.backends.triton import block_bwd as backward
 
     def random(*shape: int) -> Any:
         return torch.randn(shape).to(torch.float16).to(DEVICE)
@@ -217,7 +220,7 @@ def mlps() -> Iterator[Any]:
 def embeddings() -> Iterator[Any]:
     import torch
 
-    from swinaccel.backends import triton_fusion as kernels
+    from swinaccel.backends.triton import block as kernels
 
     half, single = torch.float16, torch.float32
     for dtype, channels, patch in [(half, 20, (4, 4)), (single, 96, (2, 3)), (half, 200, (3, 3))]:
@@ -237,21 +240,21 @@ def run(group: str) -> set[str]:
     """Run a group; return the names of the kernels that it launched."""
     import torch
 
-    from swinaccel.backends import triton as launcher
+    from swinaccel.backends.triton import launches
 
-    launched, call = set(), launcher._Launch.__call__
+    launched, call = set(), launches.Launch.__call__
 
     def note(self: Any, *tensors: Any) -> None:
         launched.add(self.kernel.__name__)
         call(self, *tensors)
 
-    launcher._Launch.__call__ = note  # type: ignore[method-assign]
+    launches.Launch.__call__ = note  # type: ignore[method-assign]
     torch.manual_seed(0)
     try:
         for tensor in GROUPS[group]():
             assert torch.isfinite(tensor.cpu()).all(), f"{group}: a result is not finite"
     finally:
-        launcher._Launch.__call__ = call  # type: ignore[method-assign]
+        launches.Launch.__call__ = call  # type: ignore[method-assign]
     return launched
 
 

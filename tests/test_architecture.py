@@ -17,7 +17,7 @@ ALLOWED = {
     "__init__": {"api", "config", "errors", "functional", "nn", "report", "runtime", "verify"},
     "verify": {"api", "report"},
     "nn": {"functional", "spec"},
-    "functional": {"backends", "bias", "config", "errors", "ops", "runtime", "spec"},
+    "functional": {"backends", "bias", "ops", "spec"},
     "api": {"config", "errors", "families", "layers", "ops", "patching", "report", "runtime", "spec", "trust"},
     "patching": {"config", "families", "layers", "runtime"},
     "report": {"spec"},

@@ -15,9 +15,10 @@ from test_families import MODELS
 from torch import nn
 
 import swinaccel
-from swinaccel import fusion_ops, ops, patching
-from swinaccel.backends import triton as windows
-from swinaccel.backends import triton_fusion as kernels
+from swinaccel import ops, patching
+from swinaccel.backends.triton import block as kernels
+from swinaccel.backends.triton import devices, launches
+from swinaccel.ops import block as block_ops
 from swinaccel.runtime.state import state_of
 from swinaccel.spec.reference_block import merged
 
@@ -35,7 +36,7 @@ def kernels_that_run():
 def launched(monkeypatch):
     """Names of the kernels that ran, in order; as on a GPU that any number of rows keeps busy."""
     names = []
-    monkeypatch.setattr(windows, "multiprocessors", lambda device: 0)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 0)
 
     def spy(name):
         plain = getattr(kernels, name)
@@ -165,10 +166,10 @@ def test_mlp_in_one_kernel(dtype, rows, channels, biases, pre_norm, poisoned):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, processors, biases, monkeypatch, poisoned):
     """Of rows that fill no whole tile, of more tiles than there are programs, and of as few as fill them once."""
-    monkeypatch.setattr(windows, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: processors)
     if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(windows, "has_copy_engine", lambda device: True)
-    elif not windows.has_copy_engine(torch.device("cuda", 0)):
+        monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
+    elif not devices.has_copy_engine(torch.device("cuda", 0)):
         pytest.skip("this GPU has no copy engine")
     kernels._linear_gelu_launch.cache_clear()
     x, weight = random(1, rows, channels, dtype=dtype), random(hidden, channels, dtype=dtype, scale=1.5 / channels**0.5)
@@ -183,7 +184,7 @@ def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, processor
 def test_gelu_takes_the_place_of_its_input(monkeypatch):
     products, plain = [], F.linear
     monkeypatch.setattr(F, "linear", lambda *args: products.append(plain(*args)) or products[-1])
-    active = fusion_ops._active(random(5, 24), (random(96, 24), None))
+    active = block_ops._active(random(5, 24), (random(96, 24), None))
     assert active.data_ptr() == products[0].data_ptr()
 
 
@@ -207,7 +208,7 @@ def test_who_multiplies(monkeypatch):
         (196, 1024, 4096),
     ):
         assert programs(*problem) is None
-    monkeypatch.setattr(windows, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 132)
     weight, x = random(512, 128, dtype=torch.float16), random(132 * 64, 128, dtype=torch.float16)
     assert kernels.is_one_kernel(x, weight)
     assert not kernels.is_one_kernel(x[1:], weight)
@@ -223,7 +224,7 @@ def test_launches_fit_smaller_devices(monkeypatch):
             if shape is not None:
                 per_stage = 4 * shape.block_h * shape.block_c
                 assert 2 * shape.block_m * (shape.block_c + shape.block_h) + shape.num_stages * per_stage <= limit
-    monkeypatch.setattr(windows, "shared_memory_override", 16384)
+    monkeypatch.setattr(devices, "shared_memory_override", 16384)
     assert kernels.mlp_launch(torch.device(TRITON_DEVICE), torch.float16, 128, 512) is None
 
 
@@ -577,28 +578,28 @@ def test_kernels_that_fail_are_errors_where_strict(name, monkeypatch):
 def test_memory_that_runs_out_is_no_failure_of_a_kernel(monkeypatch):
     model = accelerated(block())
     outputs(model, X)
-    run = windows._Launch.__call__
+    run = launches.Launch.__call__
 
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(windows._Launch, "__call__", full)
+    monkeypatch.setattr(launches.Launch, "__call__", full)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         kernels.norm(X, (None, None, 1e-5))
-    monkeypatch.setattr(windows._Launch, "__call__", run)
+    monkeypatch.setattr(launches.Launch, "__call__", run)
     assert not ops.has_failures()
 
 
 @pytest.fixture
 def after_attention(monkeypatch):
     """The dtypes of what the operator was given."""
-    dtypes, plain = [], fusion_ops.after_attention
+    dtypes, plain = [], block_ops.after_attention
 
     def run(x, *rest):
         dtypes.append(x.dtype)
         return plain(x, *rest)
 
-    monkeypatch.setattr(fusion_ops, "after_attention", run)
+    monkeypatch.setattr(block_ops, "after_attention", run)
     return dtypes
 
 
@@ -670,7 +671,7 @@ def test_the_operator():
         torch.library.opcheck(torch.ops.swinaccel.after_attention.default, tuple(arguments))
         found = torch.ops.swinaccel.after_attention(*arguments)
         norm, linear = (arguments[2:5], arguments[5:8]), (arguments[8:10], arguments[10:12])
-        helpers.assert_close(found, fusion_ops._plain(*arguments[:2], norm, linear, post_norm))
+        helpers.assert_close(found, block_ops._plain(*arguments[:2], norm, linear, post_norm))
 
 
 def test_nothing_keeps_a_block_alive():

@@ -19,7 +19,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel import functional
-from swinaccel.backends import triton as triton_backend
+from swinaccel.backends.triton import launches
 from swinaccel.spec import reference, window
 
 X = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
@@ -285,10 +285,10 @@ def pairs(monkeypatch):
         made.append(problem)
         return dataclasses.replace(large(**problem), images=2)
 
-    triton_backend.forget_launches()
+    launches.forget_launches()
     monkeypatch.setattr(launch, "large", paired)
     yield
-    triton_backend.forget_launches()
+    launches.forget_launches()
     assert made
 
 

@@ -16,8 +16,8 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel.failures import failures
 from swinaccel.layers import twin
+from swinaccel.ops.failures import failures
 from swinaccel.runtime import call
 from swinaccel.runtime.guard import Guard, NotGuardable
 from swinaccel.runtime.state import state_of

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,17 @@ SEEDS = {
     "FlashBias, rank 16": (("flash_bias_triton", "flash_bias_func"),),
     "Bloc-Sliding-Window": (("kernel.SWBA", "attention"),),
 }
+
+
+@dataclass
+class Setting:
+    """The options of all rows; `deadline` is a time of `time.monotonic()`."""
+
+    device: torch.device
+    rounds: int
+    compile: bool = False
+    seed_repos: Path | None = None
+    deadline: float | None = None
 
 
 class Posed(NamedTuple):
@@ -67,12 +79,10 @@ class Windows(NamedTuple):
         place = f"{self.name}, B{self.batch}, {self.side}x{self.side}"
         return f"{place}, {self.heads} heads, w{self.window} s{self.shift}"
 
-    def pose(
-        self, dtype: torch.dtype, device: torch.device, backward: bool, compile: bool, seed_repos: Path | None
-    ) -> Posed:
+    def pose(self, setting: Setting, dtype: torch.dtype, backward: bool) -> Posed:
         """Pose it from the qkv image to the image; peers get windows, bias and mask, which is not counted."""
         geometry = Geometry((self.side,) * 2, (self.window,) * 2, (self.shift,) * 2)
-        channels, heads = self.heads * HEAD_DIM, self.heads
+        channels, heads, device = self.heads * HEAD_DIM, self.heads, setting.device
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -96,13 +106,13 @@ class Windows(NamedTuple):
             "eager": lambda: partial(eager_attention, *given),
             "SDPA + mask": lambda: _sdpa(given, backward),
         }
-        if compile:
+        if setting.compile:
             makers["torch.compile"] = lambda: partial(torch.compile(eager_attention, dynamic=False), *given)
         makers["swinaccel"] = lambda: partial(
             functional.shifted_window_attention, qkv, self.window, heads, self.shift, **options
         )
-        if seed_repos is not None:
-            makers |= _window_seeds(seed_repos, given, backward)
+        if setting.seed_repos is not None:
+            makers |= _window_seeds(setting.seed_repos, given, backward)
         if backward:
             grad = draw(*qkv.shape[:-1], channels)
             wanted = dict.fromkeys(makers, ([q, k, v, bias, *scales], windows(grad).contiguous()))
@@ -125,24 +135,22 @@ class Sequence(NamedTuple):
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens, {self.heads} heads, blocks of {self.block}, windows of {self.blocks}"
 
-    def pose(
-        self, dtype: torch.dtype, device: torch.device, backward: bool, compile: bool, seed_repos: Path | None
-    ) -> Posed:
+    def pose(self, setting: Setting, dtype: torch.dtype, backward: bool) -> Posed:
         """Pose it, with all gradients of q, k and v in the backward."""
         generator = torch.Generator().manual_seed(0)
         shape = (1, self.heads, self.tokens, self.head_dim)
-        q, k, v, grad = (torch.randn(*shape, generator=generator).to(device, dtype) for _ in range(4))
+        q, k, v, grad = (torch.randn(*shape, generator=generator).to(setting.device, dtype) for _ in range(4))
         for tensor in (q, k, v):
             tensor.requires_grad_(backward)
         makers: dict[str, Make] = {"SDPA + mask": lambda: _sdpa_of_sequence(self, q, k, v)}
-        if compile:
+        if setting.compile:
             makers["FlexAttention, compiled"] = lambda: _flex_attention(self, q, k, v)
         makers["swinaccel"] = lambda: partial(
             functional.block_sliding_window_attention, q, k, v, self.block, self.blocks
         )
-        if seed_repos is not None:
+        if (repos := setting.seed_repos) is not None:
             name, rest = "Bloc-Sliding-Window", (self.block, self.blocks, self.head_dim**-0.5)
-            makers[name] = lambda: partial(seed_function(seed_repos, name), q, k, v, *rest)
+            makers[name] = lambda: partial(seed_function(repos, name), q, k, v, *rest)
         if backward:
             makers = {name: partial(_with_gradients, make, [q, k, v], grad) for name, make in makers.items()}
         pairs = self.block**2 * sum(min(n + 1, self.blocks) for n in range(self.tokens // self.block))

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import attention
 import tables
 import torch
+from attention import Setting
 from torch import Tensor
 
 from swinaccel import ops
@@ -86,17 +87,6 @@ class Row(NamedTuple):
         return "{section} {mode}: {name}, {dtype}".format(**self.entry())
 
 
-@dataclass
-class Setting:
-    """The options of all rows; `deadline` is a time of `time.monotonic()`."""
-
-    device: torch.device
-    rounds: int
-    compile: bool = False
-    seed_repos: Path | None = None
-    deadline: float | None = None
-
-
 def plan(is_cuda: bool) -> list[Row]:
     """Return the rows, cheap and important ones first; fewer and smaller ones on a CPU."""
     windows, sequences = attention.WINDOWS, attention.SEQUENCES
@@ -127,8 +117,8 @@ def run(folder: Path, rows: list[Row], setting: Setting) -> dict[str, Any]:
             entry["note"] = "not run: the time was up"
         else:
             entry |= _measured(setting, row, document["machine"])
-            _clean(setting)
         write(document, folder)
+        _clean(setting)
     return document
 
 
@@ -205,7 +195,7 @@ def measure_attention(
     setting: Setting, case: attention.Windows | attention.Sequence, dtype: str, backward: bool
 ) -> dict[str, Any]:
     """Measure calls of attention, which take turns; on a GPU each as a graph, so that the time is its kernels'."""
-    posed = case.pose(models.as_dtype(dtype), setting.device, backward, setting.compile, setting.seed_repos)
+    posed = case.pose(setting, models.as_dtype(dtype), backward)
 
     def start(name: str, make: attention.Make) -> timing.Runner:
         adapt = posed.adapt if name == "swinaccel" else None

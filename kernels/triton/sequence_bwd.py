@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .sequence_fwd import (
     FACTOR_PRECISION,
+    assert_whole_tiles,
     load_mask,
     load_passing,
     load_rows,
@@ -98,10 +99,8 @@ def _sequence_attention_bwd_query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dq, dq_factor and δ. One program: BLOCK_M queries of one sequence, which stay, as in the forward; keys pass."""
-    tl.static_assert(HEAD_DIM <= BLOCK_D)
-    tl.static_assert(RANK <= BLOCK_R)
+    assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
     tl.static_assert(RANK > 0 or not FACTOR_GRAD)
-    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M
@@ -226,10 +225,8 @@ def _sequence_attention_bwd_key_kernel(
 
     The first keys have the most queries, so they come first.
     """
-    tl.static_assert(HEAD_DIM <= BLOCK_D)
-    tl.static_assert(RANK <= BLOCK_R)
+    assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
     tl.static_assert(RANK > 0 or not FACTOR_GRAD)
-    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     tile, sequence = place(tl.cdiv(num_tokens, BLOCK_N), num_sequences, group)
     first_key = tile * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, num_tokens) - 1

@@ -99,6 +99,19 @@ def plan_walk(
 
 
 @triton.jit
+def assert_whole_tiles(
+    num_tokens, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, HAS_EDGES: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Assert that tiles hold what they must, and without HAS_EDGES nothing else; the latter where Triton debugs."""
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(RANK <= BLOCK_R)
+    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
+    if not HAS_EDGES:
+        tl.device_assert((num_tokens % BLOCK_M == 0) & (num_tokens % BLOCK_N == 0), "tokens beyond the last")
+
+
+@triton.jit
 def place(num_tiles, num_sequences, group):
     """This program's tile, counted from the end of the walk with the most to do, and its sequence (batch and head).
 
@@ -266,9 +279,7 @@ def _sequence_attention_fwd_kernel(
 
     Without HAS_EDGES every tile of keys is seen in full.
     """
-    tl.static_assert(HEAD_DIM <= BLOCK_D)
-    tl.static_assert(RANK <= BLOCK_R)
-    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
+    assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M

@@ -232,21 +232,22 @@ def _window_attention_fwd_kernel(
     mask_ptr,  # (windows, N, N)
     unusual_ptr,  # (windows, CHECKS), nonzero where a window's mask is not the one that its shift implies
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols)
+    dense_ptr,  # (heads, ROWS, COLS)
     q_factor_ptr, k_factor_ptr,  # (heads, N, RANK)
     stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
     seed_ptr,  # (1,), int64, of attention dropout
     lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax, for the backward
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head, num_rows, stride_dense_head, stride_dense_row,
+    stride_table_row, stride_table_head, num_rows,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
-    CHECKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
+    CHECKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one window and head, in one image or two.
 
@@ -260,6 +261,7 @@ def _window_attention_fwd_kernel(
     tl.static_assert(VOLUME or WINDOW[0] == 1)
     tl.static_assert(BIAS != BIAS_TABLE)  # but for stale factors' sake
     tl.static_assert(IMAGES == 1 or IMAGES == 2)
+    tl.static_assert(ROWS >= N and ROWS % BLOCK_M == 0 and COLS >= N and COLS % BLOCK_N == 0)  # tiles of it are whole
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
@@ -304,7 +306,7 @@ def _window_attention_fwd_kernel(
 
     bias = Bias(
         table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head),
-        dense_ptr, (stride_dense_head, stride_dense_row),
+        dense_ptr, (ROWS * COLS, COLS),
     )  # fmt: skip
     part = part_of(image, number, head, num_windows, num_heads)
     next_part = part_of(next_image, number, head, num_windows, num_heads)

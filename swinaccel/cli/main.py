@@ -11,9 +11,10 @@ import torch
 import typer
 from torch import nn
 
-from .. import __version__, cache, families, plan
-from .. import bias as position_bias
+from .. import __version__, families, plan
 from .. import verify as run_verify
+from ..bias import cache
+from ..bias import table as position_bias
 from ..config import AccelConfig, cache_dir
 from . import bench as benchmark
 from . import models, terminal

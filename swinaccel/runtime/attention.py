@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import bias, ops
-from ..backends import torch as torch_backend
+from ..backends.torch import window as torch_backend
+from ..bias import table as bias_table
 from ..config import AccelConfig, env_interpret
 from ..errors import KernelError
-from ..failures import failures
 from ..layers import has_hooks, is_builtin, replaced_methods, twin
+from ..ops import position
+from ..ops import window as window_ops
+from ..ops.failures import failures
 from ..spec.block import Product
 from ..spec.window import Section
 from ..trust.fingerprint import Trace, Untraceable, rates
@@ -215,7 +217,7 @@ def _records_gradients(attention: nn.Module, x: Tensor) -> bool:
 
 def problem_of(section: Section, x: Tensor) -> tuple:
     """Return what failures of the window kernels are kept under."""
-    return ops.problem(
+    return window_ops.problem(
         x.device, product_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None
     )  # fmt: skip
 
@@ -223,7 +225,7 @@ def problem_of(section: Section, x: Tensor) -> tuple:
 def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
     """Return what the kernels cannot do with a section, or None."""
     interpret = x.device.type == "cpu" and env_interpret()
-    reason = ops.unsupported_reason(
+    reason = window_ops.unsupported_reason(
         x.device, product_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
     )
     if reason is None and section.geometry.is_padded and section.padding is None:
@@ -268,8 +270,8 @@ class TritonSection:
             raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
         factors = None
-        if not trained and bias.wanted(self.config):
-            factors = bias.factors(section, self.config, qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype)
+        if not trained and bias_table.wanted(self.config):
+            factors = bias_table.factors(section, self.config, qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype)
         self.state.bias = "table" if factors is None else factors.describe()
         return attend_triton(section, qkv, trained, factors)
 
@@ -283,8 +285,8 @@ def attend_triton(section: Section, qkv: Any, trained: bool, factors: Any = None
         if padding is not None and padding.numel() != 3 * section.num_heads * section.head_dim:
             raise KernelError(f"the bias of its projection holds {padding.numel()} numbers, which it spreads by itself")
     if section.position is not None and not trained:
-        table = ops.position_table(*section.position)
-    out = ops.shifted_window_attention(
+        table = position.position_table(*section.position)
+    out = window_ops.shifted_window_attention(
         qkv,
         geometry,
         num_heads=section.num_heads,

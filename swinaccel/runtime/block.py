@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fusion_autograd as recorded
-from .. import fusion_ops
-from ..backends import torch_fusion
-from ..backends import triton_fusion as kernels
+from ..backends.torch import block as torch_block
+from ..backends.triton import block as kernels
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError
-from ..failures import failures
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
+from ..ops import block as block_ops
+from ..ops import block_autograd as recorded
+from ..ops.failures import failures
 from ..spec.block import Block
 from ..spec.reference_block import attend_tokens, drop_factors
 from ..trust.fingerprint import rates
@@ -204,7 +204,7 @@ class FusedBlock:
         if not _is_like(branch, x, x.dtype) or (branch.requires_grad and torch.is_grad_enabled()):
             return rest(block, x, branch)
         try:
-            return fusion_ops.after_attention(x, branch, facts.norms, facts.linears, block.post_norm)
+            return block_ops.after_attention(x, branch, facts.norms, facts.linears, block.post_norm)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             return rest(block, x, branch)
@@ -212,7 +212,7 @@ class FusedBlock:
     def _on_cpu(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         block = self._facts.block
         branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), size)
-        return torch_fusion.rest(x, branch, block) if _is_like(branch, x, x.dtype) else rest(block, x, branch)
+        return torch_block.rest(x, branch, block) if _is_like(branch, x, x.dtype) else rest(block, x, branch)
 
     def _norm(self, x: Tensor) -> Tensor:
         try:

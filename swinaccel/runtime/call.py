@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import torch_fusion
+from ..backends.torch import block as torch_block
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError, KernelError
-from ..failures import failures
 from ..layers import twin
+from ..ops.failures import failures
+from ..ops.observed import is_onnx_export
 from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
@@ -23,7 +24,6 @@ from . import traced
 from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
-from .exporting import is_onnx_export
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
 from .plan import Plan
 from .state import Scope, State, state_of
@@ -165,7 +165,7 @@ def _fused_plan(
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
     adapter, config, scope = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
-    if backend == "torch" and not (hasattr(adapter, "inner") and torch_fusion.is_worth(x)):
+    if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
         return None
     facts = _facts(adapter, module, scope)
     made = facts

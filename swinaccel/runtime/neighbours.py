@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fusion_autograd as recorded
-from ..backends import triton_fusion as kernels
+from ..backends.triton import block as kernels
 from ..config import AccelConfig
 from ..layers import is_builtin
+from ..ops import block_autograd as recorded
 from ..spec.block import Embedding, Merging
 from ..spec.reference_block import embedded, embedding_reference, merged, merging_reference
 from .block import _norm_dtype, demand, demand_idle, demand_sizes, demand_unhooked, failed, is_mixed

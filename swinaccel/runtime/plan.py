@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..failures import failures
+from ..ops.failures import failures
 from .guard import Guard, same_tensors
 from .state import State
 

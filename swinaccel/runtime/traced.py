@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import fusion_ops
 from ..config import env_strict
 from ..errors import FallbackError
 from ..layers import has_hooks, has_own_forward, is_builtin
+from ..ops import block as block_ops
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
@@ -222,5 +222,5 @@ def _block(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None
     else:
         norms: Any = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
         linears: Any = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
-        out = fusion_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
+        out = block_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
     return out if block.give is None else block.give(out)

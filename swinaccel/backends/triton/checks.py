@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..spec.window import Geometry
+from ...errors import ArgumentError
+from ...spec.window import Geometry
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*DTYPES, torch.float64)
@@ -26,7 +26,7 @@ def lse_shape(batch: int, geometry: Geometry, num_heads: int, has_mask: bool) ->
 
 
 def check_shapes(problem: Any) -> None:
-    """Raise where a tensor does not have the shape that a problem, a `triton._Problem`, takes."""
+    """Raise where a tensor does not have the shape that a problem, a `problem.Problem`, takes."""
     geometry, heads, channels = problem.geometry, problem.num_heads, problem.channels
     tokens = geometry.tokens
     if heads < 1 or channels < 1 or channels % heads:
@@ -90,7 +90,7 @@ def check_sequence(
 
     Args:
         shapes: of k, v, q_factor, k_factor and mask; of a backward also of grad, out and what is kept of the softmax.
-        problem: a `triton_sequence.Problem`.
+        problem: a `sequence.Problem`.
     """
     k, v, q_factor, k_factor, mask, *kept = shapes
     if len(q) != 4 or not q[-1]:

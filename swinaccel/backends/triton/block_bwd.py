@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton as windows
-from .triton_fusion import _launch, sample_rows
+from . import devices
+from .block import _launch, sample_rows
+from .launches import Launch
 
 
 def norm(
@@ -29,14 +30,14 @@ def norm(
     Returns:
         (2, C), fp32: gradients of the norm's weight and bias.
     """
-    from ..kernels import fusion_launch
+    from ...kernels import fusion_launch
 
     channels, device = source.shape[-1], source.device
     rows = source.numel() // channels
     if not rows:
         return torch.zeros((2, channels), dtype=torch.float32, device=device)
     shape = fusion_launch.rows(channels)
-    programs = fusion_launch.backward_programs(-(-rows // shape.rows), windows.multiprocessors(device))
+    programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
     sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=device)
     key = ("norm backward", device, rows, sample_rows(rows, scale), channels, mode, programs)
     _launch(key, _plan_norm, sums, grad_x, grad_branch, grad_out, grad_total, source, stats, scale, weight)
@@ -44,10 +45,10 @@ def norm(
 
 
 def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, mode: int, programs: int) -> Any:
-    from ..kernels import fusion_launch, pointwise_bwd
+    from ...kernels import fusion_launch, pointwise_bwd
 
     shape = fusion_launch.rows(channels)
-    return windows._Launch(
+    return Launch(
         pointwise_bwd._norm_bwd_kernel,
         (programs,),
         (rows, sample_rows, channels, mode, shape.block_c, shape.rows),
@@ -81,14 +82,14 @@ def _columns(
     operands: tuple[Tensor | None, ...],
 ) -> Tensor:
     """Run a kernel that sums over rows."""
-    from ..kernels import fusion_launch
+    from ...kernels import fusion_launch
 
     (rows, channels), device = x.shape, x.device
     if not rows:
         return torch.zeros(channels, dtype=torch.float32, device=device)
     blocks = -(-channels // fusion_launch.COLUMNS)
     tiles = -(-rows // fusion_launch.COLUMN_ROWS)
-    programs = fusion_launch.backward_programs(tiles, -(-windows.multiprocessors(device) // blocks))
+    programs = fusion_launch.backward_programs(tiles, -(-devices.multiprocessors(device) // blocks))
     sums = torch.empty((programs, channels), dtype=torch.float32, device=device)
     key = (plan.__name__, device, rows, sample_rows(rows, scale), channels, programs)
     _launch(key, plan, sums, *results, *operands)
@@ -96,21 +97,21 @@ def _columns(
 
 
 def _plan_gelu(device: torch.device, rows: int, _: int, channels: int, programs: int) -> Any:
-    from ..kernels import pointwise_bwd
+    from ...kernels import pointwise_bwd
 
     return _plan_columns(pointwise_bwd._gelu_bwd_kernel, (rows,), channels, programs)
 
 
 def _plan_sums(device: torch.device, rows: int, sample_rows: int, channels: int, programs: int) -> Any:
-    from ..kernels import pointwise_bwd
+    from ...kernels import pointwise_bwd
 
     return _plan_columns(pointwise_bwd._column_sums_kernel, (rows, sample_rows), channels, programs)
 
 
 def _plan_columns(kernel: Any, sizes: tuple[int, ...], channels: int, programs: int) -> Any:
-    from ..kernels import fusion_launch
+    from ...kernels import fusion_launch
 
-    return windows._Launch(
+    return Launch(
         kernel,
         (programs, -(-channels // fusion_launch.COLUMNS)),
         (*sizes, channels, fusion_launch.COLUMNS, fusion_launch.COLUMN_ROWS),

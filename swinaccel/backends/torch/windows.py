@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import reference
-from ..spec.window import Geometry
-from .torch import _cosine_operands
-from .torch_sequence import is_transformed
-from .torch_softmax import accurate, attend, drawn_in, nothing
+from ...spec import reference
+from ...spec.window import Geometry
+from .sequence import is_transformed
+from .softmax import accurate, attend, drawn_in, nothing
+from .window import _cosine_operands
 
 
 def attention(

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import triton_fusion as kernels
-from .backends import triton_fusion_bwd as backward_kernels
-from .backends.triton_fusion import ADD, ADD_NORM, NORM, NORM_ADD, Affine
+from ..backends.triton import block as kernels
+from ..backends.triton import block_bwd as backward_kernels
+from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
 
 _HALVES = (torch.float16, torch.bfloat16)
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..spec import reference
-from ..spec.window import Geometry, Section
-from .torch_softmax import accurate, attend, drawn_in
+from ...spec import reference
+from ...spec.window import Geometry, Section
+from .softmax import accurate, attend, drawn_in
 
 
 class _Order(NamedTuple):

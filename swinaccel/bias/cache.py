@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from .config import cache_dir
+from ..config import cache_dir
 
 logger = logging.getLogger("swinaccel")
 

@@ -1,4 +1,4 @@
-"""Attention over sequences as PyTorch operators, forward and backward; see `ops` for the windows'.
+"""Attention over sequences as PyTorch operators, forward and backward; see `ops.window` for the windows'.
 
 A kernel that fails is noted once, with its problem, and plain PyTorch gives the same numbers in its place, then and
 for every later call of that kind.
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import torch_sequence
-from .backends import triton_sequence as backend
-from .backends.triton import first_line
-from .backends.triton_sequence import Problem
-from .config import env_strict
-from .errors import ArgumentError, KernelError
+from ..backends.torch import sequence as torch_sequence
+from ..backends.triton import sequence as backend
+from ..backends.triton.launches import first_line
+from ..backends.triton.sequence import Problem
+from ..config import env_strict
+from ..errors import ArgumentError, KernelError
 from .failures import failures
-from .ops import _is_observed
+from .observed import is_observed
 
 unsupported_reason = backend.unsupported_reason
 
@@ -44,8 +44,8 @@ def sequence_attention(
     mask: Tensor | None,
     problem: Problem,
 ) -> Tensor:
-    """As `reference.sequence_attention`, by the Triton kernels; see `backends.triton_sequence.forward`."""
-    if _is_observed():
+    """As `reference.sequence_attention`, by the Triton kernels; see `backends.triton.sequence.forward`."""
+    if is_observed():
         return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
     return _Direct.apply(q, k, v, q_factor, k_factor, mask, *problem)[0]
 

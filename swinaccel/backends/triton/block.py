@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton as windows
+from . import devices
+from .launches import DescribedLaunch, Launch, first_line, keep, launches
 
 Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
 NORM, ADD_NORM, NORM_ADD, ADD = range(4)  # modes of `kernels.pointwise._norm_kernel`
@@ -26,19 +27,19 @@ class LaunchError(RuntimeError):
 def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> None:
     """Run the launch that is kept under a key: the plan's name, and what is planned from."""
     try:
-        launch = windows._launches.get(key) or windows._keep(key, plan(*key[1:]))
+        launch = launches.get(key) or keep(key, plan(*key[1:]))
         launch(*tensors)
     except torch.OutOfMemoryError:  # which says nothing of the kernel
         raise
     except Exception as error:
-        raise LaunchError(windows.first_line(error)) from error
+        raise LaunchError(first_line(error)) from error
 
 
 def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, eps: float, mode: int) -> Any:
-    from ..kernels import fusion_launch, pointwise
+    from ...kernels import fusion_launch, pointwise
 
     shape = fusion_launch.rows(channels)
-    return windows._Launch(
+    return Launch(
         pointwise._norm_kernel,
         (-(-rows // shape.rows),),
         (rows, sample_rows, eps, channels, mode, shape.block_c, shape.rows),
@@ -103,11 +104,11 @@ def merge(x: Tensor, affine: Affine | None) -> Tensor:
 
 
 def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float | None) -> Any:
-    from ..kernels import fusion_launch, pointwise
+    from ...kernels import fusion_launch, pointwise
 
     rows, shape = batch * ((height + 1) // 2) * ((width + 1) // 2), fusion_launch.rows(4 * channels)
     numbers = rows, height, width, 0.0 if eps is None else eps, channels, eps is not None
-    return windows._Launch(
+    return Launch(
         pointwise._merge_kernel,
         (-(-rows // shape.rows),),
         (*numbers, shape.block_c, shape.rows),
@@ -118,7 +119,7 @@ def _plan_merge(device: torch.device, batch: int, height: int, width: int, chann
 @lru_cache(maxsize=256)
 def embed_launch(channels: int, numbers: int) -> Any:
     """How `embed` would run for patches of so many numbers, or None where it is not to."""
-    from ..kernels import fusion_launch
+    from ...kernels import fusion_launch
 
     return fusion_launch.embed(channels=channels, numbers=numbers)
 
@@ -141,12 +142,12 @@ def embed(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine | None)
 
 
 def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight: torch.Size, eps: float | None) -> Any:
-    from ..kernels import embedding
+    from ...kernels import embedding
 
     channels, inputs, *patch = weight
     rows, numbers = batch * down * across, inputs * patch[0] * patch[1]
     shape = embed_launch(channels, numbers)
-    return windows._Launch(
+    return Launch(
         embedding._embed_kernel,
         (-(-rows // shape.block_m),),
         (
@@ -176,12 +177,10 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _plan_gelu(device: torch.device, numbers: int) -> Any:
-    from ..kernels import fusion_launch, mlp
+    from ...kernels import fusion_launch, mlp
 
     block = fusion_launch.GELU_BLOCK
-    return windows._Launch(
-        mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS
-    )
+    return Launch(mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -192,7 +191,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     """
     (hidden, channels), device = weight.shape, x.device
     rows = x.numel() // channels
-    how = None if windows.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
+    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
     if how is None or (x.data_ptr() | weight.data_ptr()) & 15:  # which a descriptor cannot start from
         return None
     out = x.new_empty((*x.shape[:-1], hidden))
@@ -202,22 +201,22 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
 
 @lru_cache(maxsize=256)
 def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
-    if not windows.has_copy_engine(device):
+    if not devices.has_copy_engine(device):
         return None
-    from ..kernels import fusion_launch
+    from ...kernels import fusion_launch
 
-    multiprocessors = windows.multiprocessors(device)
+    multiprocessors = devices.multiprocessors(device)
     return fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors)
 
 
 def _plan_linear_gelu(
     device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int
 ) -> Any:  # fmt: skip
-    from ..kernels import fusion_launch, mlp
+    from ...kernels import fusion_launch, mlp
 
     block_m, block_n, block_k = shape[:3]
     tiles = (block_m, block_n // 2), (block_m, block_k), (block_n, block_k)  # of the output, x and the weight
-    return windows.DescribedLaunch(
+    return DescribedLaunch(
         {place: partial(fusion_launch.describe, block=tile) for place, tile in enumerate(tiles)},
         mlp._linear_gelu_kernel,
         (programs,),
@@ -232,18 +231,18 @@ def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
     hidden, channels = weight.shape
     launch = mlp_launch(x.device, x.dtype, channels, hidden)
     # A program goes through all hidden channels, which pays where each multiprocessor has one.
-    return launch is not None and x.numel() >= channels * launch.block_m * windows.multiprocessors(x.device)
+    return launch is not None and x.numel() >= channels * launch.block_m * devices.multiprocessors(x.device)
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
     """How `mlp` would run, or None where it cannot, or never is to."""
-    shared_memory = windows.shared_memory_override or windows.device_shared_memory(device)
+    shared_memory = devices.shared_memory(device)
     return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
 
 @lru_cache(maxsize=256)
 def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: int) -> Any:
-    from ..kernels import fusion_launch
+    from ...kernels import fusion_launch
 
     return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
 
@@ -265,7 +264,7 @@ def mlp(
     rows, out = x.numel() // channels, torch.empty_like(x)
     if rows:
         is_residual = branch is not None
-        key = ("mlp", x.device, rows, channels, hidden, eps, is_residual, x.dtype, windows.shared_memory_override)
+        key = ("mlp", x.device, rows, channels, hidden, eps, is_residual, x.dtype, devices.shared_memory_override)
         _launch(key, _plan_mlp, out, x, branch, weight, bias, *fc1, *fc2)
     return out
 
@@ -280,10 +279,10 @@ def _plan_mlp(
     dtype: torch.dtype,
     shared_memory: int | None,
 ) -> Any:
-    from ..kernels import mlp
+    from ...kernels import mlp
 
     shape = mlp_launch(device, dtype, channels, hidden)
-    return windows._Launch(
+    return Launch(
         mlp._mlp_kernel,
         (-(-rows // shape.block_m),),
         (rows, eps, channels, hidden, is_residual, shape.block_m, shape.block_c, shape.block_h),

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton as windows
-from .triton_checks import check_sequence
+from . import devices
+from .checks import check_sequence
+from .launches import DescribedLaunch, Launch, keep, launches
 
 MAX_HEAD_DIM, MAX_RANK = 128, 64
 
@@ -34,15 +35,9 @@ def unsupported_reason(
     device: torch.device, dtype: torch.dtype, head_dim: int, rank: int, factor_dtype: torch.dtype, interpret: bool
 ) -> str | None:
     """Why the kernels cannot serve a problem, as one sentence, or None."""
-    if not windows._INSTALLED:
-        return "Triton is not installed"
-    if device.type != "cuda" and not (device.type == "cpu" and interpret):
-        return f"the Triton kernels run on CUDA devices, not on {device.type}"
-    for kind in (dtype, factor_dtype):
-        if kind not in windows.DTYPES:
-            return f"the Triton kernels take fp16, bf16 and fp32, not {kind}"
-    if interpret and torch.bfloat16 in (dtype, factor_dtype):
-        return "Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies"
+    reason = devices.unsupported_reason(device, (dtype, factor_dtype), interpret)
+    if reason is not None:
+        return reason
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is larger than {MAX_HEAD_DIM}"
     if rank > MAX_RANK:
@@ -90,10 +85,10 @@ def forward(
     described = _describable(q_factor, mask, k, v)
     shapes = _shapes(k, v, q_factor, k_factor, mask)
     key = ("sequence", *_key(q, q_factor, problem), strides, described, shapes)
-    launch = windows._launches.get(key)
+    launch = launches.get(key)
     if launch is None:
         check_sequence(q.shape, shapes, problem)
-        launch = windows._keep(key, _plan_forward(q, q_factor, mask, problem, strides, described))
+        launch = keep(key, _plan_forward(q, q_factor, mask, problem, strides, described))
     launch(out, lse, q, k, v, q_factor, k_factor, mask)
     return out, lse
 
@@ -137,13 +132,13 @@ def backward(
         described = _describable(q_factor, mask, grad, q, k, v)
         shapes = _shapes(k, v, q_factor, k_factor, mask, grad, out, lse)
         key = ("sequence backward", *_key(q, q_factor, problem), factor_grad, strides, described, shapes)
-        launches = windows._launches.get(key)
-        if launches is None:
+        kept = launches.get(key)
+        if kept is None:
             check_sequence(q.shape, shapes, problem, lse_shape(q, mask))
-            launches = windows._keep(key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described))
+            kept = keep(key, _plan_backward(q, q_factor, mask, problem, bool(parts), strides, described))
         dq_part, dk_part = parts if parts else (None, None)
-        launches[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
-        launches[1](dk, dv, dk_part, delta, grad, q, k, v, lse, q_factor, k_factor, mask)
+        kept[0](dq, dq_part, delta, grad, out, q, k, v, lse, q_factor, k_factor, mask)
+        kept[1](dk, dv, dk_part, delta, grad, q, k, v, lse, q_factor, k_factor, mask)
     sums = (
         (part.sum(0) if factor.dim() == 3 else part).to(factor.dtype)
         for part, factor in zip(parts, factors, strict=True)
@@ -171,7 +166,7 @@ def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
 def _key(q: Tensor, q_factor: Tensor | None, problem: Problem) -> tuple:
     factor_dtype = None if q_factor is None else q_factor.dtype
     return (
-        q.device, q.dtype, q.shape, factor_dtype, problem, windows._precision(q.dtype), windows.shared_memory_override
+        q.device, q.dtype, q.shape, factor_dtype, problem, devices.precision(q.dtype), devices.shared_memory_override
     )  # fmt: skip
 
 
@@ -187,7 +182,7 @@ class _Facts(NamedTuple):
 
 
 def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> _Facts:
-    from ..kernels import sequence_fwd, sequence_launch
+    from ...kernels import sequence_fwd, sequence_launch
 
     batch, heads, tokens, head_dim = q.shape
     rank, factor_dtype = (0, q.dtype) if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
@@ -210,19 +205,19 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
             "element_size": q.element_size(),
             "factor_size": factor_dtype.itemsize,
             "has_mask": mask is not None,
-            "shared_memory": windows.shared_memory_override or windows.device_shared_memory(q.device),
+            "shared_memory": devices.shared_memory(q.device),
         },
         (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
         pattern.value,
         rank,
-        windows._precision(q.dtype),
+        devices.precision(q.dtype),
         (block_size, window_blocks) if problem.block_size else (0, 0),
     )
 
 
 def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
     """Whether a tile of scores may hold some that do not count."""
-    from ..kernels import sequence_fwd
+    from ...kernels import sequence_fwd
 
     if facts.pattern == sequence_fwd.PATTERN_CAUSAL.value or tokens % block_m or tokens % block_n:
         return True
@@ -232,12 +227,12 @@ def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
 
 def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor) -> bool:
     """Whether the tensors that pass through a pipeline may be described: see `sequence_launch.describe`."""
-    from ..kernels.sequence_launch import DESCRIBED_HEAD_DIM
+    from ...kernels.sequence_launch import DESCRIBED_HEAD_DIM
 
     first = tensors[0]
     if q_factor is not None or mask is not None or first.shape[-1] != DESCRIBED_HEAD_DIM or first.element_size() != 2:
         return False
-    if not windows.has_copy_engine(first.device) or windows.shared_memory_override:
+    if not devices.has_copy_engine(first.device) or devices.shared_memory_override:
         return False
     for tensor in tensors:
         if tensor.dim() != 4:
@@ -262,7 +257,7 @@ def _plan(
     passing: dict[int, str],
     keys: bool,
     names: tuple[str, ...],
-) -> windows._Launch:
+) -> Launch:
     """One launch: with descriptors of the tensors at the places `passing`, if `shape` is given and fits, or without."""
     batch, heads, tokens, head_dim = q.shape
     described = shape is not None and not _has_edges(facts, tokens, shape.block_m, shape.block_n)
@@ -282,11 +277,11 @@ def _plan(
         (*names, "q_factor", "k_factor", "mask"),
     )  # fmt: skip
     if described:
-        from ..kernels import sequence_launch
+        from ...kernels import sequence_launch
 
         tiles = {place: partial(sequence_launch.describe, rows=getattr(shape, rows)) for place, rows in passing.items()}
-        return windows.DescribedLaunch(tiles, kernel, *arguments, **options)
-    return windows._Launch(kernel, *arguments, **options)
+        return DescribedLaunch(tiles, kernel, *arguments, **options)
+    return Launch(kernel, *arguments, **options)
 
 
 def _plan_forward(
@@ -296,8 +291,8 @@ def _plan_forward(
     problem: Problem,
     strides: tuple[int, ...],
     described: bool,
-) -> windows._Launch:
-    from ..kernels import sequence_fwd, sequence_launch
+) -> Launch:
+    from ...kernels import sequence_fwd, sequence_launch
 
     return _plan(
         sequence_fwd._sequence_attention_fwd_kernel,
@@ -322,8 +317,8 @@ def _plan_backward(
     factor_grad: bool,
     strides: tuple[int, ...],
     described: bool,
-) -> tuple[windows._Launch, windows._Launch]:
-    from ..kernels import sequence_bwd, sequence_launch
+) -> tuple[Launch, Launch]:
+    from ...kernels import sequence_bwd, sequence_launch
 
     facts, has_mask = _facts(q, q_factor, mask, problem), mask is not None
     dq, dk, dv, grad, out, rest = *(strides[3 * i : 3 * i + 3] for i in range(5)), strides[15:]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec.arguments import can_look
+from ...spec.arguments import can_look
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,17 @@
-"""Where a graph is made that cannot hold operators of ours."""
+"""Tell who looks at operators beside the device: compilers, modes, profilers, exporters."""
 
 from __future__ import annotations
 
 import sys
+
+import torch
+
+
+def is_observed() -> bool:
+    """Return True if anyone but the device looks at operators now: a compiler, a mode, a profiler."""
+    return (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+    )
 
 
 def is_onnx_export() -> bool:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..config import AccelConfig
+from ..spec import reference
+from ..spec.window import Section
 from . import cache
-from .config import AccelConfig
-from .spec import reference
-from .spec.window import Section
+from .factors import factorize
 
 RANKS = (16, 32, 64, 128)  # what the kernel's dot product takes
 MIN_TOKENS = 65  # smaller windows keep the whole bias in registers
@@ -98,29 +99,6 @@ def forget() -> None:
 def _version(tensor: Tensor) -> tuple:
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, tensor.device
-
-
-def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (heads, N, rank) with bias ≈ q_factor · k_factorᵀ, of least squared error, computed in fp32.
-
-    Args:
-        bias: (heads, N, N).
-        rank: at most N.
-    """
-    bias = bias.float()
-    if rank * 4 >= bias.shape[-1]:
-        left, values, right = torch.linalg.svd(bias, full_matrices=False)
-        right = right.mT
-    else:  # subspace iteration: the same leading factors at a fraction of the cost
-        seed = torch.Generator().manual_seed(0)  # torch.manual_seed would seed every GPU as well
-        start = torch.randn(bias.shape[-1], rank + 16, generator=seed, device="cpu", dtype=torch.float32).to(bias)
-        basis = torch.linalg.qr(bias @ start).Q
-        for _ in range(6):
-            basis = torch.linalg.qr(bias @ torch.linalg.qr(bias.mT @ basis).Q).Q
-        left, values, right = torch.linalg.svd(basis.mT @ bias, full_matrices=False)
-        left, right = basis @ left, right.mT
-    root = values[..., :rank].sqrt().unsqueeze(-2)
-    return left[..., :rank] * root, right[..., :rank] * root
 
 
 def _load_or_make(section: Section, dtype: torch.dtype, energy: float | None) -> Factors | None:

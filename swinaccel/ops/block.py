@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import triton_fusion as kernels
-from .backends.triton_fusion import Affine, LaunchError
-from .errors import ArgumentError
+from ..backends.triton import block as kernels
+from ..backends.triton.block import Affine, LaunchError
+from ..errors import ArgumentError
 from .failures import failures
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import reference
-from ..spec.arguments import can_look
-from .torch_softmax import accurate, drawn_in, nothing
+from ...spec import reference
+from ...spec.arguments import can_look
+from .softmax import accurate, drawn_in, nothing
 
 _ROWS = 64  # queries that one call should have at least
 _SCORES = 1 << 27  # at most, of calls whose scores may be held

@@ -1,0 +1,135 @@
+"""Launch kernels: what is compiled for a kind of tensors is kept, and then only run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_kinds
+
+launches: dict[tuple, Any] = {}
+
+
+def keep(key: tuple, value: Any) -> Any:
+    if len(launches) >= 4096:  # sizes that never come back, such as those of a dynamic batch
+        launches.clear()
+    launches[key] = value
+    return value
+
+
+def forget_launches() -> None:
+    """Plan all launches again; what is compiled stays so."""
+    launches.clear()
+
+
+def first_line(error: Exception) -> str:
+    """What an error is, in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+class Launch:
+    """A kernel with all but its tensors decided: compiled once for each kind of those, and then only run.
+
+    Triton's own launch path looks at every argument of every call again; here the integers are part of the key
+    under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
+
+    Attributes:
+        names: of the tensors that come from outside, as `check_kinds` takes them, "" for others.
+    """
+
+    __slots__ = ("arguments", "described", "grid", "kernel", "latest", "names", "options", "runners")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        names: tuple[str, ...] = (),
+        **options: int,
+    ) -> None:
+        """Decide all about a launch.
+
+        Args:
+            names: of tensors that come from outside, as `check_kinds` takes them, "" for those that do not.
+        """
+        self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
+        self.grid = (*grid, 1, 1)[:3]
+        self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`
+        self.runners: dict[tuple, tuple[Any, bool]] = {}
+        self.latest: tuple[Any, tuple[Any, bool]] = None, _NOT_COMPILED  # of the runners, and what it is kept under
+
+    def __call__(self, *tensors: Any) -> None:
+        index = tensors[0].get_device()  # -1 on the CPU
+        if index >= 0 and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):  # Triton launches on the current device, whatever its tensors say
+                return self(*tensors)
+        pointers: list[int | None] = []
+        kind: list[Any] = []  # compared as a list, which takes less time than to hash it
+        for one in tensors:
+            if one is None:
+                pointers.append(None)
+                kind.append(None)
+            else:
+                pointer = one.data_ptr()
+                pointers.append(pointer)
+                kind += one.dtype, one.get_device(), not pointer & 15
+        known, (run, takes_pointers) = self.latest
+        if kind != known:
+            run, takes_pointers = self.runners.get(tuple(kind), _NOT_COMPILED)
+            self.latest = kind, (run, takes_pointers)
+        if run is None:
+            return self._compile(index, tensors, tuple(kind))
+        if takes_pointers:
+            for place, (cls, attributes) in self.described.items():
+                descriptor: Any = object.__new__(cls)
+                descriptor.__dict__ = {**attributes, "base": tensors[place]}
+                pointers[place] = descriptor
+            run(pointers)
+        else:
+            run(self._passed(tensors))
+
+    def _compile(self, index: int, tensors: tuple[Tensor | None, ...], kind: tuple) -> None:
+        check_kinds(self.names, tensors)
+        compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            from ...kernels.run import runner
+
+            # Triton asks the driver of each tensor's memory whether its GPU sees it. Of a pointer it does not ask, and
+            # need not where all tensors are on the one device.
+            is_here = index >= 0 and all(one is None or one.get_device() == index for one in tensors)
+            stream_of = torch._C._cuda_getCurrentRawStream if index >= 0 else None
+            run = runner(compiled, self.grid, self.arguments, stream_of, index)
+            self.runners[kind] = run, is_here
+            self.latest = list(kind), self.runners[kind]
+
+    def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        """What the kernel is given for its tensors."""
+        return tensors
+
+
+class DescribedLaunch(Launch):
+    """A launch that gives some of its tensors, each of one shape and strides only, as descriptors.
+
+    Triton's checks of a descriptor take as long as a launch: they are made once, when a kind of tensors is compiled
+    for. From then on a descriptor is a copy of that one, about another tensor.
+    """
+
+    __slots__ = ("describe",)
+
+    def __init__(self, describe: Mapping[int, Callable[[Any], Any]], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.describe = describe  # by place among the tensors
+
+    def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        passed: list[Any] = list(tensors)
+        for place, describe in self.describe.items():
+            passed[place] = one = describe(passed[place])
+            self.described[place] = type(one), {**vars(one), "base": None}
+        return tuple(passed)
+
+
+_NOT_COMPILED = (None, False)
