@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
-SOURCES = ("families", "trust", "runtime", "backends", "ops", "failures.py", "api.py", "patching.py")
+SOURCES = ("families", "trust", "runtime", "backends", "ops", "api.py", "patching.py")
 WITH_CONSTANTS = ("trust", "runtime", "api.py")
 GIVEN_AS = {"Untraceable", "_NotNow", "NotFusable", "KernelError"}  # exceptions whose message becomes a reason
 
@@ -28,8 +28,9 @@ def reasons() -> set[str]:
             tree = ast.parse(source.read_text())
             found.update(text for value in values(tree) for text in texts(value))
             if name in WITH_CONSTANTS:
-                found.update(text for one in tree.body if isinstance(one, ast.Assign) for text in texts(one.value))
-    return {text for text in found if len(re.findall(r"[a-z]{2,}", text)) > 1}
+                constants = (one.value for one in tree.body if isinstance(one, ast.Assign))
+                found.update(text for one in constants if isinstance(one, ast.Constant) for text in texts(one))
+    return {text for text in found if len(re.findall(r"[a-z]{2,}\b", text)) > 1}
 
 
 def values(tree: ast.Module) -> Iterator[ast.expr]:
@@ -54,8 +55,9 @@ def texts(value: ast.expr) -> Iterator[str]:
         yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in value.values)
     elif isinstance(value, ast.IfExp):
         yield from (text for one in (value.body, value.orelse) for text in texts(one))
-    elif isinstance(value, ast.BoolOp):
-        yield from (text for one in value.values for text in texts(one))
+    elif isinstance(value, (ast.BoolOp, ast.Tuple)):
+        parts = value.values if isinstance(value, ast.BoolOp) else value.elts
+        yield from (text for one in parts for text in texts(one))
 
 
 def test_the_page_has_every_reason_and_no_other():
