@@ -20,7 +20,7 @@ project, author, copyright = "swinaccel", "the swinaccel authors", "the swinacce
 version = release = swinaccel.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "_generated"]
-nitpicky = True
+nitpicky, default_role = True, "code"
 
 html_theme, html_title = "furo", f"swinaccel {version}"
 html_theme_options = {"source_repository": SOURCES, "source_branch": "main", "source_directory": "docs/"}
