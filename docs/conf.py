@@ -1,4 +1,7 @@
-"""The documentation: `python -m sphinx -W --keep-going -n docs docs/_build`. Pages are Markdown, the API is docstrings."""
+"""Settings of the documentation, whose pages are Markdown and whose API is docstrings.
+
+python -m sphinx -W --keep-going -n docs docs/_build
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,9 @@ def write_commands(app: Sphinx) -> None:
     lines = []
     for name, command in typer.main.get_command(commands).commands.items():  # type: ignore[attr-defined]
         arguments = [(one.metavar or one.name).upper() for one in command.params if one.param_type_name == "argument"]
-        lines += [f"## swinaccel {name}", "", command.help, "", "```text", f"swinaccel {name} {' '.join(arguments)} [OPTIONS]"]
-        lines += ["```", "", "| option | meaning | default |", "|---|---|---|"]
+        usage = f"swinaccel {name} {' '.join(arguments)} [OPTIONS]"
+        lines += [f"## swinaccel {name}", "", command.help, "", "```text", usage, "```", ""]
+        lines += ["| option | meaning | default |", "|---|---|---|"]
         for option in command.params:
             if option.param_type_name == "option":
                 spelled = " / ".join(f"`{one}`" for one in (*option.opts, *option.secondary_opts))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from swinaccel.kernels import run
 from triton import knobs
 from triton.compiler import CompiledKernel
-
-from swinaccel.kernels import run
 
 
 class Loaded(CompiledKernel):
@@ -21,7 +20,7 @@ class Loaded(CompiledKernel):
 
 
 def test_a_compiled_kernel_is_run_as_triton_runs_it():
-    """Triton's runner and ours hand the same arguments to the same function; an update that changes this is seen here."""
+    """Triton's runner and ours hand the same arguments to the same function; an update that changes it fails."""
     calls = []
     compiled = Loaded(calls)
     compiled[(4, 3, 2)]("q", None, 7, 0.5, stream=9)

@@ -15,7 +15,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if not {"_build", "_generated"} & set(page.parts)]
 BLOCKS = re.compile(r"^(?:```python|<!-- setup)\n(.*?)^(?:```|-->)", re.MULTILINE | re.DOTALL)
 SNIPPETS = {str(page.relative_to(ROOT)): BLOCKS.findall(page.read_text()) for page in PAGES}
-SOURCE = re.compile(r"https://(?:github\.com|raw\.githubusercontent\.com)/swinaccel/swinaccel/(?:blob/)?main/([^)\s#]+)")
+SOURCE = re.compile(
+    r"https://(?:github\.com|raw\.githubusercontent\.com)/swinaccel/swinaccel/(?:blob/)?main/([^)\s#]+)"
+)
 
 
 def test_there_are_snippets():
