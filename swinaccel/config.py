@@ -100,9 +100,14 @@ def _flag(name: str) -> bool:
     raise ValueError(f"{name}={text!r} is not usable: set it to 1, true, yes or on, or to 0, false, no or off")
 
 
+# Where os.environ keeps its bytes, on POSIX: one look at it, at every call of a model, takes a fifth of the time.
+_raw: dict[Any, Any] = getattr(os.environ, "_data", {})
+_is_raw = os.name == "posix" and type(_raw) is dict and all(type(name) is bytes for name in _raw)
+
+
 def env_disabled() -> bool:
     """Return True if SWINACCEL_DISABLE is on, read now."""
-    return _flag("SWINACCEL_DISABLE")
+    return not (_is_raw and b"SWINACCEL_DISABLE" not in _raw) and _flag("SWINACCEL_DISABLE")
 
 
 def env_strict() -> bool:

@@ -6,7 +6,9 @@
 Each group of kernels runs in a process of its own, first without a tool, so that everything is compiled, and then under
 each tool, with PyTorch's memory caching off: every tensor is an allocation with ends of its own. Prints a table of
 tools, kernels and numbers of reports, and exits with 1 if there is any, if a run fails, or if a kernel is in no group.
-Two threads that write the same value to the same place harm nobody; such reports of racecheck are counted apart.
+Two threads that write the same value to the same place harm nobody, nor do two that differ in the last bits of an fp32
+number: Triton keeps a sum over an axis in several warps at once, each added up in another order, and all of them write
+it where all read. Such reports of racecheck are counted apart.
 
 `--run GROUP` is one such process. With TRITON_INTERPRET=1 it needs no GPU.
 """
@@ -212,8 +214,10 @@ def mlps() -> Iterator[Any]:
     x, weight, bias = random(131, 128), random(256, 128), random(256)
     for shape in (fusion_launch.LINEAR_GELU, fusion_launch.LINEAR_GELU_FEW):
         if INTERPRETED or torch.cuda.get_device_capability()[0] >= 9:
-            out = torch.empty(131, 256, dtype=torch.float16, device=DEVICE)
+            out = torch.zeros(131, 256, dtype=torch.float16, device=DEVICE)  # initcheck sees no stores by descriptors
             kernels._plan_linear_gelu(x.device, 131, 128, 256, shape, 3)(out, x, weight, bias)
+            expected = torch.nn.functional.gelu(torch.nn.functional.linear(x.float(), weight.float(), bias.float()))
+            torch.testing.assert_close(out.float().cpu(), expected.cpu(), atol=0.05, rtol=0.01)
             yield out
 
 
@@ -268,14 +272,19 @@ def all_kernels() -> set[str]:
 
 
 def reports(text: str, kernels: set[str]) -> Iterator[tuple[str, bool]]:
-    """Yield the kernel of each report of a tool, and whether it is of two writes of the same value."""
+    """Yield the kernel of each report of a tool, and whether it harms nobody; see the head of this file."""
     for block in re.split(r"^=========\s(?=\S)", text, flags=re.MULTILINE)[1:]:
         if re.match(r"(COMPUTE-SANITIZER|\w+ SUMMARY|Target application|$)", block) or " at " not in block:
             continue
         ours = re.search("|".join(sorted(kernels, key=len, reverse=True)), block)
         other = re.search(r"\bat (?:0x\w+ in )?([^\s+]+)", block)
         values = re.search(r"current value\s*:\s*(\w+)\s*,\s*incoming value\s*:\s*(\w+)", block, re.IGNORECASE)
-        is_same = " WAW " in block and values is not None and values[1] == values[2]
+        place = re.search(r"hazard detected at __shared__ (0x\w+)", block)
+        apart = abs(int(values[1], 0) - int(values[2], 0)) if values else None
+        is_lowest_byte = place is not None and int(place[1], 16) % 4 == 0
+        is_same = (
+            " WAW " in block and apart is not None and (apart == 0 or (is_lowest_byte and min(apart, 256 - apart) < 32))
+        )
         yield ours[0] if ours else f"another's: {other[1] if other else '?'}", is_same
 
 

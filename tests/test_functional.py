@@ -23,6 +23,7 @@ from swinaccel.backends.triton import bias as bias_launches
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.backends.triton import window_bwd as window_bwd_launches
 from swinaccel.config import env_interpret
+from swinaccel.errors import KernelError
 from swinaccel.ops import position
 from swinaccel.ops import window as window_ops
 from swinaccel.spec import reference
@@ -172,6 +173,7 @@ CASES = [
     Case(20, scale=0.0, masks=3),
     Case(64, cosine=True, has_bias=False),
     Case(65, windows=3, masks=3),
+    Case(256, windows=1, dim=8),
     Case(130, windows=1, cosine=True),
 ]
 
@@ -362,7 +364,7 @@ def test_nothing_is_copied_or_kept(tokens, kind, monkeypatch):
     read: list[int] = []
     direct = window_ops.shifted_window_attention
     monkeypatch.setattr(
-        ops,
+        window_ops,
         "shifted_window_attention",
         lambda qkv, *args, **options: read.extend(t.data_ptr() for t in qkv) or direct(qkv, *args, **options),
     )
@@ -704,7 +706,7 @@ def test_a_kernel_that_fails(rate, monkeypatch, caplog):
             assert bool(torch.isfinite(out).all())
     assert len(caplog.records) == 1
     monkeypatch.setenv("SWINACCEL_STRICT", "1")
-    with pytest.raises(ops.KernelError, match="out of resource"):
+    with pytest.raises(KernelError, match="out of resource"):
         call(**inputs, dropout=rate)
 
 

@@ -184,8 +184,10 @@ def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, processor
 def test_gelu_takes_the_place_of_its_input(monkeypatch):
     products, plain = [], F.linear
     monkeypatch.setattr(F, "linear", lambda *args: products.append(plain(*args)) or products[-1])
-    active = block_ops._active(random(5, 24), (random(96, 24), None))
-    assert active.data_ptr() == products[0].data_ptr()
+    for dtype in (torch.float16, torch.float32):
+        x, weight = random(5, 24, dtype=dtype), random(96, 24, dtype=dtype)
+        bound = block_ops.bind_rest(x.shape, dtype, x.device, 96, (1e-5, 1e-5), False)
+        assert bound._activated(x, weight, None).data_ptr() == products[-1].data_ptr()
 
 
 def test_who_multiplies(monkeypatch):

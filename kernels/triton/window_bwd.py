@@ -31,12 +31,12 @@ from .tiles import (
     add_mask,
     cosine_scale,
     dropout_factor,
+    instance_of,
     inverse_norm,
     load_tokens,
     locate_tokens,
     operand_pointers,
     padding_pointers,
-    part_of,
     place_window,
     scale_rows,
     scaled_query,
@@ -49,7 +49,7 @@ from .tiles import (
 
 @triton.jit
 def normalised(x, COSINE: tl.constexpr):
-    """x, divided by its norm for cosine attention, in its own dtype."""
+    """Return x, divided by its norm for cosine attention, in its own dtype."""
     if COSINE:
         return scale_rows(x, inverse_norm(x))
     return x
@@ -57,17 +57,17 @@ def normalised(x, COSINE: tl.constexpr):
 
 @triton.jit
 def through_norm(x, grad):
-    """Gradient of x from that of x / max(‖x‖, 1e-12), and the product of the latter two by row; fp32."""
+    """Return the gradient of x from that of x / max(‖x‖, 1e-12), and the product of the latter two by row; fp32."""
     inverse = inverse_norm(x)
-    unit = x.to(tl.float32) * inverse[:, None]
-    along = tl.sum(unit * grad, axis=1)
+    direction = x.to(tl.float32) * inverse[:, None]
+    along = tl.sum(direction * grad, axis=1)
     clamped = inverse > 0.9999e12  # where ε replaces the norm, that is a constant
-    return (grad - tl.where(clamped[:, None], 0.0, unit * along[:, None])) * inverse[:, None], along
+    return (grad - tl.where(clamped[:, None], 0.0, direction * along[:, None])) * inverse[:, None], along
 
 
 @triton.jit
-def gradient_unit(scale, COSINE: tl.constexpr):
-    """What P and dS are multiplied by: dS meets its product in 16 bits, and in fp16 small numbers are coarse.
+def gradient_scale(scale, COSINE: tl.constexpr):
+    """Return what P and dS are multiplied by: dS meets its product in 16 bits, and fp16 is coarse near zero.
 
     Cosine attention's scale is large, and comes after the product in the originals: their dS there is of this size.
     """
@@ -78,13 +78,13 @@ def gradient_unit(scale, COSINE: tl.constexpr):
 
 @triton.jit
 def logit_scale_gradient(grad_scale, logit_scale_ptr, head):
-    """Gradient of a head's logit_scale from Σ dS ∘ S, that of its logarithm; none where it is clamped, or NaN."""
+    """Return the gradient of a head's logit_scale from that of its logarithm, Σ dS ∘ S; 0 where clamped, or NaN."""
     return tl.where(tl.load(logit_scale_ptr + head).to(tl.float32) <= LOG_100, grad_scale, 0.0)
 
 
 @triton.jit
 def sum_padding(grad, tokens):
-    """What the padding tokens of a tile hand to the projection's bias, (BLOCK_D,)."""
+    """Return what the padding tokens of a tile hand to the projection's bias, (BLOCK_D,)."""
     return tl.sum(tl.where(tokens.padding[:, None], grad, 0.0), axis=0)
 
 
@@ -114,7 +114,7 @@ def _window_attention_bwd_small_kernel(
     HAS_DROPOUT: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """All gradients. One program: one head, WINDOWS window positions, up to IMAGES images of each.
+    """Compute all gradients. One program: one head, WINDOWS window positions, up to IMAGES images of each.
 
     Tiles are of a whole window, so P is normalised by its own sum, and rowsum(dO ∘ O) is rowsum(P ∘ dP). In registers
     from image to image: bias and mask (BLOCK_N, BLOCK_N), and what dB, padding and logit_scale gather.
@@ -143,7 +143,7 @@ def _window_attention_bwd_small_kernel(
     )
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
-    unit = gradient_unit(scale, COSINE)
+    rescale = gradient_scale(scale, COSINE)
     pad_q_ptr, pad_k_ptr, pad_v_ptr = padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM, HAS_PAD)
 
     # Beyond the window queries are its last one again, of no weight: zeros would meet an infinite key as NaN, for all.
@@ -161,8 +161,8 @@ def _window_attention_bwd_small_kernel(
         offs_token += head * stride_qkv_head * HEAD_DIM
         offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
         offs_out += head * stride_out_head * HEAD_DIM
-        start = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
-        start = add_mask(start, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+        attn_bias = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
+        attn_bias = add_mask(attn_bias, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
             q = load_tokens(q_ptr + offs_image, offs_token, queries, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
@@ -172,27 +172,27 @@ def _window_attention_bwd_small_kernel(
             grad_out = load_tokens(image_ptr, offs_out, tokens, offs_d, HEAD_DIM)
 
             query, key = scaled_query(q, scale, COSINE), normalised(k, COSINE)
-            scores = tl.dot(query, tl.trans(key), start, input_precision=PRECISION)
+            scores = tl.dot(query, tl.trans(key), attn_bias, input_precision=PRECISION)
             p = tl.exp2((scores - tl.max(scores, axis=1)[:, None]) * LOG2E)
-            p *= tl.where(inside, unit / tl.sum(p, axis=1), 0.0)[:, None]
+            p *= tl.where(inside, rescale / tl.sum(p, axis=1), 0.0)[:, None]
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
-                part = part_of(image, number, head, num_windows, num_heads)
-                factor = dropout_factor(Dropout(seed_ptr, dropout), part, offs_n[:, None], offs_n[None, :], N)
+                instance = instance_of(image, number, head, num_windows, num_heads)
+                factor = dropout_factor(Dropout(seed_ptr, dropout), instance, offs_n[:, None], offs_n[None, :], N)
                 kept = p * factor
                 grad_p *= factor
             grad_v = tl.dot(tl.trans(kept.to(v.dtype)), grad_out, input_precision=PRECISION)
-            delta = tl.where(inside, tl.sum(p * grad_p, axis=1) / unit, 0.0)
+            delta = tl.where(inside, tl.sum(p * grad_p, axis=1) / rescale, 0.0)
             grad_scores = p * (grad_p - delta[:, None])
             if GRAD_BIAS:
                 grad_bias += grad_scores
             grad_scores = grad_scores.to(q.dtype)
-            grad_q = tl.dot(grad_scores, key, input_precision=PRECISION) * (scale / unit)
+            grad_q = tl.dot(grad_scores, key, input_precision=PRECISION) * (scale / rescale)
             grad_k = tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION)  # query holds the scale
             if COSINE:
-                grad_k *= 1.0 / unit
-                grad_v *= 1.0 / unit
+                grad_k *= 1.0 / rescale
+                grad_v *= 1.0 / rescale
                 grad_q, along = through_norm(q, grad_q)
                 grad_k, _ = through_norm(k, grad_k)
                 grad_scale += tl.sum(along, axis=0)
@@ -205,7 +205,7 @@ def _window_attention_bwd_small_kernel(
             store_tokens(grad_v_ptr + offs_image, grad_v, offs_token, tokens, offs_d, HEAD_DIM)
 
     if GRAD_BIAS:
-        grad_bias *= 1.0 / unit
+        grad_bias *= 1.0 / rescale
         grad_bias_ptr += (tl.cast(partial, tl.int64) * num_heads + head) * (N * N)
         offs_bias = offs_n[:, None] * N + offs_n[None, :]
         tl.store(grad_bias_ptr + offs_bias, grad_bias, mask=(offs_n < N)[:, None] & (offs_n < N)[None, :])

@@ -18,11 +18,11 @@ from .tiles import (
     Mask,
     add_mask,
     dropout_factor,
+    instance_of,
     load_tokens,
     locate_tokens,
     operand_pointers,
     padding_pointers,
-    part_of,
     place_window,
     tile_bias,
     token_offsets,
@@ -34,14 +34,14 @@ from .window_bwd_large import (
 
 
 @triton.jit
-def _load_vectors(ptrs, part, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr, APART: tl.constexpr):
-    """Softmax and delta of a tile's queries, and for cosine attention inverse norms of its keys."""
+def _load_vectors(ptrs, instance, offs_m, offs_n, N: tl.constexpr, COSINE: tl.constexpr, APART: tl.constexpr):
+    """Load softmax and delta of a tile's queries, and for cosine attention inverse norms of its keys."""
     lse_ptr, delta_ptr, key_norm_ptr = ptrs
-    maximum, log_sum = load_log_sum(lse_ptr, part, offs_m, N, APART)
-    delta = load_vector(delta_ptr + part * N, offs_m, N, 0.0)
+    maximum, log_sum = load_log_sum(lse_ptr, instance, offs_m, N, APART)
+    delta = load_vector(delta_ptr + instance * N, offs_m, N, 0.0)
     norm = tl.zeros(offs_n.shape, tl.float32)
     if COSINE:
-        norm = load_vector(key_norm_ptr + part * N, offs_n, N, 0.0)
+        norm = load_vector(key_norm_ptr + instance * N, offs_n, N, 0.0)
     return maximum, log_sum, delta, norm
 
 
@@ -69,7 +69,7 @@ def _window_attention_bwd_bias_kernel(
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """dB = Σ dS. One program: one tile of scores and one head, in WINDOWS window positions of up to IMAGES images.
+    """Compute dB = Σ dS. One program: a tile of scores and a head, WINDOWS window positions, up to IMAGES images.
 
     dB (BLOCK_M, BLOCK_N) gathers in registers, where the bias stays too.
     """
@@ -110,27 +110,27 @@ def _window_attention_bwd_bias_kernel(
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
         offs_out += head * stride_out_head * HEAD_DIM
         offs_key = token_offsets(tokens_n, stride_qkv) + offs_head
-        start = add_mask(bias_tile, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+        attn_bias = add_mask(bias_tile, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         # Vectors are not pipelined by the compiler: each is loaded one image ahead.
         last = tl.minimum(first + IMAGES, batch) - 1
-        part = part_of(first, number, head, num_windows, num_heads)
-        vectors = _load_vectors(vector_ptrs, part, offs_m, offs_n, N, COSINE, APART)
+        instance = instance_of(first, number, head, num_windows, num_heads)
+        vectors = _load_vectors(vector_ptrs, instance, offs_m, offs_n, N, COSINE, APART)
         for image in tl.range(first, last + 1):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch
-            part = part_of(image, number, head, num_windows, num_heads)
-            next_part = part_of(tl.minimum(image + 1, last), number, head, num_windows, num_heads)
+            instance = instance_of(image, number, head, num_windows, num_heads)
+            next_instance = instance_of(tl.minimum(image + 1, last), number, head, num_windows, num_heads)
             maximum, log_sum, delta, norm = vectors
-            vectors = _load_vectors(vector_ptrs, next_part, offs_m, offs_n, N, COSINE, APART)
-            query = load_queries(query_ptr + part * (N * HEAD_DIM), offs_m, offs_d, N, HEAD_DIM)
+            vectors = _load_vectors(vector_ptrs, next_instance, offs_m, offs_n, N, COSINE, APART)
+            query = load_queries(query_ptr + instance * (N * HEAD_DIM), offs_m, offs_d, N, HEAD_DIM)
             k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
             v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
             image_ptr = grad_out_ptr + tl.cast(image, tl.int64) * stride_out_batch
             grad_out = load_tokens(image_ptr, offs_out, tokens_m, offs_d, HEAD_DIM)
-            scores = score_tile(query, k, start, norm[None, :], COSINE, PRECISION)
+            scores = score_tile(query, k, attn_bias, norm[None, :], COSINE, PRECISION)
             p = weights_of(scores, maximum[:, None], log_sum[:, None], LOG2E, APART)
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
-                grad_p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[:, None], offs_n[None, :], N)
+                grad_p *= dropout_factor(Dropout(seed_ptr, dropout), instance, offs_m[:, None], offs_n[None, :], N)
             grad_bias += p * (grad_p - delta[:, None])
 
     offs_bias = (tl.cast(partial, tl.int64) * num_heads + head) * (N * N) + offs_m[:, None] * N + offs_n[None, :]

@@ -42,7 +42,7 @@ from .tiles import (
     token_offsets,
 )
 from .window_bwd import (
-    gradient_unit,
+    gradient_scale,
     logit_scale_gradient,
     sum_padding,
     through_norm,
@@ -51,7 +51,7 @@ from .window_bwd import (
 
 @triton.jit
 def _is_masked(window, geometry, WINDOW: tl.constexpr, MASK: tl.constexpr):
-    """Whether a window has a mask: of shifted windows only those with tokens of more than one region do."""
+    """Return True if a window has a mask: of shifted windows only those with tokens of more than one region do."""
     if MASK == MASK_REGIONS:
         return is_divided(window, geometry, WINDOW)
     return MASK == MASK_TENSOR
@@ -59,13 +59,13 @@ def _is_masked(window, geometry, WINDOW: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, offs, N: tl.constexpr, other):
-    """One number of each token of a window."""
+    """Load one number of each token of a window."""
     return tl.load(ptr + offs, mask=offs < N, other=other)
 
 
 @triton.jit
 def load_queries(ptr, offs, offs_d, N: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Queries of one window and head as they were written down; beyond the last one, which weigh nothing, that again.
+    """Load queries of a window and head as they were written down; beyond the last, which weigh nothing, that again.
 
     Zeros in their place would meet an infinite key as NaN, which all queries' keys then shared.
     """
@@ -75,13 +75,13 @@ def load_queries(ptr, offs, offs_d, N: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _place_program(num_heads, geometry, TILES: tl.constexpr):
-    """This program's tile and part, and of which image, window and head that part is."""
+    """Return this program's tile and instance (image, window and head), and the latter's image, window and head."""
     tile = tl.program_id(0) % TILES
-    part = (tl.program_id(0) // TILES).to(tl.int64)
-    head = (part % num_heads).to(tl.int32)
+    instance = (tl.program_id(0) // TILES).to(tl.int64)
+    head = (instance % num_heads).to(tl.int32)
     num_windows = geometry.windows[0] * geometry.windows[1] * geometry.windows[2]
-    number = ((part // num_heads) % num_windows).to(tl.int32)
-    return tile, part, part // num_heads // num_windows, number, head
+    number = ((instance // num_heads) % num_windows).to(tl.int32)
+    return tile, instance, instance // num_heads // num_windows, number, head
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _window_attention_bwd_query_kernel(
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of one window and head of one image.
+    """Compute dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of a window and head.
 
         P = exp(S − log Σ exp S)        dP = dO Vᵀ        dS = P ∘ (dP − δ)        dQ = scale · Σ dS K
 
@@ -130,7 +130,7 @@ def _window_attention_bwd_query_kernel(
     bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
     mask = Mask(mask_ptr, mask_value)
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    tile, part, image, number, head = _place_program(num_heads, geometry, TILES)
+    tile, instance, image, number, head = _place_program(num_heads, geometry, TILES)
     window = place_window(number, geometry, VOLUME)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -148,16 +148,16 @@ def _window_attention_bwd_query_kernel(
     q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
     grad_out = load_tokens(grad_out_ptr, offs_out, tokens, offs_d, HEAD_DIM)
     out = load_tokens(out_ptr, offs_out, tokens, offs_d, HEAD_DIM)
-    maximum, log_sum = load_log_sum(lse_ptr, part, offs_m, N, APART)
+    maximum, log_sum = load_log_sum(lse_ptr, instance, offs_m, N, APART)
     delta = delta_of(out, grad_out)
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
     query = scaled_query(q, scale, COSINE)
     offs_query = offs_m[:, None] * HEAD_DIM + offs_d[None, :]
     inside = (offs_m < N)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(query_ptr + part * (N * HEAD_DIM) + offs_query, query, mask=inside)
-    unit = gradient_unit(scale, COSINE)
-    log_sum -= tl.log2(unit)
+    tl.store(query_ptr + instance * (N * HEAD_DIM) + offs_query, query, mask=inside)
+    rescale = gradient_scale(scale, COSINE)
+    log_sum -= tl.log2(rescale)
 
     masked = _is_masked(window, geometry, WINDOW, MASK)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -169,18 +169,18 @@ def _window_attention_bwd_query_kernel(
         offs_key = token_offsets(tokens_n, stride_qkv)
         k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
         v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
-        start = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
+        attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
         if masked:
-            start = add_mask(start, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+            attn_bias = add_mask(attn_bias, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         key, norms = k, 0.0
         if COSINE:
             norm = inverse_norm(k)
             key, norms = scale_rows(k, norm), norm[None, :]
-        scores = score_tile(query, k, start, norms, COSINE, PRECISION)
+        scores = score_tile(query, k, attn_bias, norms, COSINE, PRECISION)
         p = weights_of(scores, maximum[:, None], log_sum[:, None], LOG2E, APART)
         grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
-            grad_p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[:, None], offs_n[None, :], N)
+            grad_p *= dropout_factor(Dropout(seed_ptr, dropout), instance, offs_m[:, None], offs_n[None, :], N)
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(q.dtype), key, grad_q, input_precision=PRECISION)
         residual += tl.sum(grad_scores, axis=1)
@@ -188,18 +188,18 @@ def _window_attention_bwd_query_kernel(
 
     # A row of dS sums to zero, but for what the rounding of O has left in delta: it is taken out of dQ here, and of
     # delta for the kernels that follow. Where dP is infinite, delta is so rightly. Of padding it is not known but here.
-    residual *= 1.0 / unit
+    residual *= 1.0 / rescale
     residual = tl.where(is_finite(residual) | tokens.padding, residual, 0.0)
-    tl.store(delta_ptr + part * N + offs_m, delta + residual, mask=offs_m < N)
-    grad_q = (grad_q - residual[:, None] * mean_key) * (scale / unit)
+    tl.store(delta_ptr + instance * N + offs_m, delta + residual, mask=offs_m < N)
+    grad_q = (grad_q - residual[:, None] * mean_key) * (scale / rescale)
     if COSINE:
         # Queries are read again: they would take registers all along the walk.
         q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
         grad_q, along = through_norm(q, grad_q)
         grad_scale = logit_scale_gradient(tl.sum(along, axis=0), logit_scale_ptr, head)
-        tl.store(grad_logit_scale_ptr + (part // num_heads * TILES + tile) * num_heads + head, grad_scale)
+        tl.store(grad_logit_scale_ptr + (instance // num_heads * TILES + tile) * num_heads + head, grad_scale)
     if HAS_PAD:
-        offs_pad = ((part // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
+        offs_pad = ((instance // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
         tl.store(grad_padding_ptr + offs_pad, sum_padding(grad_q, tokens), mask=offs_d < HEAD_DIM)
     store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, tokens, offs_d, HEAD_DIM)
 
@@ -231,7 +231,7 @@ def _window_attention_bwd_key_kernel(
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV. One program: BLOCK_N keys of one window and head of one image.
+    """Compute dK and dV. One program: BLOCK_N keys of one window and head of one image.
 
         dV = Σ Pᵀ dO        dK = Σ dSᵀ (scale · Q)
 
@@ -252,7 +252,7 @@ def _window_attention_bwd_key_kernel(
     bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
     mask = Mask(mask_ptr, mask_value)
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
-    tile, part, image, number, head = _place_program(num_heads, geometry, TILES)
+    tile, instance, image, number, head = _place_program(num_heads, geometry, TILES)
     window = place_window(number, geometry, VOLUME)
 
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -261,7 +261,7 @@ def _window_attention_bwd_key_kernel(
     offs_image = image * stride_qkv_batch + head * stride_qkv_head * HEAD_DIM
     offs_token = token_offsets(tokens, stride_qkv)
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
-    query_ptr += part * (N * HEAD_DIM)
+    query_ptr += instance * (N * HEAD_DIM)
     _, grad_k_ptr, grad_v_ptr = operand_pointers(grad_qkv_ptr, grad_k_ptr, grad_v_ptr, num_heads, HEAD_DIM, PACKED)
     pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
     k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
@@ -270,57 +270,57 @@ def _window_attention_bwd_key_kernel(
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
         norm = inverse_norm(k)
-        tl.store(key_norm_ptr + part * N + offs_n, norm, mask=offs_n < N)
+        tl.store(key_norm_ptr + instance * N + offs_n, norm, mask=offs_n < N)
         norms = norm[:, None]
-    unit = gradient_unit(scale, COSINE)
-    log_unit = tl.log2(unit)
+    rescale = gradient_scale(scale, COSINE)
+    log_rescale = tl.log2(rescale)
 
     grad_out_ptr += image * stride_out_batch + head * stride_out_head * HEAD_DIM
     masked = _is_masked(window, geometry, WINDOW, MASK)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Vectors are not pipelined by the compiler: each is loaded one turn ahead.
-    delta_ptr += part * N
+    delta_ptr += instance * N
     offs_m = tl.arange(0, BLOCK_M)
-    maximum, log_sum = load_log_sum(lse_ptr, part, offs_m, N, APART)
+    maximum, log_sum = load_log_sum(lse_ptr, instance, offs_m, N, APART)
     delta = load_vector(delta_ptr, offs_m, N, 0.0)
     for first in tl.range(0, N, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
-        start = tile_bias(offs_m[None, :], offs_n[:, None], bias, head, N, BIAS)
+        attn_bias = tile_bias(offs_m[None, :], offs_n[:, None], bias, head, N, BIAS)
         if masked:
-            start = add_mask(start, offs_m[None, :], offs_n[:, None], mask, window, geometry, WINDOW, MASK)
+            attn_bias = add_mask(attn_bias, offs_m[None, :], offs_n[:, None], mask, window, geometry, WINDOW, MASK)
         query = load_queries(query_ptr, offs_m, offs_d, N, HEAD_DIM)
         grad_out = load_tokens(grad_out_ptr, offs_out, tokens_m, offs_d, HEAD_DIM)
-        log_sum -= log_unit
-        # Cosine scores over the norms, so that `start` is in the product and takes no registers meanwhile; beside large
-        # numbers of a mask that would not be exact enough.
+        log_sum -= log_rescale
+        # Cosine scores over the norms, so that `attn_bias` is in the product and takes no registers meanwhile; beside
+        # large numbers of a mask that would not be exact enough.
         if COSINE and not APART:
-            scores = score_tile(k, query, start * (1.0 / norms), norms, False, PRECISION)
+            scores = score_tile(k, query, attn_bias * (1.0 / norms), norms, False, PRECISION)
             p = weights_of(scores, maximum[None, :], log_sum[None, :], norms * LOG2E, APART)
         else:
-            scores = score_tile(k, query, start, norms, COSINE, PRECISION)
+            scores = score_tile(k, query, attn_bias, norms, COSINE, PRECISION)
             p = weights_of(scores, maximum[None, :], log_sum[None, :], LOG2E, APART)
         grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         kept = p
         if HAS_DROPOUT:
-            dropped = dropout_factor(Dropout(seed_ptr, dropout), part, offs_m[None, :], offs_n[:, None], N)
+            dropped = dropout_factor(Dropout(seed_ptr, dropout), instance, offs_m[None, :], offs_n[:, None], N)
             kept = p * dropped
             grad_p *= dropped
         grad_v = tl.dot(kept.to(v.dtype), grad_out, grad_v, input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_scores.to(k.dtype), query, grad_k, input_precision=PRECISION)
-        maximum, log_sum = load_log_sum(lse_ptr, part, offs_m + BLOCK_M, N, APART)
+        maximum, log_sum = load_log_sum(lse_ptr, instance, offs_m + BLOCK_M, N, APART)
         delta = load_vector(delta_ptr, offs_m + BLOCK_M, N, 0.0)
 
     if COSINE:
-        grad_v *= 1.0 / unit
+        grad_v *= 1.0 / rescale
         # Keys are read again: they would take registers all along the walk.
         k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
-        grad_k, _ = through_norm(k, grad_k * (1.0 / unit))
+        grad_k, _ = through_norm(k, grad_k * (1.0 / rescale))
     if HAS_PAD:
-        offs_pad = ((part // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
+        offs_pad = ((instance // num_heads * TILES + tile) * 3 * num_heads + head) * HEAD_DIM + offs_d
         grad_pad_k = sum_padding(grad_k, tokens)
         grad_pad_v = sum_padding(grad_v, tokens)
         tl.store(grad_padding_ptr + offs_pad + num_heads * HEAD_DIM, grad_pad_k, mask=offs_d < HEAD_DIM)

@@ -16,7 +16,7 @@ def alibi_factors(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Exact factors, of rank 2, of the ALiBi bias -slope · (query - key), for causal attention.
+    """Return exact factors, of rank 2, of the ALiBi bias -slope · (query - key), for causal attention.
 
     Gradients flow to slopes that are a tensor.
 
@@ -48,7 +48,7 @@ def alibi_factors(
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """The slopes of arXiv:2108.12409: geometric for a power of two, else filled up from the next one's odd places."""
+    """Return the slopes of arXiv:2108.12409: geometric for powers of two, else filled up from the next one's."""
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
     return slopes + [2.0 ** (-4.0 * (2 * head + 1) / power) for head in range(num_heads - power)]
@@ -57,7 +57,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 def squared_distance_factors(
     positions: Tensor, weight: Tensor | float = -1.0, key_positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Exact factors of weight · |x_query - x_key|², of rank 2 more than the dimensions: 5 in space.
+    """Return exact factors of weight · |x_query - x_key|², of rank 2 more than the dimensions: 5 in space.
 
     Gradients flow to positions, key_positions and weight.
 

@@ -27,7 +27,7 @@ class BiasFactors(NamedTuple):
 def factorize_bias(
     bias: Tensor, rank: int | None = None, energy: float | None = None, tolerance: float | None = None
 ) -> BiasFactors:
-    """Factors of a bias, of the rank asked for or of the smallest that is good enough; they have no gradients.
+    """Return factors of a bias, of the rank asked for or of the smallest that is good enough; they have no gradients.
 
     Args:
         bias: (heads, N, K), finite; natural units, as added to the scores.
@@ -113,7 +113,7 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (heads, N, rank) with bias ≈ q_factor · k_factorᵀ, of least squared error, computed in fp32.
+    """Return factors (heads, N, rank) with bias ≈ q_factor · k_factorᵀ, of least squared error, computed in fp32.
 
     Args:
         bias: (heads, N, N).

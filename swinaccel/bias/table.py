@@ -57,7 +57,7 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factors | None:
-    """The factors that a call may use, made at the first request, or None where the live table serves.
+    """Return the factors that a call may use, made at the first request, or None where the live table serves.
 
     Args:
         section: of a call in inference.
@@ -83,7 +83,7 @@ def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factor
 
 
 def wanted(config: AccelConfig) -> bool:
-    """Whether these options ask for factors.
+    """Return True if these options ask for factors.
 
     "auto" alone does not: the exact dense bias was faster than factors of the lowest rank on every shape measured
     (docs/notes.md).

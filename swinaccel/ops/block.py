@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.triton import block as kernels
-from ..backends.triton.block import Affine, LaunchError
+from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
 from ..errors import ArgumentError
 from .failures import failures
 
@@ -18,44 +20,163 @@ _HALVES = (torch.float16, torch.bfloat16)
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
+class BoundRest:
+    """All of a block after its attention, bound to its launches; see `bind_rest`."""
+
+    __slots__ = (
+        "_active",
+        "_add",
+        "_channels",
+        "_gelu",
+        "_hidden",
+        "_in_one",
+        "_is_half",
+        "_last",
+        "_run",
+    )
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden: int,
+        eps: tuple[float, float],
+        post_norm: bool,
+    ) -> None:
+        channels = shape[-1]
+        rows = math.prod(shape[:-1])
+        self._channels, self._hidden, self._is_half = channels, hidden, dtype in _HALVES
+        self._add = self._in_one = self._last = self._active = self._gelu = None
+        if not rows:
+            self._run: Any = BoundRest._nothing
+            return
+        if post_norm:
+            self._add = kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0])
+        if kernels.pays_in_one(device, dtype, rows, channels, hidden):
+            self._in_one = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
+            self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
+            return
+        if self._is_half:
+            self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
+            self._gelu = kernels.gelu_launch(device, rows * hidden)
+        self._last = kernels.norm_launch(NORM_ADD if post_norm else ADD_NORM, device, rows, channels, eps[1])
+        self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
+
+    def run(self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]) -> Tensor:
+        """Return what a block returns whose input is x, and whose attention gave branch.
+
+        Tensors are contiguous, of the shapes, dtype and device that were bound: nothing here looks at them again.
+
+        Raises:
+            LaunchError: a kernel did not compile or fit.
+        """
+        return self._run(self, x, branch, norms, linears)
+
+    def _nothing(self, x: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(x)
+
+    def _pre_norm(
+        self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
+    ) -> Tensor:
+        (weight, bias, _), (fc1, (weight2, bias2)) = norms[1], linears
+        total, y = torch.empty_like(x), torch.empty_like(x)
+        kernels.run(self._last, x, y, total, None, branch, None, weight, bias, bias2)
+        # The second product adds to the sum, which holds its bias already, where it lies.
+        total.view(-1, self._channels).addmm_(self._activated(y, *fc1).view(-1, self._hidden), weight2.t())
+        return total
+
+    def _pre_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+        out, (weight, bias, _), (fc1, fc2) = torch.empty_like(x), norms[1], linears
+        kernels.run(self._in_one, out, x, branch, weight, bias, *fc1, *fc2)
+        return out
+
+    def _post_norm(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+        total, (weight, bias, _), (fc1, fc2) = self._added(x, branch, norms[0]), norms[1], linears
+        out = torch.empty_like(x)
+        added = F.linear(self._activated(total, *fc1), *fc2)
+        kernels.run(self._last, total, out, None, None, added, None, weight, bias, None)
+        return out
+
+    def _post_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+        return self._pre_norm_in_one(self._added(x, branch, norms[0]), None, norms, linears)  # type: ignore[arg-type]
+
+    def _added(self, x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
+        """Return x + norm(branch)."""
+        total = torch.empty_like(x)
+        kernels.run(self._add, x, total, None, None, branch, None, *affine[:2], None)
+        return total
+
+    def _activated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return GELU(x weightᵀ + bias)."""
+        if self._active is not None and kernels.are_describable(x, weight):
+            out = x.new_empty((*x.shape[:-1], self._hidden))
+            kernels.run(self._active, out, x, weight, bias)
+            return out
+        hidden = F.linear(x, weight, bias)
+        if not self._is_half:
+            return torch.ops.aten.gelu_(hidden)
+        kernels.run(self._gelu, hidden, hidden)  # in its place
+        return hidden
+
+
+def bind_rest(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    hidden: int,
+    eps: tuple[float, float],
+    post_norm: bool,
+) -> BoundRest:
+    """Bind all of a block after its attention to its launches, without gradients; see `spec.block.Block`.
+
+    Args:
+        shape, dtype, device: of the block's input (..., C); the device with its index, as tensors have it.
+        hidden: channels within the MLP.
+        eps: of both norms.
+    Raises:
+        LaunchError: a kernel cannot be planned.
+    """
+    return BoundRest(shape, dtype, device, hidden, eps, post_norm)
+
+
+class BoundNorm:
+    """A layer norm of the last axis, bound to its launch."""
+
+    __slots__ = ("_launch",)
+
+    def __init__(self, shape: Sequence[int], device: torch.device, eps: float) -> None:
+        rows = math.prod(shape[:-1])
+        self._launch = kernels.norm_launch(NORM, device, rows, shape[-1], eps) if rows else None
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the norm of a contiguous x of the shape that was bound.
+
+        Raises:
+            LaunchError: the kernel did not compile or fit.
+        """
+        out = torch.empty_like(x)
+        if self._launch is not None:
+            kernels.run(self._launch, x, out, None, None, None, None, weight, bias, None)
+        return out
+
+
 def after_attention(
     x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
 ) -> Tensor:
-    """What a block returns whose input is x, and whose attention gave branch; see `spec.block.Block`.
+    """Return what a block returns whose input is x, and whose attention gave branch; see `spec.block.Block`.
 
     Raises:
         LaunchError: a kernel did not compile or fit.
     """
-    (norm1, norm2), (fc1, fc2) = norms, linears
-    hidden, channels = fc1[0].shape
-    in_one = kernels.is_one_kernel(x, fc1[0])
-    if post_norm:
-        total = kernels.norm_add(x, branch, norm1)
-        if in_one:
-            return kernels.mlp(total, None, norm2, fc1, fc2)
-        return kernels.norm_add(total, F.linear(_active(total, fc1), *fc2), norm2)
-    if in_one:
-        return kernels.mlp(x, branch, norm2, fc1, fc2)
-    weight, bias = fc2
-    total, y = kernels.add_norm(x, branch, norm2, bias)
-    # The second product adds to the sum, which holds its bias already, where it lies.
-    total.view(-1, channels).addmm_(_active(y, fc1).view(-1, hidden), weight.t())
-    return total
-
-
-def _active(x: Tensor, fc1: Layer) -> Tensor:
-    is_half = x.dtype in _HALVES
-    active = kernels.linear_gelu(x, *fc1) if is_half else None
-    if active is None:
-        hidden = F.linear(x, *fc1)
-        active = kernels.gelu(hidden, out=hidden) if is_half else torch.ops.aten.gelu_(hidden)
-    return active
+    eps = norms[0][2], norms[1][2]
+    return bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm).run(x, branch, norms, linears)
 
 
 def compiled_after_attention(
     x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
 ) -> Tensor:
-    """The same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
+    """Return the same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
     return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
 
 

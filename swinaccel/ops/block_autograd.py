@@ -1,4 +1,4 @@
-"""What stands around the attention where gradients are recorded, or autocast has dtypes between the layers.
+"""Run the layers around the attention where gradients are recorded, or autocast has dtypes between the layers.
 
 As in inference, norms are fused with the sums beside them; what a layer is given is written in that layer's dtype at
 once, and gradients are added where they are made. Kept for the backward are the residual stream, two numbers of each
@@ -26,7 +26,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def norm(x: Tensor, affine: Affine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x, and its layer norm in a dtype: the gradients of both are added as they are made."""
+    """Return x, and its layer norm in a dtype: the gradients of both are added as they are made."""
     return _Norm.apply(x, *affine, dtype)
 
 
@@ -50,12 +50,12 @@ class _Norm(torch.autograd.Function):
             with suppress(kernels.LaunchError):
                 sums = backward_kernels.norm(NORM, grad_out.contiguous(), other, x, stats, None, weight, grad_x=grad)
                 return grad, *_like(sums, weight, bias), None, None
-        own, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (x, weight, bias), grad_out)
+        own, *others = _recompute_grads(partial(_layer_norm, ctx.eps, grad_out.dtype), (x, weight, bias), grad_out)
         return own if grad_x is None else grad_x if own is None else own + grad_x, *others, None, None
 
 
 def add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, affine: Affine) -> tuple[Tensor, Tensor]:
-    """x + scale · branch in the dtype of x, and its layer norm in that of branch; scale: (samples,), or None."""
+    """Return x + scale · branch in the dtype of x, and its layer norm in that of branch; scale: (samples,), or None."""
     return _AddNorm.apply(x, branch, scale, *affine)
 
 
@@ -81,7 +81,7 @@ class _AddNorm(torch.autograd.Function):
             with suppress(kernels.LaunchError):
                 sums = backward_kernels.norm(ADD_NORM, *grads, *saved, grad_x=grad_x, grad_branch=grad_branch)
                 return grad_x, grad_x if is_same else grad_branch, None, *_like(sums, weight, bias), None
-        grad, *others = _again(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
+        grad, *others = _recompute_grads(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
         grad_x = grad_total if grad is None else grad_total + grad
         return grad_x, _scaled(grad_x, scale).to(grad_out.dtype), None, *others, None
 
@@ -89,7 +89,7 @@ class _AddNorm(torch.autograd.Function):
 def norm_add(
     x: Tensor, branch: Tensor, scale: Tensor | None, affine: Affine, dtype: torch.dtype, wants_copy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """x + scale · the layer norm of branch in a dtype, and, where wanted, the same in the dtype of branch."""
+    """Return x + scale · the layer norm of branch in a dtype, and, if wanted, the same in the dtype of branch."""
     return _NormAdd.apply(x, branch, scale, *affine, dtype, wants_copy and dtype is not branch.dtype)
 
 
@@ -128,12 +128,12 @@ class _NormAdd(torch.autograd.Function):
                 return grad_x, grad_branch, None, *_like(sums, weight, bias), None, None, None
         total = grad_out if grad_other is None else grad_out + grad_other
         function = partial(_layer_norm, ctx.eps, total.dtype)
-        grad, *others = _again(function, (branch, weight, bias), _scaled(total, scale))
+        grad, *others = _recompute_grads(function, (branch, weight, bias), _scaled(total, scale))
         return total.to(ctx.dtype), grad, None, *others, None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x weightᵀ + bias, as a product in a 16-bit dtype."""
+    """Return x weightᵀ + bias, as a product in a 16-bit dtype."""
     return _Linear.apply(x.to(dtype), weight, bias)
 
 
@@ -151,7 +151,7 @@ class _Linear(torch.autograd.Function):
         rows, twice = grad.reshape(-1, grad.shape[-1]), torch.is_grad_enabled()
         grad_x = grad_weight = grad_bias = None
         if needs[0]:
-            grad_x = (rows @ (_as_it_was(cast, weight) if twice else cast)).view(ctx.shape)
+            grad_x = (rows @ (_saved_with_grad(cast, weight) if twice else cast)).view(ctx.shape)
         if needs[1]:
             others = x.reshape(-1, x.shape[-1])
             grad_weight = (rows.t() @ others).to(weight.dtype) if twice else _product(rows.t(), others, weight.dtype)
@@ -168,7 +168,7 @@ def _column_sums(rows: Tensor, twice: bool) -> Tensor:
 
 
 def mlp(x: Tensor | None, y: Tensor, scale: Tensor | None, fc1: Any, fc2: Any) -> Tensor:
-    """fc2(GELU(fc1(y))) in the dtype of y, or x + scale · that in the dtype of x; fc1, fc2: weight and bias."""
+    """Return fc2(GELU(fc1(y))) in the dtype of y, or x + scale · that in the dtype of x; fc1, fc2: weight and bias."""
     return _Mlp.apply(x, y, scale, *fc1, *fc2)
 
 
@@ -195,13 +195,17 @@ class _Mlp(torch.autograd.Function):
         weight1, bias1, weight2, bias2 = ctx.parameters
         saved = hidden, first, second
         if torch.is_grad_enabled():
-            return grad if needs[0] else None, *_again_mlp(y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype))
+            return grad if needs[0] else None, *_recompute_mlp_grads(
+                y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype)
+            )
         rows = y.view(-1, y.shape[-1])
         try:
             grad_branch, sums2 = backward_kernels.scaled_columns(grad.contiguous().view(rows.shape), scale, y.dtype)
             grad_hidden, active, sums1 = _gelu_backward(grad_branch @ second, hidden)
         except kernels.LaunchError:
-            return grad if needs[0] else None, *_again_mlp(y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype))
+            return grad if needs[0] else None, *_recompute_mlp_grads(
+                y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype)
+            )
         grads = (
             _product(grad_hidden.t(), rows, weight1.dtype) if needs[3] else None,
             sums1.to(bias1.dtype) if needs[4] else None,
@@ -213,7 +217,7 @@ class _Mlp(torch.autograd.Function):
 
 
 def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of hidden, GELU(hidden), and the sums of the gradient's columns."""
+    """Return the gradient of hidden, GELU(hidden), and the sums of the gradient's columns."""
     if hidden.dtype in _HALVES:
         return backward_kernels.gelu(grad, hidden)
     grad = torch.ops.aten.gelu_backward(grad, hidden)
@@ -221,25 +225,25 @@ def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in a dtype, to which sums are rounded from fp32 but once, where that is possible."""
+    """Return a b in a dtype, to which sums are rounded from fp32 but once, where that is possible."""
     if a.is_cuda and a.dtype in _HALVES and dtype is torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 
 
 def _stats(x: Tensor) -> Tensor:
-    """Room for mean and reciprocal standard deviation of each row."""
+    """Return room for mean and reciprocal standard deviation of each row."""
     return torch.empty((2, x.numel() // x.shape[-1]), dtype=torch.float32, device=x.device)
 
 
 def _like(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
-    """Gradients of a norm's parameters, in their dtypes."""
+    """Return the gradients of a norm's parameters, in their dtypes."""
     pairs = zip(sums.unbind(), (weight, bias), strict=True)
     return [None if one is None else total if one.dtype is total.dtype else total.to(one.dtype) for total, one in pairs]
 
 
-def _again(function: Any, inputs: tuple[Any, ...], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of a function's inputs by PyTorch's own, which have gradients in turn where that is wanted."""
+def _recompute_grads(function: Any, inputs: tuple[Any, ...], grad: Tensor) -> list[Tensor | None]:
+    """Return gradients of a function's inputs by PyTorch's own, which have gradients in turn where that is wanted."""
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         if twice:
@@ -258,23 +262,27 @@ def _layer_norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Any, bias: An
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
 
 
-def _again_mlp(y: Tensor, parameters: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _recompute_mlp_grads(
+    y: Tensor, parameters: Any, saved: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
     def function(y: Tensor, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
         hidden, first, second = saved
         bias1, bias2 = (None if one is None else one.to(y.dtype) for one in (bias1, bias2))
-        again = F.linear(y.view(-1, y.shape[-1]), _as_it_was(first, weight1), bias1)
-        return F.linear(F.gelu(_as_it_was(hidden, again)), _as_it_was(second, weight2), bias2).view(grad.shape)
+        again = F.linear(y.view(-1, y.shape[-1]), _saved_with_grad(first, weight1), bias1)
+        return F.linear(F.gelu(_saved_with_grad(hidden, again)), _saved_with_grad(second, weight2), bias2).view(
+            grad.shape
+        )
 
-    grad_y, *grads = _again(function, (y, *parameters), grad)
+    grad_y, *grads = _recompute_grads(function, (y, *parameters), grad)
     return grad_y, None, *grads
 
 
-def _as_it_was(saved: Tensor, now: Tensor) -> Tensor:
-    """What the forward saved, with the gradient of what it was made of, whose numbers may have changed since."""
+def _saved_with_grad(saved: Tensor, now: Tensor) -> Tensor:
+    """Return a saved tensor with the gradient of what it was made of, whose numbers may have changed since."""
     now = now.to(saved.dtype)
     return saved + (now - now.detach())
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Each sample multiplied by its factor."""
+    """Return each sample multiplied by its factor."""
     return x if scale is None else x * scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))

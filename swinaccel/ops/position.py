@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import bias as backend
-from ..backends.triton.launches import first_line
+from ..backends.triton.launches import Launch, first_line
 from ..errors import ArgumentError
 from .failures import failures
 from .observed import is_observed
@@ -24,6 +24,39 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     if is_observed():
         return torch.ops.swinaccel.position_table(coords, hidden_weight, hidden_bias, weight)
     return _position_table(coords, hidden_weight, hidden_bias, weight)
+
+
+class BoundPosition:
+    """SwinV2's bias table, bound to its launch; see `bind`."""
+
+    __slots__ = ("_launch", "_shape")
+
+    def __init__(self, launch: Launch, shape: tuple[int, int]) -> None:
+        self._launch, self._shape = launch, shape
+
+    def run(self, coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
+        """Return what `position_table` gives; the tensors are contiguous and of the shapes that were bound."""
+        if failures.get(_PROBLEM) is None and not is_observed():
+            try:
+                table = coords.new_empty(self._shape, dtype=torch.float32)
+                self._launch(table, coords, hidden_weight, hidden_bias, weight)
+                return table.t()
+            except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+                raise
+            except Exception:  # which the operator meets again, notes, and does without
+                pass
+        return position_table(coords, hidden_weight, hidden_bias, weight)
+
+
+def bind(
+    device: torch.device, coords: torch.Size, hidden_weight: torch.Size, hidden_bias: torch.Size, weight: torch.Size
+) -> BoundPosition:
+    """Bind the table of a position MLP, given by the shapes of its tensors, to its launch.
+
+    Raises:
+        ArgumentError: the shapes do not fit together.
+    """
+    return BoundPosition(*backend.position_launch(device, coords, hidden_weight, hidden_bias, weight))
 
 
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def sequence_attention(
     mask: Tensor | None,
     problem: Problem,
 ) -> Tensor:
-    """As `reference.sequence_attention`, by the Triton kernels; see `backends.triton.sequence.forward`."""
+    """Attend as `reference.sequence_attention` does, by the Triton kernels; see `backends.triton.sequence.forward`."""
     if is_observed():
         return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
     return _Direct.apply(q, k, v, q_factor, k_factor, mask, *problem)[0]
@@ -63,14 +63,14 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     problem = Problem(causal, block_size, window_blocks, scale)
-    key = _kind(q, q_factor, mask, problem)
+    key = _failure_key(q, q_factor, mask, problem)
     if failures.get(key) is None:
         try:
             return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
         except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
             raise
         except Exception as error:
-            _note(key, error)
+            _record(key, error)
     out = backend.empty_like(q)
     return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
 
@@ -92,7 +92,7 @@ def _backward(
     factor_grad: bool,
 ) -> list[Tensor]:
     problem = Problem(causal, block_size, window_blocks, scale)
-    key = _kind(q, q_factor, mask, problem)
+    key = _failure_key(q, q_factor, mask, problem)
     if failures.get(key) is None:
         try:
             grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
@@ -100,7 +100,7 @@ def _backward(
         except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
             raise
         except Exception as error:
-            _note(key, error)
+            _record(key, error)
     inputs = [q, k, v, *((q_factor, k_factor) if factor_grad else ())]
     leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
     q, k, v = leaves[:3]
@@ -125,7 +125,7 @@ def _plain(
 
 
 def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor | None], mask: Tensor | None, problem: Problem) -> list:
-    """Gradients of (q, k, v, q_factor, k_factor) by PyTorch's own, so that they have gradients in turn."""
+    """Return gradients of (q, k, v, q_factor, k_factor) by PyTorch's own, so that they have gradients in turn."""
     inputs = [t if t is None else t.view_as(t) for t in inputs]
     q, k, v, q_factor, k_factor = inputs
     out = _plain(q, k, v, q_factor, k_factor, mask, problem, twice=True)
@@ -134,12 +134,12 @@ def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor | None], mask: Tensor
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _kind(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
+def _failure_key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
     factor = None if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
     return "sequence", q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
 
 
-def _note(key: tuple, error: Exception) -> None:
+def _record(key: tuple, error: Exception) -> None:
     reason = failures.record(key, first_line(error))
     if env_strict():
         raise KernelError(reason) from error

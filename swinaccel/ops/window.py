@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.triton import window as forward_launches
 from ..backends.triton import window_bwd as backward_launches
+from ..backends.triton.devices import precision
 from ..backends.triton.problem import empty_image, unsupported_reason
 from ..errors import ArgumentError
 from ..spec.window import Geometry
@@ -32,7 +33,7 @@ from .window_plain import (
     reference_of,
 )
 
-__all__ = ["problem", "shifted_window_attention", "unsupported_reason"]
+__all__ = ["BoundAttention", "bind", "problem", "shifted_window_attention", "unsupported_reason"]
 
 _library = torch.library.Library("swinaccel", "DEF")
 _INPUTS = (
@@ -64,7 +65,7 @@ def shifted_window_attention(
     factors: Sequence[Tensor] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Shifted-window attention from image to image, as `reference.shifted_window_attention`, by the Triton kernels.
+    """Attend from image to image as `reference.shifted_window_attention` does, by the Triton kernels.
 
     Args:
         qkv: (B, H, W, 3 * heads * D) packed as q, k, v, or the three (B, H, W, heads * D) or (B, H, W, heads, D)
@@ -89,6 +90,86 @@ def shifted_window_attention(
     if for_backward:  # the same, less the dispatcher's time
         return _Attention.apply(geometry, *arguments)
     return _forward(*arguments, geometry=geometry)[0]
+
+
+class BoundAttention:
+    """Attention of one problem in inference, bound to its launches; see `bind`."""
+
+    __slots__ = ("_forward", "_geometry", "_is_narrow", "_options", "_precision")
+
+    def __init__(self, forward: Any, geometry: Geometry, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        self._forward, self._geometry, self._options = forward, geometry, options
+        self._is_narrow, self._precision = dtype is not torch.float32, precision(dtype)
+
+    def run(
+        self,
+        qkv: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        table: Tensor | None,
+        index: Tensor | None,
+        padding: Tensor | None = None,
+        mask: Tensor | None = None,
+        logit_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return what `shifted_window_attention` gives, to the last bit; no gradient is recorded.
+
+        Shapes, strides, dtypes and the device are those that were bound: nothing here looks at them again.
+        """
+        if not is_observed() and (self._is_narrow or precision(torch.float32) == self._precision):
+            try:
+                return self._forward.run(qkv, k, v, table, index, padding, mask, logit_scale)[0]
+            except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+                raise
+            except Exception:  # which the operator meets again, notes, and does without
+                pass
+        tokens = qkv if k is None or v is None else (qkv, k, v)
+        given: dict[str, Any] = {
+            "table": table,
+            "index": index,
+            "padding": padding,
+            "mask": mask,
+            "logit_scale": logit_scale,
+        }
+        with torch.no_grad():
+            return shifted_window_attention(tokens, self._geometry, **given, **self._options)
+
+
+def bind(
+    geometry: Geometry,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    packed: bool,
+    table: tuple[torch.Size, tuple[int, ...]] | None,
+    has_padding: bool = False,
+    has_mask: bool = False,
+    mask_value: float = -100.0,
+    scale: float = 1.0,
+    cosine: bool = False,
+) -> BoundAttention:
+    """Bind a problem of attention in inference, without dropout and factors, to its launches: no tensor is needed yet.
+
+    Every tensor of a call is contiguous, but for the table.
+
+    Args:
+        device: with its index, as tensors have it.
+        packed: qkv is one tensor (B, H, W, 3 * heads * D), and not three (B, H, W, heads * D).
+        table: shape and strides of the table (T, heads), which comes with an index (N, N).
+        has_padding, has_mask: there is a padding vector (3 * heads * D,), a mask (windows, N, N).
+        cosine: there is a logit_scale (heads,).
+    Raises:
+        ArgumentError: the problem does not fit together.
+    """
+    options: dict[str, Any] = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
+    forward = forward_launches.bind(
+        geometry, device=device, dtype=dtype, batch=batch, head_dim=head_dim, packed=packed, table=table,
+        has_padding=has_padding, has_mask=has_mask, cosine=cosine, **options,
+    )  # fmt: skip
+    return BoundAttention(forward, geometry, dtype, options)
 
 
 def _forward(
@@ -221,7 +302,7 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None
 def _gradients(
     ctx: Any, grad: Tensor, needs_grad: tuple[bool, ...], geometry: Geometry | None
 ) -> tuple[Tensor | None, ...]:
-    """One gradient, or None, for each argument of the operator."""
+    """Return one gradient, or None, for each argument of the operator."""
     *inputs, out, lse = ctx.saved_tensors
     qkv, k, v, table, index, padding, mask, logit_scale, _ = inputs
     found: Sequence[Tensor | None]
@@ -250,13 +331,13 @@ def _gradients(
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether this stands for many tensors, which have no memory that a kernel could find."""
+    """Return True if a tensor stands for many tensors, which have no memory that a kernel could find."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """As an operator returns it, which has no way to return nothing."""
+    """Return the results as an operator must, which has no way to return nothing."""
     out, lse = _forward(*arguments)
     return out, arguments[0].new_empty(0) if lse is None else lse
 

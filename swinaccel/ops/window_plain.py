@@ -39,7 +39,7 @@ def options_of(
     scale: float,
     logit_scale: Tensor | None,
 ) -> dict[str, Any]:
-    """What the backend's functions and the reference's take by name."""
+    """Return what the backend's functions and the reference's take by name."""
     return {
         "num_heads": num_heads,
         "table": table,
@@ -61,7 +61,7 @@ def head_dim_of(qkv: Tensor, k: Tensor | None, num_heads: int, geometry: Geometr
 def reference_of(
     qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry, options: dict[str, Any]
 ) -> Tensor:
-    """The same in plain PyTorch, for tokens of every form."""
+    """Return the same in plain PyTorch, for tokens of every form."""
     if k is None or v is None:
         q, k, v = qkv.chunk(3, dim=-1)
         return reference.shifted_window_attention(q, k, v, geometry, **options)
@@ -95,7 +95,7 @@ def reference_gradients(
     options: dict[str, Any],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """Gradients of (qkv, k, v, table, padding, logit_scale) by PyTorch's own, so that they have gradients in turn."""
+    """Return gradients of (qkv, k, v, table, padding, logit_scale) by PyTorch's own, which have gradients in turn."""
     with torch.enable_grad():
         names = ("table", "padding", "logit_scale")
         inputs = [t if t is None else t.view_as(t) for t in (qkv, k, v, *(options[name] for name in names))]
@@ -113,14 +113,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def dense(image: Tensor, geometry: Geometry) -> Tensor:
-    """An image in memory as outputs are: without gaps, an axis for the heads before the last one of the image."""
+    """Return an image in memory as outputs are: without gaps, heads before the last axis of the image."""
     if not are_heads_apart(image, geometry):
         return image.contiguous()
     return image.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 def is_readable(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry) -> bool:
-    """Whether the kernels find all tokens by their strides."""
+    """Return True if the kernels find all tokens by their strides."""
     if k is None and qkv.is_contiguous() and qkv.numel() < 2**31:
         return True
     strides = qkv.stride()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,8 +84,11 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if entry.is_block:
         fused = state.block.plan(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
         if fused is not None:
-            with suppress(KernelError):  # on which the attention by itself has a word
+            try:
                 result = fused.run(x)
+            except KernelError:  # on which the attention by itself has a word
+                pass
+            else:
                 if fused.counted is not None:
                     fused.counted.calls += 1
                 reason = fused.failure()

@@ -1,4 +1,4 @@
-"""What follows a block's attention, on CPUs: as much of the MLP at a time as stays in cache.
+"""Run the rest of a block after its attention, on CPUs: as much of the MLP at a time as stays in cache.
 
 The hidden channels are four times as many as the block's, and writing them all to memory and reading them back, twice,
 costs more than GELU itself; large tensors also come as fresh pages from the system, each time. So rows go through both
@@ -19,7 +19,7 @@ _gelu_ = torch.ops.aten.gelu_.default
 
 
 def is_worth(x: Tensor) -> bool:
-    """Whether the rows of x are enough for more than one part, in a dtype in which sums in place round as little."""
+    """Return True if x has enough rows for more than one part, in a dtype in which sums in place round as little."""
     rows = x.numel() // max(1, x.shape[-1])
     return x.device.type == "cpu" and x.dtype == torch.float32 and 2 * rows >= 3 * _part(4 * x.shape[-1])
 
@@ -29,7 +29,7 @@ def _part(hidden: int) -> int:
 
 
 def rest(x: Tensor, branch: Tensor, block: Any) -> Tensor:
-    """x + branch, and what a block adds to that.
+    """Return x + branch, and what a block adds to that.
 
     Args:
         x, branch: (..., C), block's input and what its attention gave.
@@ -56,7 +56,7 @@ def rest(x: Tensor, branch: Tensor, block: Any) -> Tensor:
 
 
 def _activated(block: Any, y: Tensor, buffer: Tensor) -> Tensor:
-    """activation(fc1(y)), in a buffer."""
+    """Return activation(fc1(y)), in a buffer."""
     weight, bias = _parameters(block.fc1)
     torch.mm(y, weight.t(), out=buffer) if bias is None else torch.addmm(bias, y, weight.t(), out=buffer)
     return _gelu_(buffer)

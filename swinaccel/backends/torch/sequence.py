@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...spec import reference
 from ...spec.arguments import can_look
-from .softmax import accurate, drawn_in, nothing
+from .softmax import accurate, clamp_finite, nothing
 
 _ROWS = 64  # queries that one call should have at least
 _SCORES = 1 << 27  # at most, of calls whose scores may be held
@@ -30,7 +30,7 @@ def factored_bias_attention(
     causal: bool,
     twice: bool = False,
 ) -> Tensor:
-    """As `reference.sequence_attention`: the factors ride along as further columns of q and k (FlashBias).
+    """Attend as `reference.sequence_attention` does: the factors are further columns of q and k (FlashBias).
 
     v gets as many columns of zeros, since the kernels that hold no scores want heads of one width. With `twice` the
     gradients have gradients.
@@ -69,24 +69,24 @@ def _factored(
 
 
 def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:
-    """(batch or 1, 1, N, N), in a dtype that goes with q's, from (M, N, N) with batch i using row i mod M."""
+    """Return (batch or 1, 1, N, N), in a dtype that goes with q's, from (M, N, N); batch i has row i mod M."""
     if causal:
         seen = reference.visible_keys(q.shape[2], causal=True, device=q.device)
         mask = mask.masked_fill(~seen, float("-inf"))
     if mask.shape[0] > 1:
         mask = mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]]
-    return drawn_in(mask, accurate(q.dtype) if q.device.type == "cpu" else q.dtype).unsqueeze(1)
+    return clamp_finite(mask, accurate(q.dtype) if q.device.type == "cpu" else q.dtype).unsqueeze(1)
 
 
 def _has_large_numbers(mask: Tensor) -> bool:
-    """Whether a mask leaves no digits for the scores in a log-sum-exp, from which gradients without scores are made."""
+    """Return True if a mask leaves no digits for the scores in a log-sum-exp, of which gradients are made."""
     return bool(((mask.abs() > 1e3) & mask.isfinite()).any())
 
 
 def block_sliding_window_attention(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, window_blocks: int, scale: float, twice: bool = False
 ) -> Tensor:
-    """As `reference.sequence_attention`, a chunk of whole blocks at a time; work and memory linear in the tokens.
+    """Attend as `reference.sequence_attention` does, a chunk of whole blocks at a time; linear in the tokens.
 
     Keys and values are split once and put together again for every chunk: autograd then adds up pieces, where slices
     would each give it a gradient of full length. With `twice` the gradients have gradients.
@@ -115,7 +115,7 @@ def block_sliding_window_attention(
 
 
 def _exactly(out: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """The output, or where that is not finite what plain softmax gives, which keeps NaN to where it belongs.
+    """Return the output, or where that is not finite that of plain softmax, which keeps NaN to where it belongs.
 
     Otherwise a key's NaN would get to queries that do not see it, and gradients would lack some. Not where scores are
     too many to be held.
@@ -144,12 +144,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 
 def is_transformed() -> bool:
-    """Whether derivatives may be wanted that only PyTorch's elementary operators have: torch.func, forward mode."""
+    """Return True if derivatives may be wanted that only elementary operators have: torch.func, forward mode."""
     return is_in_transform() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_in_transform() -> bool:
-    """Whether the call is inside a torch.func transform."""
+    """Return True if the call is inside a torch.func transform."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -14,12 +14,12 @@ from ...spec.arguments import can_look
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax and sums."""
+    """Return the dtype of softmax and sums."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def drawn_in(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias or mask in another dtype, in which its finite numbers stay finite, as stand in for -inf elsewhere.
+def clamp_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bias or mask in another dtype, in which its finite numbers stay finite, as stand in for -inf.
 
     And so do their sums with scores: queries that see nothing else would turn from a mean into NaN, or nothing.
     """
@@ -30,7 +30,7 @@ def drawn_in(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ · scale + start) v on a CPU.
+    """Return softmax(q kᵀ · scale + start) v, on a CPU.
 
     Args:
         q, k, v: (windows, heads, N, D).
@@ -49,12 +49,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, 
 
 
 def _has_zeros(out: Tensor) -> bool:
-    """Whether any token got nothing but zeros; seldom more than its first channel is looked at."""
+    """Return True if any token got nothing but zeros; seldom more than its first channel is looked at."""
     return bool((out[..., 0] == 0).any()) and bool((out == 0).all(-1).any())
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
-    """The same step by step."""
+    """Return the same, step by step."""
     dtype = q.dtype
     q, k, v = (one.to(accurate(dtype)) for one in (q, k, v))
     scores = (q * scale) @ k.transpose(-2, -1)
@@ -63,7 +63,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float,
 
 
 def nothing(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Tensor:
-    """Attention of empty tensors, with gradients for all that it is given, zeros.
+    """Return attention of empty tensors, with gradients for all inputs, zeros.
 
     PyTorch 2.11's own ends the process without heads.
     """

@@ -1,6 +1,6 @@
 """The section in plain PyTorch, made for CPUs.
 
-What makes it faster than the originals there: the image is gathered into windows before the projection (C channels
+It is faster than the originals there because the image is gathered into windows before the projection (C channels
 move, not 3C, and shift, pad and partition are one copy), the windows are sorted by their shift mask, of which there
 are only two along each axis, so that each kind runs through one `scaled_dot_product_attention` whose bias and mask are
 one small broadcast tensor, and the position bias is transformed as a table, before it is expanded. A mask that is
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...spec import reference
 from ...spec.window import Geometry, Section
-from .softmax import accurate, attend, drawn_in
+from .softmax import accurate, attend, clamp_finite
 
 
 class _Order(NamedTuple):
@@ -73,7 +73,7 @@ class _Kind(NamedTuple):
 
 
 def _kinds(geometry: Geometry) -> list[_Kind]:
-    """Along a shifted axis the last windows are masked, and the others are not."""
+    """Return the kinds of windows: along a shifted axis the last ones are masked, and the others are not."""
     kinds = [_Kind()]
     for count, shift in zip(geometry.grid, geometry.shift, strict=True):
         sides = [(slice(-1), 0, False), (slice(-1, None), min(count, 2) - 1, True)]
@@ -86,7 +86,7 @@ def _kinds(geometry: Geometry) -> list[_Kind]:
 
 @lru_cache(maxsize=64)
 def _shift_masks(geometry: Geometry, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(kinds, N, N): the masks of an image of two windows along each axis, which are all that there are."""
+    """Return (kinds, N, N): the masks of an image of two windows along each axis, which are all that there are."""
     sides = [min(count, 2) * side for count, side in zip(geometry.grid, geometry.window, strict=True)]
     with torch.inference_mode(False):
         few = Geometry(tuple(sides), geometry.window, geometry.shift)
@@ -94,7 +94,7 @@ def _shift_masks(geometry: Geometry, value: float, dtype: torch.dtype, device: t
 
 
 def _is_implied(section: Section) -> bool:
-    """Whether the mask tensor of a call is, now, exactly the one that its shift implies (or zeros without one)."""
+    """Return True if the mask of a call is, now, exactly the one that its shift implies (or zeros without one)."""
     mask, geometry = section.mask, section.geometry
     if mask is None:
         return True
@@ -104,14 +104,14 @@ def _is_implied(section: Section) -> bool:
 
 
 def _bias(section: Section) -> Tensor:
-    """(heads, N, N) from the live table; gathered head by head, which writes in order."""
+    """Return (heads, N, N) from the live table; gathered head by head, which writes in order."""
     table = section.table().t().contiguous()
     tokens = section.geometry.tokens
     return table.index_select(1, section.index.reshape(-1)).view(-1, tokens, tokens)
 
 
 def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k normalised, q times the clamped scale; (windows, heads, N, D)."""
+    """Return q and k normalised, q times the clamped scale; (windows, heads, N, D)."""
 
     def inverse_norm(x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate(x.dtype))
@@ -122,7 +122,7 @@ def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor,
 
 
 def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = None, in_parts: bool = False) -> Tensor:
-    """The whole section, projections included.
+    """Run the whole section, projections included.
 
     Args:
         section: the live facts.
@@ -157,7 +157,7 @@ part_rows = 4096  # tokens walked at a time
 
 
 def is_plain(attention: nn.Module) -> bool:
-    """Whether all projections in a module treat each token by itself, as nn.Linear does; some quantised ones do not."""
+    """Return True if all projections in a module treat each token by itself; some quantised ones do not."""
     return all(
         type(module) is nn.Linear and type(module.weight) in _PLAIN_TENSORS
         for module in attention.modules()
@@ -169,7 +169,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Starts(NamedTuple):
-    """What scores start from: bias and masks, worked out once a call."""
+    """Biases and masks that scores start from, worked out once a call."""
 
     section: Section
     bias: Tensor
@@ -177,10 +177,10 @@ class _Starts(NamedTuple):
     sums: dict[tuple[int, torch.dtype], Tensor]
 
     def of(self, order: _Order, dtype: torch.dtype) -> Tensor:
-        """(1 or windows, heads, N, N) for all windows of an order, with the masks of their groups."""
+        """Return (1 or windows, heads, N, N) for all windows of an order, with the masks of their groups."""
         key = sum(count for count, _ in order.groups), dtype
         if key not in self.sums:
-            bias, section = drawn_in(self.bias, dtype), self.section
+            bias, section = clamp_finite(self.bias, dtype), self.section
             mask = _shift_masks(section.geometry, section.mask_value, dtype, bias.device)
             sums = (
                 (bias if row is None else bias + mask[row]).expand(count, *bias.shape) for count, row in order.groups
@@ -190,7 +190,7 @@ class _Starts(NamedTuple):
 
 
 def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, masked: bool) -> tuple[Tensor, _Order]:
-    """Images to what `section.output` gives for the tokens of their windows, (windows * N, C'), and their order."""
+    """Return what `section.output` gives for the tokens of all windows, (windows * N, C'), and their order."""
     geometry = section.geometry
     batch = x.shape[0]
     order = _order(geometry, batch, masked, x.device)
@@ -210,10 +210,10 @@ def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, 
         q, k = _cosine_operands(q, k, section.logit_scale)
         scale = 1.0
 
-    bias = drawn_in(starts.bias, accurate(q.dtype))
+    bias = clamp_finite(starts.bias, accurate(q.dtype))
     if not starts.is_implied and batch:
         assert section.mask is not None
-        start = bias + drawn_in(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
+        start = bias + clamp_finite(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
         images = zip(*(part.unflatten(0, (batch, -1)) for part in (q, k, v)), strict=True)
         out = torch.cat([_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images])
     elif len(order.groups) == 1 and order.groups[0][1] is None:
@@ -236,5 +236,5 @@ few_scores = 1 << 18  # of a group of windows, up to which masks written out cos
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, scale: float) -> Tensor:
-    """(windows, heads, N, D) to (windows, N, heads * D), scores starting from (1 or windows, heads, N, N)."""
+    """Attend (windows, heads, N, D) to (windows, N, heads * D), scores starting from (1 or windows, heads, N, N)."""
     return attend(q, k, v, start, scale).transpose(1, 2).flatten(2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...spec import reference
 from ...spec.window import Geometry
 from .sequence import is_transformed
-from .softmax import accurate, attend, drawn_in, nothing
+from .softmax import accurate, attend, clamp_finite, nothing
 from .window import _cosine_operands
 
 
@@ -23,7 +23,7 @@ def attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `reference.attention`; on CPUs by `torch_softmax.attend`, whose start is bias and mask together."""
+    """Attend as `reference.attention` does; on CPUs by `softmax.attend`, whose start is bias and mask together."""
     if q.numel() == 0:
         return nothing(q, k, v, bias, logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
@@ -35,10 +35,10 @@ def attention(
             q, k = _cosine_operands(q, k, logit_scale)
             scale = 1.0
         dtype = accurate(q.dtype)
-        start = None if bias is None else drawn_in(bias, dtype).unsqueeze(0)
+        start = None if bias is None else clamp_finite(bias, dtype).unsqueeze(0)
         if mask is None:
             return attend(q, k, v, start, scale, dropout)
-        start = drawn_in(mask, dtype).unsqueeze(1) + (0 if start is None else start)
+        start = clamp_finite(mask, dtype).unsqueeze(1) + (0 if start is None else start)
         # (windows, heads) become (images, masks * heads), so that one start serves all images.
         period, heads, count = mask.shape[0], q.shape[1], mask.shape[0] * q.shape[1]
         start = start.expand(-1, heads, -1, -1).reshape(1, count, *mask.shape[1:])
@@ -62,7 +62,7 @@ def shifted_window_attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `reference.shifted_window_attention`, with the bias (heads, N, N).
+    """Attend as `reference.shifted_window_attention` does, with the bias (heads, N, N).
 
     Of the mask that a shift implies there are few different rows: the last windows along each shifted axis have
     their own, and each kind of window goes through `attention` with its one.
@@ -85,7 +85,7 @@ def shifted_window_attention(
 
 
 def _attend_by_kind(windows: list[Tensor], geometry: Geometry, mask_value: float, options: dict) -> Tensor:
-    """(B, *grid, heads, N, D) each to (B * M, heads, N, D)."""
+    """Attend (B, *grid, heads, N, D) each to (B * M, heads, N, D)."""
     few = tuple(min(2, count) for count in geometry.grid)  # two windows along an axis are one of each kind
     size = tuple(count * side for count, side in zip(few, geometry.window, strict=True))
     corner = Geometry(size, geometry.window, geometry.shift)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ _BLOCK = 4096
 
 
 def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> Launch:
-    """The launch that expands the live table into the dense bias."""
+    """Return the launch that expands the live table into the dense bias."""
     from ...kernels import bias as bias_kernels
     from ...kernels import softmax
 
@@ -32,7 +34,7 @@ def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) ->
 
 
 def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A bias (heads, N, N), which has no index, as a table with a row for every query and key.
+    """Return a bias (heads, N, N), which has no index, as a table with a row for every query and key, and an index.
 
     The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
     """
@@ -44,9 +46,7 @@ def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None,
 
 
 def reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, launch: Launch) -> Tensor:
-    """From the dense bias gradients of all parts (parts, heads, N, N) to the table's (T, heads), or without index
-    to that of a bias which is dense itself.
-    """
+    """Return the table's gradient (T, heads) from all parts (parts, heads, N, N), or of a dense bias."""
     assert table is not None
     grad_bias = parts[0] if parts.shape[0] == 1 else parts.sum(0)
     if index is None:
@@ -77,7 +77,7 @@ def _plan_compare(device: torch.device, count: int) -> Launch:
 
 
 def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
-    """SwinV2's bias table 16 · sigmoid(MLP(coords)), as one kernel in fp32.
+    """Return SwinV2's bias table 16 · sigmoid(MLP(coords)), as one kernel in fp32.
 
     Args:
         coords: (..., 2), T log-spaced offsets.
@@ -86,11 +86,18 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     Returns:
         (T, heads), fp32; the heads come first in memory.
     """
-    key = ("position", coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape)
-    run, shape = launches.get(key) or _plan_position(*key)
+    run, shape = position_launch(
+        coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape
+    )  # fmt: skip
     table = torch.empty(shape, dtype=torch.float32, device=coords.device)
     run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
+
+
+def position_launch(device: torch.device, *shapes: torch.Size) -> tuple[Launch, tuple[int, int]]:
+    """Return the launch for tensors of such shapes, in order, and the table's shape in memory, (heads, T)."""
+    key: tuple[Any, ...] = ("position", device, *shapes)
+    return launches.get(key) or _plan_position(*key)
 
 
 def _plan_position(

@@ -26,8 +26,20 @@ class LaunchError(RuntimeError):
 
 def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> None:
     """Run the launch that is kept under a key: the plan's name, and what is planned from."""
+    run(kept(key, plan), *tensors)
+
+
+def kept(key: tuple, plan: Callable[..., Any]) -> Any:
+    """Return the launch that is kept under a key."""
     try:
-        launch = launches.get(key) or keep(key, plan(*key[1:]))
+        return launches.get(key) or keep(key, plan(*key[1:]))
+    except Exception as error:
+        raise LaunchError(first_line(error)) from error
+
+
+def run(launch: Any, *tensors: Tensor | None) -> None:
+    """Run a launch; what fails is a `LaunchError`."""
+    try:
         launch(*tensors)
     except torch.OutOfMemoryError:  # which says nothing of the kernel
         raise
@@ -48,7 +60,7 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
 
 
 def sample_rows(rows: int, scale: Tensor | None) -> int:
-    """How many rows one factor of `scale` is for."""
+    """Return how many rows one factor of `scale` is for."""
     return 1 if scale is None else rows // scale.numel()
 
 
@@ -64,37 +76,42 @@ def run_norm(
     scale: Tensor | None = None,
     total_bias: Tensor | None = None,
 ) -> None:
-    """`kernels.pointwise._norm_kernel`, whose modes and operands these are."""
+    """Run `kernels.pointwise._norm_kernel`, whose modes and operands these are."""
     channels, (weight, bias, eps) = x.shape[-1], affine
     rows = x.numel() // channels
     if rows:
-        key = ("norm", x.device, rows, sample_rows(rows, scale), channels, eps, mode)
-        _launch(key, _plan_norm, x, out, total, stats, branch, scale, weight, bias, total_bias)
+        launch = norm_launch(mode, x.device, rows, channels, eps, sample_rows(rows, scale))
+        run(launch, x, out, total, stats, branch, scale, weight, bias, total_bias)
+
+
+def norm_launch(mode: int, device: torch.device, rows: int, channels: int, eps: float, sample_rows: int = 1) -> Any:
+    """Return the launch of `kernels.pointwise._norm_kernel` for tensors of so many rows."""
+    return kept(("norm", device, rows, sample_rows, channels, eps, mode), _plan_norm)
 
 
 def norm(x: Tensor, affine: Affine) -> Tensor:
-    """Layer norm of the last axis; statistics in fp32."""
+    """Return the layer norm of the last axis; statistics in fp32."""
     out = torch.empty_like(x)
     run_norm(NORM, x, None, affine, out=out)
     return out
 
 
 def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
+    """Return x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
     return total, out
 
 
 def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
-    """x + the layer norm of branch, which is not rounded before."""
+    """Return x + the layer norm of branch, which is not rounded before."""
     out = torch.empty_like(x)
     run_norm(NORM_ADD, x, branch, affine, out=out)
     return out
 
 
 def merge(x: Tensor, affine: Affine | None) -> Tensor:
-    """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
+    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
     if out.numel():
@@ -118,14 +135,14 @@ def _plan_merge(device: torch.device, batch: int, height: int, width: int, chann
 
 @lru_cache(maxsize=256)
 def embed_launch(channels: int, numbers: int) -> Any:
-    """How `embed` would run for patches of so many numbers, or None where it is not to."""
+    """Return how `embed` would run for patches of so many numbers, or None where it is not to."""
     from ...kernels import fusion_launch
 
     return fusion_launch.embed(channels=channels, numbers=numbers)
 
 
 def embed(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine | None) -> Tensor:
-    """(B, C_in, H, W) to (B, H / p, W / q, C): each patch times the weight (C, C_in, p, q), and the norm of that.
+    """Embed (B, C_in, H, W) to (B, H / p, W / q, C): each patch times the weight (C, C_in, p, q), and its norm.
 
     Args:
         x: its sides are multiples of the patch's, and it has less than 2^31 - 64 patches.
@@ -169,11 +186,16 @@ def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Exact GELU of 16-bit numbers; `out` may be x."""
+    """Return exact GELU of 16-bit numbers; `out` may be x."""
     out, numbers = torch.empty_like(x) if out is None else out, x.numel()
     if numbers:
-        _launch(("gelu", x.device, numbers), _plan_gelu, out, x)
+        run(gelu_launch(x.device, numbers), out, x)
     return out
+
+
+def gelu_launch(device: torch.device, numbers: int) -> Any:
+    """Return the launch of GELU for so many numbers, which writes to its first tensor."""
+    return kept(("gelu", device, numbers), _plan_gelu)
 
 
 def _plan_gelu(device: torch.device, numbers: int) -> Any:
@@ -184,19 +206,29 @@ def _plan_gelu(device: torch.device, numbers: int) -> Any:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """GELU(x weightᵀ + bias), exact, of 16-bit numbers; None where PyTorch's product is to be preferred.
+    """Return GELU(x weightᵀ + bias), exact, of 16-bit numbers, or None where PyTorch's product is to be preferred.
 
     Args:
         x, weight: (..., K) and (N, K).
     """
-    (hidden, channels), device = weight.shape, x.device
-    rows = x.numel() // channels
-    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
-    if how is None or (x.data_ptr() | weight.data_ptr()) & 15:  # which a descriptor cannot start from
+    hidden, channels = weight.shape
+    launch = linear_gelu_launch(x.device, x.numel() // channels, channels, hidden)
+    if launch is None or not are_describable(x, weight):
         return None
     out = x.new_empty((*x.shape[:-1], hidden))
-    _launch(("linear gelu", device, rows, channels, hidden, *how), _plan_linear_gelu, out, x, weight, bias)
+    run(launch, out, x, weight, bias)
     return out
+
+
+def linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
+    """Return the launch of the product with GELU, or None where PyTorch's product is to be preferred."""
+    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
+    return None if how is None else kept(("linear gelu", device, rows, channels, hidden, *how), _plan_linear_gelu)
+
+
+def are_describable(x: Tensor, weight: Tensor) -> bool:
+    """Return True if both tensors begin where a descriptor can."""
+    return not (x.data_ptr() | weight.data_ptr()) & 15
 
 
 @lru_cache(maxsize=256)
@@ -227,15 +259,19 @@ def _plan_linear_gelu(
 
 
 def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether `mlp` is to be preferred to products of their own, for (..., C) and the first weight (hidden, C)."""
+    """Return True if `mlp` is to be preferred to products of their own, for (..., C) and the weight (hidden, C)."""
     hidden, channels = weight.shape
-    launch = mlp_launch(x.device, x.dtype, channels, hidden)
-    # A program goes through all hidden channels, which pays where each multiprocessor has one.
-    return launch is not None and x.numel() >= channels * launch.block_m * devices.multiprocessors(x.device)
+    return pays_in_one(x.device, x.dtype, x.numel() // channels, channels, hidden)
+
+
+def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int) -> bool:
+    """Return True if so many rows are enough for `mlp`, in which a program goes through all hidden channels."""
+    launch = mlp_launch(device, dtype, channels, hidden)
+    return launch is not None and rows >= launch.block_m * devices.multiprocessors(device)
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
-    """How `mlp` would run, or None where it cannot, or never is to."""
+    """Return how `mlp` would run, or None where it cannot, or never is to."""
     shared_memory = devices.shared_memory(device)
     return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
@@ -254,7 +290,7 @@ def mlp(
     fc1: tuple[Tensor, Tensor | None],
     fc2: tuple[Tensor, Tensor | None],
 ) -> Tensor:
-    """All of a block after its attention, where `mlp_launch` has a launch.
+    """Run all of a block after its attention, where `mlp_launch` has a launch.
 
     Args:
         branch: the attention's output: with total = x + branch, total + mlp(norm(total)). None: x + norm(mlp(x)).
@@ -263,10 +299,17 @@ def mlp(
     (hidden, channels), (weight, bias, eps) = fc1[0].shape, affine
     rows, out = x.numel() // channels, torch.empty_like(x)
     if rows:
-        is_residual = branch is not None
-        key = ("mlp", x.device, rows, channels, hidden, eps, is_residual, x.dtype, devices.shared_memory_override)
-        _launch(key, _plan_mlp, out, x, branch, weight, bias, *fc1, *fc2)
+        launch = whole_mlp_launch(x.device, x.dtype, rows, channels, hidden, eps, branch is not None)
+        run(launch, out, x, branch, weight, bias, *fc1, *fc2)
     return out
+
+
+def whole_mlp_launch(
+    device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int, eps: float, is_residual: bool
+) -> Any:
+    """Return the launch of `mlp` for so many rows."""
+    key = ("mlp", device, rows, channels, hidden, eps, is_residual, dtype, devices.shared_memory_override)
+    return kept(key, _plan_mlp)
 
 
 def _plan_mlp(

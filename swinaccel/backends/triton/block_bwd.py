@@ -25,7 +25,7 @@ def norm(
     grad_x: Tensor | None = None,
     grad_branch: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.pointwise_bwd._norm_bwd_kernel`, whose operands these are.
+    """Run `kernels.pointwise_bwd._norm_bwd_kernel`, whose operands these are.
 
     Returns:
         (2, C), fp32: gradients of the norm's weight and bias.
@@ -57,7 +57,7 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
 
 
 def gelu(grad_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of exact GELU, of 16-bit numbers (rows, C).
+    """Return the gradients of exact GELU, of 16-bit numbers (rows, C).
 
     Returns:
         The gradient of x; GELU(x); and the sums of the gradient's columns (C,), fp32.
@@ -68,7 +68,7 @@ def gelu(grad_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled_columns(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (rows, C) in a dtype, each sample multiplied by its factor; and the sums of its columns, (C,), fp32."""
+    """Return x (rows, C) in a dtype, each sample multiplied by its factor, and the sums of its columns, (C,), fp32."""
     scaled = None if scale is None and dtype is x.dtype else torch.empty_like(x, dtype=dtype)
     sums = _columns(_plan_sums, x, scale, (scaled,), (x, scale))
     return x if scaled is None else scaled, sums

@@ -1,4 +1,4 @@
-"""What the kernels may be given: looked at where launches are planned and compiled, which costs later calls nothing.
+"""Check what the kernels are given, where launches are planned and compiled, which costs later calls nothing.
 
 Kernels read tensors by numbers that follow from a problem: of another shape, they would read beyond them.
 """
@@ -16,12 +16,12 @@ from ...spec.window import Geometry
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*DTYPES, torch.float64)
-_ALIKE = ("q", "qkv", "k", "v", "out", "grad")
-_TAKEN = {"index": (torch.int64, torch.int32), "seed": (torch.int64,), "lse": (torch.float32,)}
+_TOKENS = ("q", "qkv", "k", "v", "out", "grad")
+_ACCEPTED = {"index": (torch.int64, torch.int32), "seed": (torch.int64,), "lse": (torch.float32,)}
 
 
 def lse_shape(batch: int, geometry: Geometry, num_heads: int, has_mask: bool) -> tuple[int, ...]:
-    """What the forward of large windows keeps of the softmax: see `kernels.softmax`."""
+    """Return the shape of what the forward of large windows keeps of the softmax: see `kernels.softmax`."""
     return (batch, geometry.num_windows, num_heads, *((2,) if has_mask else ()), geometry.tokens)
 
 
@@ -60,19 +60,20 @@ def check_shapes(problem: Any) -> None:
         if not problem.is_small:
             _expect("out", out or (), grad)
             _expect("lse", lse, lse_shape(problem.batch, geometry, heads, problem.has_mask))
-    if problem.table_strides and problem.table_rows * sum(problem.table_strides) >= 2**31:
+    table = zip(problem.table_shape or (), problem.table_strides or (), strict=True)
+    if sum((length - 1) * stride for length, stride in table) >= 2**31:
         raise ValueError("the bias table spans 2^31 numbers or more")
 
 
-def _expect(name: str, shape: Sequence[int] | None, wanted: Any) -> None:
-    if shape is not None and tuple(shape) != tuple(wanted):
-        raise ArgumentError(f"{name} must have shape {tuple(wanted)}; got {tuple(shape)}")
+def _expect(name: str, shape: Sequence[int] | None, expected: Any) -> None:
+    if shape is not None and tuple(shape) != tuple(expected):
+        raise ArgumentError(f"{name} must have shape {tuple(expected)}; got {tuple(shape)}")
 
 
 def check_position(
     coords: torch.Size, hidden_weight: torch.Size, hidden_bias: torch.Size, weight: torch.Size
 ) -> tuple[int, int, int]:
-    """Rows, heads and hidden channels of a position MLP; raises where the shapes of its tensors do not go together."""
+    """Return rows, heads and hidden channels of a position MLP; raise where its tensors do not go together."""
     hidden, heads = (one[0] if one else 0 for one in (hidden_weight, weight))
     _expect("coords", coords, (*coords[:-1], 2))
     _expect("hidden_weight", hidden_weight, (hidden, 2))
@@ -121,7 +122,7 @@ def check_sequence(
         raise ArgumentError("causal must be False where block_size is given; got True")
 
 
-def check_kinds(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
+def check_dtypes(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
     """Raise where a tensor lies elsewhere than the first one named, or is of no dtype that the kernels take for it.
 
     Args:
@@ -132,9 +133,9 @@ def check_kinds(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> N
         of, first = named[0]
         if one.device != first.device:
             raise ArgumentError(f"{name} must be on {of}'s device, {first.device}; got {one.device}")
-        wanted = _TAKEN.get(name, _FLOATS)
-        if name in _ALIKE:
-            wanted = DTYPES if one is first else (first.dtype,)
-        if one.dtype not in wanted:
-            kinds = " or ".join(str(dtype) for dtype in wanted)
+        expected = _ACCEPTED.get(name, _FLOATS)
+        if name in _TOKENS:
+            expected = DTYPES if one is first else (first.dtype,)
+        if one.dtype not in expected:
+            kinds = " or ".join(str(dtype) for dtype in expected)
             raise ArgumentError(f"{name} must be of {kinds}; got {one.dtype}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_kinds
+from .checks import check_dtypes
 
 launches: dict[tuple, Any] = {}
 
@@ -26,7 +26,7 @@ def forget_launches() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error is, in one line."""
+    """Return an error in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
@@ -38,7 +38,7 @@ class Launch:
     under which a launch is kept, so that only device, dtype and alignment of the tensors are left to look at.
 
     Attributes:
-        names: of the tensors that come from outside, as `check_kinds` takes them, "" for others.
+        names: of the tensors that come from outside, as `check_dtypes` takes them, "" for others.
     """
 
     __slots__ = ("arguments", "described", "grid", "kernel", "latest", "names", "options", "runners")
@@ -54,7 +54,7 @@ class Launch:
         """Decide all about a launch.
 
         Args:
-            names: of tensors that come from outside, as `check_kinds` takes them, "" for those that do not.
+            names: of tensors that come from outside, as `check_dtypes` takes them, "" for those that do not.
         """
         self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
         self.grid = (*grid, 1, 1)[:3]
@@ -68,21 +68,21 @@ class Launch:
             with torch.cuda.device(index):  # Triton launches on the current device, whatever its tensors say
                 return self(*tensors)
         pointers: list[int | None] = []
-        kind: list[Any] = []  # compared as a list, which takes less time than to hash it
-        for one in tensors:
-            if one is None:
+        signature: list[Any] = []  # compared as a list, which takes less time than to hash it
+        for tensor in tensors:
+            if tensor is None:
                 pointers.append(None)
-                kind.append(None)
+                signature.append(None)
             else:
-                pointer = one.data_ptr()
+                pointer = tensor.data_ptr()
                 pointers.append(pointer)
-                kind += one.dtype, one.get_device(), not pointer & 15
+                signature += tensor.dtype, tensor.get_device(), not pointer & 15
         known, (run, takes_pointers) = self.latest
-        if kind != known:
-            run, takes_pointers = self.runners.get(tuple(kind), _NOT_COMPILED)
-            self.latest = kind, (run, takes_pointers)
+        if signature != known:
+            run, takes_pointers = self.runners.get(tuple(signature), _NOT_COMPILED)
+            self.latest = signature, (run, takes_pointers)
         if run is None:
-            return self._compile(index, tensors, tuple(kind))
+            return self._compile(index, tensors, tuple(signature))
         if takes_pointers:
             for place, (cls, attributes) in self.described.items():
                 descriptor: Any = object.__new__(cls)
@@ -92,8 +92,8 @@ class Launch:
         else:
             run(self._passed(tensors))
 
-    def _compile(self, index: int, tensors: tuple[Tensor | None, ...], kind: tuple) -> None:
-        check_kinds(self.names, tensors)
+    def _compile(self, index: int, tensors: tuple[Tensor | None, ...], signature: tuple) -> None:
+        check_dtypes(self.names, tensors)
         compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             from ...kernels.run import runner
@@ -103,11 +103,11 @@ class Launch:
             is_here = index >= 0 and all(one is None or one.get_device() == index for one in tensors)
             stream_of = torch._C._cuda_getCurrentRawStream if index >= 0 else None
             run = runner(compiled, self.grid, self.arguments, stream_of, index)
-            self.runners[kind] = run, is_here
-            self.latest = list(kind), self.runners[kind]
+            self.runners[signature] = run, is_here
+            self.latest = list(signature), self.runners[signature]
 
     def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-        """What the kernel is given for its tensors."""
+        """Return what the kernel is given for its tensors."""
         return tensors
 
 

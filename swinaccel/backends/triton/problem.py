@@ -42,7 +42,7 @@ def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: in
     )
 
 
-def as_three(numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+def as_3d(numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """Return one number for each of (depth, rows, columns); flat images have that one for their depth."""
     return numbers if len(numbers) == 3 else (depth, *numbers)
 
@@ -54,10 +54,16 @@ def are_heads_apart(tokens: Tensor, geometry: Geometry) -> bool:
 
 def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
     """Return an empty output: (B, H, W, heads * D), or (B, H, W, heads, D) with the heads before W in memory."""
-    shape = tokens.shape
-    if are_heads_apart(tokens, geometry):
-        return tokens.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
-    return tokens.new_empty((*shape[:-1], shape[-1] // 3 if packed else shape[-1]))
+    shape, swaps_heads = image_shape(tokens.shape, geometry, packed)
+    out = tokens.new_empty(shape)
+    return out.transpose(-3, -2) if swaps_heads else out
+
+
+def image_shape(shape: torch.Size, geometry: Geometry, packed: bool) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of an output in memory, and whether its axes -3 and -2 are then swapped."""
+    if len(shape) == len(geometry.size) + 3:
+        return (*shape[:-3], shape[-2], shape[-3], shape[-1]), True
+    return (*shape[:-1], shape[-1] // 3 if packed else shape[-1]), False
 
 
 def shapes_of(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -163,7 +169,7 @@ class Problem(NamedTuple):
 
     @property
     def image_strides(self) -> tuple[int, ...]:
-        """Of the token images, (batch, depth, row, column, head), those of q, k, v first.
+        """Return strides of the token images, (batch, depth, row, column, head), those of q, k, v first.
 
         From head to head the kernels count in heads, so that neighbours, which are one apart, are nothing to compute.
         """
@@ -172,7 +178,7 @@ class Problem(NamedTuple):
         col, head = (self.head_dim, width) if self.heads_apart else (self.channels, 1)
         out = (math.prod(self.geometry.size) * self.channels, height * rows, rows, col, head)
         token_head = self.strides[axes + 1] // self.head_dim if self.heads_apart else 1
-        return (self.strides[0], *as_three(self.strides[1 : axes + 1], 0), token_head, *out)
+        return (self.strides[0], *as_3d(self.strides[1 : axes + 1], 0), token_head, *out)
 
     @property
     def heads_apart(self) -> bool:
@@ -180,21 +186,21 @@ class Problem(NamedTuple):
 
     @property
     def window(self) -> tuple[int, ...]:
-        return as_three(self.geometry.window, 1)
+        return as_3d(self.geometry.window, 1)
 
     @property
     def is_volume(self) -> bool:
         return len(self.geometry.size) == 3
 
     @property
-    def places(self) -> tuple[Any, ...]:
+    def runtime_args(self) -> tuple[Any, ...]:
         geometry = self.geometry
         numbers = (self.scale, self.mask_value, self.dropout)
-        sizes = (*as_three(geometry.size, 1), *as_three(geometry.grid, 1))
-        return (*sizes, *as_three(geometry.shift, 0), *as_three(geometry.roll, 0), *numbers)
+        sizes = (*as_3d(geometry.size, 1), *as_3d(geometry.grid, 1))
+        return (*sizes, *as_3d(geometry.shift, 0), *as_3d(geometry.roll, 0), *numbers)
 
     @property
-    def constants(self) -> tuple[Any, ...]:
+    def constexprs(self) -> tuple[Any, ...]:
         flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
         shape = (self.window, self.is_volume, self.head_dim, self.packed, self.cosine)
         return (*shape, self.bias_mode, self.mask_mode, *flags)

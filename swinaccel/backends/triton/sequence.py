@@ -16,7 +16,7 @@ MAX_HEAD_DIM, MAX_RANK = 128, 64
 
 
 class Problem(NamedTuple):
-    """What shapes a launch, less the tensors' sizes and strides.
+    """All that a launch depends on, less the tensors' sizes and strides.
 
     Attributes:
         causal: keys up to the query's own.
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 def unsupported_reason(
     device: torch.device, dtype: torch.dtype, head_dim: int, rank: int, factor_dtype: torch.dtype, interpret: bool
 ) -> str | None:
-    """Why the kernels cannot serve a problem, as one sentence, or None."""
+    """Return why the kernels cannot serve a problem, as one sentence, or None."""
     reason = devices.unsupported_reason(device, (dtype, factor_dtype), interpret)
     if reason is not None:
         return reason
@@ -46,13 +46,13 @@ def unsupported_reason(
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """An empty tensor laid out as `tensor` is, where its last axis stays the fastest."""
+    """Return an empty tensor laid out as `tensor` is, where its last axis stays the fastest."""
     made = torch.empty_like(tensor)
     return made if made.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def lse_shape(q: Tensor, mask: Tensor | None) -> tuple[int, ...]:
-    """What the forward keeps of the softmax: see `kernels.softmax`."""
+    """Return the shape of what the forward keeps of the softmax: see `kernels.softmax`."""
     rows = q.shape[:-1]
     return rows if mask is None else (*rows[:-1], 2, *rows[-1:])
 
@@ -66,7 +66,7 @@ def forward(
     mask: Tensor | None,
     problem: Problem,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over sequences by one kernel.
+    """Attend over sequences by one kernel.
 
     Args:
         q, k, v: (batch, heads, N, D).
@@ -106,7 +106,7 @@ def backward(
     problem: Problem,
     factor_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, and with `factor_grad` of q_factor and k_factor.
+    """Return gradients of q, k and v, and with `factor_grad` of q_factor and k_factor.
 
     Args:
         grad: of the output, (batch, heads, N, D).
@@ -155,7 +155,7 @@ def _rows(tensor: Any) -> Any:
 
 
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Strides of batch, head and token of each; factors without a batch axis are one for all."""
+    """Return strides of batch, head and token of each; factors without a batch axis are one for all."""
     found: list[int] = []
     for tensor in tensors:
         stride = (0, 0, 0) if tensor is None else tensor.stride()[:-1]
@@ -171,7 +171,7 @@ def _key(q: Tensor, q_factor: Tensor | None, problem: Problem) -> tuple:
 
 
 class _Facts(NamedTuple):
-    """What the plans of all three kernels have in common."""
+    """Facts that the plans of all three kernels share."""
 
     shape: dict[str, Any]  # arguments of `sequence_launch`
     numbers: tuple[float, ...]  # arguments of the kernels: sizes and scale
@@ -216,7 +216,7 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
 
 
 def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
-    """Whether a tile of scores may hold some that do not count."""
+    """Return True if a tile of scores may hold some that do not count."""
     from ...kernels import sequence_fwd
 
     if facts.pattern == sequence_fwd.PATTERN_CAUSAL.value or tokens % block_m or tokens % block_n:
@@ -226,7 +226,7 @@ def _has_edges(facts: _Facts, tokens: int, block_m: int, block_n: int) -> bool:
 
 
 def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor) -> bool:
-    """Whether the tensors that pass through a pipeline may be described: see `sequence_launch.describe`."""
+    """Return True if the tensors that pass through a pipeline may be described: see `sequence_launch.describe`."""
     from ...kernels.sequence_launch import DESCRIBED_HEAD_DIM
 
     first = tensors[0]
@@ -258,7 +258,7 @@ def _plan(
     keys: bool,
     names: tuple[str, ...],
 ) -> Launch:
-    """One launch: with descriptors of the tensors at the places `passing`, if `shape` is given and fits, or without."""
+    """Plan one launch: with descriptors of the tensors at the places `passing`, if `shape` fits, or without."""
     batch, heads, tokens, head_dim = q.shape
     described = shape is not None and not _has_edges(facts, tokens, shape.block_m, shape.block_n)
     if not described:

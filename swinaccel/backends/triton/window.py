@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,20 +13,21 @@ from . import devices
 from .bias import as_table, compare, expand
 from .checks import check_shapes, lse_shape
 from .launches import Launch, keep, launches
-from .problem import Problem, as_three, empty_image, shapes_of
+from .problem import Problem, as_3d, image_shape, shapes_of
 
 _CHECKS = 32  # programs that look over one window's mask
 
 
 def registers_of(large: Any) -> dict[str, int]:
-    """The launch option that holds the compiler to so many registers; AMD's has none."""
+    """Return the launch option that holds the compiler to so many registers; AMD's has none."""
     return {"maxnreg": large.max_registers} if large.max_registers and torch.version.hip is None else {}
 
 
 class Forward:
-    """The launches of one forward, and what it needs allocated."""
+    """The launches of one forward, and what it needs allocated: `run` looks at no shape any more."""
 
-    __slots__ = ("attention", "check", "checks_shape", "dense", "expand", "is_small", "lse_shape")
+    __slots__ = ("attention", "check", "checks_shape", "dense", "expand", "for_backward", "is_empty",
+                 "is_small", "lse_shape", "out_shape", "swaps_heads")  # fmt: skip
 
     def __init__(self, problem: Problem) -> None:
         from ...kernels import bias as bias_kernels
@@ -34,7 +36,9 @@ class Forward:
         check_shapes(problem)
         geometry, tokens = problem.geometry, problem.geometry.tokens
         shared_memory = devices.shared_memory(problem.device)
-        self.is_small = problem.is_small
+        self.is_small, self.for_backward = problem.is_small, problem.for_backward
+        self.out_shape, self.swaps_heads = image_shape(problem.shape, geometry, problem.packed)
+        self.is_empty = 0 in self.out_shape
         self.check: Any = None
         self.expand: Any = None
         self.checks_shape = (geometry.num_windows, _CHECKS)
@@ -53,8 +57,8 @@ class Forward:
                 window_fwd._window_attention_fwd_small_kernel,
                 (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
                 (
-                    *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.places,
-                    *problem.constants, problem.precision, small.block_n, small.block_d, small.images,
+                    *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.runtime_args,
+                    *problem.constexprs, problem.precision, small.block_n, small.block_d, small.images,
                 ),
                 ("", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
@@ -78,7 +82,7 @@ class Forward:
                 bias_kernels._check_mask_kernel,
                 (geometry.num_windows, _CHECKS),
                 (
-                    *as_three(geometry.grid, 1), *as_three(geometry.shift, 0), problem.mask_value, problem.window,
+                    *as_3d(geometry.grid, 1), *as_3d(geometry.shift, 0), problem.mask_value, problem.window,
                     problem.is_volume, _CHECKS, 1024,
                 ),
             )  # fmt: skip
@@ -90,7 +94,7 @@ class Forward:
             (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
             (
                 *problem.image_strides, *table_strides, problem.batch, problem.num_heads,
-                *problem.places, *problem.constants, problem.for_backward, problem.precision, problem.rank or 16,
+                *problem.runtime_args, *problem.constexprs, problem.for_backward, problem.precision, problem.rank or 16,
                 _CHECKS, rows, cols, large.block_m, large.block_n, large.block_d, large.images,
             ),
             (
@@ -101,6 +105,85 @@ class Forward:
             num_stages=large.num_stages,
             **registers_of(large),
         )  # fmt: skip
+
+    def run(
+        self,
+        qkv: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        table: Tensor | None,
+        index: Tensor | None,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        logit_scale: Tensor | None,
+        seed: Tensor | None = None,
+        factors: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Allocate and launch; the tensors are of the problem's shapes and strides."""
+        out = qkv.new_empty(self.out_shape)
+        if self.swaps_heads:
+            out = out.transpose(-3, -2)
+        lse = qkv.new_empty(self.lse_shape, dtype=torch.float32) if self.for_backward else None
+        if self.is_empty:
+            return out, lse
+        if self.is_small:
+            self.attention(out, qkv, k, v, padding, table, index, mask, logit_scale, seed)
+            return out, lse
+
+        differs = dense = q_factor = k_factor = stale = None
+        if self.check is not None:
+            differs = qkv.new_empty(self.checks_shape, dtype=torch.int32)
+            self.check(differs, mask)
+        if factors is not None:
+            assert table is not None
+            assert index is not None
+            q_factor, k_factor, known_table, known_index = factors
+            stale = qkv.new_zeros(1, dtype=torch.int32)
+            compare(stale, table.contiguous(), known_table)
+            compare(stale, index, known_index)
+        elif self.expand is not None:
+            shape, dtype = self.dense
+            dense = qkv.new_empty(shape, dtype=dtype)
+            self.expand(dense, table, index)
+        self.attention(
+            out, qkv, k, v, padding, table, index, mask, differs, logit_scale, dense, q_factor, k_factor, stale, seed,
+            lse,
+        )  # fmt: skip
+        return out, lse
+
+
+def bind(
+    geometry: Geometry,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    packed: bool,
+    table: tuple[torch.Size, tuple[int, ...]] | None,
+    has_padding: bool,
+    has_mask: bool,
+    mask_value: float,
+    scale: float,
+    cosine: bool,
+) -> Forward:
+    """Return the launches of inference where every tensor but the table is contiguous; see `ops.window.bind`."""
+    tokens, channels = geometry.tokens, num_heads * head_dim
+    width = 3 * channels if packed else channels
+    shape = torch.Size((batch, *geometry.size, width))
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    table_shape, table_strides = (None, None) if table is None else table
+    key = (
+        geometry.window, geometry.shift, geometry.roll_first, device, dtype, shape, strides, num_heads,
+        None if packed else (shape, shape), table_shape, table_strides,
+        None if table is None else torch.Size((tokens, tokens)), False,
+        torch.Size((3 * channels,)) if has_padding and geometry.is_padded else None,
+        torch.Size((geometry.num_windows, tokens, tokens)) if has_mask else None,
+        torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
+        devices.precision(dtype), devices.shared_memory_override,
+    )  # fmt: skip
+    return launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
 
 
 def shifted_window_attention(
@@ -122,7 +205,7 @@ def shifted_window_attention(
     seed: Tensor | None = None,
     for_backward: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `reference.shifted_window_attention`, by one kernel.
+    """Attend as `reference.shifted_window_attention` does, by one kernel.
 
     Args:
         qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
@@ -155,30 +238,4 @@ def shifted_window_attention(
         devices.shared_memory_override,
     )  # fmt: skip
     forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
-    out = empty_image(qkv, geometry, k is None)
-    lse = torch.empty(forward.lse_shape, dtype=torch.float32, device=device) if for_backward else None
-    if out.numel() == 0:
-        return out, lse
-    if forward.is_small:
-        forward.attention(out, qkv, k, v, padding, table, index, mask, logit_scale, seed)
-        return out, lse
-
-    unusual = dense = q_factor = k_factor = stale = None
-    if forward.check is not None:
-        unusual = torch.empty(forward.checks_shape, dtype=torch.int32, device=device)
-        forward.check(unusual, mask)
-    if factors is not None:
-        assert table is not None
-        assert index is not None
-        q_factor, k_factor, known_table, known_index = factors
-        stale = torch.zeros(1, dtype=torch.int32, device=device)
-        compare(stale, table.contiguous(), known_table)
-        compare(stale, index, known_index)
-    elif forward.expand is not None:
-        shape, dtype = forward.dense
-        dense = torch.empty(shape, dtype=dtype, device=device)
-        forward.expand(dense, table, index)
-    forward.attention(
-        out, qkv, k, v, padding, table, index, mask, unusual, logit_scale, dense, q_factor, k_factor, stale, seed, lse
-    )
-    return out, lse
+    return forward.run(qkv, k, v, table, index, padding, mask, logit_scale, seed, factors)

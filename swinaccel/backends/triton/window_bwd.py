@@ -55,7 +55,7 @@ class Backward:
                 (-(-windows // small.windows) * heads, -(-batch // small.images)),
                 (
                     *problem.image_strides, *(problem.table_strides or (0, 0)), problem.table_rows, batch, heads,
-                    *problem.places, *problem.constants, grad_bias, problem.precision, small.block_n, small.block_d,
+                    *problem.runtime_args, *problem.constexprs, grad_bias, problem.precision, small.block_n, small.block_d,
                     small.images, small.windows,
                 ),
                 (*[""] * 6, "grad", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
@@ -82,7 +82,7 @@ class Backward:
             images: Any = (),
         ) -> Launch:
             names = (*names, "qkv", "k", "v", "padding", "mask", "logit_scale", "", "seed")
-            numbers = (*problem.image_strides, *sizes, heads, *problem.places, *problem.constants)
+            numbers = (*problem.image_strides, *sizes, heads, *problem.runtime_args, *problem.constexprs)
             shape = (problem.precision, rows, cols, one.block_m, one.block_n, one.block_d, *images)
             options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **registers_of(one)}
             return Launch(kernel, grid, (*numbers, *shape), names, **options)
@@ -145,7 +145,7 @@ def shifted_window_attention_backward(
     seed: Tensor | None,
     grad_table: bool,
 ) -> Gradients:
-    """Gradients of `shifted_window_attention` with `for_backward`.
+    """Return gradients of `shifted_window_attention` with `for_backward`.
 
     Args:
         grad_out: in memory as `empty_image` makes it, and so are tokens with an axis for the heads.
