@@ -25,6 +25,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build", "_generated"]
 nitpicky, default_role = True, "code"
 
+smartquotes = False  # --option is no dash
 html_theme, html_title = "furo", f"swinaccel {version}"
 html_theme_options = {"source_repository": SOURCES, "source_branch": "main", "source_directory": "docs/"}
 html_static_path = ["_static"]
