@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends.triton import block as kernels
 from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
+from ..backends.triton.launches import BoundLaunch
 from ..errors import ArgumentError
 from .failures import failures
 
@@ -52,15 +53,17 @@ class BoundRest:
             self._run: Any = BoundRest._nothing
             return
         if post_norm:
-            self._add = kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0])
+            self._add = BoundLaunch(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
         if kernels.pays_in_one(device, dtype, rows, channels, hidden):
-            self._in_one = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
+            launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
+            self._in_one = BoundLaunch(launch)
             self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
             return
         if self._is_half:
             self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
-            self._gelu = kernels.gelu_launch(device, rows * hidden)
-        self._last = kernels.norm_launch(NORM_ADD if post_norm else ADD_NORM, device, rows, channels, eps[1])
+            self._gelu = BoundLaunch(kernels.gelu_launch(device, rows * hidden))
+        mode = NORM_ADD if post_norm else ADD_NORM
+        self._last = BoundLaunch(kernels.norm_launch(mode, device, rows, channels, eps[1]))
         self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
 
     def run(self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]) -> Tensor:
@@ -147,7 +150,7 @@ class BoundNorm:
 
     def __init__(self, shape: Sequence[int], device: torch.device, eps: float) -> None:
         rows = math.prod(shape[:-1])
-        self._launch = kernels.norm_launch(NORM, device, rows, shape[-1], eps) if rows else None
+        self._launch = BoundLaunch(kernels.norm_launch(NORM, device, rows, shape[-1], eps)) if rows else None
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return the norm of a contiguous x of the shape that was bound.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import bias as backend
-from ..backends.triton.launches import Launch, first_line
+from ..backends.triton.launches import BoundLaunch, Launch, first_line
 from ..errors import ArgumentError
 from .failures import failures
 from .observed import is_observed
@@ -32,7 +32,7 @@ class BoundPosition:
     __slots__ = ("_launch", "_shape")
 
     def __init__(self, launch: Launch, shape: tuple[int, int]) -> None:
-        self._launch, self._shape = launch, shape
+        self._launch, self._shape = BoundLaunch(launch), shape
 
     def run(self, coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
         """Return what `position_table` gives; the tensors are contiguous and of the shapes that were bound."""

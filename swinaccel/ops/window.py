@@ -114,7 +114,8 @@ class BoundAttention:
     ) -> Tensor:
         """Return what `shifted_window_attention` gives, to the last bit; no gradient is recorded.
 
-        Shapes, strides, dtypes and the device are those that were bound: nothing here looks at them again.
+        Shapes, strides, dtypes and the device are those that were bound: nothing here looks at them again. Of
+        logit_scale only the numbers count.
         """
         if not is_observed() and (self._is_narrow or precision(torch.float32) == self._precision):
             try:
@@ -129,7 +130,7 @@ class BoundAttention:
             "index": index,
             "padding": padding,
             "mask": mask,
-            "logit_scale": logit_scale,
+            "logit_scale": None if logit_scale is None else logit_scale.reshape(-1),
         }
         with torch.no_grad():
             return shifted_window_attention(tokens, self._geometry, **given, **self._options)

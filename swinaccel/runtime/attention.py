@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.torch import window as torch_backend
-from ..bias import table as bias_table
 from ..config import AccelConfig, env_interpret
-from ..errors import KernelError
 from ..layers import has_hooks, is_builtin, replaced_methods, twin
-from ..ops import position
 from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..spec.block import Product
@@ -26,6 +23,7 @@ from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan
+from .section import TritonSection
 from .state import Scope, State
 
 _CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
@@ -252,52 +250,3 @@ def _directly(call: Any) -> Callable[..., Any]:
         return call
     weight, bias = call.weight, call.bias
     return lambda x: linear(x, weight, bias)
-
-
-class TritonSection:
-    """A section bound to the Triton kernels: (B, H, W, C) to the same."""
-
-    __slots__ = ("config", "section", "state")
-
-    def __init__(self, section: Section, config: AccelConfig, state: State) -> None:
-        self.section, self.config, self.state = section, config, state
-
-    def __call__(self, image: Tensor) -> Tensor:
-        section = self.section
-        qkv = section.project(image)
-        width = section.num_heads * section.head_dim
-        if (qkv.shape[-1] != 3 * width) if isinstance(qkv, Tensor) else any(one.shape[-1] != width for one in qkv):
-            raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
-        trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
-        factors = None
-        if not trained and bias_table.wanted(self.config):
-            factors = bias_table.factors(section, self.config, qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype)
-        self.state.bias = "table" if factors is None else factors.describe()
-        return attend_triton(section, qkv, trained, factors)
-
-
-def attend_triton(section: Section, qkv: Any, trained: bool, factors: Any = None) -> Tensor:
-    """Return what a section gives, by the Triton kernels, of its projections q, k and v."""
-    geometry, logit_scale = section.geometry, section.logit_scale
-    table = padding = None
-    if geometry.is_padded and section.padding is not None:
-        padding = section.padding()
-        if padding is not None and padding.numel() != 3 * section.num_heads * section.head_dim:
-            raise KernelError(f"the bias of its projection holds {padding.numel()} numbers, which it spreads by itself")
-    if section.position is not None and not trained:
-        table = position.position_table(*section.position)
-    out = window_ops.shifted_window_attention(
-        qkv,
-        geometry,
-        num_heads=section.num_heads,
-        table=section.table() if table is None else table,
-        index=section.index,
-        padding=padding,
-        mask=section.mask,
-        mask_value=section.mask_value,
-        scale=section.scale,
-        logit_scale=None if logit_scale is None else logit_scale.reshape(-1),
-        factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
-        dropout=section.dropout,
-    )
-    return section.output(out)

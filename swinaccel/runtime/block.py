@@ -181,7 +181,7 @@ class FusedBlock:
         backend: "torch" on CPUs.
     """
 
-    __slots__ = ("_attend", "_config", "_facts", "_problem", "_run")
+    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "_run")
 
     def __init__(
         self, facts: BlockFacts, attend: Callable[[Tensor], Tensor], x: Tensor, backend: str, config: AccelConfig
@@ -190,8 +190,21 @@ class FusedBlock:
         self._problem = block_problem(facts, x, backend)
         if is_mixed(x, facts.parameters(), facts.drops):
             self._run = self._mixed
+        elif backend == "torch":
+            self._run = self._on_cpu
         else:
-            self._run = self._plain if backend == "triton" else self._on_cpu
+            self._run = self._plain
+            self._bind(x)
+
+    def _bind(self, x: Tensor) -> None:
+        """Bind what is around the attention to its launches; where that fails, the modules themselves run."""
+        facts, eps = self._facts, (self._facts.norms[0][2], self._facts.norms[1][2])
+        try:
+            self._first = block_ops.BoundNorm(x.shape, x.device, eps[0])
+            self._rest = block_ops.bind_rest(x.shape, x.dtype, x.device, facts.hidden, eps, facts.block.post_norm)
+        except kernels.LaunchError as error:
+            failed(self._problem, error, self._config)
+            self._run = self._unfused
 
     def __call__(self, x: Tensor, size: tuple[int, int] | None) -> Any:
         out, give = self._run(x, size), self._facts.block.give
@@ -204,10 +217,14 @@ class FusedBlock:
         if not _is_like(branch, x, x.dtype) or (branch.requires_grad and torch.is_grad_enabled()):
             return rest(block, x, branch)
         try:
-            return block_ops.after_attention(x, branch, facts.norms, facts.linears, block.post_norm)
+            return self._rest.run(x, branch, facts.norms, facts.linears)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             return rest(block, x, branch)
+
+    def _unfused(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        block = self._facts.block
+        return rest(block, x, attend_tokens(self._attend, x if block.post_norm else block.norm1(x), size))
 
     def _on_cpu(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         block = self._facts.block
@@ -216,7 +233,7 @@ class FusedBlock:
 
     def _norm(self, x: Tensor) -> Tensor:
         try:
-            return kernels.norm(x, self._facts.norms[0])
+            return self._first.run(x, *self._facts.norms[0][:2])
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             return self._facts.block.norm1(x)

@@ -22,10 +22,11 @@ from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.libraries import is_of_library
-from .attention import attend_triton, problem_of, section_of, section_reason, triton_reason
+from .attention import problem_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .neighbours import embedding_of, is_patchwise
+from .section import attend_triton
 
 if TYPE_CHECKING:
     from .call import Entry
@@ -98,7 +99,7 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def _bound(section: Section) -> Attend:
     def attend(image: Tensor) -> Tensor:
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
-        return attend_triton(section, section.project(image), trained)
+        return section.output(attend_triton(section, section.project(image), trained))
 
     return attend
 

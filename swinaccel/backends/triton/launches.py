@@ -67,16 +67,7 @@ class Launch:
         if index >= 0 and index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):  # Triton launches on the current device, whatever its tensors say
                 return self(*tensors)
-        pointers: list[int | None] = []
-        signature: list[Any] = []  # compared as a list, which takes less time than to hash it
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                signature.append(None)
-            else:
-                pointer = tensor.data_ptr()
-                pointers.append(pointer)
-                signature += tensor.dtype, tensor.get_device(), not pointer & 15
+        pointers, signature = _read(tensors)
         known, (run, takes_pointers) = self.latest
         if signature != known:
             run, takes_pointers = self.runners.get(tuple(signature), _NOT_COMPILED)
@@ -109,6 +100,58 @@ class Launch:
     def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         """Return what the kernel is given for its tensors."""
         return tensors
+
+
+def _read(tensors: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """Return the addresses of tensors, and all else that a kernel is compiled for."""
+    pointers: list[int | None] = []
+    signature: list[Any] = []  # compared as a list, which takes less time than to hash it
+    for tensor in tensors:
+        if tensor is None:
+            pointers.append(None)
+            signature.append(None)
+        else:
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
+            signature += tensor.dtype, tensor.get_device(), not pointer & 15
+    return pointers, signature
+
+
+class BoundLaunch:
+    """A launch by one caller, whose tensors have the same dtypes and devices at every call, or are None at every call.
+
+    Left to look at is only whether all of them still lie on boundaries of 16 bytes.
+    """
+
+    __slots__ = ("_index", "_launch", "_run")
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch, self._run, self._index = launch, None, -1
+
+    def __call__(self, *tensors: Any) -> None:
+        run = self._run
+        if run is None or (self._index >= 0 and self._index != torch._C._cuda_getDevice()):
+            return self._first(tensors)
+        pointers: list[int | None] = []
+        bits = 0
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                bits |= pointer
+                pointers.append(pointer)
+        if bits & 15:
+            return self._launch(*tensors)
+        run(pointers)
+
+    def _first(self, tensors: tuple[Any, ...]) -> None:
+        launch = self._launch
+        launch(*tensors)
+        _, signature = _read(tensors)
+        run, takes_pointers = launch.runners.get(tuple(signature), _NOT_COMPILED)
+        if takes_pointers and not launch.described and False not in signature:
+            self._run, self._index = run, tensors[0].get_device()
 
 
 class DescribedLaunch(Launch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from ...spec.window import Geometry
 from . import devices
 from .bias import as_table, compare, expand
 from .checks import check_shapes, lse_shape
-from .launches import Launch, keep, launches
+from .launches import BoundLaunch, Launch, keep, launches
 from .problem import Problem, as_3d, image_shape, shapes_of
 
 _CHECKS = 32  # programs that look over one window's mask
@@ -106,6 +107,14 @@ class Forward:
             **registers_of(large),
         )  # fmt: skip
 
+    def bound(self) -> Forward:
+        """Return a copy for one caller, who gives tensors of the same dtypes and devices at every call."""
+        other = copy.copy(self)
+        for name in ("attention", "check", "expand"):
+            launch = getattr(self, name)
+            setattr(other, name, None if launch is None else BoundLaunch(launch))
+        return other
+
     def run(
         self,
         qkv: Tensor,
@@ -183,7 +192,8 @@ def bind(
         torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
         devices.precision(dtype), devices.shared_memory_override,
     )  # fmt: skip
-    return launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    return forward.bound()
 
 
 def shifted_window_attention(

@@ -55,8 +55,8 @@ class Backward:
                 (-(-windows // small.windows) * heads, -(-batch // small.images)),
                 (
                     *problem.image_strides, *(problem.table_strides or (0, 0)), problem.table_rows, batch, heads,
-                    *problem.runtime_args, *problem.constexprs, grad_bias, problem.precision, small.block_n, small.block_d,
-                    small.images, small.windows,
+                    *problem.runtime_args, *problem.constexprs, grad_bias, problem.precision, small.block_n,
+                    small.block_d, small.images, small.windows,
                 ),
                 (*[""] * 6, "grad", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
                 num_warps=small.num_warps,
