@@ -16,7 +16,7 @@ from .families import Family
 from .families.shared import near
 from .ops.failures import failures
 from .report import Entry, Report
-from .runtime.state import state_of
+from .runtime.plan import state_of
 from .spec.window import WindowSpec
 from .trust import probe
 

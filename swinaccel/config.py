@@ -16,6 +16,8 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from operator import contains
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +102,19 @@ def _flag(name: str) -> bool:
     raise ValueError(f"{name}={text!r} is not usable: set it to 1, true, yes or on, or to 0, false, no or off")
 
 
-# Where os.environ keeps its bytes, on POSIX: one look at it, at every call of a model, takes a fifth of the time.
-_raw: dict[Any, Any] = getattr(os.environ, "_data", {})
-_is_raw = os.name == "posix" and type(_raw) is dict and all(type(name) is bytes for name in _raw)
-
-
 def env_disabled() -> bool:
     """Return True if SWINACCEL_DISABLE is on, read now."""
-    return not (_is_raw and b"SWINACCEL_DISABLE" not in _raw) and _flag("SWINACCEL_DISABLE")
+    return _flag("SWINACCEL_DISABLE")
+
+
+def _look() -> Callable[[], bool]:
+    raw = getattr(os.environ, "_data", None)  # where os.environ keeps its bytes, on POSIX
+    if os.name == "posix" and type(raw) is dict and all(type(name) is bytes for name in raw):
+        return partial(contains, raw, b"SWINACCEL_DISABLE")
+    return lambda: True
+
+
+may_be_disabled = _look()  # Return False if SWINACCEL_DISABLE is not set: a tenth of the time of reading it
 
 
 def env_strict() -> bool:

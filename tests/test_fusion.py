@@ -19,7 +19,7 @@ from swinaccel import ops, patching
 from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import devices, launches
 from swinaccel.ops import block as block_ops
-from swinaccel.runtime.state import state_of
+from swinaccel.runtime.plan import state_of
 from swinaccel.spec.reference_block import merged
 
 HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]

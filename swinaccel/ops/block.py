@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,25 @@ from torch import Tensor
 
 from ..backends.triton import block as kernels
 from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
-from ..backends.triton.launches import BoundLaunch
+from ..backends.triton.launches import BoundLaunch, first_line
 from ..errors import ArgumentError
+from ..layers import PLAIN_TENSORS
 from .failures import failures
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+def is_like(branch: Any, x: Tensor, dtype: torch.dtype) -> bool:
+    """Return True if an attention gave what plain projections give: a tensor as x, of this dtype."""
+    return (
+        type(branch) in PLAIN_TENSORS
+        and branch.dtype is dtype
+        and branch.shape == x.shape
+        and branch.device == x.device
+        and branch.is_contiguous()
+    )
 
 
 class BoundRest:
@@ -48,7 +60,11 @@ class BoundRest:
         channels = shape[-1]
         rows = math.prod(shape[:-1])
         self._channels, self._hidden, self._is_half = channels, hidden, dtype in _HALVES
-        self._add = self._in_one = self._last = self._active = self._gelu = None
+        self._add: Any = None
+        self._in_one: Any = None
+        self._last: Any = None
+        self._active: Any = None
+        self._gelu: Any = None
         if not rows:
             self._run: Any = BoundRest._nothing
             return
@@ -66,15 +82,24 @@ class BoundRest:
         self._last = BoundLaunch(kernels.norm_launch(mode, device, rows, channels, eps[1]))
         self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
 
-    def run(self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]) -> Tensor:
-        """Return what a block returns whose input is x, and whose attention gave branch.
+    def run(
+        self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
+    ) -> Tensor | None:
+        """Return what a block returns whose input is x, and whose attention gave branch; None if that is not as x.
 
-        Tensors are contiguous, of the shapes, dtype and device that were bound: nothing here looks at them again.
+        Other tensors are contiguous, of the shapes, dtype and device that were bound: nothing looks at them again.
 
         Raises:
             LaunchError: a kernel did not compile or fit.
         """
-        return self._run(self, x, branch, norms, linears)
+        if not is_like(branch, x, x.dtype):
+            return None
+        try:
+            return self._run(self, x, branch, norms, linears)
+        except torch.OutOfMemoryError:  # which says nothing of the kernels
+            raise
+        except Exception as error:
+            raise LaunchError(first_line(error)) from error
 
     def _nothing(self, x: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(x)
@@ -84,21 +109,21 @@ class BoundRest:
     ) -> Tensor:
         (weight, bias, _), (fc1, (weight2, bias2)) = norms[1], linears
         total, y = torch.empty_like(x), torch.empty_like(x)
-        kernels.run(self._last, x, y, total, None, branch, None, weight, bias, bias2)
+        self._last(x, y, total, None, branch, None, weight, bias, bias2)
         # The second product adds to the sum, which holds its bias already, where it lies.
         total.view(-1, self._channels).addmm_(self._activated(y, *fc1).view(-1, self._hidden), weight2.t())
         return total
 
     def _pre_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
         out, (weight, bias, _), (fc1, fc2) = torch.empty_like(x), norms[1], linears
-        kernels.run(self._in_one, out, x, branch, weight, bias, *fc1, *fc2)
+        self._in_one(out, x, branch, weight, bias, *fc1, *fc2)
         return out
 
     def _post_norm(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
         total, (weight, bias, _), (fc1, fc2) = self._added(x, branch, norms[0]), norms[1], linears
         out = torch.empty_like(x)
         added = F.linear(self._activated(total, *fc1), *fc2)
-        kernels.run(self._last, total, out, None, None, added, None, weight, bias, None)
+        self._last(total, out, None, None, added, None, weight, bias, None)
         return out
 
     def _post_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
@@ -107,19 +132,19 @@ class BoundRest:
     def _added(self, x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
         """Return x + norm(branch)."""
         total = torch.empty_like(x)
-        kernels.run(self._add, x, total, None, None, branch, None, *affine[:2], None)
+        self._add(x, total, None, None, branch, None, *affine[:2], None)
         return total
 
     def _activated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return GELU(x weightᵀ + bias)."""
         if self._active is not None and kernels.are_describable(x, weight):
             out = x.new_empty((*x.shape[:-1], self._hidden))
-            kernels.run(self._active, out, x, weight, bias)
+            self._active(out, x, weight, bias)
             return out
         hidden = F.linear(x, weight, bias)
         if not self._is_half:
             return torch.ops.aten.gelu_(hidden)
-        kernels.run(self._gelu, hidden, hidden)  # in its place
+        self._gelu(hidden, hidden)  # in its place
         return hidden
 
 
@@ -160,7 +185,12 @@ class BoundNorm:
         """
         out = torch.empty_like(x)
         if self._launch is not None:
-            kernels.run(self._launch, x, out, None, None, None, None, weight, bias, None)
+            try:
+                self._launch(x, out, None, None, None, None, weight, bias, None)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise LaunchError(first_line(error)) from error
         return out
 
 
@@ -173,7 +203,8 @@ def after_attention(
         LaunchError: a kernel did not compile or fit.
     """
     eps = norms[0][2], norms[1][2]
-    return bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm).run(x, branch, norms, linears)
+    bound = bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm)
+    return cast(Tensor, bound.run(x, branch, norms, linears))
 
 
 def compiled_after_attention(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..backends.triton import window as forward_launches
 from ..backends.triton import window_bwd as backward_launches
-from ..backends.triton.devices import precision
 from ..backends.triton.problem import empty_image, unsupported_reason
 from ..errors import ArgumentError
 from ..spec.window import Geometry
@@ -92,14 +91,24 @@ def shifted_window_attention(
     return _forward(*arguments, geometry=geometry)[0]
 
 
+# What a call asks of its surroundings, without a Python function between; no compiler traces a bound call.
+_modes, _is_profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+_setting = torch.get_float32_matmul_precision
+
+
 class BoundAttention:
     """Attention of one problem in inference, bound to its launches; see `bind`."""
 
-    __slots__ = ("_forward", "_geometry", "_is_narrow", "_options", "_precision")
+    __slots__ = ("_forward", "_geometry", "_options", "_precision")
 
     def __init__(self, forward: Any, geometry: Geometry, dtype: torch.dtype, options: dict[str, Any]) -> None:
         self._forward, self._geometry, self._options = forward, geometry, options
-        self._is_narrow, self._precision = dtype is not torch.float32, precision(dtype)
+        self._precision: Any = None  # of products in fp32, as PyTorch was told
+        if dtype is torch.float32:
+            try:
+                self._precision = _setting()
+            except RuntimeError:  # there is more than one setting, which calls look at
+                self._precision = object()
 
     def run(
         self,
@@ -117,9 +126,10 @@ class BoundAttention:
         Shapes, strides, dtypes and the device are those that were bound: nothing here looks at them again. Of
         logit_scale only the numbers count.
         """
-        if not is_observed() and (self._is_narrow or precision(torch.float32) == self._precision):
+        if not _modes() and not _is_profiled():
             try:
-                return self._forward.run(qkv, k, v, table, index, padding, mask, logit_scale)[0]
+                if self._precision is None or _setting() == self._precision:
+                    return self._forward.run(qkv, k, v, table, index, padding, mask, logit_scale)[0]
             except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
                 raise
             except Exception:  # which the operator meets again, notes, and does without

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.torch import window as torch_backend
@@ -22,9 +24,8 @@ from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
-from .plan import Plan
+from .plan import Plan, Scope, State
 from .section import TritonSection
-from .state import Scope, State
 
 _CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
 
@@ -249,4 +250,6 @@ def _directly(call: Any) -> Callable[..., Any]:
     if not is_builtin(call, nn.Linear) or call._compiled_call_impl is not None or not are_functions_torchs():
         return call
     weight, bias = call.weight, call.bias
+    if not torch.is_grad_enabled():
+        return functools.partial(F.linear, weight=weight, bias=bias)
     return lambda x: linear(x, weight, bias)

@@ -23,8 +23,9 @@ from ..errors import FallbackError
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
 from ..ops import block as block_ops
 from ..ops import block_autograd as recorded
+from ..ops.block import is_like
 from ..ops.failures import failures
-from ..spec.block import Block
+from ..spec.block import Attend, Block
 from ..spec.reference_block import attend_tokens, drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
@@ -178,69 +179,78 @@ class FusedBlock:
 
     Args:
         attend: (B, H, W, C) to the same.
+        size: height and width of the image, where tokens have one axis.
         backend: "torch" on CPUs.
+    Attributes:
+        run: the block's forward, of x.
     """
 
-    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "_run")
+    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "_size", "run")
 
     def __init__(
-        self, facts: BlockFacts, attend: Callable[[Tensor], Tensor], x: Tensor, backend: str, config: AccelConfig
+        self,
+        facts: BlockFacts,
+        attend: Attend,
+        x: Tensor,
+        size: tuple[int, int] | None,
+        backend: str,
+        config: AccelConfig,
     ) -> None:
-        self._facts, self._attend, self._config = facts, attend, config
+        self._facts, self._attend, self._size, self._config = facts, attend, size, config
         self._problem = block_problem(facts, x, backend)
+        give = facts.block.give
         if is_mixed(x, facts.parameters(), facts.drops):
-            self._run = self._mixed
+            run = self._mixed
         elif backend == "torch":
-            self._run = self._on_cpu
+            run = self._on_cpu
         else:
-            self._run = self._plain
-            self._bind(x)
+            run = self._bound if self._bind(x) else self._unfused
+        self.run: Callable[[Tensor], Any] = run if give is None else lambda x: give(run(x))
 
-    def _bind(self, x: Tensor) -> None:
-        """Bind what is around the attention to its launches; where that fails, the modules themselves run."""
-        facts, eps = self._facts, (self._facts.norms[0][2], self._facts.norms[1][2])
+    def _bind(self, x: Tensor) -> bool:
+        """Bind what is around the attention to its launches; return False where that fails."""
+        facts, post_norm = self._facts, self._facts.block.post_norm
+        eps = facts.norms[0][2], facts.norms[1][2]
         try:
-            self._first = block_ops.BoundNorm(x.shape, x.device, eps[0])
-            self._rest = block_ops.bind_rest(x.shape, x.dtype, x.device, facts.hidden, eps, facts.block.post_norm)
+            self._first = None if post_norm else block_ops.BoundNorm(x.shape, x.device, eps[0])
+            self._rest = block_ops.bind_rest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
-            self._run = self._unfused
+            return False
+        return True
 
-    def __call__(self, x: Tensor, size: tuple[int, int] | None) -> Any:
-        out, give = self._run(x, size), self._facts.block.give
-        return out if give is None else give(out)
-
-    def _plain(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
-        facts, block = self._facts, self._facts.block
-        y = x if block.post_norm else self._norm(x)
-        branch = attend_tokens(self._attend, y, size)
-        if not _is_like(branch, x, x.dtype) or (branch.requires_grad and torch.is_grad_enabled()):
-            return rest(block, x, branch)
+    def _bound(self, x: Tensor) -> Tensor:
+        facts, size, first = self._facts, self._size, self._first
         try:
-            return self._rest.run(x, branch, facts.norms, facts.linears)
+            y = x if first is None else first.run(x, *facts.norms[0][:2])
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
-            return rest(block, x, branch)
+            y = facts.block.norm1(x)
+        image = y if size is None else y.view(y.shape[0], *size, y.shape[2])
+        branch = self._attend(image)
+        if size is not None:
+            branch = branch.view(y.shape)
+        if branch.requires_grad and torch.is_grad_enabled():
+            return rest(facts.block, x, branch)
+        try:
+            out = self._rest.run(x, branch, facts.norms, facts.linears)
+        except kernels.LaunchError as error:
+            failed(self._problem, error, self._config)
+            out = None
+        return rest(facts.block, x, branch) if out is None else out
 
-    def _unfused(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _unfused(self, x: Tensor) -> Tensor:
         block = self._facts.block
-        return rest(block, x, attend_tokens(self._attend, x if block.post_norm else block.norm1(x), size))
+        return rest(block, x, attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size))
 
-    def _on_cpu(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _on_cpu(self, x: Tensor) -> Tensor:
         block = self._facts.block
-        branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), size)
-        return torch_block.rest(x, branch, block) if _is_like(branch, x, x.dtype) else rest(block, x, branch)
+        branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size)
+        return torch_block.rest(x, branch, block) if is_like(branch, x, x.dtype) else rest(block, x, branch)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        try:
-            return self._first.run(x, *self._facts.norms[0][:2])
-        except kernels.LaunchError as error:
-            failed(self._problem, error, self._config)
-            return self._facts.block.norm1(x)
-
-    def _mixed(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _mixed(self, x: Tensor) -> Tensor:
         """Return the result where gradients are recorded or autocast is active."""
-        facts, block = self._facts, self._facts.block
+        facts, block, size = self._facts, self._facts.block, self._size
         (norm1, norm2), (fc1, fc2), (drop1, drop2) = facts.norms, facts.linears, facts.drops
         dtype = product_dtype(x)
         try:
@@ -250,7 +260,7 @@ class FusedBlock:
             failed(self._problem, error, self._config)
             return rest(block, x, attend_tokens(self._attend, block.norm1(x), size))
         branch = attend_tokens(self._attend, y, size)
-        if not _is_like(branch, x, dtype):
+        if not is_like(branch, x, dtype):
             return rest(block, x, branch)
         try:
             if block.post_norm:
@@ -280,17 +290,6 @@ def _norm_dtype(x: Tensor) -> torch.dtype:
 
 def _drawn(drop: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None if drop is None else drop_factors(drop, x, dtype)
-
-
-def _is_like(branch: Any, x: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if the attention gave what plain projections give."""
-    return (
-        type(branch) in PLAIN_TENSORS
-        and branch.dtype is dtype
-        and branch.shape == x.shape
-        and branch.device == x.device
-        and branch.is_contiguous()
-    )
 
 
 def rest(block: Block, x: Tensor, branch: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ from .attention import bind, guarded, parts_reason, plan_attention, reading_of, 
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
-from .plan import Plan
-from .state import Scope, State, state_of
+from .plan import Plan, Scope, State, state_of
 
 Original = Callable[..., Any]
 
@@ -44,23 +43,17 @@ class Entry:
         adapter: the module's `families.Family` or block adapter.
         has_attention: the method runs the adapter's section.
         is_block: the method runs what may be fused as a whole: a block, a merging, an embedding.
+        settings: names of attributes that callers set before each call.
     """
 
-    __slots__ = ("_settings", "adapter", "config", "has_attention", "is_block")
+    __slots__ = ("adapter", "config", "has_attention", "is_block", "settings")
 
     def __init__(self, adapter: Any, config: AccelConfig, method: str) -> None:
         self.adapter, self.config = adapter, config
         self.has_attention = hasattr(adapter, "section") and method == adapter.method
         whole = getattr(adapter, "block_method", adapter.method)
         self.is_block = config.fuse == "auto" and hasattr(adapter, "block") and method == whole
-        self._settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
-
-    def key(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
-        """Return what the plan of a call is kept under, or None where it is not kept."""
-        key = call_key(x, args, kwargs)
-        if self._settings and key is not None:
-            return (self, key, *map(module.__dict__.get, self._settings))
-        return None if key is None else (self, key)
+        self.settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
 
 
 def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,13 +67,15 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         if is_onnx_export():
             return original(module, *args, **kwargs)
         return traced.call(entry, module, original, x, args, kwargs)
+    reason, key, names = context_reason(x), None, entry.settings
+    if reason is None:
+        settings = tuple(map(module.__dict__.get, names)) if names else names
+        key = call_key(entry, settings, x, args, kwargs)
     state, has_attention = state_of(module), entry.has_attention
     if has_attention:
         state.calls += 1
-    reason = context_reason(x)
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
-    key = entry.key(module, x, args, kwargs)
     if entry.is_block:
         fused = state.block.plan(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
         if fused is not None:
@@ -91,7 +86,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
             else:
                 if fused.counted is not None:
                     fused.counted.calls += 1
-                reason = fused.failure()
+                reason = None if fused.failures == failures.count else fused.failure()
                 if reason is not None:  # plain PyTorch has computed the same
                     _note_fallback(reason, module, entry.config, fused.counted or state)
                 return result
@@ -102,7 +97,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         return _original(plan, entry, module, original, state, args, kwargs)
     try:
         result = plan.run(module, args, kwargs)
-        reason = plan.failure()
+        reason = None if plan.failures == failures.count else plan.failure()
     except KernelError as error:
         reason = str(error)
     if reason is not None:
@@ -228,7 +223,7 @@ def _plan_fused(
         return "the call is not one that kernels can stand in for"
     size = tokens[1]
     section = counted = attention_problem = None
-    fused: Callable[..., Any]
+    run: Callable[..., Any]
     if isinstance(facts, BlockFacts):
         problem = block_problem(facts, x, backend)
         if backend == "torch" and problem[-1]:
@@ -238,19 +233,19 @@ def _plan_fused(
         if isinstance(bound, str):
             return bound
         attend, attention_problem, section, inner = bound
-        fused = FusedBlock(facts, attend, x, backend, config)
+        run = FusedBlock(facts, attend, x, size, backend, config).run
         if inner is not module or hasattr(adapter, "block_method"):
             counted = state_of(inner)
     else:
         problem = facts.problem(x)
-        fused = (FusedMerging if isinstance(facts, MergingFacts) else FusedEmbedding)(facts, x, config)
+        run = (FusedMerging if isinstance(facts, MergingFacts) else FusedEmbedding)(facts, x, size, config).run
     failure = failures.get(problem)
     if failure is not None:
         if config.strict or env_strict():
             raise FallbackError(f"{type(module).__name__} would run its own layers: {failure}")
         return failure
     index = None if section is None else section.index
-    return Plan(lambda x: fused(x, size), attention_problem, scope.guard, index, counted)
+    return Plan(run, attention_problem, scope.guard, index, counted)
 
 
 def _attention_of_block(

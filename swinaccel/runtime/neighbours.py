@@ -51,12 +51,15 @@ class MergingFacts:
 class FusedMerging:
     """A patch merging in few kernels."""
 
-    __slots__ = ("_config", "_facts", "_is_mixed")
+    __slots__ = ("_config", "_facts", "_is_mixed", "_size")
 
-    def __init__(self, facts: MergingFacts, x: Tensor, config: AccelConfig) -> None:
+    def __init__(self, facts: MergingFacts, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> None:
         self._facts, self._config, self._is_mixed = facts, config, is_mixed(x, facts.parameters())
+        self._size = size
 
-    def __call__(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
+        """Return each four neighbours of an image as one token."""
+        size = self._size
         merging, affine, reduction = self._facts.merging, self._facts.affine, self._facts.reduction
         image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
         try:
@@ -135,10 +138,11 @@ class FusedEmbedding:
 
     __slots__ = ("_config", "_facts", "_is_mixed")
 
-    def __init__(self, facts: EmbeddingFacts, x: Tensor, config: AccelConfig) -> None:
+    def __init__(self, facts: EmbeddingFacts, x: Tensor, _: Any, config: AccelConfig) -> None:
         self._facts, self._config, self._is_mixed = facts, config, is_mixed(x, facts.parameters())
 
-    def __call__(self, x: Tensor, _: Any) -> Any:
+    def run(self, x: Tensor) -> Any:
+        """Return the patches of an image, as the module gives them."""
         embedding, affine, (weight, bias) = self._facts.embedding, self._facts.affine, self._facts.projection
         try:
             if self._is_mixed:

@@ -12,7 +12,7 @@ from ..config import AccelConfig
 from ..errors import ArgumentError, KernelError
 from ..ops import position, window
 from ..spec.window import Section
-from .state import State
+from .plan import State
 
 
 class TritonSection:
@@ -64,7 +64,17 @@ class TritonSection:
 class BoundSection:
     """A section in inference, bound to its launches; see `bind`."""
 
-    __slots__ = ("_attention", "_dtype", "_has_padding", "_is_packed", "_position", "_section", "_shape", "_stride")
+    __slots__ = (
+        "_attention",
+        "_dtype",
+        "_has_padding",
+        "_is_packed",
+        "_position",
+        "_section",
+        "_shape",
+        "_stride",
+        "_table",
+    )
 
     def __init__(
         self,
@@ -77,6 +87,8 @@ class BoundSection:
     ) -> None:
         self._section, self._attention, self._position = section, attention, bound_position
         self._shape, self._dtype, self._is_packed = first.shape, first.dtype, is_packed
+        # A parameter stays what it is while the plan's guard holds, and is read where it lies.
+        self._table = table if any(table is one for one in section.sources) else None
         self._stride, self._has_padding = table.stride(), padding_of(section) is not None
 
     def run(self, qkv: Any) -> Tensor | None:
@@ -89,11 +101,12 @@ class BoundSection:
         for one in qkv:
             if not isinstance(one, Tensor) or one.shape != shape or one.dtype is not dtype or not one.is_contiguous():
                 return None
-        bound = self._position
-        table = section.table() if bound is None else bound.run(*section.position)  # type: ignore[misc]
-        if table is None or table.stride() != self._stride:
-            return None
-        padding = padding_of(section)
+        table, bound = self._table, self._position
+        if table is None:
+            table = section.table() if bound is None else bound.run(*section.position)  # type: ignore[misc]
+            if table is None or table.stride() != self._stride:
+                return None
+        padding = padding_of(section) if section.geometry.is_padded else None
         if (padding is None) is self._has_padding or (padding is not None and not padding.is_contiguous()):
             return None
         return self._attention.run(*parts, table, section.index, padding, section.mask, section.logit_scale)
