@@ -1,4 +1,4 @@
-"""Launches of what stands around the attention. Chosen by measurement on an H200 (docs/benchmarks.md)."""
+"""Launches of what stands around the attention. Chosen by measurement on an H200 (docs/notes.md)."""
 
 from typing import Any, NamedTuple
 

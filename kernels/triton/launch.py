@@ -1,6 +1,6 @@
 """From the shape of a problem to the shape of a launch. Plain arithmetic: no device is asked.
 
-The numbers were chosen by measurement on an H200 at head_dim 32 (docs/benchmarks.md); what must hold elsewhere is
+The numbers were chosen by measurement on an H200 at head_dim 32 (docs/notes.md); what must hold elsewhere is
 that a launch fits `shared_memory`, which the caller reads from the device.
 """
 

@@ -1,6 +1,6 @@
 """From the shape of a sequence problem to the shape of a launch; see `launch` for what holds for both.
 
-A launch is the one measured best for its kind of problem on an H200 (docs/benchmarks.md), or the first of ever smaller
+A launch is the one measured best for its kind of problem on an H200 (docs/notes.md), or the first of ever smaller
 ones that fits the shared memory.
 """
 

@@ -86,7 +86,7 @@ def wanted(config: AccelConfig) -> bool:
     """Return True if these options ask for factors.
 
     "auto" alone does not: the exact dense bias was faster than factors of the lowest rank on every shape measured
-    (docs/benchmarks.md).
+    (docs/notes.md).
     """
     return config.bias == "factors" or (config.bias == "auto" and config.bias_energy is not None)
 

@@ -1,10 +1,10 @@
 """The census: builds every known model with random parameters, accelerates it, and compares it with its original.
 
-    python docs/supported.py                                            # small, fp32, plain PyTorch on the CPU
-    python docs/supported.py --readme                                   # the same, into the README
-    TRITON_INTERPRET=1 python docs/supported.py --backend triton        # the kernels, interpreted
-    python docs/supported.py --device cuda --dtype bfloat16 --real --speed --batch 8
-    python docs/supported.py --only mask2former --json
+    python docs/results/supported.py                                            # small, fp32, plain PyTorch on the CPU
+    python docs/results/supported.py --write                                    # the same, into docs/supported.md
+    TRITON_INTERPRET=1 python docs/results/supported.py --backend triton        # the kernels, interpreted
+    python docs/results/supported.py --device cuda --dtype bfloat16 --real --speed --batch 8
+    python docs/results/supported.py --only mask2former --json
 
 Each line says how many window attentions were found, how many are accelerated, how many of their calls ran the
 original all the same, and how far the outputs are apart, relative to the original's size. In low precision both are
@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "supported.md"
 START, END = "<!-- models:start -->", "<!-- models:end -->"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="time both")
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/supported.md")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     args.backend = "torch" if args.backend == "auto" and args.device.type == "cpu" else args.backend
@@ -214,10 +214,10 @@ def main() -> None:
         print(lines[-1], flush=True)
         for reason in row.get("reasons", ()):
             print(f"    {reason}", file=sys.stderr)
-    if args.readme:
-        text = README.read_text()
+    if args.write:
+        text = PAGE.read_text()
         before, after = text.split(START)[0], text.split(END)[1]
-        README.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + after)
+        PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + after)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train an original and an accelerated Swin from one start, on real images, and lay their losses over each other.
 
-    python docs/training_curves.py --out docs
+    python docs/results/training_curves.py --out docs/images
 
 The images are scikit-learn's handwritten digits (1,797 of them, UCI), enlarged. Four runs for each precision: the
 original, the accelerated model with the same data order, the original once more (what a GPU's own scheduling
