@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backends.torch import window as torch_backend
 from ..config import AccelConfig, env_interpret
-from ..layers import has_hooks, is_builtin, replaced_methods, twin
+from ..layers import alias, has_hooks, is_builtin, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..spec.block import Product
@@ -34,7 +34,7 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
     if scope.holds(module):
         return scope.facts
-    root = twin(module)
+    root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
     facts = parts_reason(parts, attention is root) or reading_of(family, module)

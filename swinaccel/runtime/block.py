@@ -152,8 +152,8 @@ def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:
     return None
 
 
-def is_mixed(x: Tensor, parameters: list[Tensor], drops: Any = ()) -> bool:
-    """Return True if gradients are recorded, samples dropped, or autocast has dtypes of its own between the layers."""
+def needs_autograd(x: Tensor, parameters: list[Tensor], drops: Any = ()) -> bool:
+    """Return True if autograd functions must run: for gradients, dropped samples, or autocast's dtypes between layers."""
     if torch.is_autocast_enabled(x.device.type) or any(one is not None for one in drops):
         return True
     return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in parameters))
@@ -198,14 +198,14 @@ class FusedBlock:
     ) -> None:
         self._facts, self._attend, self._size, self._config = facts, attend, size, config
         self._problem = block_problem(facts, x, backend)
-        give = facts.block.give
-        if is_mixed(x, facts.parameters(), facts.drops):
-            run = self._mixed
+        as_output = facts.block.as_output
+        if needs_autograd(x, facts.parameters(), facts.drops):
+            run = self._with_autograd
         elif backend == "torch":
             run = self._on_cpu
         else:
             run = self._bound if self._bind(x) else self._unfused
-        self.run: Callable[[Tensor], Any] = run if give is None else lambda x: give(run(x))
+        self.run: Callable[[Tensor], Any] = run if as_output is None else lambda x: as_output(run(x))
 
     def _bind(self, x: Tensor) -> bool:
         """Bind what is around the attention to its launches; return False where that fails."""
@@ -248,7 +248,7 @@ class FusedBlock:
         branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size)
         return torch_block.rest(x, branch, block) if is_like(branch, x, x.dtype) else rest(block, x, branch)
 
-    def _mixed(self, x: Tensor) -> Tensor:
+    def _with_autograd(self, x: Tensor) -> Tensor:
         """Return the result where gradients are recorded or autocast is active."""
         facts, block, size = self._facts, self._facts.block, self._size
         (norm1, norm2), (fc1, fc2), (drop1, drop2) = facts.norms, facts.linears, facts.drops
@@ -278,8 +278,8 @@ class FusedBlock:
 
 def block_problem(facts: BlockFacts, x: Tensor, backend: str) -> tuple:
     """Return what failures of the kernels around an attention are kept under."""
-    mixed = is_mixed(x, facts.parameters(), facts.drops)
-    return "block", backend, x.device, product_dtype(x), facts.channels, facts.hidden, facts.block.post_norm, mixed
+    sizes = facts.channels, facts.hidden, facts.block.post_norm
+    return "block", backend, x.device, product_dtype(x), *sizes, needs_autograd(x, facts.parameters(), facts.drops)
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backends.torch import block as torch_block
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError, KernelError
-from ..layers import twin
+from ..layers import alias
 from ..ops.failures import failures
 from ..ops.observed import is_onnx_export
 from ..spec.block import Embedding, Merging
@@ -180,7 +180,7 @@ def _facts(adapter: Any, module: nn.Module, scope: Scope) -> Any:
     """Return what a module consists of, or why it must not be stood in for; looked into anew when its guard fails."""
     if scope.holds(module):
         return scope.facts
-    root = twin(module)
+    root = alias(module)
     try:
         facts = _look(adapter, module, root)
     except NotFusable as reason:

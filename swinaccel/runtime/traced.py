@@ -224,4 +224,4 @@ def _block(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None
         norms: Any = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
         linears: Any = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
         out = block_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
-    return out if block.give is None else block.give(out)
+    return out if block.as_output is None else block.as_output(out)

@@ -25,7 +25,7 @@ _OTHER_SIZES = re.compile(r"dim|chan|head|kernel|stride|dilation|depth|layer|fea
 
 
 @dataclass(frozen=True)
-class Look:
+class Traits:
     """A module that may be an attention.
 
     Attributes:
@@ -66,7 +66,7 @@ class Look:
         return 0 < self.rows - count <= 3 or index == (tokens + 1) ** 2
 
 
-def look_at(module: nn.Module) -> Look | None:
+def traits_of(module: nn.Module) -> Traits | None:
     """Return what a module shows, or None where it is no attention."""
     own, children = _tensors(module), {name: child for name, child in module._modules.items() if child is not None}
     queries = [name for name in (*children, *own) if QUERIES.search(name)]
@@ -86,7 +86,7 @@ def look_at(module: nn.Module) -> Look | None:
     tables = [name for name, one in wide.items() if _BIAS.search(name) and num_heads in (0, *one.shape)]
     tables += [name for name, one in wide.items() if num_heads in one.shape and _rows(one, num_heads) in sizes]
     bias = next(iter(tables), None) if mlp is None else None
-    return Look(
+    return Traits(
         queries=min(queries, key=lambda name: (name != "qkv", "qkv" not in name), default=None),
         children=children,
         settings=settings,
