@@ -153,7 +153,7 @@ def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:
 
 
 def needs_autograd(x: Tensor, parameters: list[Tensor], drops: Any = ()) -> bool:
-    """Return True if autograd functions must run: for gradients, dropped samples, or autocast's dtypes between layers."""
+    """Return True if autograd functions must run: for gradients, dropped samples or autocast."""
     if torch.is_autocast_enabled(x.device.type) or any(one is not None for one in drops):
         return True
     return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in parameters))
