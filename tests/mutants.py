@@ -217,7 +217,7 @@ MUTANTS = [
         # What is bound to its launches.
         ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/test_bound.py"),
         ("ops/window.py", "not is_observed() and (self", "(self", "tests/test_bound.py"),
-        ("ops/window.py", "precision(torch.float32) == self._precision", "True", "tests/test_bound.py"),
+        ("ops/window.py", "_setting() == self._precision:", "True:", "tests/test_bound.py"),
         (
             "ops/block.py",
             "norm_launch(mode, device, rows, channels, eps[1])",
