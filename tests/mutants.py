@@ -216,8 +216,8 @@ MUTANTS = [
         ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
         # What is bound to its launches.
         ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/test_bound.py"),
-        ("ops/window.py", "not is_observed() and (self", "(self", "tests/test_bound.py"),
-        ("ops/window.py", "precision(torch.float32) == self._precision", "True", "tests/test_bound.py"),
+        ("ops/window.py", "not _modes() and not _is_profiled()", "True", "tests/test_bound.py"),
+        ("ops/window.py", "_setting() == self._precision:", "True:", "tests/test_bound.py"),
         (
             "ops/block.py",
             "norm_launch(mode, device, rows, channels, eps[1])",

@@ -108,7 +108,7 @@ def test_a_bound_kernel_that_fails(monkeypatch, caplog):
 def test_bound_attention_follows_the_precision_of_products(monkeypatch):
     geometry, qkv, given = PROBLEMS[0]
     bound, seen = bind(geometry, qkv, given), []
-    monkeypatch.setattr(window_ops, "precision", lambda dtype: "tf32")
+    monkeypatch.setattr(window_ops, "_setting", lambda: "another")
     monkeypatch.setattr(window_ops, "shifted_window_attention", lambda *args, **kwargs: seen.append(1))
     bound.run(*qkv, **given)
     assert seen
