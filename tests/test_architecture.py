@@ -25,7 +25,7 @@ ALLOWED = {
     "runtime": {"backends", "bias", "config", "errors", "layers", "ops", "spec", "trust"},
     "families": {"layers", "spec"},
     "bias": {"config", "spec"},
-    "ops": {"backends", "config", "errors", "spec"},
+    "ops": {"backends", "config", "errors", "layers", "spec"},
     "backends": {"config", "errors", "kernels", "spec"},
     "spec": set(),
     "errors": set(),
