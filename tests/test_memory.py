@@ -16,7 +16,7 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel.layers import twin
+from swinaccel.layers import alias
 from swinaccel.ops.failures import failures
 from swinaccel.runtime import call
 from swinaccel.runtime.guard import Guard, NotGuardable
@@ -621,7 +621,7 @@ class TestGuard:
 
     def test_a_twin_is_the_same(self):
         module = nn.Linear(2, 2)
-        other = twin(module)
+        other = alias(module)
         module.weight = nn.Parameter(torch.zeros(2, 2))
         assert other.weight is module.weight
         assert type(other) is nn.Linear
