@@ -19,6 +19,7 @@ if not HAS_CUDA:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; models are built from configurations
 
 import helpers  # noqa: E402
+import interpreter  # noqa: E402
 
 from swinaccel import bias, cache, ops, patching  # noqa: E402
 from swinaccel.runtime import call  # noqa: E402
@@ -26,8 +27,8 @@ from swinaccel.trust.registry import registry  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # it is on by default: patch embeddings in fp32 would depend on the algorithm
 if helpers.TRITON_DEVICE == "cpu":
-    helpers.mend_interpreter()
-    helpers.hasten_interpreter()
+    interpreter.mend()
+    interpreter.hasten()
 
 # Workers of pytest-xdist are as many as the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
