@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 
 import hypothesis
@@ -52,10 +53,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_modules_frozen = 0
+
+
 def pytest_collection_finish() -> None:
-    # What the imported libraries hold never becomes garbage: collecting and counting instances gets quick.
-    gc.collect()
-    gc.freeze()
+    _freeze_imports()
+
+
+def _freeze_imports() -> None:
+    """Keep what imported libraries hold from the collector: collecting and counting instances gets quick."""
+    global _modules_frozen
+    if len(sys.modules) != _modules_frozen:
+        gc.collect()
+        gc.freeze()
+        _modules_frozen = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +98,7 @@ def _clean_slate(monkeypatch, tmp_path_factory):
             if issubclass(type(instance), torch.nn.Module):
                 instance.__dict__.pop(patching.MARKER, None)
     torch._dynamo.reset()
+    _freeze_imports()
     if HAS_CUDA and torch.cuda.memory_reserved() > 2**32:
         torch.cuda.empty_cache()  # other workers share the GPU
 
