@@ -69,16 +69,25 @@ def _freeze_imports() -> None:
         _modules_frozen = len(sys.modules)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_verdicts():
+    registry.clear()
+
+
 @pytest.fixture(autouse=True)
-def _clean_slate(monkeypatch, tmp_path_factory):
-    """No option comes in from outside, and nothing of ours is left behind: environment, dispatchers, memories."""
+def _clean_slate(request, monkeypatch, tmp_path_factory):
+    """No option comes in from outside, and nothing of ours is left behind: environment, dispatchers, memories.
+
+    Verdicts are kept in modules with KEEPS_VERDICTS, which are about other things: probing takes most of their time.
+    """
     for name in list(os.environ):
         if name.startswith("SWINACCEL_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(cache, "_told", set())
     call.forget_warnings()
-    registry.clear()
+    if not getattr(request.module, "KEEPS_VERDICTS", False):
+        registry.clear()
     bias.forget()
     ops.forget_failures()
     torch.manual_seed(0)

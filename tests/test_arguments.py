@@ -21,6 +21,8 @@ from swinaccel import functional, ops
 from swinaccel.backends.triton_sequence import Problem
 from swinaccel.failures import failures
 
+KEEPS_VERDICTS = True
+
 pytestmark = pytest.mark.usefixtures("strict_kernels")
 
 WINDOWS = pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])

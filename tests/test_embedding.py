@@ -20,6 +20,8 @@ from swinaccel import ops, patching
 from swinaccel.backends import triton_fusion as kernels
 from swinaccel.runtime import neighbours, traced
 
+KEEPS_VERDICTS = True
+
 # Convolutions of fp32 stay cuDNN's, which may use TF32.
 HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
 DTYPES = HALVES if TRITON_DEVICE == "cuda" else [*HALVES, torch.float32]

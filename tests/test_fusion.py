@@ -21,6 +21,8 @@ from swinaccel.backends import triton_fusion as kernels
 from swinaccel.runtime.state import state_of
 from swinaccel.spec.reference_block import merged
 
+KEEPS_VERDICTS = True
+
 HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
 DTYPES = [*HALVES, torch.float32]
 

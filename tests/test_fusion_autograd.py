@@ -21,6 +21,8 @@ from swinaccel import ops
 from swinaccel.backends import triton_fusion as kernels
 from swinaccel.backends import triton_fusion_bwd
 
+KEEPS_VERDICTS = True
+
 ON_GPU = TRITON_DEVICE == "cuda"
 HALF = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter does not multiply bfloat16
 HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]

@@ -21,6 +21,8 @@ from swinaccel.backends.triton_sequence import Problem
 from swinaccel.spec import reference
 from swinaccel.spec.window import Section
 
+KEEPS_VERDICTS = True
+
 NAN, INF = float("nan"), float("inf")
 VALUES = (NAN, INF, -INF)
 LOWEST = torch.finfo(torch.float16).min

@@ -16,6 +16,8 @@ from swinaccel.backends import torch as torch_backend
 from swinaccel.backends import torch_fusion
 from swinaccel.runtime import block as fused
 
+KEEPS_VERDICTS = True
+
 
 @pytest.fixture
 def small(monkeypatch):

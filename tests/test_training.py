@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import swinaccel
 
+KEEPS_VERDICTS = True
+
 # name: (model, input shape)
 MODELS = {
     "timm": (helpers.timm_v1, (2, 3, 56, 56)),
