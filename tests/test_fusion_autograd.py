@@ -292,6 +292,27 @@ def pair(model):
     return model, swinaccel.accelerate(copy.deepcopy(model), backend="triton")
 
 
+# Models of the same parts as those of test_families, on smaller images: name: (model, sides of an image).
+SMALL = {
+    "timm-v1": (lambda **options: helpers.timm_v1(32, 4, embed_dim=16, **options), (32, 32)),
+    "timm-v2": (lambda **options: helpers.timm_v2(32, 4, embed_dim=16, **options), (32, 32)),
+    "torchvision-v1-padded": (helpers.torchvision_model, (28, 20)),
+    "torchvision-v2": (lambda **options: helpers.torchvision_model(v2=True, **options), (32, 32)),
+    "hf-swin-padded": (helpers.huggingface, (36, 28)),
+    "hf-swinv2": (lambda **options: helpers.huggingface("Swinv2", **options), (32, 32)),
+    "microsoft-v1": (MODELS["microsoft-v1"][0], None),
+    "microsoft-v2": (MODELS["microsoft-v2"][0], None),
+}
+ONE_A_STAGE = {"depths": (1, 1)}
+
+
+def small(name, batch=2, **options):
+    """A model, and an input for it."""
+    make, image = SMALL[name]
+    shape = (batch, 64, 16) if image is None else (batch, 3, *image)
+    return make(**options), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
 WHOLE = {
     "timm-v1": (["norm"] + ["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"]),
     "timm-v2": (["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"]),
@@ -321,12 +342,11 @@ def drop_paths(model, rate=0.4):
 @pytest.mark.parametrize("name", WHOLE)
 def test_training_equals_the_original(name, ran):
     """The very samples are dropped that the original drops."""
-    make, example, count = MODELS[name]
-    model, twin = pair(drop_paths(make()))
-    x = torch.cat([example()] * 3)[:4]
+    model, x = small(name, batch=4)
+    model, twin = pair(drop_paths(model))
     found, expected = (gradients(one, x) for one in (twin, model))
     assert ran == WHOLE[name]
-    helpers.assert_accelerated(twin, count)
+    helpers.assert_accelerated(twin, MODELS[name][2])
     largest = max(one.abs().max() for one in expected.values() if one is not None)
     for key, one in expected.items():
         assert (one is None) == (found[key] is None), key
@@ -503,13 +523,12 @@ def test_projections(name, monkeypatch):
     calls = []
     plain = recorded.linear
     monkeypatch.setattr(recorded, "linear", lambda *args: calls.append(args) or plain(*args))
-    make, example, count = MODELS[name]
-    model, twin = pair(make())
-    x = example()
+    model, x = small(name, **ONE_A_STAGE)
+    model, twin = pair(model)
     for _ in range(2):
         calls.clear()
         assert_alike(twin, model, x, HALF)
-    assert len(calls) == 2 * count
+    assert len(calls) == 2 * 2
     calls.clear()
     assert_alike(twin, model, x)
     with torch.no_grad(), autocast(HALF):
@@ -536,10 +555,10 @@ def test_products_of_dtypes_that_do_not_match():
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "half"])
 def test_checkpoints_of_first_calls(name, half):
     """What a module saves in its first call, or of the first after a change, it saves when that is computed again."""
-    make, example, _ = MODELS[name]
-    twin = swinaccel.accelerate(make().to(TRITON_DEVICE), backend="triton").train()
+    model, x = small(name, batch=1, **ONE_A_STAGE)
+    twin = swinaccel.accelerate(model.to(TRITON_DEVICE), backend="triton").train()
     twin = twin.to(HALF) if half else twin
-    x = example().to(TRITON_DEVICE, HALF if half else torch.float32)
+    x = x.to(TRITON_DEVICE, HALF if half else torch.float32)
 
     def step(x):
         with autocast(None if half else HALF):
