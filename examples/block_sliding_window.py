@@ -1,4 +1,4 @@
-"""Attention over a video: every token sees its own frame and the frames just before, in time linear in the length.
+"""Attend over a video: every token sees its own frame and the frames just before, in time linear in the length.
 
     python examples/block_sliding_window.py
 
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def by_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a dense mask: time and memory grow with the square of the length."""
+    """Attend with a dense mask: time and memory grow with the square of the length."""
     frame = torch.arange(q.shape[2], device=q.device) // FRAME
     ago = frame[:, None] - frame[None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(ago >= 0) & (ago < FRAMES_SEEN))

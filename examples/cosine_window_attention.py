@@ -1,4 +1,4 @@
-"""SwinV2's attention within windows: cosines of q and k times a learned scale, with its gradient.
+"""Compute SwinV2's attention within windows: cosines of q and k times a learned scale, with its gradient.
 
     python examples/cosine_window_attention.py
 

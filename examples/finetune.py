@@ -1,4 +1,4 @@
-"""A training loop with one line added.
+"""Train with one line added to the loop.
 
     python examples/finetune.py
     python examples/finetune.py --compare            # the original beside it, from the same start
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def load(data: str) -> tuple[Tensor, Tensor, int, str]:
-    """Images (count, 1, side, side) in -1 .. 1, their labels, the number of classes, and where they come from."""
+    """Return images (count, 1, side, side) in -1 .. 1, their labels, the number of classes, and their source."""
     hint = ""
     try:
         from sklearn.datasets import load_digits
@@ -90,7 +90,7 @@ def load(data: str) -> tuple[Tensor, Tensor, int, str]:
 def train(
     model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.Namespace
 ) -> Iterator[tuple[float, float]]:
-    """One training step at a time: its loss, and its seconds."""
+    """Yield the loss and the seconds of one training step after another."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     for step in range(arguments.steps):

@@ -1,4 +1,4 @@
-"""A bias as a product of factors: learned ones by decomposition, ALiBi and distances in space exactly.
+"""Attend with a bias that is a product of factors: learned ones by decomposition, ALiBi and distances in space exactly.
 
     python examples/flash_bias.py
 

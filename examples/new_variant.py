@@ -1,4 +1,4 @@
-"""A window attention that swinaccel has never seen, made fast by a class that says how to read it.
+"""Accelerate a window attention that swinaccel has never seen, by a class that says how to read it.
 
     python examples/new_variant.py
 
@@ -44,13 +44,13 @@ class TileMixer(nn.Module):
         return self.to_out(mixed.roll((self.offset, self.offset), (1, 2)))
 
     def cut(self, image: Tensor) -> Tensor:
-        """(B, H, W, C) to (B * tiles, tile * tile, C)."""
+        """Cut (B, H, W, C) into (B * tiles, tile * tile, C)."""
         batch, height, width, dim = image.shape
         tiles = image.view(batch, height // self.tile, self.tile, width // self.tile, self.tile, dim)
         return tiles.transpose(2, 3).reshape(-1, self.tile**2, dim)
 
     def walls(self, height: int, width: int) -> Tensor:
-        """(tiles, N, N): -100 between pixels that only the roll made neighbours."""
+        """Return a mask (tiles, N, N): -100 between pixels that only the roll made neighbours."""
         side = torch.zeros(1, height, width, 1, device=self.distance.device)
         if self.offset:
             side[:, -self.offset :] += 1
@@ -60,7 +60,7 @@ class TileMixer(nn.Module):
 
 
 class TileMixers:
-    """How to read a TileMixer: a `swinaccel.families.Family`."""
+    """A `swinaccel.families.Family`, which reads a TileMixer."""
 
     name = "tile_mixer"
     method = "forward"

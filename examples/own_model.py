@@ -1,4 +1,4 @@
-"""One's own Swin from swinaccel's modules: nothing to accelerate afterwards, and official weights fit.
+"""Build a Swin of one's own from swinaccel's modules: nothing is left to accelerate, and official weights fit.
 
     python examples/own_model.py
 

@@ -1,4 +1,4 @@
-"""A photograph through a Swin Transformer, before and after one line.
+"""Show a photograph to a Swin Transformer, before and after one line.
 
     python examples/quickstart.py
     python examples/quickstart.py --model swinv2_tiny_window8_256 --batch 1 --batch 16
@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import swinaccel
-from swinaccel import models
+from swinaccel.cli import models
 
 
 def main() -> int:
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def load(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """The model, with its pretrained weights where they can be had, and which weights it has."""
+    """Load the model, with its pretrained weights where they can be had, and say which weights it has."""
     if not timm.is_model(name):
         sys.exit(f"timm has no model {name!r}")
     try:
@@ -83,7 +83,7 @@ def load(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, str]:
 
 
 def crops(photo: Image.Image, model: nn.Module, count: int) -> Tensor:
-    """Square crops from left to right, as the model wants them."""
+    """Return square crops from left to right, as the model wants them."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     room, side = photo.width - photo.height, photo.height
     lefts = [room * i // max(1, count - 1) for i in range(count)]
@@ -91,13 +91,13 @@ def crops(photo: Image.Image, model: nn.Module, count: int) -> Tensor:
 
 
 def label(model: nn.Module, logits: Tensor) -> str:
-    """The name of the most likely class."""
+    """Return the name of the most likely class."""
     info = timm.data.ImageNetInfo(timm.data.infer_imagenet_subset(model) or "imagenet-1k")
     return info.index_to_description(int(logits.argmax()))
 
 
 def measure(original: nn.Module, model: nn.Module, images: Tensor, rounds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of calls of each; they take turns, for at most eight seconds or so."""
+    """Return milliseconds of calls of each; they take turns, for at most eight seconds or so."""
     times: dict[nn.Module, list[float]] = {original: [], model: []}
     with torch.no_grad():
         for each in (*times, *times):

@@ -1,4 +1,4 @@
-"""Accelerated for a while, or not for a while: contexts, their nesting, and what the report says.
+"""Accelerate a model for a while, or stop for a while: contexts, their nesting, and what the report says.
 
     python examples/scoped.py
 

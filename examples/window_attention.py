@@ -1,4 +1,4 @@
-"""Attention within windows that a model has cut already: with a bias, with the mask of shifted windows, with dropout.
+"""Attend within windows that a model has cut already: with a bias, with the mask of shifted windows, with dropout.
 
     python examples/window_attention.py
 
@@ -18,14 +18,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def step_by_step(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """What models write: every score of every window in memory, several times."""
+    """Attend as models write it: every score of every window in memory, several times."""
     scores = q @ k.mT * HEAD_DIM**-0.5 + bias
     scores = scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]
     return scores.flatten(0, 1).softmax(-1) @ v
 
 
 def shift_mask() -> Tensor:
-    """(windows, N, N) of an image of 2x2 windows shifted by half of one: -100 between tokens from different sides."""
+    """Return the mask (windows, N, N) of 2x2 windows shifted by half of one: -100 between tokens of different sides."""
     side = torch.arange(SIDE, device=DEVICE) >= SIDE // 2
     masks = []
     for row in (False, True):

@@ -12,11 +12,11 @@ from torch import nn
 from . import families, patching
 from .config import AccelConfig, env_disabled, env_strict, setup_logging
 from .errors import FallbackError
-from .failures import failures
 from .families import Family
 from .families.shared import near
+from .ops.failures import failures
 from .report import Entry, Report
-from .runtime.state import state_of
+from .runtime.plan import state_of
 from .spec.window import WindowSpec
 from .trust import probe
 

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, sequence_ops
-from .backends import torch_sequence, torch_windows
-from .backends.triton_sequence import Problem
-from .config import env_interpret, env_strict
-from .errors import KernelError
-from .factors import BiasFactors, alibi_factors, factorize_bias, squared_distance_factors
-from .failures import failures
-from .runtime.exporting import is_onnx_export
+from .backends.torch import sequence as torch_sequence
+from .backends.torch import windows as torch_windows
+from .backends.triton.sequence import Problem
+from .bias.exact import alibi_factors, squared_distance_factors
+from .bias.factors import BiasFactors, factorize_bias
+from .ops import sequence as sequence_ops
+from .ops.serving import autocast, sequence_reason, try_window_kernels, window_reason
 from .spec import reference
 from .spec.arguments import (
     check_axes,
@@ -196,14 +195,14 @@ def shifted_window_attention(
         check_number("scale", scale, "None or a number")
     number = head_dim**-0.5 if scale is None else float(scale)
 
-    parts = _autocast(*parts)
+    parts = autocast(*parts)
     options: dict[str, Any] = {
         "num_heads": num_heads, "padding": padding, "mask": mask, "mask_value": float(mask_value), "scale": number,
         "logit_scale": logit_scale, "dropout": dropout,
     }  # fmt: skip
-    if _window_reason(parts[0], geometry, num_heads, head_dim, logit_scale is not None) is None:
+    if window_reason(parts[0], geometry, num_heads, head_dim, logit_scale is not None) is None:
         given = parts[0] if packed else parts
-        out = _try_kernels(given, geometry, table=table if bias is None else bias, index=index, **options)
+        out = try_window_kernels(given, geometry, table=table if bias is None else bias, index=index, **options)
         if out is not None:
             return out
     if table is not None and index is not None:
@@ -237,15 +236,15 @@ def _attend_windows(
     if mask is not None and windows % period:
         mask, period = mask[torch.arange(windows, device=mask.device) % period], windows
 
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     geometry = Geometry((period, tokens), (1, max(1, tokens)))  # as an image with one window a row
-    if _window_reason(q, geometry, heads, head_dim, logit_scale is not None) is None:
+    if window_reason(q, geometry, heads, head_dim, logit_scale is not None) is None:
         images = tuple(t.transpose(1, 2).unflatten(0, (-1, period)) for t in (q, k, v))
         # Heads that are neighbours, as in a view of the projection, may stay so: the output then is such a view too.
         are_neighbours = q.stride(1) == head_dim and q.stride(3) == 1
         if are_neighbours:
             images = tuple(image.flatten(-2) for image in images)
-        out = _try_kernels(
+        out = try_window_kernels(
             images, geometry, num_heads=heads, table=bias, mask=mask, mask_value=0.0, scale=number,
             logit_scale=logit_scale, dropout=dropout,
         )  # fmt: skip
@@ -320,9 +319,9 @@ def factored_bias_attention(
         check_mask(q, mask, q.shape[2], "factors")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False; got {causal!r}")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     q, factor = _positive_scale(q, scale)
-    reason = _unsupported(q, rank, torch.promote_types(q_factor.dtype, k_factor.dtype))
+    reason = sequence_reason(q, rank, torch.promote_types(q_factor.dtype, k_factor.dtype))
     if reason is not None or rank == 0:
         return torch_sequence.factored_bias_attention(q, k, v, q_factor, k_factor, mask, factor, causal)
     if q_factor.dtype != k_factor.dtype:
@@ -353,68 +352,13 @@ def block_sliding_window_attention(
     check_qkv(q, k, v)
     for name, value in (("block_size", block_size), ("window_blocks", window_blocks)):
         check_positive(name, value)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     q, factor = _positive_scale(q, scale)
-    if _unsupported(q, 0, q.dtype) is not None:
+    if sequence_reason(q, 0, q.dtype) is not None:
         return torch_sequence.block_sliding_window_attention(q, k, v, block_size, window_blocks, factor)
     return sequence_ops.sequence_attention(
         q, k, v, None, None, None, Problem(False, block_size, window_blocks, factor)
     )  # fmt: skip
-
-
-# Shared by the functions: where they run.
-
-
-def _window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, cosine: bool) -> str | None:
-    """Return why the window kernels cannot serve a call, or None."""
-    if q.numel() == 0:
-        return "there is nothing to compute"
-    reason = _pytorch_reason(q)
-    if reason is not None:
-        return reason
-    if not torch.compiler.is_compiling() and ops.has_failures():
-        failed = failures.get(ops.problem(q.device, q.dtype, geometry, head_dim, cosine))
-        if failed is not None and not env_strict():
-            return failed
-    interpret = q.device.type == "cpu" and env_interpret()
-    return ops.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, interpret)
-
-
-def _pytorch_reason(q: Tensor) -> str | None:
-    """Return why a call is for PyTorch's own operators, whatever its numbers, or None."""
-    if torch.compiler.is_compiling():
-        if is_onnx_export():
-            return "ONNX has no Triton kernels"
-    elif type(q) not in (Tensor, torch.nn.Parameter):
-        return f"q is a {type(q).__name__}"
-    elif torch.jit.is_tracing():
-        return "the call is being traced, and sizes are tensors then"
-    if torch_sequence.is_in_transform():
-        return "the call is inside a torch.func transform, which kernels have no rules for"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active, which kernels have no rules for"
-    return None
-
-
-def _try_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
-    """Return what the kernels give; None where one failed that plain PyTorch can stand in for."""
-    if torch.compiler.is_compiling():
-        return ops.shifted_window_attention(qkv, geometry, **options)
-    try:
-        return ops.shifted_window_attention(qkv, geometry, **options)
-    except KernelError:
-        if env_strict():
-            raise
-        return None
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors in autocast's dtype where that is on, as `scaled_dot_product_attention` takes them."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
@@ -425,14 +369,3 @@ def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     if scale > 0:
         return q, float(scale)
     return (-q, -float(scale)) if scale < 0 else (q * 0, 1.0)
-
-
-def _unsupported(q: Tensor, rank: int, factor_dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot serve a call, or None."""
-    if q.numel() == 0:
-        return "there is nothing to compute"
-    reason = _pytorch_reason(q)
-    if reason is not None:
-        return reason
-    interpret = q.device.type == "cpu" and env_interpret()
-    return sequence_ops.unsupported_reason(q.device, q.dtype, q.shape[-1], rank, factor_dtype, interpret)

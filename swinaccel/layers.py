@@ -73,7 +73,7 @@ def undispatched(function: Any) -> Any:
     return vars(function)["__wrapped__"] if getattr(function, DISPATCHER, None) is function else function
 
 
-def twin(module: nn.Module) -> nn.Module:
+def alias(module: nn.Module) -> nn.Module:
     """Return a second object with the very attributes of a module: what keeps it does not keep the module alive."""
     other = object.__new__(type(module))
     other.__dict__ = module.__dict__

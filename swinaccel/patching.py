@@ -25,11 +25,11 @@ import torch
 import wrapt
 from torch import nn
 
-from .config import AccelConfig, env_disabled
+from .config import AccelConfig, env_disabled, may_be_disabled
 from .families import BlockAdapter, Family, by_name
 from .layers import DISPATCHER, owner
 from .runtime.call import Entry, call
-from .runtime.state import forget_state
+from .runtime.plan import forget_state
 from .runtime.traced import ROLES, roles_of
 
 MARKER = "_swinaccel"
@@ -253,7 +253,7 @@ def _run(method: Callable[..., Any], name: str, module: Any, args: tuple[Any, ..
     """Run one call of a method that has a dispatcher: unmarked instances run `method`, marked ones their plans."""
     text = getattr(module, MARKER, None)  # another thread may be taking the class's default away
     compiling = torch.compiler.is_compiling()
-    if text is None or _is_off(compiling) or env_disabled():
+    if text is None or _is_off(compiling) or ((compiling or may_be_disabled()) and env_disabled()):
         return method(module, *args, **kwargs)
     found = _parsed.get(text)
     if found is None:

@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not there: `python tests/ahead.py [all]`.
+"""Compile the kernels for GPUs that are not there: `python tests/ahead.py [all]`.
 
 Calls are planned on the CPU for an assumed limit of shared memory; what would be launched is compiled instead. One
 JSON object a line: the problem, the kernel, the GPU, the limit, and the shared memory that one program takes, or an
@@ -22,8 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from swinaccel.backends import triton as windows
-from swinaccel.backends import triton_fusion, triton_sequence
+from swinaccel.backends.triton import block as triton_block
+from swinaccel.backends.triton import devices, launches
+from swinaccel.backends.triton import sequence as triton_sequence
+from swinaccel.backends.triton import window as window_launches
+from swinaccel.backends.triton import window_bwd as window_bwd_launches
 from swinaccel.spec.reference import shift_mask
 from swinaccel.spec.window import Geometry
 
@@ -71,30 +74,30 @@ def everything() -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     return list(windows_and_sizes), sequences, [32, 96, 128], [96, 128, 192, 512]
 
 
-def launches(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
-    """What a plan would launch on such a GPU."""
+def launched(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
+    """Return the launches that a plan would make on such a GPU, with their tensors."""
     target, limit = GPUS[gpu]
     found = []
-    plain, hip = windows._Launch.__call__, torch.version.hip
+    plain, hip = launches.Launch.__call__, torch.version.hip
 
     def note(launch: Any, *tensors: Any) -> None:
         found.append((launch, tensors))
 
-    windows._Launch.__call__ = note  # type: ignore[method-assign]
-    windows.shared_memory_override = limit
-    windows.forget_launches()
+    launches.Launch.__call__ = note  # type: ignore[method-assign]
+    devices.shared_memory_override = limit
+    launches.forget_launches()
     torch.version.hip = "assumed" if target.backend == "hip" else None
     try:
         plan()
     finally:
         torch.version.hip = hip
-        windows._Launch.__call__ = plain  # type: ignore[method-assign]
-        windows.shared_memory_override = None
+        launches.Launch.__call__ = plain  # type: ignore[method-assign]
+        devices.shared_memory_override = None
     return found
 
 
 def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str) -> None:
-    """Forward and backward of windows, and in inference with factors of the bias."""
+    """Pose forward and backward of windows, and in inference with factors of the bias."""
     heads, batch, tokens = 2, 4, torch.Size(shape).numel()
     size = tuple(2 * side - ("padded" in flags) for side in shape)
     geometry = Geometry(size, shape, tuple(side // 2 for side in shape), False)
@@ -114,14 +117,14 @@ def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str
         "dropout": 0.1 if "dropout" in flags else 0.0,
         "seed": torch.zeros(1, dtype=torch.int64) if "dropout" in flags else None,
     }
-    out, lse = windows.shifted_window_attention(qkv, None, None, geometry, **options, for_backward=True)
-    windows.shifted_window_attention_backward(
+    out, lse = window_launches.shifted_window_attention(qkv, None, None, geometry, **options, for_backward=True)
+    window_bwd_launches.shifted_window_attention_backward(
         torch.zeros_like(out), out, lse, qkv, None, None, geometry, **options, grad_table=True
     )
     if tokens > 64:
         kept = FP32 if dtype == FP32 else FP16
         factors = (*(torch.zeros(heads, tokens, 128, dtype=kept) for _ in range(2)), table.clone(), index.clone())
-        windows.shifted_window_attention(qkv, None, None, geometry, **options, factors=factors)
+        window_launches.shifted_window_attention(qkv, None, None, geometry, **options, factors=factors)
 
 
 def sequence(head_dim: int, rank: int, dtype: torch.dtype, factor_dtype: torch.dtype, has_mask: bool) -> None:
@@ -136,29 +139,29 @@ def sequence(head_dim: int, rank: int, dtype: torch.dtype, factor_dtype: torch.d
 def mlp(channels: int) -> None:
     x, norm = torch.zeros(256, channels, dtype=FP16), torch.zeros(channels, dtype=FP16)
     up, down = torch.zeros(4 * channels, channels, dtype=FP16), torch.zeros(channels, 4 * channels, dtype=FP16)
-    if triton_fusion.mlp_launch(x.device, x.dtype, channels, 4 * channels) is not None:
-        triton_fusion.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
+    if triton_block.mlp_launch(x.device, x.dtype, channels, 4 * channels) is not None:
+        triton_block.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
 
 
 def linear_gelu(channels: int, rows: int) -> None:
-    """Two programs are to share a multiprocessor."""
+    """Pose a product with GELU, of which two programs are to share a multiprocessor."""
     from swinaccel.kernels import fusion_launch
 
     x, up = torch.zeros(rows, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
     how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132)
     assert how is not None
-    launch = triton_fusion._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
+    launch = triton_block._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
     launch(torch.zeros(rows, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
 
 
 def embed(channels: int) -> None:
     image, weight = torch.zeros(2, 3, 64, 64, dtype=FP16), torch.zeros(channels, 3, 4, 4, dtype=FP16)
     norm = torch.zeros(channels, dtype=FP16)
-    triton_fusion.embed(image, weight, norm, (norm, norm, 1e-5))
+    triton_block.embed(image, weight, norm, (norm, norm, 1e-5))
 
 
 def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
-    """Compile a launch; bytes of shared memory of one program."""
+    """Compile a launch, and return the bytes of shared memory of one program."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
@@ -184,7 +187,7 @@ def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
 
 
 def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
-    """(GPU, problem, plan)."""
+    """Yield GPU, problem and plan."""
     every_window, sequences, mlps, embeddings = everything() if everywhere else ([], SEQUENCES, MLPS, EMBEDDINGS)
     for gpu in [name for name in GPUS if "twice" not in name] if everywhere else WINDOWS:
         for one in every_window or WINDOWS[gpu]:
@@ -206,7 +209,7 @@ def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, A
     try:
         found["shared"] = shared_memory(launch, tensors, target)
     except Exception as error:
-        found["error"] = windows.first_line(error)
+        found["error"] = launches.first_line(error)
     return found
 
 
@@ -218,7 +221,7 @@ def main() -> None:
         if only and not any(word in f"{gpu} {problem}" for word in only):
             continue
         seen = set()
-        for launch, tensors in launches(plan, gpu):
+        for launch, tensors in launched(plan, gpu):
             if (
                 launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed", "linear")
                 and id(launch) not in seen

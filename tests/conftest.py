@@ -22,7 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 import helpers  # noqa: E402
 import interpreter  # noqa: E402
 
-from swinaccel import bias, cache, ops, patching  # noqa: E402
+from swinaccel import bias, ops, patching  # noqa: E402
+from swinaccel.bias import cache  # noqa: E402
 from swinaccel.runtime import call  # noqa: E402
 from swinaccel.trust.registry import registry  # noqa: E402
 

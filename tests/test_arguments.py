@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import swinaccel
 from swinaccel import functional, ops
-from swinaccel.backends.triton_sequence import Problem
-from swinaccel.failures import failures
+from swinaccel.backends.triton.sequence import Problem
+from swinaccel.ops import window as window_ops
+from swinaccel.ops.failures import failures
 
 KEEPS_VERDICTS = True
 
@@ -302,6 +303,6 @@ def test_a_problem_that_was_refused_is_not_given_up():
     case = Case((4, 4), (8, 8))
     qkv, options = case.make(torch.float32)
     with pytest.raises(ValueError, match="table must have shape"):
-        ops.shifted_window_attention(qkv, case.geometry, **{**options, "table": options["table"][:, :1]})
-    assert ops.shifted_window_attention(qkv, case.geometry, **options).shape == (1, 8, 8, 32)
+        window_ops.shifted_window_attention(qkv, case.geometry, **{**options, "table": options["table"][:, :1]})
+    assert window_ops.shifted_window_attention(qkv, case.geometry, **options).shape == (1, 8, 8, 32)
     assert not ops.has_failures()

@@ -15,7 +15,8 @@ from test_kernels import DTYPES, GPU_CASES, HEAD_DIMS, HEADS_APART, VOLUMES, Cas
 from torch import Tensor
 
 from swinaccel import ops
-from swinaccel.backends import triton as backend
+from swinaccel.backends.triton import devices, launches
+from swinaccel.ops import window as window_ops
 from swinaccel.spec import reference
 from swinaccel.spec.window import Geometry
 
@@ -49,7 +50,7 @@ def parts(qkv: Any) -> tuple[Tensor, ...]:
 def gradients(qkv: Any, geometry: Geometry, grad: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and gradients by the kernels."""
     qkv, options = leaves(qkv, options)
-    out = ops.shifted_window_attention(qkv, geometry, **options)
+    out = window_ops.shifted_window_attention(qkv, geometry, **options)
     inputs = named(qkv, options)
     found = torch.autograd.grad(out, tuple(inputs.values()), grad)
     assert not ops.has_failures()
@@ -215,7 +216,7 @@ def test_an_axis_for_the_heads(case, kind):
     grad = torch.randn(*qkv.shape[:-1], case.heads * case.dim).to(TRITON_DEVICE)
     _, exact = reference_gradients(qkv, case.geometry, grad, exactly, **options)
     leaf, options = leaves(qkv, options)
-    out = ops.shifted_window_attention(heads_apart(leaf, case, kind), case.geometry, **options)
+    out = window_ops.shifted_window_attention(heads_apart(leaf, case, kind), case.geometry, **options)
     out.flatten(-2).backward(grad)
     for name, tensor in named(leaf, options).items():
         helpers.assert_close(tensor.grad.double(), exact[name])
@@ -248,7 +249,7 @@ def test_sums_over_images_and_windows(monkeypatch, window, wanted):
     from swinaccel.kernels import launch
 
     monkeypatch.setattr(launch, "_BACKWARD_PROGRAMS", wanted)
-    monkeypatch.setattr(backend, "_launches", {})
+    monkeypatch.setattr(launches, "launches", {})
     run(Case(window, (2 * window[0] - 1, window[1]), (2, 2), heads=1, batch=3, cosine=True))
 
 
@@ -355,7 +356,7 @@ def test_forms_of_the_operands(window, kind):
         operand = leaf.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     else:
         operand = leaf
-    out = ops.shifted_window_attention(operand, case.geometry, **options)
+    out = window_ops.shifted_window_attention(operand, case.geometry, **options)
     if kind == "expanded-gradient":
         grad = torch.randn(1, 1, 1, 32).to(TRITON_DEVICE).expand(out.shape)
         (out * grad).sum().backward()
@@ -378,7 +379,7 @@ def test_subsets_of_gradients(window, needed):
     inputs = named(qkv, options)
     for tensor, needs in zip(inputs.values(), needed, strict=True):
         tensor.requires_grad_(needs)
-    ops.shifted_window_attention(qkv, case.geometry, **options).backward(grad)
+    window_ops.shifted_window_attention(qkv, case.geometry, **options).backward(grad)
     for (name, tensor), needs in zip(inputs.items(), needed, strict=True):
         if needs:
             helpers.assert_close(tensor.grad.double(), exact[name])
@@ -393,7 +394,7 @@ def test_nothing_of_the_scores_size_is_kept(window):
     qkv, options = leaves(*case.make(torch.float32))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.shifted_window_attention(qkv, case.geometry, **options)
+        window_ops.shifted_window_attention(qkv, case.geometry, **options)
     operands = [qkv, options["table"], options["index"]]
     beyond = [t for t in kept if t is not None and not any(t is one for one in operands)]
     allowed = 0 if window == (4, 4) else qkv.numel() // 3 + 3 * 4 * 72 * 2
@@ -413,7 +414,7 @@ def dropped(window: tuple[int, int], dropout: float, seed: int, batch: int = 1) 
     weights = []
     for rate in (dropout, 0.0):
         torch.manual_seed(seed)
-        out = ops.shifted_window_attention(qkv, case.geometry, **options, dropout=rate)
+        out = window_ops.shifted_window_attention(qkv, case.geometry, **options, dropout=rate)
         weights.append(reference.split_heads(reference.cut(out, case.geometry), 2))
     return weights[0], weights[1]
 
@@ -447,7 +448,7 @@ def test_gradients_with_dropout(window, cosine):
     unit = qkv.clone()
     unit[..., -2 * tokens :] = torch.eye(tokens, device=qkv.device).view(*window, tokens).repeat(1, 1, 2)
     torch.manual_seed(7)
-    kept = ops.shifted_window_attention(unit, geometry, **options, dropout=0.4) != 0
+    kept = window_ops.shifted_window_attention(unit, geometry, **options, dropout=0.4) != 0
     kept = reference.split_heads(kept.view(2, tokens, 2 * tokens), 2)
 
     grad = torch.randn(2, *window, 2 * tokens).to(TRITON_DEVICE)
@@ -516,7 +517,9 @@ def test_second_derivatives(window):
         first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(one.square().sum() for one in first), inputs)
 
-    found = penalty(lambda qkv, options: ops.shifted_window_attention(qkv, case.geometry, **options), lambda t: t)
+    found = penalty(
+        lambda qkv, options: window_ops.shifted_window_attention(qkv, case.geometry, **options), lambda t: t
+    )
     exact = penalty(
         lambda qkv, options: reference.shifted_window_attention(*parts(qkv), case.geometry, **options), exactly
     )
@@ -527,7 +530,7 @@ def test_second_derivatives(window):
 def test_second_derivatives_with_dropout_are_refused():
     case = Case((4, 4), (4, 4))
     qkv, options = leaves(*case.make(torch.float32))
-    out = ops.shifted_window_attention(qkv, case.geometry, **options, dropout=0.1)
+    out = window_ops.shifted_window_attention(qkv, case.geometry, **options, dropout=0.1)
     with pytest.raises(NotImplementedError, match=r"swinaccel\.disabled"):
         torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
 
@@ -576,6 +579,6 @@ def test_error_of_logit_scale_over_many_draws(window, dtype):
 @pytest.mark.parametrize("kilobytes", [64, 99, 163])
 def test_small_shared_memory(monkeypatch, kilobytes):
     """Launches adapt to GPUs with less shared memory than the one at hand."""
-    monkeypatch.setattr(backend, "shared_memory_override", kilobytes * 1024)
+    monkeypatch.setattr(devices, "shared_memory_override", kilobytes * 1024)
     for window, dim, dtype in itertools.product([(7, 7), (12, 12)], [32, 128], [torch.float16, torch.float32]):
         run(Case(window, (32, 32), (3, 3), dim=dim), dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import swinaccel
-from swinaccel import bench
+from swinaccel.cli import bench, timing
 
 IMAGES = (torch.randn(2, 3, 56, 56),)
 
@@ -52,6 +52,30 @@ def test_huggingface_is_measured_with_its_other_attention():
     if "eager attention" in names:  # transformers 5
         assert result["eager attention"].difference < 1e-4
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_other_attention_is_another():
+    name, switch = bench._other_attention(helpers.timm_v1())
+    model = switch(helpers.timm_v1())
+    assert name == "SDPA"
+    assert [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")] == [True] * 3
+    assert bench._other_attention(model) is None
+    assert bench._other_attention(nn.Linear(2, 2)) is None
+    found = bench._other_attention(model := helpers.huggingface("Swin"))
+    if found is not None:  # transformers 5
+        before = model.config._attn_implementation
+        assert {before, found[1](model).config._attn_implementation} == {"eager", "sdpa"}
+
+
+def test_variants_take_turns():
+    calls: list[str] = []
+
+    def start(name):
+        return timing.Runner(lambda: calls.append(name) or torch.ones(1), (), torch.device("cpu"), graph=True)
+
+    rows, rounds = timing.measure({name: lambda name=name: start(name) for name in "abc"}, 3)
+    assert "".join(calls[-9:]) == "abcbcacab"
+    assert (rounds, [row.timed for row in rows]) == (3, ["calls"] * 3)
 
 
 def test_what_fails_is_a_row_with_its_reason(monkeypatch):

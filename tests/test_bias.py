@@ -17,8 +17,10 @@ import torch
 from helpers import TRITON_DEVICE, position_index, table_rows
 
 import swinaccel
-from swinaccel import bias, ops
+from swinaccel import ops
+from swinaccel.bias import table as bias
 from swinaccel.config import AccelConfig
+from swinaccel.ops import window as window_ops
 from swinaccel.spec import reference
 from swinaccel.spec.window import Geometry, Section
 
@@ -226,7 +228,7 @@ def test_factors_in_the_kernel(rank, shift, poisoned):
         "scale": 0.25,
     }
     geometry = Geometry((10, 16), WINDOW, shift)
-    found = ops.shifted_window_attention(qkv, geometry, **options, factors=factor_options(table, rank))
+    found = window_ops.shifted_window_attention(qkv, geometry, **options, factors=factor_options(table, rank))
     assert not ops.has_failures()
     helpers.assert_close(found.cpu().double(), helpers.oracle(qkv, geometry, **options))
 
@@ -254,7 +256,7 @@ def test_stale_factors_in_the_kernel_are_not_used(what, poisoned):
         factors[2][0, 0] = float("nan")
     elif what == "shape":
         factors[2] = factors[2][:-1].contiguous()
-    found = ops.shifted_window_attention(qkv, geometry, **options, factors=factors)
+    found = window_ops.shifted_window_attention(qkv, geometry, **options, factors=factors)
     assert not ops.has_failures()
     helpers.assert_close(found.cpu().double(), helpers.oracle(qkv, geometry, **options))
 

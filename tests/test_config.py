@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 import swinaccel
-from swinaccel import AccelConfig, cache, config
+from swinaccel import AccelConfig, config
+from swinaccel.bias import cache
 
 MODEL = nn.Linear(2, 2)
 

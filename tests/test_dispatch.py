@@ -19,8 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import ops
-from swinaccel.backends import torch as torch_backend
-from swinaccel.backends import triton as triton_backend
+from swinaccel.backends.torch import window as torch_backend
+from swinaccel.backends.triton import bias as bias_launches
+from swinaccel.backends.triton import launches
+from swinaccel.backends.triton import window as window_launches
 from swinaccel.runtime import attention
 from swinaccel.spec.window import Geometry
 
@@ -364,7 +366,7 @@ def broken_kernels(monkeypatch):
     def fail(*args, **kwargs):
         raise Broken("out of resource: shared memory, Required: 300000, Hardware limit: 232448\nmore")
 
-    monkeypatch.setattr(triton_backend, "shifted_window_attention", fail)
+    monkeypatch.setattr(window_launches, "shifted_window_attention", fail)
 
 
 def test_kernel_failure_gives_the_originals_output(broken_kernels):
@@ -394,14 +396,14 @@ def test_kernel_failure_is_logged_once(broken_kernels, caplog):
 
 def test_kernel_failure_concerns_its_own_problem(monkeypatch):
     """One window size that does not fit does not stop the others."""
-    real = triton_backend.shifted_window_attention
+    real = window_launches.shifted_window_attention
 
     def picky(qkv, k, v, geometry, **options):
         if geometry.window == (4, 4):
             raise Broken("no")
         return real(qkv, k, v, geometry, **options)
 
-    monkeypatch.setattr(triton_backend, "shifted_window_attention", picky)
+    monkeypatch.setattr(window_launches, "shifted_window_attention", picky)
     bad, good = on_triton(block()), on_triton(helpers.timm_block((6, 6), window=3, shift=1))
     run(bad, X.to(TRITON_DEVICE))
     run(good, torch.randn(1, 6, 6, 16, device=TRITON_DEVICE))
@@ -433,7 +435,7 @@ def test_failure_of_the_position_kernel(monkeypatch):
     def fail(*args):
         raise Broken("no")
 
-    monkeypatch.setattr(triton_backend, "position_table", fail)
+    monkeypatch.setattr(bias_launches, "position_table", fail)
     helpers.check(block(v2=True), X, backend="triton")
 
 
@@ -568,9 +570,9 @@ def test_verify(backend, accelerated):
 
 
 def test_verify_fails_on_a_wrong_kernel(monkeypatch):
-    real = triton_backend.shifted_window_attention
+    real = window_launches.shifted_window_attention
     monkeypatch.setattr(
-        triton_backend, "shifted_window_attention", lambda *args, **kwargs: 1.001 * real(*args, **kwargs)
+        window_launches, "shifted_window_attention", lambda *args, **kwargs: 1.001 * real(*args, **kwargs)
     )
     model = block().to(TRITON_DEVICE)
     result = swinaccel.verify(model, X.to(TRITON_DEVICE), backend="triton")
@@ -647,7 +649,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
         patch.setattr(torch.cuda, "device", switched)
-        triton_backend._Launch(Kernel(), (1,), ())(OnSecond(), None)
+        launches.Launch(Kernel(), (1,), ())(OnSecond(), None)
     assert seen == [1]
     assert current == [0]
 
@@ -685,7 +687,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index}", raising=False)
-    return triton_backend._Launch(Kernel(), (5,), (7,)), seen
+    return launches.Launch(Kernel(), (5,), (7,)), seen
 
 
 def test_compiled_kernels_are_run_with_pointers(launched):
@@ -725,7 +727,7 @@ def test_each_kind_of_tensors_has_its_own_compiled_kernel(launched, monkeypatch)
 
             return compile
 
-    launch = triton_backend._Launch(Kernel(), (5,), ())
+    launch = launches.Launch(Kernel(), (5,), ())
     half = OnGpu(64)
     half.dtype = torch.float16
     kinds = [(OnGpu(16), OnGpu(32)), (OnGpu(8), OnGpu(32)), (half, OnGpu(32)), (OnGpu(32), None), (OnGpu(16), OnGpu(4))]
@@ -751,7 +753,7 @@ def test_descriptors_are_made_once_and_copied_for_other_tensors(launched, elsewh
 
     made, second = [], OnGpu(16, -1 if elsewhere else 0)
     describe = {1: lambda tensor: Descriptor(tensor, [3, 4])}
-    described = triton_backend.DescribedLaunch(describe, launch.kernel, (5,), (7,))
+    described = launches.DescribedLaunch(describe, launch.kernel, (5,), (7,))
     tensors = [(OnGpu(pointer), OnGpu(pointer), second) for pointer in (16, 32, 48)]
     for given in tensors:
         described(*given)

@@ -17,7 +17,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel import ops, patching
-from swinaccel.backends import triton_fusion as kernels
+from swinaccel.backends.triton import block as kernels
 from swinaccel.runtime import neighbours, traced
 from swinaccel.trust.registry import registry
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import swinaccel
 from swinaccel import functional
-from swinaccel.failures import failures
-from swinaccel.runtime.exporting import is_onnx_export
+from swinaccel.ops.failures import failures
+from swinaccel.ops.observed import is_onnx_export
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

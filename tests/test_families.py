@@ -615,13 +615,32 @@ class DropHead(nn.Module):
         return x * (torch.rand(x.shape[0], x.shape[1], 1, 1) > self.drop_prob) / (1 - self.drop_prob)
 
 
-@pytest.mark.parametrize("dropout", [DropHead(), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)], ids=lambda d: str(type(d)))
-def test_other_dropouts_are_refused(dropout):
+def test_dropout_of_unknown_code_is_refused():
     model = helpers.timm_block((8, 8), shift=2)
-    model.attn.attn_drop = dropout
+    model.attn.attn_drop = DropHead()
     model.attn.fused_attn = False
     (entry,) = swinaccel.plan(model)
     assert entry.status == "original"
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout2d(0.5), nn.AlphaDropout(0.5)], ids=lambda d: str(type(d)))
+def test_other_dropouts_drop_by_themselves(dropout):
+    """While they drop nothing they are none; else the original runs."""
+    model = helpers.timm_block((8, 8), shift=2)
+    model.attn.attn_drop = dropout
+    model.attn.fused_attn = False
+    model.train()
+    twin, x = copy.deepcopy(model), torch.randn(2, 8, 8, 16)
+    swinaccel.accelerate(model, backend="torch")
+    for mode in (True, False):
+        with torch.no_grad():
+            outs = []
+            for one in (model.train(mode), twin.train(mode)):
+                torch.manual_seed(0)
+                outs.append(one(x))
+        helpers.assert_close(*outs)
+    (entry,) = swinaccel.report(model)
+    assert (entry.calls, entry.fallbacks) in ((0, 0), (2, 1))
 
 
 class Tempered(nn.Module):

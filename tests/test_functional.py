@@ -18,8 +18,14 @@ from torch import Tensor
 
 import swinaccel
 from swinaccel import functional, ops
-from swinaccel.backends import torch_windows
+from swinaccel.backends.torch import windows as torch_windows
+from swinaccel.backends.triton import bias as bias_launches
+from swinaccel.backends.triton import window as window_launches
+from swinaccel.backends.triton import window_bwd as window_bwd_launches
 from swinaccel.config import env_interpret
+from swinaccel.errors import KernelError
+from swinaccel.ops import position
+from swinaccel.ops import window as window_ops
 from swinaccel.spec import reference
 from swinaccel.spec.window import Geometry
 
@@ -46,7 +52,7 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("SWINACCEL_STRICT", "1")
     if request.param == "torch":
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    count(ops, "shifted_window_attention", "triton")
+    count(window_ops, "shifted_window_attention", "triton")
     count(torch_windows, "attention", "torch")
     with helpers.poisoned_empty(monkeypatch):
         yield helpers.DEVICES[request.param]
@@ -167,6 +173,7 @@ CASES = [
     Case(20, scale=0.0, masks=3),
     Case(64, cosine=True, has_bias=False),
     Case(65, windows=3, masks=3),
+    Case(256, windows=1, dim=8),
     Case(130, windows=1, cosine=True),
 ]
 
@@ -355,9 +362,9 @@ def test_forms_of_the_operands(tokens, kind, backend):
 def test_nothing_is_copied_or_kept(tokens, kind, monkeypatch):
     """The kernels read q, k and v where they are, the output lies as q does, and no score outlives the call."""
     read: list[int] = []
-    direct = ops.shifted_window_attention
+    direct = window_ops.shifted_window_attention
     monkeypatch.setattr(
-        ops,
+        window_ops,
         "shifted_window_attention",
         lambda qkv, *args, **options: read.extend(t.data_ptr() for t in qkv) or direct(qkv, *args, **options),
     )
@@ -608,7 +615,7 @@ def test_operator_passes_opcheck(monkeypatch):
             seen.append(args)
             return original(*args)
 
-    monkeypatch.setattr(ops, "_is_observed", lambda: True)  # or short calls go past the dispatcher
+    monkeypatch.setattr(window_ops, "is_observed", lambda: True)  # or short calls go past the dispatcher
     torch.ops.swinaccel.shifted_window_attention = Recorded()
     try:
         differentiate(call, inputs, WINDOWS)
@@ -685,13 +692,12 @@ def test_second_derivatives():
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_a_kernel_that_fails(rate, monkeypatch, caplog):
     """Plain PyTorch gives the numbers, and says so once; strict mode raises."""
-    from swinaccel.backends import triton as kernels
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of resource: shared memory\nand much more")
 
     inputs = Case(9).make()
-    monkeypatch.setattr(kernels, "shifted_window_attention", broken)
+    monkeypatch.setattr(window_launches, "shifted_window_attention", broken)
     with caplog.at_level(logging.WARNING, "swinaccel"):
         for _ in range(2):
             out = call(**inputs, dropout=rate)
@@ -700,14 +706,17 @@ def test_a_kernel_that_fails(rate, monkeypatch, caplog):
             assert bool(torch.isfinite(out).all())
     assert len(caplog.records) == 1
     monkeypatch.setenv("SWINACCEL_STRICT", "1")
-    with pytest.raises(ops.KernelError, match="out of resource"):
+    with pytest.raises(KernelError, match="out of resource"):
         call(**inputs, dropout=rate)
 
 
-@pytest.mark.parametrize("place", ["shifted_window_attention", "shifted_window_attention_backward"])
-def test_out_of_memory_is_no_failure(place, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("owner", "place"),
+    [(window_launches, "shifted_window_attention"), (window_bwd_launches, "shifted_window_attention_backward")],
+    ids=["forward", "backward"],
+)
+def test_out_of_memory_is_no_failure(owner, place, monkeypatch, caplog):
     """It comes through as it is, so that a caller can try a smaller batch, which the kernels then run."""
-    from swinaccel.backends import triton as kernels
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -718,8 +727,7 @@ def test_out_of_memory_is_no_failure(place, monkeypatch, caplog):
         call(**{**inputs, "v": inputs["v"].detach().requires_grad_()}).sum().backward()
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "swinaccel"):
-        patch.setattr(kernels, place, full)
-        patch.setattr(kernels, "retry_with_defaults", lambda: pytest.fail("tuned launches are given up"))
+        patch.setattr(owner, place, full)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             step()
     assert not ops.has_failures()
@@ -729,14 +737,12 @@ def test_out_of_memory_is_no_failure(place, monkeypatch, caplog):
 
 
 def test_out_of_memory_of_the_bias_table(monkeypatch):
-    from swinaccel.backends import triton as kernels
-
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(kernels, "position_table", full)
+    monkeypatch.setattr(bias_launches, "position_table", full)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        ops.position_table(torch.randn(9, 2), torch.randn(4, 2), torch.randn(4), torch.randn(1, 4))
+        position.position_table(torch.randn(9, 2), torch.randn(4, 2), torch.randn(4), torch.randn(1, 4))
     assert not ops.has_failures()
 
 

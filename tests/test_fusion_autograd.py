@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel import fusion_autograd as recorded
 from swinaccel import ops
-from swinaccel.backends import triton_fusion as kernels
-from swinaccel.backends import triton_fusion_bwd
+from swinaccel.backends.triton import block as kernels
+from swinaccel.backends.triton import block_bwd as triton_block_bwd
+from swinaccel.ops import block_autograd as recorded
 
 KEEPS_VERDICTS = True
 
@@ -235,7 +235,7 @@ def test_slope_of_gelu():
     else:
         x = torch.linspace(-12, 12, 4001).to(torch.float16)
     rows = x.view(1, -1)
-    slope, out, sums = triton_fusion_bwd.gelu(torch.ones_like(rows), rows)
+    slope, out, sums = triton_block_bwd.gelu(torch.ones_like(rows), rows)
     leaf = rows.double().requires_grad_()
     F.gelu(leaf).sum().backward()
     assert (slope.double() - leaf.grad).abs().max() <= 6e-4  # half a unit in the last place of 1.13
@@ -511,7 +511,7 @@ def test_a_backward_that_fails(v2, monkeypatch):
     def fail(*_, **__):
         raise kernels.LaunchError("no")
 
-    monkeypatch.setattr(triton_fusion_bwd, "_launch", fail)
+    monkeypatch.setattr(triton_block_bwd, "_launch", fail)
     assert_alike(twin, model)
     for _ in range(2):  # projections, too
         assert_alike(twin, model, dtype=HALF)

@@ -19,7 +19,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel import functional
-from swinaccel.backends import triton as triton_backend
+from swinaccel.backends.triton import launches
 from swinaccel.spec import reference, window
 
 X = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
@@ -285,10 +285,10 @@ def pairs(monkeypatch):
         made.append(problem)
         return dataclasses.replace(large(**problem), images=2)
 
-    triton_backend.forget_launches()
+    launches.forget_launches()
     monkeypatch.setattr(launch, "large", paired)
     yield
-    triton_backend.forget_launches()
+    launches.forget_launches()
     assert made
 
 
@@ -350,13 +350,25 @@ def test_large_windows_shifted_by_one(shift, strict_kernels):
     compare_images(image_problem((6, 11), 1, shift))
 
 
-def test_rows_of_the_lowest_numbers_are_means(strict_kernels):
-    tokens = 66
-    q, k, v = torch.randn(3, 2, 1, tokens, 12, device=TRITON_DEVICE)
+@pytest.mark.parametrize("tokens", [9, 66])
+def test_rows_of_the_lowest_numbers_are_means(tokens, strict_kernels):
+    q, k, v = (torch.randn(2, 1, tokens, 12, device=TRITON_DEVICE).requires_grad_() for _ in range(3))
     mask = torch.zeros(1, tokens, tokens, device=TRITON_DEVICE)
     mask[0, 5] = torch.finfo(torch.float32).min
-    out = functional.window_attention(q, k, v, mask=mask)
-    helpers.assert_close(out[:, :, 5], v.mean(2), 1e-4)
+    out, grad = functional.window_attention(q, k, v, mask=mask)[:, :, 5], torch.randn(2, 1, 12, device=TRITON_DEVICE)
+    found = torch.autograd.grad(out, (q, v), grad)
+    helpers.assert_close(out, v.mean(2), 1e-4)
+    scores = (v @ grad[..., None]).squeeze(-1)  # gradients of the weights, which are all alike
+    scores = (scores - scores.mean(-1, keepdim=True)) / tokens
+    helpers.assert_close(found[0][:, :, 5], (scores[..., None, :] @ k).squeeze(-2) / 12**0.5, 1e-4)
+    helpers.assert_close(found[1], (grad / tokens)[:, :, None].expand_as(v), 1e-4)
+
+
+def test_gradients_of_large_scores_are_finite(strict_kernels):
+    """Queries beyond the window weigh nothing, and not infinity times nothing."""
+    q, k, v = (torch.full((1, 1, 66, 16), 8.0, device=TRITON_DEVICE).requires_grad_() for _ in range(3))
+    functional.window_attention(q, k, v, scale=1.0).sum().backward()
+    assert all(bool(one.grad.isfinite().all()) for one in (q, k, v))
 
 
 @pytest.mark.parametrize("tokens", [9, 66])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swinaccel import ops
+from swinaccel.ops import window as window_ops
 from swinaccel.spec import reference
 from swinaccel.spec.window import Geometry
 
@@ -76,7 +77,7 @@ pytestmark = pytest.mark.usefixtures("strict_kernels")
 
 
 def attend(qkv: Any, geometry: Geometry, **options: Any) -> Tensor:
-    out = ops.shifted_window_attention(qkv, geometry, **options)
+    out = window_ops.shifted_window_attention(qkv, geometry, **options)
     assert not ops.has_failures()
     return out
 
@@ -611,8 +612,8 @@ def test_offsets_beyond_32_bits(dtype):
 @pytest.mark.gpu
 def test_small_shared_memory(monkeypatch):
     """Launches adapt to GPUs with less shared memory than the one at hand."""
-    from swinaccel.backends import triton as backend
+    from swinaccel.backends.triton import devices
 
-    monkeypatch.setattr(backend, "shared_memory_override", 64 * 1024)
+    monkeypatch.setattr(devices, "shared_memory_override", 64 * 1024)
     for window, dim in itertools.product([(7, 7), (12, 12), (16, 16)], [32, 128]):
         run(Case(window, (32, 32), (3, 3), dim=dim), torch.float16)

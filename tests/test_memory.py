@@ -16,11 +16,11 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel.failures import failures
 from swinaccel.layers import twin
+from swinaccel.ops.failures import failures
 from swinaccel.runtime import call
 from swinaccel.runtime.guard import Guard, NotGuardable
-from swinaccel.runtime.state import state_of
+from swinaccel.runtime.plan import state_of
 
 X = torch.randn(1, 8, 8, 16).to(TRITON_DEVICE)
 TOKENS = X.view(1, 64, 16)

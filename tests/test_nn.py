@@ -14,8 +14,8 @@ from helpers import TRITON_DEVICE, randomize
 from torch import Tensor, nn
 
 import swinaccel
-from swinaccel import ops
-from swinaccel.backends import torch_windows
+from swinaccel.backends.torch import windows as torch_windows
+from swinaccel.ops import window as window_ops
 
 BOTH = pytest.mark.parametrize("device", ["triton", "torch"], indirect=True)
 
@@ -30,7 +30,7 @@ def device(request, monkeypatch):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **options: calls.append(key) or original(*args, **options))
 
-    count(ops, "shifted_window_attention", "triton")
+    count(window_ops, "shifted_window_attention", "triton")
     count(torch_windows, "attention", "torch")
     if request.param == "torch":
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)

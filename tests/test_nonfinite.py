@@ -14,10 +14,12 @@ from test_backward import exactly, gradients, leaves, named, reference_gradients
 from test_kernels import Case
 from torch import Tensor
 
-from swinaccel import functional, ops, sequence_ops
-from swinaccel.backends import torch as torch_backend
-from swinaccel.backends import torch_windows
-from swinaccel.backends.triton_sequence import Problem
+from swinaccel import functional
+from swinaccel.backends.torch import window as torch_backend
+from swinaccel.backends.torch import windows as torch_windows
+from swinaccel.backends.triton.sequence import Problem
+from swinaccel.ops import position
+from swinaccel.ops import sequence as sequence_ops
 from swinaccel.spec import reference
 from swinaccel.spec.window import Section
 
@@ -270,18 +272,19 @@ def test_coordinates_beyond_the_hidden_channels():
     coords[3, 0], weight1[2, 1], bias1[5], weight2[1, 7] = INF, -INF, NAN, INF
     for hidden in (slice(0, 2), slice(3, 5), slice(0, 20)):  # without NaN, with and without what is infinite
         expected = 16 * torch.sigmoid(weight2[:, hidden] @ torch.relu(coords @ weight1[hidden].t() + bias1[hidden]).t())
-        found = ops.position_table(coords, weight1[hidden], bias1[hidden], weight2[:, hidden])
+        found = position.position_table(coords, weight1[hidden], bias1[hidden], weight2[:, hidden])
         assert torch.equal(found.isnan(), expected.t().isnan())
 
 
 def test_gelu():
-    from swinaccel.backends import triton_fusion, triton_fusion_bwd
+    from swinaccel.backends.triton import block as triton_block
+    from swinaccel.backends.triton import block_bwd as triton_block_bwd
 
     x = torch.tensor([[NAN, INF, -INF, 1.0, -1.0, 0.0]] * 2, dtype=torch.float16, device=TRITON_DEVICE)
     x.requires_grad_()
     expected = torch.nn.functional.gelu(x)
     (slope,) = torch.autograd.grad(expected.sum(), x)
-    found_slope, out, _ = triton_fusion_bwd.gelu(torch.ones_like(x), x.detach())
-    for one in (triton_fusion.gelu(x.detach()), out):
+    found_slope, out, _ = triton_block_bwd.gelu(torch.ones_like(x), x.detach())
+    for one in (triton_block.gelu(x.detach()), out):
         torch.testing.assert_close(one, expected.detach(), equal_nan=True)
     torch.testing.assert_close(found_slope, slope, equal_nan=True)

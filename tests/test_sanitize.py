@@ -25,7 +25,7 @@ TEXT = """========= COMPUTE-SANITIZER
 def test_reports_are_counted_by_kernel():
     kernels = sanitize.all_kernels()
     assert {"_norm_kernel", "_window_attention_bwd_query_kernel"} <= kernels
-    for incoming, is_same in (7, True), (8, False):
+    for incoming, is_same in (7, True), (8, True), (200, False):
         assert list(sanitize.reports(TEXT.format(incoming=incoming), kernels)) == [
             ("_norm_kernel", False),
             ("_window_attention_bwd_query_kernel", is_same),

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinaccel import functional, ops, sequence_ops
-from swinaccel.backends import torch_sequence
-from swinaccel.backends import triton as windows
-from swinaccel.backends import triton_sequence as backend
-from swinaccel.backends.triton_sequence import Problem
+from swinaccel import functional, ops
+from swinaccel.backends.torch import sequence as torch_sequence
+from swinaccel.backends.triton import devices, launches
+from swinaccel.backends.triton import sequence as backend
+from swinaccel.backends.triton.sequence import Problem
 from swinaccel.errors import KernelError
+from swinaccel.ops import sequence as sequence_ops
 from swinaccel.spec import reference
 
 # The interpreter cuts bfloat16 off where a GPU rounds, so errors of that dtype are compared on the GPU only.
@@ -145,7 +146,7 @@ def small_tiles(monkeypatch):
     if TRITON_DEVICE == "cpu":
         first = sequence_launch._first
         monkeypatch.setattr(sequence_launch, "_first", lambda shapes, *rest: first(((16, 16, 2, 1),), *rest))
-        monkeypatch.setattr(windows, "_launches", {})
+        monkeypatch.setattr(launches, "launches", {})
 
 
 BLOCKS = [
@@ -248,13 +249,13 @@ def descriptors(monkeypatch, small_tiles):
     from swinaccel.kernels import sequence_launch
 
     if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(windows, "has_copy_engine", lambda device: True)
+        monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
         for name, columns in (("FORWARD", 32), ("QUERY", 16), ("KEY", 16)):
             shape = sequence_launch.SequenceLaunch(16, columns, 64, 16, 4, 1)
             monkeypatch.setattr(sequence_launch, f"DESCRIBED_{name}", shape)
     made = []
-    launch = windows.DescribedLaunch.__call__
-    monkeypatch.setattr(windows.DescribedLaunch, "__call__", lambda self, *args: made.append(1) or launch(self, *args))
+    launch = launches.DescribedLaunch.__call__
+    monkeypatch.setattr(launches.DescribedLaunch, "__call__", lambda self, *args: made.append(1) or launch(self, *args))
     return made
 
 
@@ -767,7 +768,8 @@ def test_failed_kernels(broken, case, monkeypatch, caplog, small_tiles):
             for ours, truth in zip(found, exact, strict=True):
                 helpers.assert_close(ours.cpu().double(), truth)
     assert [record.getMessage() for record in caplog.records] == [
-        "the Triton kernel failed: RuntimeError: out of resource: shared memory; plain PyTorch runs instead"
+        "the Triton kernel failed: RuntimeError: out of resource: shared memory;"
+        " PyTorch computes the same from now on, at its own speed"
     ]
 
 
@@ -979,7 +981,7 @@ def test_full_sizes(case, dtype):
 @pytest.mark.parametrize("limit", [64, 99])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 def test_small_shared_memory(limit, dtype, monkeypatch):
-    monkeypatch.setattr(windows, "shared_memory_override", limit * 1024)
+    monkeypatch.setattr(devices, "shared_memory_override", limit * 1024)
     for case in (Case(300, rank=16, dim=64, causal=True, masks=1), Case(300, block_size=64, window_blocks=2, dim=128)):
         compare(case, "triton", dtype)
 

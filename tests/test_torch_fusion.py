@@ -12,8 +12,8 @@ from helpers import check
 from torch import nn
 
 import swinaccel
-from swinaccel.backends import torch as torch_backend
-from swinaccel.backends import torch_fusion
+from swinaccel.backends.torch import block as torch_block
+from swinaccel.backends.torch import window as torch_backend
 from swinaccel.runtime import block as fused
 
 KEEPS_VERDICTS = True
@@ -23,11 +23,11 @@ KEEPS_VERDICTS = True
 def small(monkeypatch):
     """Parts of few rows, so that tiny models have several; counts MLPs in parts."""
     calls = []
-    rest = torch_fusion.rest
-    monkeypatch.setattr(torch_fusion, "fewest_rows", 10)
-    monkeypatch.setattr(torch_fusion, "hidden_numbers", 10)
+    rest = torch_block.rest
+    monkeypatch.setattr(torch_block, "fewest_rows", 10)
+    monkeypatch.setattr(torch_block, "hidden_numbers", 10)
     monkeypatch.setattr(torch_backend, "part_rows", 90)
-    monkeypatch.setattr(torch_fusion, "rest", lambda *arguments: calls.append(None) or rest(*arguments))
+    monkeypatch.setattr(torch_block, "rest", lambda *arguments: calls.append(None) or rest(*arguments))
     return calls
 
 
@@ -171,11 +171,11 @@ def test_gradients_are_recorded_for_the_whole_batch(small):
 
 def test_worth():
     """One part is no gain: its rows are those of the module, and so are its products."""
-    assert torch_fusion.is_worth(torch.empty(1, 3136, 96))
-    assert not torch_fusion.is_worth(torch.empty(1, 784, 192))
-    assert torch_fusion.is_worth(torch.empty(8, 784, 192))
-    assert not torch_fusion.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16))
-    assert not torch_fusion.is_worth(torch.empty(0, 3136, 96))
+    assert torch_block.is_worth(torch.empty(1, 3136, 96))
+    assert not torch_block.is_worth(torch.empty(1, 784, 192))
+    assert torch_block.is_worth(torch.empty(8, 784, 192))
+    assert not torch_block.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16))
+    assert not torch_block.is_worth(torch.empty(0, 3136, 96))
 
 
 class Minimum(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import swinaccel
-from swinaccel.backends import torch as torch_backend
+from swinaccel.backends.torch import window as torch_backend
 
 X = torch.randn(2, 8, 8, 16, generator=torch.Generator().manual_seed(3))
 INF, NAN = float("inf"), float("nan")

@@ -1,6 +1,6 @@
 """Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
 
-The census of the README (docs/supported.py) and the tests run the same list. Nothing is downloaded; what is no
+The census (docs/results/supported.py) and the tests run the same list. Nothing is downloaded; what is no
 package comes from the stand-ins of microsoft_models.py, descendant_models.py and video_models.py.
 """
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .softmax import at_least, drawn_in
+from .softmax import at_least, clamp_finite
 from .tiles import Geometry, place_window, shift_region, table_row
 
 
@@ -15,7 +15,9 @@ def _expand_bias_kernel(
     num_tokens, num_rows, num_cols, num_heads,
     LIMIT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of HEADS heads; table[index], -inf in columns beyond the window, NaN where there is no row.
+    """Expand a table to the dense form, table[index]: -inf in columns beyond the window, NaN where there is no row.
+
+    One program: a tile of HEADS heads.
 
     The index is the larger read by far, and all heads share it.
     """
@@ -29,7 +31,7 @@ def _expand_bias_kernel(
     for head in tl.range(first, tl.minimum(first + HEADS, num_heads)):
         ptrs = table_ptr + row * stride_table_row + head * stride_table_head
         bias = tl.load(ptrs, mask=inside & there, other=float("nan"))
-        bias = drawn_in(bias, LIMIT)  # of the dense form, which may be narrower than the table
+        bias = clamp_finite(bias, LIMIT)  # of the dense form, which may be narrower than the table
         bias = tl.where(inside, bias, tl.where((offs_n < num_tokens)[None, :], 0.0, float("-inf")))
         offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
         tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)
@@ -45,7 +47,7 @@ def _reduce_bias_kernel(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one offset between query and key, and one head. Adds up its pairs, which share a row of the table.
+    """Add up the pairs of one offset between query and key, and one head, which share a row of the table.
 
     That they share it is what a relative position bias is, but it is the live index that decides: a pair whose row
     is another one goes there by itself, and one without a row nowhere.
@@ -86,25 +88,25 @@ def _reduce_bias_kernel(
 
 @triton.jit
 def _check_mask_kernel(
-    unusual_ptr,  # (windows, CHECKS), int32
+    mask_differs_ptr,  # (windows, CHECKS), int32
     mask_ptr,  # (windows, N, N)
     windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, mask_value,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, CHECKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: whether its share of one window's mask is anything but what the shift implies."""
+    """Note whether a share of one window's mask is anything but the mask that the shift implies."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     nothing = (0, 0, 0)
     geometry = Geometry(nothing, (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), nothing)
     window = place_window(tl.program_id(0), geometry, VOLUME)
-    unusual = tl.zeros((BLOCK,), tl.int32)
+    differs = tl.zeros((BLOCK,), tl.int32)
     for first in tl.range(tl.program_id(1) * BLOCK, N * N, CHECKS * BLOCK):
         offs = first + tl.arange(0, BLOCK)
         region_q = shift_region(offs // N, window, geometry, WINDOW)
         region_k = shift_region(offs % N, window, geometry, WINDOW)
         implied = tl.where(region_q != region_k, mask_value, 0.0)
         value = tl.load(mask_ptr + window.number.to(tl.int64) * (N * N) + offs, mask=offs < N * N, other=0.0)
-        unusual |= ((value.to(tl.float32) != implied) & (offs < N * N)).to(tl.int32)
-    tl.store(unusual_ptr + window.number * CHECKS + tl.program_id(1), tl.max(unusual, axis=0))
+        differs |= ((value.to(tl.float32) != implied) & (offs < N * N)).to(tl.int32)
+    tl.store(mask_differs_ptr + window.number * CHECKS + tl.program_id(1), tl.max(differs, axis=0))
 
 
 @triton.jit
@@ -116,7 +118,7 @@ def _position_table_kernel(
     num_rows,
     HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3 and section 3.3).
+    """Compute SwinV2's bias table, 16 · sigmoid(MLP(log-spaced coordinates)) (arXiv:2111.09883, eq. 3, section 3.3).
 
     One program: BLOCK_T rows of one head. Every head computes the hidden channels anew, since what so small a kernel
     takes is the way through one program, and not the work of all. The heads come first in memory: neighbours in a

@@ -21,7 +21,7 @@ def _embed_kernel(
     C: tl.constexpr, K: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, HAS_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M patches, along the rows of the image, in parts of BLOCK_K numbers each.
+    """Embed BLOCK_M patches, along the rows of the image, in parts of BLOCK_K numbers each.
 
     In 16 numbers there are few rows of a patch, so that a load reads long runs of neighbouring patches' pixels.
     """

@@ -1,4 +1,4 @@
-"""Launches of what stands around the attention. Chosen by measurement on an H200 (docs/benchmarks.md)."""
+"""Launches of what stands around the attention. Chosen by measurement on an H200 (docs/notes.md)."""
 
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def rows(channels: int) -> RowsLaunch:
 
 
 def backward_programs(tiles: int, multiprocessors: int) -> int:
-    """How many programs share that many tiles of rows."""
+    """Return how many programs share that many tiles of rows."""
     return max(1, min(tiles, _BACKWARD_PROGRAMS * multiprocessors))
 
 
@@ -101,7 +101,7 @@ def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) 
 
 
 def describe(matrix: Any, block: tuple[int, int]) -> TensorDescriptor:
-    """The descriptor of a contiguous tensor (..., columns) for tiles of so many rows and columns."""
+    """Return the descriptor of a contiguous tensor (..., columns) for tiles of so many rows and columns."""
     columns = matrix.shape[-1]
     return TensorDescriptor(matrix, [matrix.numel() // columns, columns], [columns, 1], list(block))
 

@@ -1,6 +1,6 @@
-"""From the shape of a problem to the shape of a launch. Plain arithmetic: no device is asked, nothing is tuned.
+"""From the shape of a problem to the shape of a launch. Plain arithmetic: no device is asked.
 
-The numbers were chosen by measurement on an H200 at head_dim 32 (docs/benchmarks.md); what must hold elsewhere is
+The numbers were chosen by measurement on an H200 at head_dim 32 (docs/notes.md); what must hold elsewhere is
 that a launch fits `shared_memory`, which the caller reads from the device.
 """
 
@@ -61,14 +61,14 @@ class LargeBackwardLaunch(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one program of the bias gradient sums over: window positions, and images of each."""
+    """Share of one program of the bias gradient: window positions, and images of each."""
 
     windows: int
     images: int
 
 
 def power_of_two(value: int, least: int = 16) -> int:
-    """The smallest power of two that is at least `value` and `least`."""
+    """Return the smallest power of two that is at least `value` and `least`."""
     return max(least, 1 << (value - 1).bit_length())
 
 
@@ -97,7 +97,7 @@ def large(
     images = 2 if pairs else 1
 
     def needed() -> int:
-        """q; in fp32 also the output, on its way to memory; in each stage k, v and, at worst, bias and a mask."""
+        """Return the bytes for q, in fp32 the output too, and in each stage k, v and, at worst, bias and a mask."""
         own = block_m * block_d * (8 if element_size == 4 else element_size)
         stage = images * 2 * block_n * block_d * element_size + block_m * block_n * (4 + element_size)
         return images * own + num_stages * stage
@@ -110,14 +110,14 @@ def large(
 
 
 def is_small_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> bool:
-    """Whether a problem is one for the small-window backward, which holds all of a window at once."""
+    """Return True if a problem is one for the small-window backward, which holds all of a window at once."""
     if tokens > SMALL_WINDOW:
         return False
     return _small_backward_stage(power_of_two(tokens), power_of_two(head_dim), element_size) <= shared_memory
 
 
 def _small_backward_stage(block_n: int, block_d: int, element_size: int) -> int:
-    """Bytes of shared memory of the small-window backward without pipelining: q, k, v, dO, and two tiles of scores."""
+    """Return bytes of shared memory of the small-window backward, unpipelined: q, k, v, dO, two tiles of scores."""
     return (4 * block_n * block_d + 2 * block_n * block_n) * element_size
 
 
@@ -136,7 +136,7 @@ def small_backward(
 
 
 def bias_chunk(*, tiles: int, windows: int, batch: int) -> Chunk:
-    """How the sum over windows and images is split, for about `_BACKWARD_PROGRAMS` programs."""
+    """Return how the sum over windows and images is split, for about `_BACKWARD_PROGRAMS` programs."""
     parts = max(1, _BACKWARD_PROGRAMS // tiles)
     if parts <= windows:
         return Chunk(-(-windows // parts), max(1, batch))
@@ -144,7 +144,7 @@ def bias_chunk(*, tiles: int, windows: int, batch: int) -> Chunk:
 
 
 def large_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeBackwardLaunch:
-    """Launches of the three backward kernels for windows of more than SMALL_WINDOW tokens."""
+    """Return launches of the three backward kernels for windows of more than SMALL_WINDOW tokens."""
     block_d = power_of_two(head_dim)
 
     def fit(block_m: int, block_n: int, num_stages: int, max_registers: int | None = None) -> LargeLaunch:

@@ -14,7 +14,7 @@ from .pointwise import load_channels, normalised
 
 @triton.jit
 def _erfc(h):
-    """erfc(h · √2) of h ≥ 0."""
+    """Return erfc(h · √2) of h ≥ 0."""
     p = 4.053060256e-04 * h + 1.324298792e-03
     p = p * h + 9.554697899e-04
     p = p * h + 2.599453181e-02
@@ -30,7 +30,7 @@ def _erfc(h):
 
 @triton.jit
 def gelu(x):
-    """x · Φ(x) of fp32 numbers, for results in 16 bits."""
+    """Return x · Φ(x) of fp32 numbers, for results in 16 bits."""
     half = tl.abs(x) * 0.5
     h = tl.minimum(half, 16.0)
     return x * 0.5 + half - h * _erfc(h)
@@ -38,7 +38,7 @@ def gelu(x):
 
 @triton.jit
 def gelu_and_slope(x):
-    """x · Φ(x), and its derivative Φ(x) + x · φ(x), likewise."""
+    """Return x · Φ(x), and its derivative Φ(x) + x · φ(x), likewise."""
     half = tl.abs(x) * 0.5
     h = tl.minimum(half, 16.0)
     erfc = _erfc(h)
@@ -54,7 +54,7 @@ def _gelu_kernel(
     numbers,
     BLOCK: tl.constexpr,
 ):
-    """GELU of each number."""
+    """Compute GELU of each number."""
     first = tl.cast(tl.program_id(0), tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     inside = offs < numbers - first
@@ -72,7 +72,7 @@ def _linear_gelu_kernel(
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """GELU(x weightᵀ + bias). One program takes one tile (BLOCK_M, BLOCK_N) after the other.
+    """Compute GELU(x weightᵀ + bias). One program takes one tile (BLOCK_M, BLOCK_N) after the other.
 
     Both loops are one to the compiler, so that the next tile's operands are on their way while the last one's GELU is
     computed, and another program of the multiprocessor multiplies meanwhile. Tiles leave in halves, for the sake of
@@ -112,7 +112,7 @@ def _mlp_kernel(
     C: tl.constexpr, HIDDEN: tl.constexpr, PRE_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """All of a block after its attention. One program: BLOCK_M rows, whose hidden channels pass by in tiles.
+    """Compute all of a block after its attention. One program: BLOCK_M rows, whose hidden channels pass by in tiles.
 
     With PRE_NORM total + mlp(norm(total)) of total = x + branch, else x + norm(mlp(x)); mlp(y) is
     GELU(y weight1ᵀ + bias1) weight2ᵀ + bias2. The rows (BLOCK_M, BLOCK_C) stay, before the MLP and behind it.

@@ -1,4 +1,4 @@
-"""What stands between the products of a Swin block, with its neighbours in memory: normalisation with the residual
+"""Kernels between the products of a Swin block, with its neighbours in memory: normalisation with the residual
 sum before or after it, and the gathering of patches that are merged.
 
 All of it is bound by memory: a program holds whole rows of C channels in registers, reads each number once, and keeps
@@ -17,13 +17,13 @@ ADD = tl.constexpr(3)  # total = x + branch
 
 @triton.jit
 def load_channels(ptr, offs_c, C: tl.constexpr):
-    """One number of each channel, for all rows: (1, BLOCK_C), fp32, zero beyond C."""
+    """Load one number of each channel, for all rows: (1, BLOCK_C), fp32, zero beyond C."""
     return tl.load(ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def standardised(tile, offs_c, eps, C: tl.constexpr):
-    """(tile - mean) / sqrt(variance + eps) of each row, and of the rows mean and 1 / sqrt(variance + eps).
+    """Return (tile - mean) / sqrt(variance + eps) of each row, the means and 1 / sqrt(variance + eps).
 
     The tile is (rows, BLOCK_C), fp32, zero beyond C, and so is the result.
     """
@@ -36,7 +36,7 @@ def standardised(tile, offs_c, eps, C: tl.constexpr):
 
 @triton.jit
 def weighted(tile, weight_ptr, bias_ptr, offs_c, C: tl.constexpr):
-    """tile * weight + bias, where there are those of each channel."""
+    """Return tile * weight + bias, where there are those of each channel."""
     if weight_ptr is not None:
         tile *= load_channels(weight_ptr, offs_c, C)
     if bias_ptr is not None:
@@ -50,13 +50,13 @@ def normalised(
     weight_ptr, bias_ptr,  # (C,) or None
     offs_c, eps, C: tl.constexpr,
 ):  # fmt: skip
-    """Each row as `torch.nn.functional.layer_norm` makes it; fp32."""
+    """Return each row as `torch.nn.functional.layer_norm` makes it; fp32."""
     return weighted(standardised(tile, offs_c, eps, C)[0], weight_ptr, bias_ptr, offs_c, C)
 
 
 @triton.jit
 def load_factors(scale_ptr, row, rows, sample_rows):
-    """What the branch of each row's sample is multiplied by: (rows, 1), fp32."""
+    """Load the factors of each row's sample, by which its branch is multiplied: (rows, 1), fp32."""
     return tl.load(scale_ptr + row // sample_rows, mask=row < rows, other=0.0).to(tl.float32)[:, None]
 
 
@@ -72,7 +72,7 @@ def _norm_kernel(
     rows, sample_rows, eps,
     C: tl.constexpr, MODE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The norm of rows, or of their sum, or the sum with a norm, or the sum. One program: ROWS rows."""
+    """Compute the norm of rows, or of their sum, or the sum with a norm, or the sum. One program: ROWS rows."""
     tl.static_assert(C <= BLOCK_C)
     first = tl.cast(tl.program_id(0), tl.int64) * ROWS
     offs_r = tl.arange(0, ROWS)
@@ -118,7 +118,7 @@ def _merge_kernel(
     height, width, eps,
     C: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS tokens of the output, each its four patches: left column first, top to bottom; or their norm.
+    """Gather four patches for each of ROWS tokens: left column first, top to bottom; or compute their norm.
 
     Patches beyond an odd height or width are zeros, which count in the statistics.
     """
@@ -126,10 +126,10 @@ def _merge_kernel(
     first = tl.cast(tl.program_id(0), tl.int64) * ROWS
     token = first + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
-    part, channel = offs_c // C, offs_c % C
+    patch, channel = offs_c // C, offs_c % C
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    row = (token // out_width % out_height * 2)[:, None] + (part % 2)[None, :]
-    col = (token % out_width * 2)[:, None] + (part // 2)[None, :]
+    row = (token // out_width % out_height * 2)[:, None] + (patch % 2)[None, :]
+    col = (token % out_width * 2)[:, None] + (patch // 2)[None, :]
     image = (token // (out_width * out_height))[:, None]
     real = (token < rows)[:, None] & (offs_c < 4 * C)[None, :] & (row < height) & (col < width)
     offs = ((image * height + row) * width + col) * C + channel[None, :]

@@ -14,7 +14,7 @@ from .pointwise import NORM_ADD, load_channels, load_factors
 
 @triton.jit
 def place_tile(tile, rows, offs_c, C: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's rows (ROWS,); and of its numbers (ROWS, BLOCK_C), whether they are there, and where."""
+    """Return a tile's rows (ROWS,), and of its numbers (ROWS, BLOCK_C), whether they are there, and where."""
     row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
     return row, (row < rows)[:, None] & (offs_c < C)[None, :], row[:, None] * C + offs_c[None, :]
 
@@ -33,7 +33,7 @@ def _norm_bwd_kernel(
     rows, sample_rows,
     C: tl.constexpr, MODE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of `_norm_kernel`, whose MODE and operands these are.
+    """Compute the gradients of `_norm_kernel`, whose MODE and operands these are.
 
     One program: every programs-th tile of ROWS rows.
     """
@@ -87,7 +87,7 @@ def _gelu_bwd_kernel(
     rows,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of GELU. One program: BLOCK_C columns of every programs-th tile of ROWS rows."""
+    """Compute the gradient of GELU. One program: BLOCK_C columns of every programs-th tile of ROWS rows."""
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -111,7 +111,7 @@ def _column_sums_kernel(
     rows, sample_rows,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of columns, each row multiplied by its sample's factor. Programs as those of `_gelu_bwd_kernel`."""
+    """Sum columns, each row multiplied by its sample's factor. Programs as those of `_gelu_bwd_kernel`."""
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):

@@ -15,7 +15,7 @@ def runner(
     stream_of: Callable[[int], int] | None,
     device: int,
 ) -> Callable[[Sequence[Any]], None]:
-    """What runs a compiled kernel on a device, which must be the current one, given the kernel's tensors.
+    """Return a function that runs a compiled kernel on a device, which must be the current one, on its tensors.
 
     It is run as torch.compile runs it: the runner of Triton's own makes a dictionary about each launch, for hooks
     that hardly anybody sets, and is left for where someone did.

@@ -18,16 +18,17 @@ import triton.language as tl
 
 from .sequence_fwd import (
     FACTOR_PRECISION,
+    assert_whole_tiles,
     load_mask,
-    load_passing,
     load_rows,
+    load_stream,
     only_visible,
-    passing,
     place,
     plan_walk,
     scores_of,
     sequence_offset,
     store_rows,
+    stream,
     visible_keys,
     visible_queries,
 )
@@ -51,8 +52,8 @@ def _walk_keys(
     """Add to the sums what the keys from `start` to `end` give; see `sequence_fwd._walk_keys`."""
     dq, dq_factor, mean_factor, miss = state
     for first in tl.range(start, end, BLOCK_N):
-        k = load_passing(keys, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
-        v = load_passing(values, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
+        k = load_stream(keys, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
+        v = load_stream(values, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
@@ -97,11 +98,9 @@ def _sequence_attention_bwd_query_kernel(
     FACTOR_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dq, dq_factor and δ. One program: BLOCK_M queries of one sequence, which stay, as in the forward; keys pass."""
-    tl.static_assert(HEAD_DIM <= BLOCK_D)
-    tl.static_assert(RANK <= BLOCK_R)
+    """Compute dq, dq_factor and δ. One program: BLOCK_M queries of one sequence, which stay; keys pass."""
+    assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
     tl.static_assert(RANK > 0 or not FACTOR_GRAD)
-    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M
@@ -111,8 +110,8 @@ def _sequence_attention_bwd_query_kernel(
     q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     k_offset = sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
     v_offset = sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
-    keys = passing(k_ptr, k_offset, stride_k_token, DESCRIBED)
-    values = passing(v_ptr, v_offset, stride_v_token, DESCRIBED)
+    keys = stream(k_ptr, k_offset, stride_k_token, DESCRIBED)
+    values = stream(v_ptr, v_offset, stride_v_token, DESCRIBED)
     grad_ptr += sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
     out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -135,12 +134,12 @@ def _sequence_attention_bwd_query_kernel(
     dq_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     mean_factor = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     miss = tl.zeros((BLOCK_M,), tl.float32)
-    for PART in tl.static_range(3):
-        if PART == 1 or HAS_EDGES:
+    for SEGMENT in tl.static_range(3):
+        if SEGMENT == 1 or HAS_EDGES:
             dq, dq_factor, mean_factor, miss = _walk_keys(
                 (dq, dq_factor, mean_factor, miss), q, q_factor, grad, softmax, delta, keys, values, k_factor_ptr,
-                stride_kf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_m, visible, num_tokens, scale,
-                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
+                stride_kf_token, mask_ptr, bounds[SEGMENT], bounds[SEGMENT + 1], offs_m, visible, num_tokens, scale,
+                HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, SEGMENT != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dq_ptr += sequence_offset(sequence, num_heads, stride_dq_batch, stride_dq_head)
@@ -171,8 +170,8 @@ def _walk_queries(
     dk, dv, dk_factor = state
     for first in tl.range(start, end, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
-        q = load_passing(queries, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
-        grad = load_passing(grads, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
+        q = load_stream(queries, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
+        grad = load_stream(grads, first, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, AT_EDGE, DESCRIBED)
         maximum, log_sum = load_log_sum(lse_ptr, sequence, offs_m, num_tokens, HAS_MASK, AT_EDGE)
         if AT_EDGE:
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
@@ -222,14 +221,12 @@ def _sequence_attention_bwd_key_kernel(
     FACTOR_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dk, dk_factor and dv. One program: BLOCK_N keys of one sequence, which stay; queries pass.
+    """Compute dk, dk_factor and dv. One program: BLOCK_N keys of one sequence, which stay; queries pass.
 
     The first keys have the most queries, so they come first.
     """
-    tl.static_assert(HEAD_DIM <= BLOCK_D)
-    tl.static_assert(RANK <= BLOCK_R)
+    assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
     tl.static_assert(RANK > 0 or not FACTOR_GRAD)
-    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
     tile, sequence = place(tl.cdiv(num_tokens, BLOCK_N), num_sequences, group)
     first_key = tile * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, num_tokens) - 1
@@ -239,8 +236,8 @@ def _sequence_attention_bwd_key_kernel(
     v_ptr += sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
     q_offset = sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     grad_offset = sequence_offset(sequence, num_heads, stride_grad_batch, stride_grad_head)
-    queries = passing(q_ptr, q_offset, stride_q_token, DESCRIBED)
-    grads = passing(grad_ptr, grad_offset, stride_grad_token, DESCRIBED)
+    queries = stream(q_ptr, q_offset, stride_q_token, DESCRIBED)
+    grads = stream(grad_ptr, grad_offset, stride_grad_token, DESCRIBED)
     delta_ptr += sequence.to(tl.int64) * num_tokens
     k = load_rows(k_ptr, first_key, stride_k_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
     v = load_rows(v_ptr, first_key, stride_v_token, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, not DESCRIBED)
@@ -258,13 +255,13 @@ def _sequence_attention_bwd_key_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk_factor = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for PART in tl.static_range(3):
-        if PART == 1 or HAS_EDGES:
+    for SEGMENT in tl.static_range(3):
+        if SEGMENT == 1 or HAS_EDGES:
             dk, dv, dk_factor = _walk_queries(
                 (dk, dv, dk_factor), k, v, k_factor, queries, grads, lse_ptr, sequence.to(tl.int64), delta_ptr,
-                q_factor_ptr, stride_qf_token, mask_ptr, bounds[PART], bounds[PART + 1], offs_n, visible, num_tokens,
-                scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, PART != 1, DESCRIBED, PRECISION, BLOCK_M, BLOCK_D,
-                BLOCK_R,
+                q_factor_ptr, stride_qf_token, mask_ptr, bounds[SEGMENT], bounds[SEGMENT + 1], offs_n, visible,
+                num_tokens, scale, HEAD_DIM, RANK, HAS_MASK, FACTOR_GRAD, SEGMENT != 1, DESCRIBED, PRECISION, BLOCK_M,
+                BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     dk_ptr += sequence_offset(sequence, num_heads, stride_dk_batch, stride_dk_head)

@@ -15,7 +15,7 @@ this file and `sequence_bwd`:
 Scores are kept as they leave the dot product; the scale, with log2(e) in it, is applied in the exponent's own
 multiply-add, so q is never rounded a second time. The scale is positive.
 
-What passes through the pipeline (k and v here) may be given as descriptors in place of pointers, where tiles are whole:
+Operands that pass through the pipeline (k and v here) may be descriptors in place of pointers, where tiles are whole:
 Hopper's copy engine then brings them, and the registers that held their addresses are free for one more program on
 the multiprocessor.
 """
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .softmax import LARGEST, LOG2E, drawn_in, store_log_sum
+from .softmax import LARGEST, LOG2E, clamp_finite, store_log_sum
 
 # How a product of factors is computed. Positions are factors too, and TF32 would round them like half precision; three
 # TF32 products in place of one of fp32 ("tf32x3") give wrong numbers on Hopper, others at each run, in Triton 3.6.
@@ -39,7 +39,7 @@ PATTERN_BLOCKS = tl.constexpr(2)  # its own block of `block_size` tokens and the
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that its difference to a score of -inf is not NaN; log2 units
 
 
-class Passing(NamedTuple):
+class Stream(NamedTuple):
     """Rows of one sequence that pass through the pipeline."""
 
     source: tl.tensor  # pointer to the first, or the descriptor of a whole tensor
@@ -50,7 +50,7 @@ class Passing(NamedTuple):
 
 @triton.jit
 def visible_keys(query, num_tokens, block_size, window_blocks, PATTERN: tl.constexpr):
-    """The first key that a query sees, and the one after the last."""
+    """Return the first key that a query sees, and the one after the last."""
     first = query * 0
     end = first + num_tokens
     if PATTERN == PATTERN_CAUSAL:
@@ -64,7 +64,7 @@ def visible_keys(query, num_tokens, block_size, window_blocks, PATTERN: tl.const
 
 @triton.jit
 def visible_queries(key, num_tokens, block_size, window_blocks, PATTERN: tl.constexpr):
-    """The first query that sees a key, and the one after the last: `visible_keys` the other way round."""
+    """Return the first query that sees a key, and the one after the last: `visible_keys` the other way round."""
     first = key * 0
     end = first + num_tokens
     if PATTERN == PATTERN_CAUSAL:
@@ -81,7 +81,7 @@ def plan_walk(
     visible: tl.constexpr, first, last, offs, num_tokens, block_size, window_blocks, PATTERN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The walk in steps of BLOCK over all that a tile of tokens sees, in three parts; the second needs no mask.
+    """Plan a walk in steps of BLOCK over all that a tile of tokens sees, in three segments; the second needs no mask.
 
     Args:
         visible: `visible_keys` or `visible_queries`.
@@ -99,8 +99,21 @@ def plan_walk(
 
 
 @triton.jit
+def assert_whole_tiles(
+    num_tokens, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, HAS_EDGES: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Assert that tiles hold what they must, and without HAS_EDGES nothing else; the latter where Triton debugs."""
+    tl.static_assert(HEAD_DIM <= BLOCK_D)
+    tl.static_assert(RANK <= BLOCK_R)
+    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
+    if not HAS_EDGES:
+        tl.device_assert((num_tokens % BLOCK_M == 0) & (num_tokens % BLOCK_N == 0), "tokens beyond the last")
+
+
+@triton.jit
 def place(num_tiles, num_sequences, group):
-    """This program's tile, counted from the end of the walk with the most to do, and its sequence (batch and head).
+    """Return this program's tile, counted from the end of the walk with the most to do, and its sequence.
 
     Tiles go by turns over a `group` of sequences, as many as have their keys in the cache together.
     """
@@ -113,7 +126,7 @@ def place(num_tiles, num_sequences, group):
 
 @triton.jit
 def sequence_offset(sequence, num_heads, stride_batch, stride_head):
-    """Elements from the start of a tensor to one sequence (batch and head) of it."""
+    """Return the elements from the start of a tensor to one sequence (batch and head) of it."""
     return (sequence // num_heads).to(tl.int64) * stride_batch + (sequence % num_heads).to(tl.int64) * stride_head
 
 
@@ -129,7 +142,7 @@ def load_rows(
     first, stride_token, num_tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS - 1, zeros beyond WIDTH and, where BOUNDED, beyond the last token."""
+    """Load rows first .. first + ROWS - 1, zeros beyond WIDTH and, where BOUNDED, beyond the last token."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     ptrs = _row_pointers(ptr, first, stride_token, ROWS, COLS)
     if BOUNDED:
@@ -143,7 +156,7 @@ def load_rows(
 def store_rows(
     ptr, tile, first, stride_token, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """What `load_rows` reads, written."""
+    """Store what `load_rows` reads."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     ptrs = _row_pointers(ptr, first, stride_token, ROWS, COLS)
     mask = (first + rows < num_tokens)[:, None] & (cols < WIDTH)[None, :]
@@ -151,22 +164,22 @@ def store_rows(
 
 
 @triton.jit
-def passing(source, offset, stride_token, DESCRIBED: tl.constexpr):
-    """One sequence of a tensor, `offset` elements from its start; the rows of its descriptor have `stride_token`."""
+def stream(source, offset, stride_token, DESCRIBED: tl.constexpr):
+    """Return one sequence of a tensor, `offset` elements from its start; its descriptor has rows of `stride_token`."""
     row, col = 0, 0
     if DESCRIBED:
         row, col = (offset // stride_token).to(tl.int32), (offset % stride_token).to(tl.int32)
     else:
         source += offset
-    return Passing(source, row, col, stride_token)
+    return Stream(source, row, col, stride_token)
 
 
 @triton.jit
-def load_passing(
+def load_stream(
     rows, first, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """As `load_rows`."""
+    """Load rows as `load_rows` does."""
     if DESCRIBED:
         tile = rows.source.load([rows.row + first, rows.col])
     else:
@@ -176,22 +189,22 @@ def load_passing(
 
 @triton.jit
 def load_mask(mask_ptr, offs_m, offs_n, num_tokens):
-    """A tile (M, N) of one mask (tokens, tokens), fp32."""
+    """Load a tile (M, N) of one mask (tokens, tokens), fp32."""
     inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
     ptrs = mask_ptr + offs_m[:, None].to(tl.int64) * num_tokens + offs_n[None, :]
-    return drawn_in(tl.load(ptrs, mask=inside, other=0.0), LARGEST)
+    return clamp_finite(tl.load(ptrs, mask=inside, other=0.0), LARGEST)
 
 
 @triton.jit
 def only_visible(tile, offs, visible, other):
-    """A tile (rows, columns) where columns `offs` lie in the interval that each row sees, else `other`."""
+    """Return a tile (rows, columns) where columns `offs` lie in the interval that each row sees, else `other`."""
     inside = (offs[None, :] >= visible[0][:, None]) & (offs[None, :] < visible[1][:, None])
     return tl.where(inside, tile, other)
 
 
 @triton.jit
 def scores_of(rows, cols, row_factor, col_factor, inverse_scale, RANK: tl.constexpr, PRECISION: tl.constexpr):
-    """rows · colsᵀ plus the bias of their factors over the scale; fp32."""
+    """Return rows · colsᵀ plus the bias of their factors over the scale; fp32."""
     if RANK > 0:
         bias = tl.dot(row_factor, tl.trans(col_factor), input_precision=FACTOR_PRECISION)
         return tl.dot(rows, tl.trans(cols), bias * inverse_scale, input_precision=PRECISION)
@@ -211,7 +224,7 @@ def _walk_keys(
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the keys from `start` to `end`; AT_EDGE, some are not every query's to see. By tile,
+    """Run the online softmax over the keys from `start` to `end`; AT_EDGE, some are not every query's to see. By tile,
 
     S = q kᵀ + (q_factor k_factorᵀ + mask) / scale        m' = max(m, max S)        P = exp((S − m') · scale)
     Σ' = Σ exp((m − m') · scale) + Σ P                    O' = O exp((m − m') · scale) + P v
@@ -219,7 +232,7 @@ def _walk_keys(
     acc, total, maximum = state
     exponent = scale * LOG2E
     for first in tl.range(start, end, BLOCK_N):
-        k = load_passing(keys, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
+        k = load_stream(keys, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
         k_factor = k
         if RANK > 0:
             k_factor = load_rows(k_factor_ptr, first, stride_kf_token, num_tokens, RANK, BLOCK_N, BLOCK_R, AT_EDGE)
@@ -236,7 +249,7 @@ def _walk_keys(
             p = tl.exp2(scores * exponent - (new_maximum * exponent)[:, None])
         correction = tl.exp2((maximum - new_maximum) * exponent)
         total = total * correction + tl.sum(p, axis=1)
-        v = load_passing(values, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
+        v = load_stream(values, first, num_tokens, HEAD_DIM, BLOCK_N, BLOCK_D, AT_EDGE, DESCRIBED)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
         maximum = new_maximum
     return acc, total, maximum
@@ -262,13 +275,11 @@ def _sequence_attention_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one sequence, which stay, with what `_walk_keys` gathers for them; keys pass by.
+    """Attend from BLOCK_M queries of one sequence, which stay, with the sums of `_walk_keys`; keys pass by.
 
     Without HAS_EDGES every tile of keys is seen in full.
     """
-    tl.static_assert(HEAD_DIM <= BLOCK_D)
-    tl.static_assert(RANK <= BLOCK_R)
-    tl.static_assert(not (DESCRIBED and (HAS_EDGES or HEAD_DIM < BLOCK_D)))
+    assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M
@@ -278,8 +289,8 @@ def _sequence_attention_fwd_kernel(
     q_ptr += sequence_offset(sequence, num_heads, stride_q_batch, stride_q_head)
     k_offset = sequence_offset(sequence, num_heads, stride_k_batch, stride_k_head)
     v_offset = sequence_offset(sequence, num_heads, stride_v_batch, stride_v_head)
-    keys = passing(k_ptr, k_offset, stride_k_token, DESCRIBED)
-    values = passing(v_ptr, v_offset, stride_v_token, DESCRIBED)
+    keys = stream(k_ptr, k_offset, stride_k_token, DESCRIBED)
+    values = stream(v_ptr, v_offset, stride_v_token, DESCRIBED)
     q = load_rows(q_ptr, first_query, stride_q_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     q_factor = q
     if RANK > 0:
@@ -295,12 +306,12 @@ def _sequence_attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     maximum = tl.zeros((BLOCK_M,), tl.float32) + LOWEST / tl.maximum(scale * LOG2E, 1.0)
-    for PART in tl.static_range(3):
-        if PART == 1 or HAS_EDGES:
+    for SEGMENT in tl.static_range(3):
+        if SEGMENT == 1 or HAS_EDGES:
             acc, total, maximum = _walk_keys(
                 (acc, total, maximum), q, q_factor, keys, values, k_factor_ptr, stride_kf_token, mask_ptr,
-                bounds[PART], bounds[PART + 1], offs_m, visible, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK,
-                PART != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
+                bounds[SEGMENT], bounds[SEGMENT + 1], offs_m, visible, num_tokens, scale, HEAD_DIM, RANK, HAS_MASK,
+                SEGMENT != 1, DESCRIBED, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R,
             )  # fmt: skip
 
     seen = total != 0  # a query that a mask leaves without keys attends to nothing: zeros, and no gradient
@@ -308,5 +319,5 @@ def _sequence_attention_fwd_kernel(
     out_ptr += sequence_offset(sequence, num_heads, stride_out_batch, stride_out_head)
     store_rows(out_ptr, out, first_query, stride_out_token, num_tokens, HEAD_DIM, BLOCK_M, BLOCK_D)
     log_total = tl.where(seen, tl.log2(total), float("inf"))
-    part = sequence.to(tl.int64)
-    store_log_sum(lse_ptr, part, offs_m, num_tokens, maximum, log_total, scale * LOG2E, HAS_MASK)
+    instance = sequence.to(tl.int64)
+    store_log_sum(lse_ptr, instance, offs_m, num_tokens, maximum, log_total, scale * LOG2E, HAS_MASK)

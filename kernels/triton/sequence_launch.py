@@ -1,6 +1,6 @@
 """From the shape of a sequence problem to the shape of a launch; see `launch` for what holds for both.
 
-A launch is the one measured best for its kind of problem on an H200 (docs/benchmarks.md), or the first of ever smaller
+A launch is the one measured best for its kind of problem on an H200 (docs/notes.md), or the first of ever smaller
 ones that fits the shared memory.
 """
 
@@ -50,7 +50,7 @@ def _smaller(element_size: int) -> tuple[_Shape, ...]:
 
 
 def _scratch(element_size: int, factor_size: int, has_mask: bool) -> int:
-    """Bytes for each score that change their layout through memory, on the way to a product of fp32 or from a mask."""
+    """Return the bytes for each score that changes its layout through memory, for a product of fp32 or from a mask."""
     return 8 if max(element_size, factor_size) == 4 else 4 * has_mask
 
 
@@ -128,12 +128,12 @@ def _first(
 
 
 def sequences_per_group(*, span: int, head_dim: int, element_size: int, num_sequences: int) -> int:
-    """How many sequences (batch and head) take turns tile by tile, where a tile sees up to `span` keys."""
+    """Return how many sequences (batch and head) take turns tile by tile, where a tile sees up to `span` keys."""
     return max(1, min(num_sequences, _CACHE // max(1, 2 * span * head_dim * element_size)))
 
 
 def describe(tensor: Any, rows: int) -> TensorDescriptor:
-    """The descriptor of a tensor (batch, heads, tokens, D) for tiles of `rows` tokens.
+    """Return the descriptor of a tensor (batch, heads, tokens, D) for tiles of `rows` tokens.
 
     It has rows as long as the step from token to token: they hold a token's one head where heads come first in memory,
     all of its heads where tokens do, and q and v too of a packed projection.

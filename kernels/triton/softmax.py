@@ -1,4 +1,4 @@
-"""What all attention kernels share of scores and their softmax: NaN and infinities, and what is kept for the backward.
+"""Scores and their softmax in all attention kernels: NaN and infinities, and what is kept for the backward.
 
 NaN and infinities come out as PyTorch's operators have them. Triton's own minimum and maximum drop NaN, and so does its
 reduction by `tl.max`; a row that holds NaN is NaN by the sum of its weights. Scores times `exponent` are in log2 units.
@@ -17,13 +17,13 @@ LARGEST = tl.constexpr(1.0e30)  # of the finite numbers in biases and masks, so 
 
 @triton.jit
 def at_most(x, limit):
-    """The smaller one of two numbers, or NaN."""
+    """Return the smaller one of two numbers, or NaN."""
     return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def at_least(x, limit):
-    """The larger one of two numbers, or NaN."""
+    """Return the larger one of two numbers, or NaN."""
     return tl.maximum(x, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -33,8 +33,8 @@ def is_finite(x):
 
 
 @triton.jit
-def drawn_in(x, LIMIT: tl.constexpr):
-    """A bias or mask in fp32: finite numbers within ±LIMIT, as stand in for -inf elsewhere; NaN and infinities stay."""
+def clamp_finite(x, LIMIT: tl.constexpr):
+    """Return a bias or mask in fp32: finite numbers within ±LIMIT, as stand in for -inf; NaN and infinities stay."""
     own = x
     if x.dtype != tl.float64:
         own = x.to(tl.float32)
@@ -43,37 +43,37 @@ def drawn_in(x, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def score_tile(rows, cols, start, key_norms, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """rows · colsᵀ on top of `start`, natural units, of queries that were scaled, and rounded, before.
+def score_tile(rows, cols, attn_bias, key_norms, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return rows · colsᵀ + attn_bias, natural units, of queries that were scaled, and rounded, before.
 
     Args:
         key_norms: of cosine scores, inverse, along the keys' axis: scores are divided here, so that keys stay in
             shared memory as they are.
     """
     if COSINE:
-        return tl.dot(rows, tl.trans(cols), input_precision=PRECISION) * key_norms + start
-    return tl.dot(rows, tl.trans(cols), start, input_precision=PRECISION)
+        return tl.dot(rows, tl.trans(cols), input_precision=PRECISION) * key_norms + attn_bias
+    return tl.dot(rows, tl.trans(cols), attn_bias, input_precision=PRECISION)
 
 
 @triton.jit
-def store_log_sum(ptr, part, offs, N, maximum, log_total, exponent, APART: tl.constexpr):
+def store_log_sum(ptr, instance, offs, N, maximum, log_total, exponent, APART: tl.constexpr):
     """Keep a softmax for the backward: the largest scores, and log2 of the sums of exp2((S - max S) * exponent)."""
     if APART:
-        ptr += part * (2 * N)
+        ptr += instance * (2 * N)
         tl.store(ptr + N + offs, maximum, mask=offs < N)
     else:
-        ptr += part * N
+        ptr += instance * N
         log_total += maximum * exponent
     tl.store(ptr + offs, log_total, mask=offs < N)
 
 
 @triton.jit
-def load_log_sum(ptr, part, offs, N, APART: tl.constexpr, BOUNDED: tl.constexpr = True):
-    """What `store_log_sum` kept: the largest scores, if APART, and the sums. Queries beyond N give no weight."""
+def load_log_sum(ptr, instance, offs, N, APART: tl.constexpr, BOUNDED: tl.constexpr = True):
+    """Load what `store_log_sum` kept: the largest scores, if APART, and the sums. Queries beyond N give no weight."""
     if APART:
-        ptr += part * (2 * N)
+        ptr += instance * (2 * N)
     else:
-        ptr += part * N
+        ptr += instance * N
     if BOUNDED:
         log_sum = tl.load(ptr + offs, mask=offs < N, other=float("inf"))
     else:
@@ -86,7 +86,7 @@ def load_log_sum(ptr, part, offs, N, APART: tl.constexpr, BOUNDED: tl.constexpr 
 
 @triton.jit
 def weights_of(scores, maximum, log_sum, exponent, APART: tl.constexpr):
-    """The softmax again."""
+    """Return the weights of the softmax that was kept."""
     if APART:
         return tl.exp2((scores - maximum) * exponent - log_sum)
     return tl.exp2(scores * exponent - log_sum)
@@ -94,6 +94,6 @@ def weights_of(scores, maximum, log_sum, exponent, APART: tl.constexpr):
 
 @triton.jit
 def delta_of(out, grad_out):
-    """rowsum(dO ∘ O), which is rowsum(P ∘ dP); NaN, as that one is, where dO is not finite. fp32."""
+    """Return rowsum(dO ∘ O), which is rowsum(P ∘ dP); NaN, as that one is, where dO is not finite. fp32."""
     grad_out = grad_out.to(tl.float32)
     return tl.sum(out.to(tl.float32) * grad_out + grad_out * 0.0, axis=1)

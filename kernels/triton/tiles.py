@@ -1,4 +1,4 @@
-"""What every window kernel shares: where a window's tokens lie in the image, and how a tile of them is read.
+"""Shared by every window kernel: where a window's tokens lie in the image, and how a tile of them is read.
 
 The image is never shifted, padded or partitioned in memory. From the n-th token of a window to its address:
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .softmax import LARGEST, at_least, at_most, drawn_in
+from .softmax import LARGEST, at_least, at_most, clamp_finite
 
 LOG_100 = tl.constexpr(4.605170185988092)  # SwinV2 clamps logit_scale at ln(100), from above only
 
@@ -89,7 +89,7 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def place_window(number, geometry, VOLUME: tl.constexpr):
-    """A window by its number; the grid's windows are numbered row-major."""
+    """Return a window by its number; the grid's windows are numbered row-major."""
     windows = geometry.windows
     depth = number * 0
     row = number // windows[2]
@@ -101,7 +101,7 @@ def place_window(number, geometry, VOLUME: tl.constexpr):
 
 @triton.jit
 def _locate(n, place, length, windows, roll, WINDOW: tl.constexpr, ROLL_FIRST: tl.constexpr):
-    """Along one axis, where in the image the n-th of a window lies, and whether it exists (is no padding).
+    """Return, along one axis, where in the image the n-th of a window lies, and whether it exists (is no padding).
 
     The shifted window is cut from the rolled image. Most libraries pad and then roll, so the roll wraps around
     the padded size; timm rolls and then pads (ROLL_FIRST), so it wraps around the image's own size.
@@ -120,7 +120,7 @@ def _locate(n, place, length, windows, roll, WINDOW: tl.constexpr, ROLL_FIRST: t
 
 @triton.jit
 def locate_tokens(n, window, geometry, WINDOW: tl.constexpr, ROLL_FIRST: tl.constexpr):
-    """The tokens ``n`` of a window."""
+    """Return the tokens ``n`` of a window."""
     place, size, windows, roll = window.place, geometry.size, geometry.windows, geometry.roll
     in_row = n // WINDOW[2]
     depth = place[0]  # of windows one token deep, which have no depth to roll or to pad
@@ -139,13 +139,13 @@ def locate_tokens(n, window, geometry, WINDOW: tl.constexpr, ROLL_FIRST: tl.cons
 
 @triton.jit
 def token_offsets(tokens, stride):
-    """Where tokens lie within an image of these strides."""
+    """Return where tokens lie within an image of these strides."""
     return tokens.at[0] * stride[0] + tokens.at[1] * stride[1] + tokens.at[2] * stride[2]
 
 
 @triton.jit
 def shift_region(n, window, geometry, WINDOW: tl.constexpr):
-    """Region number of the tokens ``n``; tokens of different regions were brought together by the roll only.
+    """Return the region of the tokens ``n``; tokens of different regions were brought together by the roll only.
 
     Along each axis, a window holds up to two of the shift mask's regions, and more than one only where it is the
     last, whose last ``shift`` tokens come from the image's other side.
@@ -165,7 +165,7 @@ def shift_region(n, window, geometry, WINDOW: tl.constexpr):
 
 @triton.jit
 def is_divided(window, geometry, WINDOW: tl.constexpr):
-    """Whether a window holds tokens of more than one region."""
+    """Return True if a window holds tokens of more than one region."""
     place, windows, shift = window.place, geometry.windows, geometry.shift
     divided = ((place[1] == windows[1] - 1) & (shift[1] > 0)) | ((place[2] == windows[2] - 1) & (shift[2] > 0))
     if WINDOW[0] > 1:
@@ -174,14 +174,14 @@ def is_divided(window, geometry, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def part_of(image, number, head, num_windows, num_heads):
-    """Number of the (image, window, head), counted over the whole call; 64 bits wide."""
+def instance_of(image, number, head, num_windows, num_heads):
+    """Return the number of an (image, window, head), counted over the whole call; 64 bits wide."""
     return (tl.cast(image, tl.int64) * num_windows + number) * num_heads + head
 
 
 @triton.jit
 def operand_pointers(q_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr):
-    """Pointers to q, k and v of a token; PACKED, all of them are in the first tensor, one after the other."""
+    """Return pointers to q, k and v of a token; PACKED, all are in the first tensor, one after the other."""
     if PACKED:
         k_ptr = q_ptr + num_heads * HEAD_DIM
         v_ptr = q_ptr + 2 * num_heads * HEAD_DIM
@@ -190,7 +190,7 @@ def operand_pointers(q_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM: tl.constexpr, PAC
 
 @triton.jit
 def padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM: tl.constexpr, HAS_PAD: tl.constexpr):
-    """Pointers to a head's q, k and v of a padding token, in (3 * heads * HEAD_DIM,)."""
+    """Return pointers to a head's q, k and v of a padding token, in (3 * heads * HEAD_DIM,)."""
     if not HAS_PAD:
         padding_ptr = q_ptr  # never read
     pad_q_ptr = padding_ptr + head * HEAD_DIM
@@ -202,7 +202,7 @@ def padding_pointers(padding_ptr, q_ptr, head, num_heads, HEAD_DIM: tl.constexpr
 def load_tokens(
     ptr, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr, pad_ptr=None, HAS_PAD: tl.constexpr = False
 ):  # fmt: skip
-    """A tile (tokens, BLOCK_D) of one head: image tokens from memory, padding tokens from `pad_ptr`, or zeros."""
+    """Load a tile (tokens, BLOCK_D) of one head: image tokens from memory, padding tokens from `pad_ptr`, or zeros."""
     mask_d = offs_d < HEAD_DIM
     mask = tokens.real[:, None] & mask_d[None, :]
     tile = tl.load(ptr + (offs_token[:, None] + offs_d[None, :]), mask=mask, other=0.0)
@@ -221,32 +221,32 @@ def store_tokens(ptr, tile, offs_token, tokens, offs_d, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def within(tokens, inside):
-    """Those of the tokens that are `inside`; the others neither exist nor are padding."""
+    """Return the tokens that are `inside`; the others neither exist nor are padding."""
     return Tokens(tokens.n, tokens.at, tokens.real & inside, tokens.padding & inside)
 
 
 @triton.jit
 def inverse_norm(x):
-    """1 / max(Euclidean norm, 1e-12) of each row, the factor of `torch.nn.functional.normalize`; fp32."""
+    """Return 1 / max(Euclidean norm, 1e-12) of each row, as `torch.nn.functional.normalize` has it; fp32."""
     x = x.to(tl.float32)
     return tl.rsqrt(at_least(tl.sum(x * x, axis=1), 1e-24))
 
 
 @triton.jit
 def cosine_scale(logit_scale_ptr, head):
-    """What multiplies a head's cosines, natural units: exp of the clamped logit_scale."""
+    """Return the factor of a head's cosines, natural units: exp of the clamped logit_scale."""
     return tl.exp(at_most(tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100))
 
 
 @triton.jit
 def scale_rows(x, factor):
-    """Each row of x times a factor of its own, in x's dtype."""
+    """Return each row of x times a factor of its own, in x's dtype."""
     return (x.to(tl.float32) * factor[:, None]).to(x.dtype)
 
 
 @triton.jit
 def scaled_query(q, scale, COSINE: tl.constexpr):
-    """q (normalised for cosine attention) times scale, in q's own dtype."""
+    """Return q (normalised for cosine attention) times scale, in q's own dtype."""
     if COSINE:
         return scale_rows(q, inverse_norm(q) * scale)
     return (q.to(tl.float32) * scale).to(q.dtype)
@@ -254,14 +254,14 @@ def scaled_query(q, scale, COSINE: tl.constexpr):
 
 @triton.jit
 def table_row(index, rows):
-    """Row of the table that an entry of the index names, and whether there is one: what is not there is not read."""
+    """Return the row of the table that an entry of the index names, and whether there is one: no other is read."""
     row = index.to(tl.int32)
     return row, row.to(tl.uint32, bitcast=True) < tl.cast(rows, tl.uint32)
 
 
 @triton.jit
 def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
-    """Relative position bias of a tile of scores, fp32: -inf for keys beyond the window, NaN where there is no row.
+    """Return the relative position bias of a tile of scores, fp32: -inf for keys beyond the window, NaN without a row.
 
     Queries beyond the window have the last one's.
     """
@@ -276,7 +276,7 @@ def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
             ptrs = bias.table_ptr + row * bias.stride_table[0] + head * bias.stride_table[1]
             tile = tl.load(ptrs, mask=there, other=float("nan"))
             if bias.table_ptr.dtype.element_ty == tl.float64:
-                tile = drawn_in(tile, LARGEST)
+                tile = clamp_finite(tile, LARGEST)
             tile = tile.to(tl.float32)
         else:
             tile = tl.zeros(offs.shape, tl.float32)
@@ -286,30 +286,30 @@ def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def add_mask(scores, m, n, mask, window, geometry, WINDOW: tl.constexpr, MASK: tl.constexpr):
-    """A tile of scores plus its window's mask."""
+    """Return a tile of scores plus its window's mask."""
     if MASK == MASK_REGIONS:
         divided = shift_region(m, window, geometry, WINDOW) != shift_region(n, window, geometry, WINDOW)
         scores += tl.where(divided, tl.cast(mask.value, tl.float32), 0.0)
     elif MASK == MASK_TENSOR:
         N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
         ptr = mask.ptr + tl.cast(window.number, tl.int64) * (N * N)
-        scores += drawn_in(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0), LARGEST)
+        scores += clamp_finite(tl.load(ptr + (m * N + n), mask=(m < N) & (n < N), other=0.0), LARGEST)
     return scores
 
 
 @triton.jit
-def dropout_factor(dropout, part, m, n, N: tl.constexpr):
-    """What attention dropout multiplies the weights of a tile by: 0, or 1 / (1 - probability).
+def dropout_factor(dropout, instance, m, n, N: tl.constexpr):
+    """Return what attention dropout multiplies the weights of a tile by: 0, or 1 / (1 - probability).
 
     Each weight has a random number of its own (Philox, keyed by the call's seed), by its place in the attention
     alone, so that forward and backward agree however they tile it.
 
     Args:
-        part: by `part_of`.
+        instance: by `instance_of`.
     """
     counter = m * N + n
-    part = tl.cast(part, tl.int64)
-    low, high = (part & 0xFFFFFFFF).to(tl.int32), (part >> 32).to(tl.int32)
+    instance = tl.cast(instance, tl.int64)
+    low, high = (instance & 0xFFFFFFFF).to(tl.int32), (instance >> 32).to(tl.int32)
     zero = counter * 0
     random, _, _, _ = tl.philox(tl.load(dropout.seed_ptr), counter, zero + low, zero + high, zero)
     kept = tl.uint_to_uniform_float(random) >= dropout.probability

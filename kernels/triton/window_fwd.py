@@ -27,13 +27,13 @@ from .tiles import (
     add_mask,
     cosine_scale,
     dropout_factor,
+    instance_of,
     inverse_norm,
     is_divided,
     load_tokens,
     locate_tokens,
     operand_pointers,
     padding_pointers,
-    part_of,
     place_window,
     scaled_query,
     store_tokens,
@@ -41,15 +41,15 @@ from .tiles import (
     token_offsets,
 )
 
-STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a kind of window
+STALE_FACTORS = tl.constexpr(3)  # beside the three masks, a variant of the walk
 
 
 @triton.jit
-def _scores(q, k, start, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(q, k, attn_bias, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     norms = 0.0  # not used
     if COSINE:
         norms = inverse_norm(k)[None, :]
-    return score_tile(q, k, start, norms, COSINE, PRECISION)
+    return score_tile(q, k, attn_bias, norms, COSINE, PRECISION)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _window_attention_fwd_small_kernel(
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one window position and head of up to IMAGES images. For each of them, on tiles of a whole window,
+    """Attend within one window position and head of up to IMAGES images. For each, on tiles of a whole window,
 
         S = q kᵀ + (B + mask)        P = exp(S − max S)        O = P v / Σ P
 
@@ -100,9 +100,9 @@ def _window_attention_fwd_small_kernel(
     offs_token += head * stride_qkv_head * HEAD_DIM
     offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
     offs_out += head * stride_out_head * HEAD_DIM
-    start = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
+    attn_bias = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
     mask = Mask(mask_ptr, mask_value)
-    start = add_mask(start, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+    attn_bias = add_mask(attn_bias, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
     if COSINE:
         scale = cosine_scale(logit_scale_ptr, head)
@@ -114,12 +114,12 @@ def _window_attention_fwd_small_kernel(
         q = load_tokens(q_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_q_ptr, HAS_PAD)
         k = load_tokens(k_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
         v = load_tokens(v_ptr + offs_image, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
-        scores = _scores(scaled_query(q, scale, COSINE), k, start, COSINE, PRECISION)
+        scores = _scores(scaled_query(q, scale, COSINE), k, attn_bias, COSINE, PRECISION)
         p = tl.exp2((scores - tl.max(scores, axis=1)[:, None]) * LOG2E)
         total = tl.sum(p, axis=1)
         if HAS_DROPOUT:
-            part = part_of(image, number, head, num_windows, num_heads)
-            p *= dropout_factor(Dropout(seed_ptr, dropout), part, offs_n[:, None], offs_n[None, :], N)
+            instance = instance_of(image, number, head, num_windows, num_heads)
+            p *= dropout_factor(Dropout(seed_ptr, dropout), instance, offs_n[:, None], offs_n[None, :], N)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         image_ptr = out_ptr + tl.cast(image, tl.int64) * stride_out_batch
         store_tokens(image_ptr, out, offs_out, tokens, offs_d, HEAD_DIM)
@@ -130,17 +130,17 @@ def _attend(
     state,  # output (BLOCK_M, BLOCK_D), and of each query the sum of weights and the largest score (BLOCK_M,); fp32
     q,  # (BLOCK_M, BLOCK_D), scaled
     k, v,  # (BLOCK_N, BLOCK_D)
-    start,  # (BLOCK_M, BLOCK_N), bias and mask
-    dropout, part, offs_m, offs_n,
+    attn_bias,  # (BLOCK_M, BLOCK_N), bias and mask
+    dropout, instance, offs_m, offs_n,
     N: tl.constexpr, COSINE: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: attention to one more tile of keys.
+    """Run one step of the online softmax: attention to one more tile of keys.
 
     S = q kᵀ + (B + mask)        m' = max(m, max S)        P = exp(S − m')
     Σ' = Σ exp(m − m') + Σ P     O' = O exp(m − m') + P v
     """
     acc, total, maximum = state
-    scores = _scores(q, k, start, COSINE, PRECISION)
+    scores = _scores(q, k, attn_bias, COSINE, PRECISION)
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))  # NaN is left to the weights
     if MASK == MASK_TENSOR:  # its numbers may be so large that what a multiply-add does not round is more than a score
         p = tl.exp2((scores - new_maximum[:, None]) * LOG2E)
@@ -149,14 +149,14 @@ def _attend(
     correction = tl.exp2((maximum - new_maximum) * LOG2E)
     total = total * correction + tl.sum(p, axis=1)
     if HAS_DROPOUT:
-        p *= dropout_factor(dropout, part, offs_m[:, None], offs_n[None, :], N)
+        p *= dropout_factor(dropout, instance, offs_m[:, None], offs_n[None, :], N)
     acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, total, new_maximum
 
 
 @triton.jit
 def _load_factor(ptr, offs, head, N: tl.constexpr, RANK: tl.constexpr):
-    """A tile (tokens, RANK) of one head's factor of the bias (heads, N, RANK)."""
+    """Load a tile (tokens, RANK) of one head's factor of the bias (heads, N, RANK)."""
     offs_factor = (head * N + offs[:, None]) * RANK + tl.arange(0, RANK)[None, :]
     return tl.load(ptr + offs_factor, mask=(offs < N)[:, None], other=0.0)
 
@@ -168,12 +168,12 @@ def _walk_keys(
     pad_k_ptr, pad_v_ptr,
     stride_next,  # to the next image
     stride_qkv,  # depth, row, column
-    offs_m, head, window, part, next_part, geometry, bias, factors, mask, dropout,
+    offs_m, head, window, instance, next_instance, geometry, bias, factors, mask, dropout,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to all keys of their window, in one or two images.
+    """Attend from a tile of queries to all keys of their window, in one or two images.
 
     Two images share bias, mask and addresses, and give the scheduler two chains that do not wait for each other.
 
@@ -195,29 +195,29 @@ def _walk_keys(
         offs_n = first + tl.arange(0, BLOCK_N)
         tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
         offs_token = token_offsets(tokens, stride_qkv)
-        start = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
+        attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
         if BIAS == BIAS_FACTORS:
             k_factor = _load_factor(factors[1], offs_n, head, N, RANK)
-            start = tl.dot(q_factor, tl.trans(k_factor), start, input_precision=PRECISION)
-        start = add_mask(start, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+            attn_bias = tl.dot(q_factor, tl.trans(k_factor), attn_bias, input_precision=PRECISION)
+        attn_bias = add_mask(attn_bias, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         k = load_tokens(k_ptr, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
         v = load_tokens(v_ptr, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
         state = _attend(
-            state, q, k, v, start, dropout, part, offs_m, offs_n, N, COSINE, MASK, HAS_DROPOUT, PRECISION
+            state, q, k, v, attn_bias, dropout, instance, offs_m, offs_n, N, COSINE, MASK, HAS_DROPOUT, PRECISION
         )  # fmt: skip
         if IMAGES == 2:
             k = load_tokens(k_ptr + stride_next, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
             v = load_tokens(v_ptr + stride_next, offs_token, tokens, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
             next_state = _attend(
-                next_state, next_q, k, v, start, dropout, next_part, offs_m, offs_n, N, COSINE, MASK, HAS_DROPOUT,
-                PRECISION,
+                next_state, next_q, k, v, attn_bias, dropout, next_instance, offs_m, offs_n, N, COSINE, MASK,
+                HAS_DROPOUT, PRECISION,
             )  # fmt: skip
     return _finished(state), _finished(next_state)
 
 
 @triton.jit
 def _finished(state):
-    """The output, and of the softmax the largest scores and log2 of the sum of weights."""
+    """Return the output, and of the softmax the largest scores and log2 of the sum of weights."""
     acc, total, maximum = state
     return acc * (1.0 / total)[:, None], maximum, tl.log2(total)
 
@@ -230,25 +230,26 @@ def _window_attention_fwd_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
     table_ptr, index_ptr,  # (T, heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
-    unusual_ptr,  # (windows, CHECKS), nonzero where a window's mask is not the one that its shift implies
+    mask_differs_ptr,  # (windows, CHECKS), nonzero where a window's mask is not the one that its shift implies
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, rows, cols)
+    dense_ptr,  # (heads, ROWS, COLS)
     q_factor_ptr, k_factor_ptr,  # (heads, N, RANK)
-    stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
+    factors_stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
     seed_ptr,  # (1,), int64, of attention dropout
     lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax, for the backward
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
-    stride_table_row, stride_table_head, num_rows, stride_dense_head, stride_dense_row,
+    stride_table_row, stride_table_head, num_rows,
     batch, num_heads,
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
-    CHECKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
+    CHECKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one window and head, in one image or two.
+    """Attend from BLOCK_M queries of one window and head, in one image or two.
 
     The queries stay, and so does what `_attend` gathers for them; tiles of BLOCK_N keys pass by. What differs between
     windows (whether a mask applies, and which; whether factors are fresh) is decided here, once, so that the walk over
@@ -260,6 +261,7 @@ def _window_attention_fwd_kernel(
     tl.static_assert(VOLUME or WINDOW[0] == 1)
     tl.static_assert(BIAS != BIAS_TABLE)  # but for stale factors' sake
     tl.static_assert(IMAGES == 1 or IMAGES == 2)
+    tl.static_assert(ROWS >= N and ROWS % BLOCK_M == 0 and COLS >= N and COLS % BLOCK_N == 0)  # tiles of it are whole
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )
@@ -292,33 +294,33 @@ def _window_attention_fwd_kernel(
         )  # fmt: skip
         next_q = scaled_query(next_q, scale, COSINE)
 
-    # The kind of this window: its mask (MASK_NONE, MASK_REGIONS, MASK_TENSOR), or STALE_FACTORS.
-    kind = 0
+    # The variant of this window: its mask (MASK_NONE, MASK_REGIONS, MASK_TENSOR), or STALE_FACTORS.
+    variant = 0
     if MASK != MASK_NONE:
-        kind = is_divided(window, geometry, WINDOW).to(tl.int32)
+        variant = is_divided(window, geometry, WINDOW).to(tl.int32)
     if MASK == MASK_TENSOR:
-        unusual = tl.max(tl.load(unusual_ptr + number * CHECKS + tl.arange(0, CHECKS)), axis=0)
-        kind = tl.where(unusual != 0, 2, kind)
+        differs = tl.max(tl.load(mask_differs_ptr + number * CHECKS + tl.arange(0, CHECKS)), axis=0)
+        variant = tl.where(differs != 0, 2, variant)
     if BIAS == BIAS_FACTORS:
-        kind = tl.where(tl.load(stale_ptr) != 0, STALE_FACTORS, kind)
+        variant = tl.where(tl.load(factors_stale_ptr) != 0, STALE_FACTORS, variant)
 
     bias = Bias(
         table_ptr, index_ptr, num_rows, (stride_table_row, stride_table_head),
-        dense_ptr, (stride_dense_head, stride_dense_row),
+        dense_ptr, (ROWS * COLS, COLS),
     )  # fmt: skip
-    part = part_of(image, number, head, num_windows, num_heads)
-    next_part = part_of(next_image, number, head, num_windows, num_heads)
+    instance = instance_of(image, number, head, num_windows, num_heads)
+    next_instance = instance_of(next_image, number, head, num_windows, num_heads)
     rows = tl.zeros((BLOCK_M,), tl.float32)
     found = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), rows, rows
     next_found = found
-    for KIND in tl.static_range(4):
-        if KIND <= MASK or (KIND == STALE_FACTORS and BIAS == BIAS_FACTORS):
-            if kind == KIND:
+    for VARIANT in tl.static_range(4):
+        if VARIANT <= MASK or (VARIANT == STALE_FACTORS and BIAS == BIAS_FACTORS):
+            if variant == VARIANT:
                 found, next_found = _walk_keys(
                     q, next_q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, stride_next, stride_qkv,
-                    offs_m, head, window, part, next_part, geometry, bias, (q_factor_ptr, k_factor_ptr),
+                    offs_m, head, window, instance, next_instance, geometry, bias, (q_factor_ptr, k_factor_ptr),
                     Mask(mask_ptr, mask_value), Dropout(seed_ptr, dropout), WINDOW, HEAD_DIM, COSINE,
-                    BIAS_TABLE if KIND == STALE_FACTORS else BIAS, MASK if KIND == STALE_FACTORS else KIND,
+                    BIAS_TABLE if VARIANT == STALE_FACTORS else BIAS, MASK if VARIANT == STALE_FACTORS else VARIANT,
                     HAS_PAD, ROLL_FIRST, HAS_DROPOUT, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D, IMAGES,
                 )  # fmt: skip
 
@@ -326,7 +328,7 @@ def _window_attention_fwd_kernel(
     offs_out += head * stride_out_head * HEAD_DIM
     for NUMBER in tl.static_range(IMAGES):
         out, maximum, log_total = found if NUMBER == 0 else next_found
-        one, its_part = (image, part) if NUMBER == 0 else (next_image, next_part)
+        one, its_instance = (image, instance) if NUMBER == 0 else (next_image, next_instance)
         if HAS_LSE:
-            store_log_sum(lse_ptr, its_part, offs_m, N, maximum, log_total, LOG2E, MASK == MASK_TENSOR)
+            store_log_sum(lse_ptr, its_instance, offs_m, N, maximum, log_total, LOG2E, MASK == MASK_TENSOR)
         store_tokens(out_ptr + one * stride_out_batch, out, offs_out, tokens, offs_d, HEAD_DIM)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers import is_wrapper
 from ..spec.window import WindowSpec
-from .around import PatchMerging, TorchvisionBlock
+from .adapters import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin

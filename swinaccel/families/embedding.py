@@ -38,13 +38,13 @@ class PatchEmbed:
             return False
         if module._parameters or module._buffers or not module._modules.keys() <= {"proj", "projection", "norm"}:
             return False
-        _give(module)
+        _as_output(module)
         patch, form = pair(module.patch_size), positional_names(type(module).forward)
         return projection.kernel_size == projection.stride == patch and len(form) == 1
 
     def block(self, module: Any) -> Embedding:
         norm = module._modules.get("norm")
-        return Embedding(_projection(module), None if isinstance(norm, nn.Identity) else norm, _give(module))
+        return Embedding(_projection(module), None if isinstance(norm, nn.Identity) else norm, _as_output(module))
 
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         _, _, height, width = x.shape
@@ -107,7 +107,7 @@ def _projection(module: Any) -> Any:
     return children["projection"] if "projection" in children else children["proj"]
 
 
-def _give(module: Any) -> Callable[[Tensor], Any] | None:
+def _as_output(module: Any) -> Callable[[Tensor], Any] | None:
     """Return what makes the module's own output of an image of tokens; KeyError where that is another form."""
     if "projection" in module._modules:
         return _tokens_and_size

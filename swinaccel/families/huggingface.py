@@ -111,7 +111,9 @@ class HuggingFaceSwin:
         mlp = module.mlp
         norms = module.layernorm_before, module.layernorm_after
         parts = mlp.fc1, mlp.activation_fn, mlp.fc2
-        return Block(module.attention, *norms, (mlp,), *parts, False, module.drop_path, give=lambda out: (out, None))
+        return Block(
+            module.attention, *norms, (mlp,), *parts, False, module.drop_path, as_output=lambda out: (out, None)
+        )
 
     def inner(self, module: Any) -> tuple[Any, nn.Module]:
         return self, module

@@ -126,7 +126,7 @@ class HuggingFaceSwinLegacy:
         parts = first.dense, first.intermediate_act_fn, last.dense
         post_norm = hasattr(attention.self, "logit_scale")
         drops = module.drop_path, module.drop_path if post_norm else None
-        return Block(attention, *norms, (first, last), *parts, post_norm, *drops, give=lambda out: (out,))
+        return Block(attention, *norms, (first, last), *parts, post_norm, *drops, as_output=lambda out: (out,))
 
     def inner(self, module: Any) -> tuple[Any, nn.Module]:
         return self, module

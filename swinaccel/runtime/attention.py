@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import bias, ops
-from ..backends import torch as torch_backend
+from ..backends.torch import window as torch_backend
 from ..config import AccelConfig, env_interpret
-from ..errors import KernelError
-from ..failures import failures
-from ..layers import has_hooks, is_builtin, replaced_methods, twin
+from ..layers import alias, has_hooks, is_builtin, replaced_methods
+from ..ops import window as window_ops
+from ..ops.failures import failures
 from ..spec.block import Product
 from ..spec.window import Section
 from ..trust.fingerprint import Trace, Untraceable, rates
@@ -23,8 +24,8 @@ from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
-from .plan import Plan
-from .state import Scope, State
+from .plan import Plan, Scope, State
+from .section import TritonSection
 
 _CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
 
@@ -33,7 +34,7 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
     if scope.holds(module):
         return scope.facts
-    root = twin(module)
+    root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
     facts = parts_reason(parts, attention is root) or reading_of(family, module)
@@ -215,7 +216,7 @@ def _records_gradients(attention: nn.Module, x: Tensor) -> bool:
 
 def problem_of(section: Section, x: Tensor) -> tuple:
     """Return what failures of the window kernels are kept under."""
-    return ops.problem(
+    return window_ops.problem(
         x.device, product_dtype(x), section.geometry, section.head_dim, section.logit_scale is not None
     )  # fmt: skip
 
@@ -223,7 +224,7 @@ def problem_of(section: Section, x: Tensor) -> tuple:
 def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
     """Return what the kernels cannot do with a section, or None."""
     interpret = x.device.type == "cpu" and env_interpret()
-    reason = ops.unsupported_reason(
+    reason = window_ops.unsupported_reason(
         x.device, product_dtype(x), section.geometry, section.num_heads, section.head_dim, interpret
     )
     if reason is None and section.geometry.is_padded and section.padding is None:
@@ -249,53 +250,6 @@ def _directly(call: Any) -> Callable[..., Any]:
     if not is_builtin(call, nn.Linear) or call._compiled_call_impl is not None or not are_functions_torchs():
         return call
     weight, bias = call.weight, call.bias
+    if not torch.is_grad_enabled():
+        return functools.partial(F.linear, weight=weight, bias=bias)
     return lambda x: linear(x, weight, bias)
-
-
-class TritonSection:
-    """A section bound to the Triton kernels: (B, H, W, C) to the same."""
-
-    __slots__ = ("config", "section", "state")
-
-    def __init__(self, section: Section, config: AccelConfig, state: State) -> None:
-        self.section, self.config, self.state = section, config, state
-
-    def __call__(self, image: Tensor) -> Tensor:
-        section = self.section
-        qkv = section.project(image)
-        width = section.num_heads * section.head_dim
-        if (qkv.shape[-1] != 3 * width) if isinstance(qkv, Tensor) else any(one.shape[-1] != width for one in qkv):
-            raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
-        trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
-        factors = None
-        if not trained and bias.wanted(self.config):
-            factors = bias.factors(section, self.config, qkv.dtype if isinstance(qkv, Tensor) else qkv[0].dtype)
-        self.state.bias = "table" if factors is None else factors.describe()
-        return attend_triton(section, qkv, trained, factors)
-
-
-def attend_triton(section: Section, qkv: Any, trained: bool, factors: Any = None) -> Tensor:
-    """Return what a section gives, by the Triton kernels, of its projections q, k and v."""
-    geometry, logit_scale = section.geometry, section.logit_scale
-    table = padding = None
-    if geometry.is_padded and section.padding is not None:
-        padding = section.padding()
-        if padding is not None and padding.numel() != 3 * section.num_heads * section.head_dim:
-            raise KernelError(f"the bias of its projection holds {padding.numel()} numbers, which it spreads by itself")
-    if section.position is not None and not trained:
-        table = ops.position_table(*section.position)
-    out = ops.shifted_window_attention(
-        qkv,
-        geometry,
-        num_heads=section.num_heads,
-        table=section.table() if table is None else table,
-        index=section.index,
-        padding=padding,
-        mask=section.mask,
-        mask_value=section.mask_value,
-        scale=section.scale,
-        logit_scale=None if logit_scale is None else logit_scale.reshape(-1),
-        factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
-        dropout=section.dropout,
-    )
-    return section.output(out)

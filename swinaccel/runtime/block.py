@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fusion_autograd as recorded
-from .. import fusion_ops
-from ..backends import torch_fusion
-from ..backends import triton_fusion as kernels
+from ..backends.torch import block as torch_block
+from ..backends.triton import block as kernels
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError
-from ..failures import failures
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
-from ..spec.block import Block
+from ..ops import block as block_ops
+from ..ops import block_autograd as recorded
+from ..ops.block import is_like
+from ..ops.failures import failures
+from ..spec.block import Attend, Block
 from ..spec.reference_block import attend_tokens, drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
@@ -151,8 +152,8 @@ def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:
     return None
 
 
-def is_mixed(x: Tensor, parameters: list[Tensor], drops: Any = ()) -> bool:
-    """Return True if gradients are recorded, samples dropped, or autocast has dtypes of its own between the layers."""
+def needs_autograd(x: Tensor, parameters: list[Tensor], drops: Any = ()) -> bool:
+    """Return True if autograd functions must run: for gradients, dropped samples or autocast."""
     if torch.is_autocast_enabled(x.device.type) or any(one is not None for one in drops):
         return True
     return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in parameters))
@@ -178,52 +179,78 @@ class FusedBlock:
 
     Args:
         attend: (B, H, W, C) to the same.
+        size: height and width of the image, where tokens have one axis.
         backend: "torch" on CPUs.
+    Attributes:
+        run: the block's forward, of x.
     """
 
-    __slots__ = ("_attend", "_config", "_facts", "_problem", "_run")
+    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "_size", "run")
 
     def __init__(
-        self, facts: BlockFacts, attend: Callable[[Tensor], Tensor], x: Tensor, backend: str, config: AccelConfig
+        self,
+        facts: BlockFacts,
+        attend: Attend,
+        x: Tensor,
+        size: tuple[int, int] | None,
+        backend: str,
+        config: AccelConfig,
     ) -> None:
-        self._facts, self._attend, self._config = facts, attend, config
+        self._facts, self._attend, self._size, self._config = facts, attend, size, config
         self._problem = block_problem(facts, x, backend)
-        if is_mixed(x, facts.parameters(), facts.drops):
-            self._run = self._mixed
+        as_output = facts.block.as_output
+        if needs_autograd(x, facts.parameters(), facts.drops):
+            run = self._with_autograd
+        elif backend == "torch":
+            run = self._on_cpu
         else:
-            self._run = self._plain if backend == "triton" else self._on_cpu
+            run = self._bound if self._bind(x) else self._unfused
+        self.run: Callable[[Tensor], Any] = run if as_output is None else lambda x: as_output(run(x))
 
-    def __call__(self, x: Tensor, size: tuple[int, int] | None) -> Any:
-        out, give = self._run(x, size), self._facts.block.give
-        return out if give is None else give(out)
-
-    def _plain(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
-        facts, block = self._facts, self._facts.block
-        y = x if block.post_norm else self._norm(x)
-        branch = attend_tokens(self._attend, y, size)
-        if not _is_like(branch, x, x.dtype) or (branch.requires_grad and torch.is_grad_enabled()):
-            return rest(block, x, branch)
+    def _bind(self, x: Tensor) -> bool:
+        """Bind what is around the attention to its launches; return False where that fails."""
+        facts, post_norm = self._facts, self._facts.block.post_norm
+        eps = facts.norms[0][2], facts.norms[1][2]
         try:
-            return fusion_ops.after_attention(x, branch, facts.norms, facts.linears, block.post_norm)
+            self._first = None if post_norm else block_ops.BoundNorm(x.shape, x.device, eps[0])
+            self._rest = block_ops.bind_rest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
-            return rest(block, x, branch)
+            return False
+        return True
 
-    def _on_cpu(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _bound(self, x: Tensor) -> Tensor:
+        facts, size, first = self._facts, self._size, self._first
+        try:
+            y = x if first is None else first.run(x, *facts.norms[0][:2])
+        except kernels.LaunchError as error:
+            failed(self._problem, error, self._config)
+            y = facts.block.norm1(x)
+        image = y if size is None else y.view(y.shape[0], *size, y.shape[2])
+        branch = self._attend(image)
+        if size is not None:
+            branch = branch.view(y.shape)
+        if branch.requires_grad and torch.is_grad_enabled():
+            return rest(facts.block, x, branch)
+        try:
+            out = self._rest.run(x, branch, facts.norms, facts.linears)
+        except kernels.LaunchError as error:
+            failed(self._problem, error, self._config)
+            out = None
+        return rest(facts.block, x, branch) if out is None else out
+
+    def _unfused(self, x: Tensor) -> Tensor:
         block = self._facts.block
-        branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), size)
-        return torch_fusion.rest(x, branch, block) if _is_like(branch, x, x.dtype) else rest(block, x, branch)
+        return rest(block, x, attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size))
 
-    def _norm(self, x: Tensor) -> Tensor:
-        try:
-            return kernels.norm(x, self._facts.norms[0])
-        except kernels.LaunchError as error:
-            failed(self._problem, error, self._config)
-            return self._facts.block.norm1(x)
+    def _on_cpu(self, x: Tensor) -> Tensor:
+        block = self._facts.block
+        branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size)
+        return torch_block.rest(x, branch, block) if is_like(branch, x, x.dtype) else rest(block, x, branch)
 
-    def _mixed(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def _with_autograd(self, x: Tensor) -> Tensor:
         """Return the result where gradients are recorded or autocast is active."""
-        facts, block = self._facts, self._facts.block
+        facts, block, size = self._facts, self._facts.block, self._size
         (norm1, norm2), (fc1, fc2), (drop1, drop2) = facts.norms, facts.linears, facts.drops
         dtype = product_dtype(x)
         try:
@@ -233,7 +260,7 @@ class FusedBlock:
             failed(self._problem, error, self._config)
             return rest(block, x, attend_tokens(self._attend, block.norm1(x), size))
         branch = attend_tokens(self._attend, y, size)
-        if not _is_like(branch, x, dtype):
+        if not is_like(branch, x, dtype):
             return rest(block, x, branch)
         try:
             if block.post_norm:
@@ -251,8 +278,8 @@ class FusedBlock:
 
 def block_problem(facts: BlockFacts, x: Tensor, backend: str) -> tuple:
     """Return what failures of the kernels around an attention are kept under."""
-    mixed = is_mixed(x, facts.parameters(), facts.drops)
-    return "block", backend, x.device, product_dtype(x), facts.channels, facts.hidden, facts.block.post_norm, mixed
+    sizes = facts.channels, facts.hidden, facts.block.post_norm
+    return "block", backend, x.device, product_dtype(x), *sizes, needs_autograd(x, facts.parameters(), facts.drops)
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
@@ -263,17 +290,6 @@ def _norm_dtype(x: Tensor) -> torch.dtype:
 
 def _drawn(drop: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None if drop is None else drop_factors(drop, x, dtype)
-
-
-def _is_like(branch: Any, x: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if the attention gave what plain projections give."""
-    return (
-        type(branch) in PLAIN_TENSORS
-        and branch.dtype is dtype
-        and branch.shape == x.shape
-        and branch.device == x.device
-        and branch.is_contiguous()
-    )
 
 
 def rest(block: Block, x: Tensor, branch: Tensor) -> Tensor:
@@ -291,7 +307,7 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x weightᵀ + bias, as PyTorch does it; where gradients are recorded, by `fusion_autograd.linear`."""
+    """Return x weightᵀ + bias, as PyTorch does it; where gradients are recorded, by `ops.block_autograd.linear`."""
     if torch.is_grad_enabled() and are_functions_torchs() and _is_recorded(x, weight, bias):
         return recorded.linear(x, weight, bias, product_dtype(x))
     return F.linear(x, weight, bias)

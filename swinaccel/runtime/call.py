@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import torch_fusion
+from ..backends.torch import block as torch_block
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError, KernelError
-from ..failures import failures
-from ..layers import twin
+from ..layers import alias
+from ..ops.failures import failures
+from ..ops.observed import is_onnx_export
 from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
@@ -23,10 +23,8 @@ from . import traced
 from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
-from .exporting import is_onnx_export
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
-from .plan import Plan
-from .state import Scope, State, state_of
+from .plan import Plan, Scope, State, state_of
 
 Original = Callable[..., Any]
 
@@ -45,23 +43,17 @@ class Entry:
         adapter: the module's `families.Family` or block adapter.
         has_attention: the method runs the adapter's section.
         is_block: the method runs what may be fused as a whole: a block, a merging, an embedding.
+        settings: names of attributes that callers set before each call.
     """
 
-    __slots__ = ("_settings", "adapter", "config", "has_attention", "is_block")
+    __slots__ = ("adapter", "config", "has_attention", "is_block", "settings")
 
     def __init__(self, adapter: Any, config: AccelConfig, method: str) -> None:
         self.adapter, self.config = adapter, config
         self.has_attention = hasattr(adapter, "section") and method == adapter.method
         whole = getattr(adapter, "block_method", adapter.method)
         self.is_block = config.fuse == "auto" and hasattr(adapter, "block") and method == whole
-        self._settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
-
-    def key(self, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
-        """Return what the plan of a call is kept under, or None where it is not kept."""
-        key = call_key(x, args, kwargs)
-        if self._settings and key is not None:
-            return (self, key, *map(module.__dict__.get, self._settings))
-        return None if key is None else (self, key)
+        self.settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
 
 
 def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,21 +67,26 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         if is_onnx_export():
             return original(module, *args, **kwargs)
         return traced.call(entry, module, original, x, args, kwargs)
+    reason, key, names = context_reason(x), None, entry.settings
+    if reason is None:
+        settings = tuple(map(module.__dict__.get, names)) if names else names
+        key = call_key(entry, settings, x, args, kwargs)
     state, has_attention = state_of(module), entry.has_attention
     if has_attention:
         state.calls += 1
-    reason = context_reason(x)
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
-    key = entry.key(module, x, args, kwargs)
     if entry.is_block:
         fused = state.block.plan(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
         if fused is not None:
-            with suppress(KernelError):  # on which the attention by itself has a word
+            try:
                 result = fused.run(x)
+            except KernelError:  # on which the attention by itself has a word
+                pass
+            else:
                 if fused.counted is not None:
                     fused.counted.calls += 1
-                reason = fused.failure()
+                reason = None if fused.failures == failures.count else fused.failure()
                 if reason is not None:  # plain PyTorch has computed the same
                     _note_fallback(reason, module, entry.config, fused.counted or state)
                 return result
@@ -100,7 +97,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         return _original(plan, entry, module, original, state, args, kwargs)
     try:
         result = plan.run(module, args, kwargs)
-        reason = plan.failure()
+        reason = None if plan.failures == failures.count else plan.failure()
     except KernelError as error:
         reason = str(error)
     if reason is not None:
@@ -165,7 +162,7 @@ def _fused_plan(
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
     adapter, config, scope = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
-    if backend == "torch" and not (hasattr(adapter, "inner") and torch_fusion.is_worth(x)):
+    if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
         return None
     facts = _facts(adapter, module, scope)
     made = facts
@@ -183,7 +180,7 @@ def _facts(adapter: Any, module: nn.Module, scope: Scope) -> Any:
     """Return what a module consists of, or why it must not be stood in for; looked into anew when its guard fails."""
     if scope.holds(module):
         return scope.facts
-    root = twin(module)
+    root = alias(module)
     try:
         facts = _look(adapter, module, root)
     except NotFusable as reason:
@@ -226,7 +223,7 @@ def _plan_fused(
         return "the call is not one that kernels can stand in for"
     size = tokens[1]
     section = counted = attention_problem = None
-    fused: Callable[..., Any]
+    run: Callable[..., Any]
     if isinstance(facts, BlockFacts):
         problem = block_problem(facts, x, backend)
         if backend == "torch" and problem[-1]:
@@ -236,19 +233,19 @@ def _plan_fused(
         if isinstance(bound, str):
             return bound
         attend, attention_problem, section, inner = bound
-        fused = FusedBlock(facts, attend, x, backend, config)
+        run = FusedBlock(facts, attend, x, size, backend, config).run
         if inner is not module or hasattr(adapter, "block_method"):
             counted = state_of(inner)
     else:
         problem = facts.problem(x)
-        fused = (FusedMerging if isinstance(facts, MergingFacts) else FusedEmbedding)(facts, x, config)
+        run = (FusedMerging if isinstance(facts, MergingFacts) else FusedEmbedding)(facts, x, size, config).run
     failure = failures.get(problem)
     if failure is not None:
         if config.strict or env_strict():
             raise FallbackError(f"{type(module).__name__} would run its own layers: {failure}")
         return failure
     index = None if section is None else section.index
-    return Plan(lambda x: fused(x, size), attention_problem, scope.guard, index, counted)
+    return Plan(run, attention_problem, scope.guard, index, counted)
 
 
 def _attention_of_block(

@@ -87,8 +87,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def call_key(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
-    """Return all that decides what a call of one module runs, beside the module; None for arguments of other kinds."""
+def call_key(
+    entry: Any, settings: tuple[Any, ...], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple | None:
+    """Return all that decides what a call of one module runs, beside the module; None for arguments of other kinds.
+
+    Args:
+        entry: how calls run.
+        settings: values of attributes that callers set before each call.
+    """
     others: tuple[Any, ...] = ()
     if len(args) != 1 or kwargs:
         others = (len(args), *args[1:], *kwargs.items())
@@ -98,7 +105,7 @@ def call_key(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple 
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(kind := x.device.type):
         autocast = torch.get_autocast_dtype(kind)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
-    return x.shape, x.dtype, x.get_device(), x.requires_grad, x.is_contiguous(), modes, others
+    return entry, settings, x.shape, x.dtype, x.get_device(), x.requires_grad, x.is_contiguous(), modes, others
 
 
 def _is_plain(values: tuple[Any, ...]) -> bool:

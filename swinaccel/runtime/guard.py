@@ -30,7 +30,7 @@ class Guard:
     """Modules as they were when this was made, and what their code reads elsewhere.
 
     Args:
-        modules: each by itself, without its submodules. None is kept alive but for its attributes, if it is a `twin`.
+        modules: each by itself, without its submodules. None is kept alive but for its attributes, if it is a `alias`.
         cells: (namespace or object, name, value) outside of them, compared by identity.
         contents: (mapping or list, copy of it) outside of them, compared by value.
         ignored: settings of the modules that may change, since each call's key holds them.

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fusion_autograd as recorded
-from ..backends import triton_fusion as kernels
+from ..backends.triton import block as kernels
 from ..config import AccelConfig
 from ..layers import is_builtin
+from ..ops import block_autograd as recorded
 from ..spec.block import Embedding, Merging
 from ..spec.reference_block import embedded, embedding_reference, merged, merging_reference
-from .block import _norm_dtype, demand, demand_idle, demand_sizes, demand_unhooked, failed, is_mixed
+from .block import _norm_dtype, demand, demand_idle, demand_sizes, demand_unhooked, failed, needs_autograd
 from .context import product_dtype
 
 
@@ -45,22 +45,25 @@ class MergingFacts:
 
     def problem(self, x: Tensor) -> tuple:
         """Return what failures of its kernels are kept under."""
-        return "merging", x.device, product_dtype(x), self.channels, is_mixed(x, self.parameters())
+        return "merging", x.device, product_dtype(x), self.channels, needs_autograd(x, self.parameters())
 
 
 class FusedMerging:
     """A patch merging in few kernels."""
 
-    __slots__ = ("_config", "_facts", "_is_mixed")
+    __slots__ = ("_config", "_facts", "_needs_autograd", "_size")
 
-    def __init__(self, facts: MergingFacts, x: Tensor, config: AccelConfig) -> None:
-        self._facts, self._config, self._is_mixed = facts, config, is_mixed(x, facts.parameters())
+    def __init__(self, facts: MergingFacts, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> None:
+        self._facts, self._config, self._needs_autograd = facts, config, needs_autograd(x, facts.parameters())
+        self._size = size
 
-    def __call__(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
+        """Return each four neighbours of an image as one token."""
+        size = self._size
         merging, affine, reduction = self._facts.merging, self._facts.affine, self._facts.reduction
         image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
         try:
-            if self._is_mixed:
+            if self._needs_autograd:
                 if merging.post_norm:
                     out = recorded.norm(F.linear(merged(image), *reduction), affine, _norm_dtype(x))[1]
                 else:
@@ -103,12 +106,12 @@ class EmbeddingFacts:
         """Return True if x is what the module embeds, and the kernel is to be preferred."""
         if x.dim() != 4 or x.shape[1] != self.channels:
             return False
-        return is_mixed(x, self.parameters()) or (x.is_contiguous() and _is_worth(x))
+        return needs_autograd(x, self.parameters()) or (x.is_contiguous() and _is_worth(x))
 
     def problem(self, x: Tensor) -> tuple:
         """Return what failures of its kernels are kept under."""
         shape = self.projection[0].shape
-        return "embedding", x.device, product_dtype(x), shape, self.affine is None, is_mixed(x, self.parameters())
+        return "embedding", x.device, product_dtype(x), shape, self.affine is None, needs_autograd(x, self.parameters())
 
 
 def is_patchwise(layer: Any) -> bool:
@@ -133,15 +136,16 @@ def _is_worth(image: Tensor) -> bool:
 class FusedEmbedding:
     """A patch embedding in one kernel, of an image of whole patches (B, C_in, H, W)."""
 
-    __slots__ = ("_config", "_facts", "_is_mixed")
+    __slots__ = ("_config", "_facts", "_needs_autograd")
 
-    def __init__(self, facts: EmbeddingFacts, x: Tensor, config: AccelConfig) -> None:
-        self._facts, self._config, self._is_mixed = facts, config, is_mixed(x, facts.parameters())
+    def __init__(self, facts: EmbeddingFacts, x: Tensor, _: Any, config: AccelConfig) -> None:
+        self._facts, self._config, self._needs_autograd = facts, config, needs_autograd(x, facts.parameters())
 
-    def __call__(self, x: Tensor, _: Any) -> Any:
+    def run(self, x: Tensor) -> Any:
+        """Return the patches of an image, as the module gives them."""
         embedding, affine, (weight, bias) = self._facts.embedding, self._facts.affine, self._facts.projection
         try:
-            if self._is_mixed:
+            if self._needs_autograd:
                 image = multiplied(x, weight, bias)
                 if affine is not None:
                     image = recorded.norm(image, affine, _norm_dtype(x))[1]
@@ -150,7 +154,7 @@ class FusedEmbedding:
         except kernels.LaunchError as error:
             failed(self._facts.problem(x), error, self._config)
             return embedding_reference(embedding, x)
-        return image if embedding.give is None else embedding.give(image)
+        return image if embedding.as_output is None else embedding.as_output(image)
 
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,15 +1,19 @@
-"""A plan: what one kind of call of a module runs, with all small decisions made in advance."""
+"""Plans of calls, and what is known of one accelerated module: its counts, and its plans while their guard holds."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..failures import failures
+from ..ops.failures import failures
+from ..trust.registry import registry
 from .guard import Guard, same_tensors
-from .state import State
+
+_MOST_PLANS = 16  # of one module; sizes that never come back
+_REBUILDS = 8  # guards to be made of a module that keeps changing, before one has paid for itself
 
 
 class Plan:
@@ -19,9 +23,10 @@ class Plan:
         run: the call.
         problem: what failures of the attention's kernels are kept under, or None.
         counted: whose call it is, in the report, where that is not the module itself.
+        failures: how many kernels had failed when this was made.
     """
 
-    __slots__ = ("_failures", "_fits", "_index", "_tensors", "_version", "counted", "problem", "run")
+    __slots__ = ("_fits", "_index", "_tensors", "_version", "counted", "failures", "problem", "run")
 
     def __init__(
         self,
@@ -32,7 +37,7 @@ class Plan:
         counted: State | None = None,
     ) -> None:
         self.run, self.problem, self.counted = run, problem, counted
-        self._failures, self._index = failures.count, index
+        self.failures, self._index = failures.count, index
         self._version = _version(index)
         self._tensors = [] if guard is None else guard.tensors()
         self._fits = same_tensors(self._tensors)
@@ -40,15 +45,110 @@ class Plan:
     def holds(self) -> bool:
         """Return True if tensors are laid out as they were, no kernel failed, and the bias index holds what it did."""
         return (
-            self._failures == failures.count
+            self.failures == failures.count
             and self._fits(*self._tensors)
             and (self._index is None or _version(self._index) == self._version)
         )
 
     def failure(self) -> str | None:
         """Return why a kernel of this plan failed since it was made, or None."""
-        return None if self._failures == failures.count else failures.get(self.problem)
+        return None if self.failures == failures.count else failures.get(self.problem)
 
 
 def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+class Scope:
+    """What was found out about a module, of its attention alone or of the whole block, for as long as a guard holds.
+
+    Attributes:
+        guard: None where the module cannot be guarded, or keeps changing: everything is found out at each call then.
+        facts: what calls are planned from, or one sentence why the original must run.
+        plans: of calls, by their keys.
+    """
+
+    __slots__ = ("_proofs", "_rebuilds", "facts", "guard", "plans")
+
+    def __init__(self) -> None:
+        self.guard: Guard | None = None
+        self.facts: Any = None
+        self.plans: dict[tuple, Plan] = {}
+        self._rebuilds = _REBUILDS
+        self._proofs = 0
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return True if the facts are still those of this module."""
+        guard = self.guard
+        if guard is None or (isinstance(self.facts, str) and self._proofs != registry.count):
+            return False
+        root = guard.modules[0]
+        if root.__dict__ is not module.__dict__ or type(root) is not type(module) or not guard.holds():
+            return False
+        self._rebuilds = _REBUILDS
+        return True
+
+    def renew(self, facts: Any, guarded: Callable[[], Guard | None]) -> None:
+        """Take new facts, and a new guard for them, unless the module keeps changing."""
+        self.plans.clear()
+        self.guard, self._proofs = None, registry.count
+        if self._rebuilds:
+            self._rebuilds -= 1
+            self.guard = guarded()
+        self.facts = None if self.guard is None else facts  # else they might keep the module alive for ever
+
+    def plan(self, module: nn.Module, key: tuple | None) -> Plan | None:
+        """Return the plan of a call, if it and the facts still hold."""
+        found = None if key is None else self.plans.get(key)
+        return found if found is not None and self.holds(module) and found.holds() else None
+
+    def keep(self, key: tuple | None, plan: Plan) -> None:
+        """Keep the plan of a call for the next of its kind."""
+        if self.guard is not None and key is not None:
+            if len(self.plans) >= _MOST_PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
+
+
+class State:
+    """One accelerated module.
+
+    Attributes:
+        calls, fallbacks: calls so far, and those of them that ran the original.
+        reason: why the last of those did.
+        unfused: why what is around the attention runs by itself, or None.
+        bias: the form of the bias in use.
+    """
+
+    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "reason", "unfused")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.fallbacks = 0
+        self.reason: str | None = None
+        self.unfused: str | None = None
+        self.bias: str | None = None
+        self.attention, self.block = Scope(), Scope()
+
+
+_states: dict[int, tuple[weakref.ref[nn.Module], State]] = {}
+
+
+def state_of(module: nn.Module) -> State:
+    """Return the state of a module; it is not copied or pickled with the module, and does not keep it alive."""
+    found = _states.get(id(module))
+    if found is not None and found[0]() is module:
+        return found[1]
+    address, state = id(module), State()
+
+    def forget(reference: weakref.ref[nn.Module]) -> None:
+        if (known := _states.get(address)) is not None and known[0] is reference:
+            del _states[address]
+
+    _states[address] = weakref.ref(module, forget), state
+    return state
+
+
+def forget_state(module: nn.Module) -> None:
+    """Drop the state of a module."""
+    _states.pop(id(module), None)

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import fusion_ops
 from ..config import env_strict
 from ..errors import FallbackError
 from ..layers import has_hooks, has_own_forward, is_builtin
+from ..ops import block as block_ops
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.libraries import is_of_library
-from .attention import attend_triton, problem_of, section_of, section_reason, triton_reason
+from .attention import problem_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .neighbours import embedding_of, is_patchwise
+from .section import attend_triton
 
 if TYPE_CHECKING:
     from .call import Entry
@@ -98,7 +99,7 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def _bound(section: Section) -> Attend:
     def attend(image: Tensor) -> Tensor:
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
-        return attend_triton(section, section.project(image), trained)
+        return section.output(attend_triton(section, section.project(image), trained))
 
     return attend
 
@@ -222,5 +223,5 @@ def _block(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None
     else:
         norms: Any = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
         linears: Any = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
-        out = fusion_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
-    return out if block.give is None else block.give(out)
+        out = block_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
+    return out if block.as_output is None else block.as_output(out)

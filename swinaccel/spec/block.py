@@ -39,7 +39,7 @@ class Block:
         attention: what holds the section.
         holders: the modules that hold the rest of the MLP.
         drop1, drop2: drop-paths of the attention and of the MLP; they may be one module.
-        give: makes what the block returns out of the result, where that is not the result.
+        as_output: makes what the block returns out of the result, where that is not the result.
     """
 
     attention: Any
@@ -52,7 +52,7 @@ class Block:
     post_norm: bool
     drop1: Any = None
     drop2: Any = None
-    give: Callable[[Tensor], Any] | None = None
+    as_output: Callable[[Tensor], Any] | None = None
 
 
 @dataclass(slots=True)
@@ -74,13 +74,13 @@ class Embedding:
     Attributes:
         projection: a convolution of p x q patches, which neither overlap nor leave gaps.
         norm: None where there is none.
-        give: makes what the module returns out of the result, where that is not the result.
+        as_output: makes what the module returns out of the result, where that is not the result.
         holders: modules between this one and the projection.
     """
 
     projection: Any
     norm: Any
-    give: Callable[[Tensor], Any] | None = None
+    as_output: Callable[[Tensor], Any] | None = None
     holders: tuple[Any, ...] = ()
 
 

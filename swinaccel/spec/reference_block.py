@@ -29,7 +29,7 @@ def block_reference(block: Block, attend: Attend, x: Tensor, size: tuple[int, in
     else:
         x = x + _dropped(block.drop1, branch, x)
         x = x + _dropped(block.drop2, _mlp(block, _norm(block.norm2, x)), x)
-    return x if block.give is None else block.give(x)
+    return x if block.as_output is None else block.as_output(x)
 
 
 def attend_tokens(attend: Attend, y: Tensor, size: tuple[int, int] | None) -> Tensor:
@@ -81,4 +81,4 @@ def embedding_reference(embedding: Embedding, x: Tensor) -> Any:
 def embedded(embedding: Embedding, image: Tensor) -> Any:
     """Return what a patch embedding makes of its projection, (B, H, W, C)."""
     image = image if embedding.norm is None else embedding.norm(image)
-    return image if embedding.give is None else embedding.give(image)
+    return image if embedding.as_output is None else embedding.as_output(image)

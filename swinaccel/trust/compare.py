@@ -17,7 +17,7 @@ def reason(
     expected: tuple[Any, ...],
     found: tuple[Any, ...],
     inputs: list[Tensor],
-    twin: nn.Module,
+    clone: nn.Module,
     other: nn.Module,
     setting: Setting,
 ) -> str | None:
@@ -26,12 +26,12 @@ def reason(
     Args:
         name: of the family whose reading `found` is.
         expected, found: the parts of what the original and the reading returned.
-        twin, other: the copies that they ran on.
+        clone, other: the copies that they ran on.
     """
-    differs = _difference(name, expected, found, setting) or _other_state(twin, other)
+    differs = _difference(name, expected, found, setting) or _other_state(clone, other)
     if differs is None and setting.training:
         differs = _other_gradients(
-            _gradients(expected, inputs[0], twin), _gradients(found, inputs[1], other), setting.tolerance
+            _gradients(expected, inputs[0], clone), _gradients(found, inputs[1], other), setting.tolerance
         )
     return None if differs is None else f"in training, {differs}" if setting.training else differs
 
@@ -92,9 +92,9 @@ def _other_gradients(
     return None
 
 
-def _other_state(twin: nn.Module, other: nn.Module) -> str | None:
+def _other_state(clone: nn.Module, other: nn.Module) -> str | None:
     """Return which attribute the original's forward wrote to, and its family's reading did not."""
-    for (path, one), (_, two) in zip(twin.named_modules(), other.named_modules(), strict=True):
+    for (path, one), (_, two) in zip(clone.named_modules(), other.named_modules(), strict=True):
         left, right = ({**vars(part), **part._buffers} for part in (one, two))
         for name in sorted((left.keys() | right.keys()) - OWN_ATTRIBUTES):
             kept, expected = (list(tensors(values.get(name))) for values in (left, right))

@@ -98,10 +98,10 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
                 value = one.detach().to("cpu", setting.dtype, copy=True)
                 memo[id(one)] = value + torch.rand_like(value)
     places = [place for place, part in enumerate(module.modules()) if part in moved]
-    twin = copy.deepcopy(module, memo)
-    twin.to("cpu", setting.dtype)
-    twin.train(setting.training)  # in detection backbones, neither returns the module
-    parts = list(twin.modules())
+    clone = copy.deepcopy(module, memo)
+    clone.to("cpu", setting.dtype)
+    clone.train(setting.training)  # in detection backbones, neither returns the module
+    parts = list(clone.modules())
     for part in parts:
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             hooks.clear()
@@ -112,10 +112,10 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
             for name, number in vars(part).items():
                 if type(number) is float:
                     vars(part)[name] = 0.0 if "drop" in name else 1.25 * number + 0.05
-    return twin
+    return clone
 
 
-def calls(family: Any, twin: nn.Module, setting: Setting) -> list[tuple[Any, ...]]:
+def calls(family: Any, clone: nn.Module, setting: Setting) -> list[tuple[Any, ...]]:
     """Return the arguments of the calls that a family's examples describe: inputs, masks and the like, at random."""
 
     def made(place: int, argument: Any) -> Any:
@@ -131,7 +131,7 @@ def calls(family: Any, twin: nn.Module, setting: Setting) -> list[tuple[Any, ...
         return numbers.to(setting.dtype)
 
     seed()
-    return [tuple(made(*argument) for argument in enumerate(example)) for example in examples(family, twin)]
+    return [tuple(made(*argument) for argument in enumerate(example)) for example in examples(family, clone)]
 
 
 def set_drop_rates(facts: Any, rate: float) -> None:
@@ -143,9 +143,9 @@ def set_drop_rates(facts: Any, rate: float) -> None:
                 setattr(drop, name, own)
 
 
-def set_path_rates(twin: nn.Module, rate: float) -> None:
+def set_path_rates(clone: nn.Module, rate: float) -> None:
     """Let all drop-paths of a copy drop, wherever they stand."""
-    for part in twin.modules():
+    for part in clone.modules():
         for name in ("p", "drop_prob"):
             if isinstance(part.__dict__.get(name), float) and not isinstance(part, _DropoutNd):
                 setattr(part, name, rate)

@@ -31,6 +31,8 @@ from .names import bases_of, cell_content, functions_behind, is_method, names_in
 # Settings that families read at each call, and what accelerated instances and classes hold.
 LIVE = frozenset(("H", "W", "img_size", "input_resolution", "shift_size", "window_size"))
 OURS = frozenset(("_swinaccel", "_swinaccel_roles"))
+# Of transformers' layers: whether and by what a call is checkpointed, which changes no number.
+_CHECKPOINTS = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
 
 _PLAIN: tuple[type, ...] = (
     bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -143,7 +145,7 @@ class Trace:
         yield from self._class(cls, names, watched=not is_library)
         # Of layers with parameters and of a library's blocks, numbers are sizes.
         has_sizes = is_library and bool(attributes["_parameters"] or attributes["_modules"])
-        for name in sorted(attributes.keys() - OWN_ATTRIBUTES - LIVE - OURS):
+        for name in sorted(attributes.keys() - OWN_ATTRIBUTES - LIVE - OURS - (_CHECKPOINTS if is_library else set())):
             value = attributes[name]
             if isinstance(value, float) or (has_sizes and _is_size(value)):
                 continue

@@ -185,12 +185,12 @@ def _unread_dropouts(
         for path, part in module.named_modules():
             if not isinstance(part, _DropoutNd):
                 continue
-            twin = random_copy(module, moved, Setting())
-            arguments = calls(family, twin, Setting())
-            dropping = twin.get_submodule(path).train()
+            clone = random_copy(module, moved, Setting())
+            arguments = calls(family, clone, Setting())
+            dropping = clone.get_submodule(path).train()
             dropping.p = 1.0  # type: ignore[assignment]
             try:
-                pairs = [(copy.deepcopy(twin), copy.deepcopy(twin), args, Setting()) for args in arguments]
+                pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
                 reasons = {compared(*pair) for pair in pairs} - {None, PADDED}
             except _NotNow:  # the family reads it, and leaves such calls to the original
                 continue
@@ -217,15 +217,15 @@ def _run(
     try:
         with isolated():
             for setting in _settings(module):
-                twin = random_copy(module, moved, setting)
-                arguments = calls(family, twin, setting)
+                clone = random_copy(module, moved, setting)
+                arguments = calls(family, clone, setting)
                 compares = 0
                 for rate in (0.0, 0.2) if setting.training else (0.0,):
-                    set_path_rates(twin, rate)
+                    set_path_rates(clone, rate)
                     if drops:
-                        set_drop_rates(family.block(twin), rate)
+                        set_drop_rates(family.block(clone), rate)
                     for args in arguments:
-                        pair = copy.deepcopy(twin), copy.deepcopy(twin)
+                        pair = copy.deepcopy(clone), copy.deepcopy(clone)
                         with (
                             torch.set_grad_enabled(setting.training),
                             torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast),
@@ -252,7 +252,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _compare(
-    twin: nn.Module,
+    clone: nn.Module,
     other: nn.Module,
     args: tuple[Any, ...],
     setting: Setting,
@@ -272,12 +272,12 @@ def _compare(
         return reason
     x, *rest = args
     inputs = [x.clone().requires_grad_(setting.training) for _ in range(2)]
-    expected = _expected(original, twin, (inputs[0], *rest), setting)
+    expected = _expected(original, clone, (inputs[0], *rest), setting)
     if expected is None:
         return PADDED
     seed()
     found = _parts(family.forward(other, lambda image: attend(section, image), inputs[1], *rest))
-    return compare.reason(family.name, expected, found, inputs, twin, other, setting)
+    return compare.reason(family.name, expected, found, inputs, clone, other, setting)
 
 
 def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any, ...]) -> str | None:
@@ -298,7 +298,7 @@ def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any,
 
 
 def _compare_block(
-    twin: nn.Module,
+    clone: nn.Module,
     other: nn.Module,
     args: tuple[Any, ...],
     setting: Setting,
@@ -310,7 +310,7 @@ def _compare_block(
     """Return why a module does not do around its attention what its family reads, or None where it does."""
     facts = family.block(other)
     inputs = [args[0].clone().requires_grad_(setting.training) for _ in range(2)]
-    expected = _expected(original, twin, (inputs[0], *args[1:]), setting)
+    expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
     if expected is None:
         return PADDED
     seed()
@@ -331,7 +331,7 @@ def _compare_block(
                 raise _NotNow(section)
             attended = functools.partial(attend, reading.apply(section))
         found = block_reference(facts, attended, x, size)
-    return compare.reason(family.name, expected, _parts(found), inputs, twin, other, setting)
+    return compare.reason(family.name, expected, _parts(found), inputs, clone, other, setting)
 
 
 def attend(section: Section, x: Tensor) -> Tensor:
@@ -358,12 +358,12 @@ def attend(section: Section, x: Tensor) -> Tensor:
 
 
 def _expected(
-    original: Callable[..., Any], twin: nn.Module, args: tuple[Any, ...], setting: Setting
+    original: Callable[..., Any], clone: nn.Module, args: tuple[Any, ...], setting: Setting
 ) -> tuple[Any, ...] | None:
     """Return what the original gives, or None where it does not run in lower precision."""
     seed()
     try:
-        return _parts(original(twin, *args))
+        return _parts(original(clone, *args))
     except Exception:
         if setting in EXACT:
             raise

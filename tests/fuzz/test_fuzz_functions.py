@@ -19,7 +19,7 @@ from judging import EACH_LENGTH, Results, differentiate, explore, judge
 from torch import Tensor
 
 from swinaccel import functional
-from swinaccel.failures import failures
+from swinaccel.ops.failures import failures
 from swinaccel.spec import reference
 from swinaccel.spec.window import Geometry
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import swinaccel
 from swinaccel import nn as own_nn
-from swinaccel.failures import failures
+from swinaccel.ops.failures import failures
 
 Axes = tuple[int, ...]
 

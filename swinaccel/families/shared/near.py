@@ -15,7 +15,7 @@ from torch import nn
 
 from ...spec.window import WindowSpec
 from .common import positional_names, sides
-from .look import SHIFT, WINDOW, Look, counts, look_at, named, settings_of
+from .traits import SHIFT, WINDOW, Traits, counts, named, settings_of, traits_of
 
 _ABOVE = 3  # so far above an attention may be the block that knows window and shift
 _CALLED = ("qkv", "proj", "attn_drop", "proj_drop")
@@ -51,32 +51,32 @@ def _above(name: str) -> list[str]:
 
 
 def _judge(module: nn.Module, above: list[nn.Module]) -> tuple[WindowSpec, str] | None:
-    look = look_at(module)
-    if look is None or (look.queries is None and above and getattr(look_at(above[0]), "queries", None)):
+    traits = traits_of(module)
+    if traits is None or (traits.queries is None and above and getattr(traits_of(above[0]), "queries", None)):
         return None  # no attention, or a part of one
-    settings = [look.settings, *map(settings_of, above)]
+    settings = [traits.settings, *map(settings_of, above)]
     window, shift = (
         next((value for one in settings if (value := named(one, pattern)[1]) is not None), None)
         for pattern in (WINDOW, SHIFT)
     )
     if window is None:
-        window = look.fitting_window()
+        window = traits.fitting_window()
     if window is None and _has_no_settings(module):
-        root = math.isqrt(look.rows)
-        window = (root + 1) // 2 if root * root == look.rows and root % 2 else None
+        root = math.isqrt(traits.rows)
+        window = (root + 1) // 2 if root * root == traits.rows and root % 2 else None
     axes = sides(window) or ()
-    if min(axes, default=0) < 2 or look.has_class_token(axes) or (look.positions is None and shift is None):
+    if min(axes, default=0) < 2 or traits.has_class_token(axes) or (traits.positions is None and shift is None):
         return None
     steps = sides(shift) or ()
     steps = steps if len(steps) == len(axes) else (0,) * len(axes)
-    width = getattr(look.children.get("proj"), "in_features", 0)
-    head_dim = width // look.num_heads if look.num_heads and isinstance(width, int) else 0
-    head_dim = head_dim or (look.settings["head_dim"] if isinstance(look.settings.get("head_dim"), int) else 0)
-    seen = f"relative positions, {look.positions}" if look.positions else "windows and shifts"
-    if look.rows in counts(axes):
-        seen = f"a relative position bias table of {look.rows} rows"
-    return WindowSpec("unknown", axes, steps, look.num_heads, head_dim, look.mlp is not None), (
-        f"looks like window attention ({seen}), but {_difference(module, look)}; its own forward runs and its"
+    width = getattr(traits.children.get("proj"), "in_features", 0)
+    head_dim = width // traits.num_heads if traits.num_heads and isinstance(width, int) else 0
+    head_dim = head_dim or (traits.settings["head_dim"] if isinstance(traits.settings.get("head_dim"), int) else 0)
+    seen = f"relative positions, {traits.positions}" if traits.positions else "windows and shifts"
+    if traits.rows in counts(axes):
+        seen = f"a relative position bias table of {traits.rows} rows"
+    return WindowSpec("unknown", axes, steps, traits.num_heads, head_dim, traits.mlp is not None), (
+        f"looks like window attention ({seen}), but {_difference(module, traits)}; its own forward runs and its"
         " results are right, and a family of your own (examples/new_variant.py) or swinaccel.functional makes it faster"
     )
 
@@ -86,35 +86,35 @@ def _has_no_settings(module: nn.Module) -> bool:
     return type(module) is nn.Module or isinstance(module, torch.jit.ScriptModule)
 
 
-def _difference(module: nn.Module, look: Look) -> str:
+def _difference(module: nn.Module, traits: Traits) -> str:
     """Return what keeps the families from reading a module: the first thing that does."""
     if _has_no_settings(module):
         return "torch.jit or torch.fx has taken its code, which goes after accelerate() and not before"
-    if look.queries is None:
+    if traits.queries is None:
         return "it has no qkv, the projection that families read"
-    if look.queries not in ("qkv", "qkv_bias"):
-        return f"its projection is called {look.queries}, which no family reads here"
-    missing = [name for name in _CALLED if name not in look.children]
+    if traits.queries not in ("qkv", "qkv_bias"):
+        return f"its projection is called {traits.queries}, which no family reads here"
+    missing = [name for name in _CALLED if name not in traits.children]
     if missing:
         return f"it has no {' and no '.join(missing)}, which families read"
-    window, heads = look.settings.get("window_size"), look.settings.get("num_heads")
+    window, heads = traits.settings.get("window_size"), traits.settings.get("num_heads")
     if window is None:
-        name = named(look.settings, WINDOW)[0]
+        name = named(traits.settings, WINDOW)[0]
         return f"its window is called {name}, and not window_size" if name else "it has no window_size of its own"
     if not isinstance(heads, int):
         return "its number of heads is not called num_heads"
-    if look.mlp is None:
-        if look.bias is None:
+    if traits.mlp is None:
+        if traits.bias is None:
             return "it has no relative position bias"
-        if look.bias != "relative_position_bias_table":
-            return f"its position bias is called {look.bias}, and not relative_position_bias_table"
-        if look.rows not in counts(window):
-            return f"its position bias has {look.rows} rows, where its windows have {max(counts(window))} positions"
-        if tuple(look.tensors[look.bias].shape) != (look.rows, heads):
-            return f"its position bias has the shape {tuple(look.tensors[look.bias].shape)}, and not (rows, heads)"
-    if look.index != "relative_position_index":
+        if traits.bias != "relative_position_bias_table":
+            return f"its position bias is called {traits.bias}, and not relative_position_bias_table"
+        if traits.rows not in counts(window):
+            return f"its position bias has {traits.rows} rows, where its windows have {max(counts(window))} positions"
+        if tuple(traits.tensors[traits.bias].shape) != (traits.rows, heads):
+            return f"its position bias has the shape {tuple(traits.tensors[traits.bias].shape)}, and not (rows, heads)"
+    if traits.index != "relative_position_index":
         return "it has no relative_position_index"
-    if named(look.settings, SHIFT)[0] is not None:
+    if named(traits.settings, SHIFT)[0] is not None:
         return "it shifts and cuts its windows by itself, as no family does"
     forward = type(module).forward
     arguments = positional_names(forward) if callable(forward) else ()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .common import is_plain_linear, zero_token
 
-# By measurement (docs/benchmarks.md): at 24 rows a channel and 512 channels it still wins, at 3 and 1024 it loses.
+# By measurement (docs/notes.md): at 24 rows a channel and 512 channels it still wins, at 3 and 1024 it loses.
 widest = 512
 rows_per_channel = 8  # putting together moves 6 * C^2 numbers, and saves reading 2 * rows * C of them
 smallest = 1 << 20  # numbers in x; below, a call waits for the host, to which both ways are three launches

@@ -1,0 +1,1 @@
+"""Attention and blocks in plain PyTorch, for where no kernel runs."""

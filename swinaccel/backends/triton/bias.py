@@ -1,0 +1,116 @@
+"""Launch the kernels about biases: the dense form, its gradient, stale factors, SwinV2's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_position
+from .launches import Launch, keep, launches
+from .problem import Problem
+
+_BLOCK = 4096
+
+
+def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> Launch:
+    """Return the launch that expands the live table into the dense bias."""
+    from ...kernels import bias as bias_kernels
+    from ...kernels import softmax
+
+    (heads, rows, cols), dtype = dense
+    limit = softmax.LARGEST.value if dtype == torch.float32 else 6e4
+    assert problem.table_strides is not None
+    return Launch(
+        bias_kernels._expand_bias_kernel,
+        (-(-rows // 8), -(-cols // 128), -(-heads // 4)),
+        (
+            rows * cols, cols, *problem.table_strides, problem.table_rows, problem.geometry.tokens, rows, cols, heads,
+            limit, 4, 8, 128,
+        ),
+        ("", "table", "index"),
+    )  # fmt: skip
+
+
+def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return a bias (heads, N, N), which has no index, as a table with a row for every query and key, and an index.
+
+    The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
+    """
+    if table is None or index is not None or table.dim() != 3:
+        return table, index
+    tokens = table.shape[-1]
+    pairs = torch.arange(tokens * tokens, dtype=torch.int32, device=table.device)
+    return table.flatten(1).t(), pairs.view(tokens, tokens)
+
+
+def reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, launch: Launch) -> Tensor:
+    """Return the table's gradient (T, heads) from all parts (parts, heads, N, N), or of a dense bias."""
+    assert table is not None
+    grad_bias = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    if index is None:
+        return grad_bias.to(table.dtype)
+    grad_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+    if torch.are_deterministic_algorithms_enabled():  # the kernel is, unless the index is an unusual one
+        grad_table.index_put_((index.view(-1),), grad_bias.flatten(1).t(), accumulate=True)
+    else:
+        launch(grad_table, grad_bias, index)
+    return grad_table.to(table.dtype)
+
+
+def compare(differs: Tensor, left: Tensor, right: Tensor) -> None:
+    """Raise the flag where two contiguous tensors of one shape differ."""
+    if left.shape != right.shape:
+        differs.fill_(1)
+        return
+    count = left.numel()
+    run = launches.get(("compare", left.device, count)) or _plan_compare(left.device, count)
+    run(differs, left, right)
+
+
+def _plan_compare(device: torch.device, count: int) -> Launch:
+    from ...kernels import bias as bias_kernels
+
+    launch = Launch(bias_kernels._compare_kernel, (-(-count // _BLOCK),), (count, _BLOCK))
+    return keep(("compare", device, count), launch)
+
+
+def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
+    """Return SwinV2's bias table 16 · sigmoid(MLP(coords)), as one kernel in fp32.
+
+    Args:
+        coords: (..., 2), T log-spaced offsets.
+        hidden_weight, hidden_bias: (hidden, 2) and (hidden,).
+        weight: (heads, hidden).
+    Returns:
+        (T, heads), fp32; the heads come first in memory.
+    """
+    run, shape = position_launch(
+        coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape
+    )  # fmt: skip
+    table = torch.empty(shape, dtype=torch.float32, device=coords.device)
+    run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
+    return table.t()
+
+
+def position_launch(device: torch.device, *shapes: torch.Size) -> tuple[Launch, tuple[int, int]]:
+    """Return the launch for tensors of such shapes, in order, and the table's shape in memory, (heads, T)."""
+    key: tuple[Any, ...] = ("position", device, *shapes)
+    return launches.get(key) or _plan_position(*key)
+
+
+def _plan_position(
+    name: str, device: torch.device, coords: torch.Size, weight1: torch.Size, bias1: torch.Size, weight2: torch.Size
+) -> tuple[Launch, tuple[int, int]]:
+    from ...kernels import bias as bias_kernels
+    from ...kernels.launch import power_of_two
+
+    rows, heads, hidden = check_position(coords, weight1, bias1, weight2)
+    launch = Launch(
+        bias_kernels._position_table_kernel,
+        (-(-rows // 16), heads),
+        (rows, hidden, 16, min(512, power_of_two(hidden))),
+        ("", "coords", "hidden_weight", "hidden_bias", "weight"),
+    )
+    return keep((name, device, coords, weight1, bias1, weight2), (launch, (heads, rows)))

@@ -1,0 +1,334 @@
+"""Launches what stands around the attention: norms with residual sums, GELU with a product, the MLP, embeddings.
+
+All tensors are contiguous and on one device; but for `run_norm` they are of one dtype, and no gradient is recorded. Any
+failure to compile or launch is a `LaunchError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import devices
+from .launches import DescribedLaunch, Launch, first_line, keep, launches
+
+Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
+NORM, ADD_NORM, NORM_ADD, ADD = range(4)  # modes of `kernels.pointwise._norm_kernel`
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be compiled or launched."""
+
+
+def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> None:
+    """Run the launch that is kept under a key: the plan's name, and what is planned from."""
+    run(kept(key, plan), *tensors)
+
+
+def kept(key: tuple, plan: Callable[..., Any]) -> Any:
+    """Return the launch that is kept under a key."""
+    try:
+        return launches.get(key) or keep(key, plan(*key[1:]))
+    except Exception as error:
+        raise LaunchError(first_line(error)) from error
+
+
+def run(launch: Any, *tensors: Tensor | None) -> None:
+    """Run a launch; what fails is a `LaunchError`."""
+    try:
+        launch(*tensors)
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        raise
+    except Exception as error:
+        raise LaunchError(first_line(error)) from error
+
+
+def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, eps: float, mode: int) -> Any:
+    from ...kernels import fusion_launch, pointwise
+
+    shape = fusion_launch.rows(channels)
+    return Launch(
+        pointwise._norm_kernel,
+        (-(-rows // shape.rows),),
+        (rows, sample_rows, eps, channels, mode, shape.block_c, shape.rows),
+        num_warps=fusion_launch.NORM_WARPS,
+    )
+
+
+def sample_rows(rows: int, scale: Tensor | None) -> int:
+    """Return how many rows one factor of `scale` is for."""
+    return 1 if scale is None else rows // scale.numel()
+
+
+def run_norm(
+    mode: int,
+    x: Tensor,
+    branch: Tensor | None,
+    affine: Affine,
+    *,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
+    stats: Tensor | None = None,
+    scale: Tensor | None = None,
+    total_bias: Tensor | None = None,
+) -> None:
+    """Run `kernels.pointwise._norm_kernel`, whose modes and operands these are."""
+    channels, (weight, bias, eps) = x.shape[-1], affine
+    rows = x.numel() // channels
+    if rows:
+        launch = norm_launch(mode, x.device, rows, channels, eps, sample_rows(rows, scale))
+        run(launch, x, out, total, stats, branch, scale, weight, bias, total_bias)
+
+
+def norm_launch(mode: int, device: torch.device, rows: int, channels: int, eps: float, sample_rows: int = 1) -> Any:
+    """Return the launch of `kernels.pointwise._norm_kernel` for tensors of so many rows."""
+    return kept(("norm", device, rows, sample_rows, channels, eps, mode), _plan_norm)
+
+
+def norm(x: Tensor, affine: Affine) -> Tensor:
+    """Return the layer norm of the last axis; statistics in fp32."""
+    out = torch.empty_like(x)
+    run_norm(NORM, x, None, affine, out=out)
+    return out
+
+
+def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
+    return total, out
+
+
+def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
+    """Return x + the layer norm of branch, which is not rounded before."""
+    out = torch.empty_like(x)
+    run_norm(NORM_ADD, x, branch, affine, out=out)
+    return out
+
+
+def merge(x: Tensor, affine: Affine | None) -> Tensor:
+    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
+    batch, height, width, channels = x.shape
+    out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
+    if out.numel():
+        weight, bias, eps = (None, None, None) if affine is None else affine
+        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, weight, bias)
+    return out
+
+
+def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float | None) -> Any:
+    from ...kernels import fusion_launch, pointwise
+
+    rows, shape = batch * ((height + 1) // 2) * ((width + 1) // 2), fusion_launch.rows(4 * channels)
+    numbers = rows, height, width, 0.0 if eps is None else eps, channels, eps is not None
+    return Launch(
+        pointwise._merge_kernel,
+        (-(-rows // shape.rows),),
+        (*numbers, shape.block_c, shape.rows),
+        num_warps=fusion_launch.MERGE_WARPS,
+    )
+
+
+@lru_cache(maxsize=256)
+def embed_launch(channels: int, numbers: int) -> Any:
+    """Return how `embed` would run for patches of so many numbers, or None where it is not to."""
+    from ...kernels import fusion_launch
+
+    return fusion_launch.embed(channels=channels, numbers=numbers)
+
+
+def embed(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine | None) -> Tensor:
+    """Embed (B, C_in, H, W) to (B, H / p, W / q, C): each patch times the weight (C, C_in, p, q), and its norm.
+
+    Args:
+        x: its sides are multiples of the patch's, and it has less than 2^31 - 64 patches.
+        affine: of the norm; None: there is none.
+    """
+    (batch, _, height, width), (channels, _, *patch) = x.shape, weight.shape
+    down, across = height // patch[0], width // patch[1]
+    out = x.new_empty((batch, down, across, channels))
+    if out.numel():
+        norm_weight, norm_bias, eps = (None, None, None) if affine is None else affine
+        key = ("embed", x.device, batch, down, across, weight.shape, eps)
+        _launch(key, _plan_embed, out, x, weight, bias, norm_weight, norm_bias)
+    return out
+
+
+def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight: torch.Size, eps: float | None) -> Any:
+    from ...kernels import embedding
+
+    channels, inputs, *patch = weight
+    rows, numbers = batch * down * across, inputs * patch[0] * patch[1]
+    shape = embed_launch(channels, numbers)
+    return Launch(
+        embedding._embed_kernel,
+        (-(-rows // shape.block_m),),
+        (
+            rows,
+            down,
+            across,
+            0.0 if eps is None else eps,
+            channels,
+            numbers,
+            *patch,
+            eps is not None,
+            shape.block_m,
+            shape.block_c,
+            shape.block_k,
+        ),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
+
+
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return exact GELU of 16-bit numbers; `out` may be x."""
+    out, numbers = torch.empty_like(x) if out is None else out, x.numel()
+    if numbers:
+        run(gelu_launch(x.device, numbers), out, x)
+    return out
+
+
+def gelu_launch(device: torch.device, numbers: int) -> Any:
+    """Return the launch of GELU for so many numbers, which writes to its first tensor."""
+    return kept(("gelu", device, numbers), _plan_gelu)
+
+
+def _plan_gelu(device: torch.device, numbers: int) -> Any:
+    from ...kernels import fusion_launch, mlp
+
+    block = fusion_launch.GELU_BLOCK
+    return Launch(mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return GELU(x weightᵀ + bias), exact, of 16-bit numbers, or None where PyTorch's product is to be preferred.
+
+    Args:
+        x, weight: (..., K) and (N, K).
+    """
+    hidden, channels = weight.shape
+    launch = linear_gelu_launch(x.device, x.numel() // channels, channels, hidden)
+    if launch is None or not are_describable(x, weight):
+        return None
+    out = x.new_empty((*x.shape[:-1], hidden))
+    run(launch, out, x, weight, bias)
+    return out
+
+
+def linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
+    """Return the launch of the product with GELU, or None where PyTorch's product is to be preferred."""
+    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
+    return None if how is None else kept(("linear gelu", device, rows, channels, hidden, *how), _plan_linear_gelu)
+
+
+def are_describable(x: Tensor, weight: Tensor) -> bool:
+    """Return True if both tensors begin where a descriptor can."""
+    return not (x.data_ptr() | weight.data_ptr()) & 15
+
+
+@lru_cache(maxsize=256)
+def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
+    if not devices.has_copy_engine(device):
+        return None
+    from ...kernels import fusion_launch
+
+    multiprocessors = devices.multiprocessors(device)
+    return fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors)
+
+
+def _plan_linear_gelu(
+    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int
+) -> Any:  # fmt: skip
+    from ...kernels import fusion_launch, mlp
+
+    block_m, block_n, block_k = shape[:3]
+    tiles = (block_m, block_n // 2), (block_m, block_k), (block_n, block_k)  # of the output, x and the weight
+    return DescribedLaunch(
+        {place: partial(fusion_launch.describe, block=tile) for place, tile in enumerate(tiles)},
+        mlp._linear_gelu_kernel,
+        (programs,),
+        (rows, hidden, channels, block_m, block_n, block_k, shape.group),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
+
+
+def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Return True if `mlp` is to be preferred to products of their own, for (..., C) and the weight (hidden, C)."""
+    hidden, channels = weight.shape
+    return pays_in_one(x.device, x.dtype, x.numel() // channels, channels, hidden)
+
+
+def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int) -> bool:
+    """Return True if so many rows are enough for `mlp`, in which a program goes through all hidden channels."""
+    launch = mlp_launch(device, dtype, channels, hidden)
+    return launch is not None and rows >= launch.block_m * devices.multiprocessors(device)
+
+
+def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
+    """Return how `mlp` would run, or None where it cannot, or never is to."""
+    shared_memory = devices.shared_memory(device)
+    return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
+
+
+@lru_cache(maxsize=256)
+def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: int) -> Any:
+    from ...kernels import fusion_launch
+
+    return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
+
+
+def mlp(
+    x: Tensor,
+    branch: Tensor | None,
+    affine: Affine,
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """Run all of a block after its attention, where `mlp_launch` has a launch.
+
+    Args:
+        branch: the attention's output: with total = x + branch, total + mlp(norm(total)). None: x + norm(mlp(x)).
+        fc1, fc2: weight and bias.
+    """
+    (hidden, channels), (weight, bias, eps) = fc1[0].shape, affine
+    rows, out = x.numel() // channels, torch.empty_like(x)
+    if rows:
+        launch = whole_mlp_launch(x.device, x.dtype, rows, channels, hidden, eps, branch is not None)
+        run(launch, out, x, branch, weight, bias, *fc1, *fc2)
+    return out
+
+
+def whole_mlp_launch(
+    device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int, eps: float, is_residual: bool
+) -> Any:
+    """Return the launch of `mlp` for so many rows."""
+    key = ("mlp", device, rows, channels, hidden, eps, is_residual, dtype, devices.shared_memory_override)
+    return kept(key, _plan_mlp)
+
+
+def _plan_mlp(
+    device: torch.device,
+    rows: int,
+    channels: int,
+    hidden: int,
+    eps: float,
+    is_residual: bool,
+    dtype: torch.dtype,
+    shared_memory: int | None,
+) -> Any:
+    from ...kernels import mlp
+
+    shape = mlp_launch(device, dtype, channels, hidden)
+    return Launch(
+        mlp._mlp_kernel,
+        (-(-rows // shape.block_m),),
+        (rows, eps, channels, hidden, is_residual, shape.block_m, shape.block_c, shape.block_h),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )

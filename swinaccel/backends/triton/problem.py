@@ -1,0 +1,214 @@
+"""Describe a problem of window attention: all that its launches depend on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...spec.window import Geometry
+from . import devices
+
+MAX_TOKENS, MAX_HEAD_DIM = 1024, 128
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, geometry: Geometry, num_heads: int, head_dim: int, interpret: bool
+) -> str | None:
+    """Return why the kernels cannot serve a problem, as one sentence, or None."""
+    reason = devices.unsupported_reason(device, (dtype,), interpret)
+    if reason is not None:
+        return reason
+    if geometry.tokens > MAX_TOKENS:
+        return f"a window of {'x'.join(map(str, geometry.window))} holds more than {MAX_TOKENS} tokens"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is larger than {MAX_HEAD_DIM}"
+    if math.prod(geometry.size) * 3 * num_heads * head_dim >= 2**31:
+        return "q, k and v of one image are 2^31 numbers or more"
+    return None
+
+
+def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
+    """Return True if forward and backward of a problem run the small-window kernels, which keep no log-sum-exp."""
+    from ...kernels import launch
+
+    return launch.is_small_backward(
+        tokens=tokens,
+        head_dim=head_dim,
+        element_size=dtype.itemsize,
+        shared_memory=devices.shared_memory(device),
+    )
+
+
+def as_3d(numbers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Return one number for each of (depth, rows, columns); flat images have that one for their depth."""
+    return numbers if len(numbers) == 3 else (depth, *numbers)
+
+
+def are_heads_apart(tokens: Tensor, geometry: Geometry) -> bool:
+    """Return True if tokens are (B, H, W, heads, D), with an axis for the heads, rather than (B, H, W, C)."""
+    return tokens.dim() == len(geometry.size) + 3
+
+
+def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
+    """Return an empty output: (B, H, W, heads * D), or (B, H, W, heads, D) with the heads before W in memory."""
+    shape, swaps_heads = image_shape(tokens.shape, geometry, packed)
+    out = tokens.new_empty(shape)
+    return out.transpose(-3, -2) if swaps_heads else out
+
+
+def image_shape(shape: torch.Size, geometry: Geometry, packed: bool) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of an output in memory, and whether its axes -3 and -2 are then swapped."""
+    if len(shape) == len(geometry.size) + 3:
+        return (*shape[:-3], shape[-2], shape[-3], shape[-1]), True
+    return (*shape[:-1], shape[-1] // 3 if packed else shape[-1]), False
+
+
+def shapes_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple([None if one is None else one.shape for one in tensors])
+
+
+class Problem(NamedTuple):
+    """All that the launches of one attention problem depend on, and the key that they are kept under.
+
+    Attributes:
+        shape, strides: of qkv, which is packed, or of q, and then k and v have shapes; and so on, None for what is not.
+        is_dense: whether table and index were made of a bias that has no index.
+        kept: shapes of the output's gradient, the output and what is kept of the softmax, where this is a backward.
+    """
+
+    geometry: Geometry
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    num_heads: int
+    parts: tuple[torch.Size, ...] | None
+    table_shape: torch.Size | None
+    table_strides: tuple[int, ...] | None
+    index_shape: torch.Size | None
+    is_dense: bool
+    padding_shape: torch.Size | None
+    mask_shape: torch.Size | None
+    logit_scale_shape: torch.Size | None
+    mask_value: float
+    scale: float
+    factors: tuple[torch.Size, ...] | None
+    seed_shape: torch.Size | None
+    dropout: float
+    for_backward: bool
+    precision: str
+    shared_memory: int | None
+    kept: tuple[torch.Size | None, ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def packed(self) -> bool:
+        return self.parts is None
+
+    @property
+    def channels(self) -> int:
+        if self.packed:
+            return self.shape[-1] // 3
+        return self.shape[-1] * (self.shape[-2] if self.heads_apart else 1)
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padding_shape is not None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.mask_shape is not None
+
+    @property
+    def cosine(self) -> bool:
+        return self.logit_scale_shape is not None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.factors is None else self.factors[0][-1]
+
+    @property
+    def table_rows(self) -> int:
+        return 0 if self.table_shape is None else self.table_shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.num_heads
+
+    @property
+    def is_small(self) -> bool:
+        if not self.for_backward:
+            from ...kernels import launch
+
+            return self.geometry.tokens <= launch.SMALL_WINDOW
+        return is_small(self.device, self.dtype, self.geometry.tokens, self.head_dim)
+
+    @property
+    def mask_mode(self) -> int:
+        from ...kernels import tiles
+
+        if self.has_mask:
+            return tiles.MASK_TENSOR.value
+        return (tiles.MASK_REGIONS if self.geometry.is_shifted and self.mask_value else tiles.MASK_NONE).value
+
+    @property
+    def bias_mode(self) -> int:
+        from ...kernels import tiles
+
+        if self.table_strides is None:
+            return tiles.BIAS_NONE.value
+        if self.is_small:
+            return tiles.BIAS_TABLE.value
+        return (tiles.BIAS_FACTORS if self.rank else tiles.BIAS_DENSE).value
+
+    @property
+    def image_strides(self) -> tuple[int, ...]:
+        """Return strides of the token images, (batch, depth, row, column, head), those of q, k, v first.
+
+        From head to head the kernels count in heads, so that neighbours, which are one apart, are nothing to compute.
+        """
+        height, width = self.geometry.size[-2:]
+        axes, rows = len(self.geometry.size), width * self.channels
+        col, head = (self.head_dim, width) if self.heads_apart else (self.channels, 1)
+        out = (math.prod(self.geometry.size) * self.channels, height * rows, rows, col, head)
+        token_head = self.strides[axes + 1] // self.head_dim if self.heads_apart else 1
+        return (self.strides[0], *as_3d(self.strides[1 : axes + 1], 0), token_head, *out)
+
+    @property
+    def heads_apart(self) -> bool:
+        return len(self.strides) == len(self.geometry.size) + 3
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        return as_3d(self.geometry.window, 1)
+
+    @property
+    def is_volume(self) -> bool:
+        return len(self.geometry.size) == 3
+
+    @property
+    def runtime_args(self) -> tuple[Any, ...]:
+        geometry = self.geometry
+        numbers = (self.scale, self.mask_value, self.dropout)
+        sizes = (*as_3d(geometry.size, 1), *as_3d(geometry.grid, 1))
+        return (*sizes, *as_3d(geometry.shift, 0), *as_3d(geometry.roll, 0), *numbers)
+
+    @property
+    def constexprs(self) -> tuple[Any, ...]:
+        flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
+        shape = (self.window, self.is_volume, self.head_dim, self.packed, self.cosine)
+        return (*shape, self.bias_mode, self.mask_mode, *flags)
+
+    def dense(self, block_m: int, block_n: int) -> tuple[tuple[int, int, int], torch.dtype]:
+        """Return shape and dtype of the dense bias: rows and columns of whole tiles; for 16-bit compute fp16, since
+        bf16 would round it eight times coarser.
+        """
+        tokens = self.geometry.tokens
+        rows, cols = -(-tokens // block_m) * block_m, -(-tokens // block_n) * block_n
+        return (self.num_heads, rows, cols), torch.float32 if self.dtype == torch.float32 else torch.float16

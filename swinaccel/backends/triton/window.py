@@ -1,0 +1,251 @@
+"""Launch the forward of window attention."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec.window import Geometry
+from . import devices
+from .bias import as_table, compare, expand
+from .checks import check_shapes, lse_shape
+from .launches import BoundLaunch, Launch, keep, launches
+from .problem import Problem, as_3d, image_shape, shapes_of
+
+_CHECKS = 32  # programs that look over one window's mask
+
+
+def registers_of(large: Any) -> dict[str, int]:
+    """Return the launch option that holds the compiler to so many registers; AMD's has none."""
+    return {"maxnreg": large.max_registers} if large.max_registers and torch.version.hip is None else {}
+
+
+class Forward:
+    """The launches of one forward, and what it needs allocated: `run` looks at no shape any more."""
+
+    __slots__ = ("attention", "check", "checks_shape", "dense", "expand", "for_backward", "is_empty",
+                 "is_small", "lse_shape", "out_shape", "swaps_heads")  # fmt: skip
+
+    def __init__(self, problem: Problem) -> None:
+        from ...kernels import bias as bias_kernels
+        from ...kernels import launch, tiles, window_fwd
+
+        check_shapes(problem)
+        geometry, tokens = problem.geometry, problem.geometry.tokens
+        shared_memory = devices.shared_memory(problem.device)
+        self.is_small, self.for_backward = problem.is_small, problem.for_backward
+        self.out_shape, self.swaps_heads = image_shape(problem.shape, geometry, problem.packed)
+        self.is_empty = 0 in self.out_shape
+        self.check: Any = None
+        self.expand: Any = None
+        self.checks_shape = (geometry.num_windows, _CHECKS)
+        self.lse_shape = (0,)
+        table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
+        if self.is_small:
+            small = launch.small(
+                tokens=tokens,
+                head_dim=problem.head_dim,
+                batch=problem.batch,
+                positions=geometry.num_windows * problem.num_heads,
+                element_size=problem.dtype.itemsize,
+                shared_memory=shared_memory,
+            )
+            self.attention: Any = Launch(
+                window_fwd._window_attention_fwd_small_kernel,
+                (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
+                (
+                    *problem.image_strides, *table_strides, problem.batch, problem.num_heads, *problem.runtime_args,
+                    *problem.constexprs, problem.precision, small.block_n, small.block_d, small.images,
+                ),
+                ("", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
+                num_warps=small.num_warps,
+                num_stages=small.num_stages,
+            )  # fmt: skip
+            return
+        large = launch.large(
+            tokens=tokens,
+            head_dim=problem.head_dim,
+            batch=problem.batch,
+            positions=geometry.num_windows * problem.num_heads,
+            element_size=problem.dtype.itemsize,
+            shared_memory=shared_memory,
+        )
+        self.dense = problem.dense(large.block_m, large.block_n)
+        _, rows, cols = self.dense[0]
+        if problem.bias_mode == tiles.BIAS_DENSE.value:
+            self.expand = expand(problem, self.dense)
+        if problem.has_mask:
+            self.check = Launch(
+                bias_kernels._check_mask_kernel,
+                (geometry.num_windows, _CHECKS),
+                (
+                    *as_3d(geometry.grid, 1), *as_3d(geometry.shift, 0), problem.mask_value, problem.window,
+                    problem.is_volume, _CHECKS, 1024,
+                ),
+            )  # fmt: skip
+        if problem.for_backward:
+            shape = lse_shape(problem.batch, geometry, problem.num_heads, problem.has_mask)
+            self.lse_shape = shape  # type: ignore[assignment]
+        self.attention = Launch(
+            window_fwd._window_attention_fwd_kernel,
+            (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
+            (
+                *problem.image_strides, *table_strides, problem.batch, problem.num_heads,
+                *problem.runtime_args, *problem.constexprs, problem.for_backward, problem.precision, problem.rank or 16,
+                _CHECKS, rows, cols, large.block_m, large.block_n, large.block_d, large.images,
+            ),
+            (
+                "", "qkv", "k", "v", "padding", "table", "index", "mask", "", "logit_scale", "", "a factor", "a factor",
+                "", "seed",
+            ),
+            num_warps=large.num_warps,
+            num_stages=large.num_stages,
+            **registers_of(large),
+        )  # fmt: skip
+
+    def bound(self) -> Forward:
+        """Return a copy for one caller, who gives tensors of the same dtypes and devices at every call."""
+        other = copy.copy(self)
+        for name in ("attention", "check", "expand"):
+            launch = getattr(self, name)
+            setattr(other, name, None if launch is None else BoundLaunch(launch))
+        return other
+
+    def run(
+        self,
+        qkv: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        table: Tensor | None,
+        index: Tensor | None,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        logit_scale: Tensor | None,
+        seed: Tensor | None = None,
+        factors: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Allocate and launch; the tensors are of the problem's shapes and strides."""
+        out = qkv.new_empty(self.out_shape)
+        if self.swaps_heads:
+            out = out.transpose(-3, -2)
+        lse = qkv.new_empty(self.lse_shape, dtype=torch.float32) if self.for_backward else None
+        if self.is_empty:
+            return out, lse
+        if self.is_small:
+            self.attention(out, qkv, k, v, padding, table, index, mask, logit_scale, seed)
+            return out, lse
+
+        differs = dense = q_factor = k_factor = stale = None
+        if self.check is not None:
+            differs = qkv.new_empty(self.checks_shape, dtype=torch.int32)
+            self.check(differs, mask)
+        if factors is not None:
+            assert table is not None
+            assert index is not None
+            q_factor, k_factor, known_table, known_index = factors
+            stale = qkv.new_zeros(1, dtype=torch.int32)
+            compare(stale, table.contiguous(), known_table)
+            compare(stale, index, known_index)
+        elif self.expand is not None:
+            shape, dtype = self.dense
+            dense = qkv.new_empty(shape, dtype=dtype)
+            self.expand(dense, table, index)
+        self.attention(
+            out, qkv, k, v, padding, table, index, mask, differs, logit_scale, dense, q_factor, k_factor, stale, seed,
+            lse,
+        )  # fmt: skip
+        return out, lse
+
+
+def bind(
+    geometry: Geometry,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    packed: bool,
+    table: tuple[torch.Size, tuple[int, ...]] | None,
+    has_padding: bool,
+    has_mask: bool,
+    mask_value: float,
+    scale: float,
+    cosine: bool,
+) -> Forward:
+    """Return the launches of inference where every tensor but the table is contiguous; see `ops.window.bind`."""
+    tokens, channels = geometry.tokens, num_heads * head_dim
+    width = 3 * channels if packed else channels
+    shape = torch.Size((batch, *geometry.size, width))
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    table_shape, table_strides = (None, None) if table is None else table
+    key = (
+        geometry.window, geometry.shift, geometry.roll_first, device, dtype, shape, strides, num_heads,
+        None if packed else (shape, shape), table_shape, table_strides,
+        None if table is None else torch.Size((tokens, tokens)), False,
+        torch.Size((3 * channels,)) if has_padding and geometry.is_padded else None,
+        torch.Size((geometry.num_windows, tokens, tokens)) if has_mask else None,
+        torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
+        devices.precision(dtype), devices.shared_memory_override,
+    )  # fmt: skip
+    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    return forward.bound()
+
+
+def shifted_window_attention(
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    geometry: Geometry,
+    *,
+    num_heads: int,
+    table: Tensor | None,
+    index: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    mask_value: float,
+    scale: float,
+    logit_scale: Tensor | None,
+    factors: tuple[Tensor, ...] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    for_backward: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as `reference.shifted_window_attention` does, by one kernel.
+
+    Args:
+        qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
+            axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D; so has the output.
+        index, mask, padding, logit_scale: contiguous.
+        table: (T, heads); without index the bias itself, (heads, N, N).
+        factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias, and the table and index
+            that they were computed from; where those differ from the live ones, the live table is used.
+        dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
+        for_backward: keep what the backward needs.
+    Returns:
+        (B, H, W, heads * D), and where `for_backward` what is kept of the softmax, of `lse_shape`, which is empty for
+        small windows.
+    """
+    device, dtype = qkv.device, qkv.dtype
+    is_dense = index is None and table is not None
+    if is_dense:
+        table, index = as_table(table, index)
+    if not geometry.is_padded:
+        padding = None
+    # Of a geometry its numbers, since tuples are compared in a fraction of a dataclass's time.
+    key = (
+        geometry.window, geometry.shift, geometry.roll_first, device, dtype, qkv.shape, qkv.stride(), num_heads,
+        None if k is None else shapes_of(k, v), None if table is None else table.shape,
+        None if table is None else table.stride(), None if index is None else index.shape, is_dense,
+        None if padding is None else padding.shape, None if mask is None else mask.shape,
+        None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None if factors is None else shapes_of(*factors[:2]), None if seed is None else seed.shape, dropout,
+        for_backward, "ieee" if dtype is not torch.float32 else devices.precision(dtype),
+        devices.shared_memory_override,
+    )  # fmt: skip
+    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    return forward.run(qkv, k, v, table, index, padding, mask, logit_scale, seed, factors)

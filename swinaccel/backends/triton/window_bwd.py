@@ -1,0 +1,210 @@
+"""Launch the backward of window attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...spec.window import Geometry
+from . import devices
+from .bias import as_table, expand, reduce_bias
+from .checks import check_shapes
+from .launches import Launch, keep, launches
+from .problem import Problem, shapes_of
+from .window import registers_of
+
+
+class Backward:
+    """The launches of one backward, and what it needs allocated."""
+
+    __slots__ = (
+        "bias", "bias_shape", "dense", "expand", "is_small", "key", "padding_shape", "query", "query_shape", "reduce",
+        "row_shape", "scale_shape", "small",
+    )  # fmt: skip
+
+    def __init__(self, problem: Problem, grad_bias: bool) -> None:
+        from ...kernels import bias as bias_kernels
+        from ...kernels import launch, window_bwd, window_bwd_bias, window_bwd_large
+
+        check_shapes(problem)
+        geometry, heads, batch = problem.geometry, problem.num_heads, problem.batch
+        tokens, windows = geometry.tokens, geometry.num_windows
+        self.is_small = problem.is_small
+        self.expand: Any = None
+        self.bias: Any = None
+        self.reduce = Launch(
+            bias_kernels._reduce_bias_kernel,
+            (math.prod(2 * side - 1 for side in geometry.window), heads),
+            (problem.table_rows, heads, problem.window, 64 if self.is_small else 256),
+            ("", "", "index"),
+            num_warps=2,
+        )
+        options: dict[str, int] = {
+            "head_dim": problem.head_dim,
+            "element_size": problem.dtype.itemsize,
+            "shared_memory": devices.shared_memory(problem.device),
+        }
+        if self.is_small:
+            small = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
+            parts = -(-windows // small.windows) * -(-batch // small.images)
+            self.small: Any = Launch(
+                window_bwd._window_attention_bwd_small_kernel,
+                (-(-windows // small.windows) * heads, -(-batch // small.images)),
+                (
+                    *problem.image_strides, *(problem.table_strides or (0, 0)), problem.table_rows, batch, heads,
+                    *problem.runtime_args, *problem.constexprs, grad_bias, problem.precision, small.block_n,
+                    small.block_d, small.images, small.windows,
+                ),
+                (*[""] * 6, "grad", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
+                num_warps=small.num_warps,
+                num_stages=small.num_stages,
+            )  # fmt: skip
+            self.bias_shape = (parts, heads, tokens, tokens)
+            self.scale_shape: tuple[int, ...] = (parts, heads)
+            self.padding_shape = (parts, 3 * problem.channels)
+            return
+        large = launch.large_backward(tokens=tokens, **options)
+        blocks = [(one.block_m, one.block_n) for one in large]
+        self.dense = problem.dense(max(m for m, _ in blocks), max(n for _, n in blocks))
+        _, rows, cols = self.dense[0]
+        if problem.table_strides is not None:
+            self.expand = expand(problem, self.dense)
+
+        def plan(
+            kernel: Any,
+            one: launch.LargeLaunch,
+            grid: tuple[int, ...],
+            names: tuple[str, ...],
+            *sizes: int,
+            images: Any = (),
+        ) -> Launch:
+            names = (*names, "qkv", "k", "v", "padding", "mask", "logit_scale", "", "seed")
+            numbers = (*problem.image_strides, *sizes, heads, *problem.runtime_args, *problem.constexprs)
+            shape = (problem.precision, rows, cols, one.block_m, one.block_n, one.block_d, *images)
+            options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **registers_of(one)}
+            return Launch(kernel, grid, (*numbers, *shape), names, **options)
+
+        parts = heads * windows * batch
+        self.row_shape = (batch, windows, heads, tokens)
+        self.query_shape = (*self.row_shape, problem.head_dim)
+        tiles = -(-tokens // large.query.block_m)
+        self.query = plan(
+            window_bwd_large._window_attention_bwd_query_kernel, large.query, (tiles * parts,),
+            (*[""] * 5, "grad", "out", "lse"),
+        )  # fmt: skip
+        self.scale_shape = (batch, windows, tiles, heads)
+        key_tiles = -(-tokens // large.key.block_n)
+        self.key = plan(
+            window_bwd_large._window_attention_bwd_key_kernel, large.key, (key_tiles * parts,),
+            (*[""] * 5, "grad", "lse", "", ""),
+        )  # fmt: skip
+        self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
+        if grad_bias:
+            tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
+            chunk = launch.bias_chunk(tiles=tiles, windows=windows, batch=batch)
+            groups = -(-windows // chunk.windows), -(-batch // chunk.images)
+            self.bias = plan(
+                window_bwd_bias._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups),
+                ("", "grad", "lse", "", "", ""), batch, images=(chunk.images, chunk.windows),
+            )  # fmt: skip
+            self.bias_shape = (groups[0] * groups[1], heads, tokens, tokens)
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call, each as its input; None where not asked for."""
+
+    qkv: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    table: Tensor | None
+    padding: Tensor | None
+    logit_scale: Tensor | None
+
+
+def shifted_window_attention_backward(
+    grad_out: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    qkv: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    geometry: Geometry,
+    *,
+    num_heads: int,
+    table: Tensor | None,
+    index: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    mask_value: float,
+    scale: float,
+    logit_scale: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    grad_table: bool,
+) -> Gradients:
+    """Return gradients of `shifted_window_attention` with `for_backward`.
+
+    Args:
+        grad_out: in memory as `empty_image` makes it, and so are tokens with an axis for the heads.
+        out, lse: what the forward gave; small windows need no out.
+        qkv, k, v: else contiguous, as everything.
+        grad_table: whether the table's gradient is wanted, the only one that costs much.
+    """
+    device = qkv.device
+    pad = padding if geometry.is_padded else None
+    is_dense = table is not None and index is None
+    table, index = as_table(table, index)
+    grad_table = grad_table and table is not None
+    problem = Problem(
+        geometry, device, qkv.dtype, qkv.shape, qkv.stride(), num_heads, None if k is None else shapes_of(k, v),
+        None if table is None else table.shape, None if table is None else table.stride(),
+        None if index is None else index.shape, is_dense, None if pad is None else pad.shape,
+        None if mask is None else mask.shape, None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None, None if seed is None else seed.shape, dropout, True, devices.precision(qkv.dtype),
+        devices.shared_memory_override, shapes_of(grad_out, out, lse),
+    )  # fmt: skip
+    key = ("backward", grad_table, problem)
+    backward = launches.get(key) or keep(key, Backward(problem, grad_table))
+
+    def fp32(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    grad_qkv, grad_k, grad_v = (None if t is None else torch.empty_like(t) for t in (qkv, k, v))
+    grad_bias = fp32(backward.bias_shape) if grad_table else None
+    grad_scale = None if logit_scale is None else fp32(backward.scale_shape)
+    grad_pad = None if pad is None else torch.zeros(backward.padding_shape, dtype=torch.float32, device=device)
+    if grad_out.numel() == 0:
+        grad_bias = None if grad_bias is None else grad_bias.zero_()
+    elif backward.is_small:
+        backward.small(
+            grad_qkv, grad_k, grad_v, grad_bias, grad_pad, grad_scale, grad_out, qkv, k, v, pad, table, index, mask,
+            logit_scale, seed,
+        )  # fmt: skip
+    else:
+        dense = None
+        if backward.expand is not None:
+            dense = torch.empty(backward.dense[0], dtype=backward.dense[1], device=device)
+            backward.expand(dense, table, index)
+        delta = fp32(backward.row_shape)
+        norms = None if logit_scale is None else fp32(backward.row_shape)
+        queries = torch.empty(backward.query_shape, dtype=qkv.dtype, device=device)
+        operands = (qkv, k, v, pad, mask, logit_scale, dense, seed)
+        backward.query(grad_qkv, grad_pad, grad_scale, delta, queries, grad_out, out, lse, *operands)
+        backward.key(grad_qkv, grad_k, grad_v, grad_pad, norms, grad_out, lse, delta, queries, *operands)
+        if grad_table:
+            backward.bias(grad_bias, grad_out, lse, delta, norms, queries, *operands)
+    return Gradients(
+        grad_qkv,
+        grad_k,
+        grad_v,
+        None if grad_bias is None else reduce_bias(grad_bias, table, None if is_dense else index, backward.reduce),
+        None if padding is None else _sum_parts(grad_pad, padding),
+        None if grad_scale is None else grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype),  # type: ignore[union-attr]
+    )
+
+
+def _sum_parts(parts: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if parts is None else parts.sum(0).to(like.dtype)

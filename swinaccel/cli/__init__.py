@@ -1,0 +1,1 @@
+"""The command line, models by name, and benchmarks. Nothing else of the package imports from here."""

@@ -1,0 +1,289 @@
+"""All of a block after its attention, without gradients: a function, and an operator that compilers keep whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.triton import block as kernels
+from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
+from ..backends.triton.launches import BoundLaunch, first_line
+from ..errors import ArgumentError
+from ..layers import PLAIN_TENSORS
+from .failures import failures
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+Layer = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+def is_like(branch: Any, x: Tensor, dtype: torch.dtype) -> bool:
+    """Return True if an attention gave what plain projections give: a tensor as x, of this dtype."""
+    return (
+        type(branch) in PLAIN_TENSORS
+        and branch.dtype is dtype
+        and branch.shape == x.shape
+        and branch.device == x.device
+        and branch.is_contiguous()
+    )
+
+
+class BoundRest:
+    """All of a block after its attention, bound to its launches; see `bind_rest`."""
+
+    __slots__ = (
+        "_active",
+        "_add",
+        "_channels",
+        "_gelu",
+        "_hidden",
+        "_in_one",
+        "_is_half",
+        "_last",
+        "_run",
+    )
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden: int,
+        eps: tuple[float, float],
+        post_norm: bool,
+    ) -> None:
+        channels = shape[-1]
+        rows = math.prod(shape[:-1])
+        self._channels, self._hidden, self._is_half = channels, hidden, dtype in _HALVES
+        self._add: Any = None
+        self._in_one: Any = None
+        self._last: Any = None
+        self._active: Any = None
+        self._gelu: Any = None
+        if not rows:
+            self._run: Any = BoundRest._nothing
+            return
+        if post_norm:
+            self._add = BoundLaunch(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
+        if kernels.pays_in_one(device, dtype, rows, channels, hidden):
+            launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
+            self._in_one = BoundLaunch(launch)
+            self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
+            return
+        if self._is_half:
+            self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
+            self._gelu = BoundLaunch(kernels.gelu_launch(device, rows * hidden))
+        mode = NORM_ADD if post_norm else ADD_NORM
+        self._last = BoundLaunch(kernels.norm_launch(mode, device, rows, channels, eps[1]))
+        self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
+
+    def run(
+        self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
+    ) -> Tensor | None:
+        """Return what a block returns whose input is x, and whose attention gave branch; None if that is not as x.
+
+        Other tensors are contiguous, of the shapes, dtype and device that were bound: nothing looks at them again.
+
+        Raises:
+            LaunchError: a kernel did not compile or fit.
+        """
+        if not is_like(branch, x, x.dtype):
+            return None
+        try:
+            return self._run(self, x, branch, norms, linears)
+        except torch.OutOfMemoryError:  # which says nothing of the kernels
+            raise
+        except Exception as error:
+            raise LaunchError(first_line(error)) from error
+
+    def _nothing(self, x: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(x)
+
+    def _pre_norm(
+        self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
+    ) -> Tensor:
+        (weight, bias, _), (fc1, (weight2, bias2)) = norms[1], linears
+        total, y = torch.empty_like(x), torch.empty_like(x)
+        self._last(x, y, total, None, branch, None, weight, bias, bias2)
+        # The second product adds to the sum, which holds its bias already, where it lies.
+        total.view(-1, self._channels).addmm_(self._activated(y, *fc1).view(-1, self._hidden), weight2.t())
+        return total
+
+    def _pre_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+        out, (weight, bias, _), (fc1, fc2) = torch.empty_like(x), norms[1], linears
+        self._in_one(out, x, branch, weight, bias, *fc1, *fc2)
+        return out
+
+    def _post_norm(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+        total, (weight, bias, _), (fc1, fc2) = self._added(x, branch, norms[0]), norms[1], linears
+        out = torch.empty_like(x)
+        added = F.linear(self._activated(total, *fc1), *fc2)
+        self._last(total, out, None, None, added, None, weight, bias, None)
+        return out
+
+    def _post_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+        return self._pre_norm_in_one(self._added(x, branch, norms[0]), None, norms, linears)  # type: ignore[arg-type]
+
+    def _added(self, x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
+        """Return x + norm(branch)."""
+        total = torch.empty_like(x)
+        self._add(x, total, None, None, branch, None, *affine[:2], None)
+        return total
+
+    def _activated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return GELU(x weightᵀ + bias)."""
+        if self._active is not None and kernels.are_describable(x, weight):
+            out = x.new_empty((*x.shape[:-1], self._hidden))
+            self._active(out, x, weight, bias)
+            return out
+        hidden = F.linear(x, weight, bias)
+        if not self._is_half:
+            return torch.ops.aten.gelu_(hidden)
+        self._gelu(hidden, hidden)  # in its place
+        return hidden
+
+
+def bind_rest(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    hidden: int,
+    eps: tuple[float, float],
+    post_norm: bool,
+) -> BoundRest:
+    """Bind all of a block after its attention to its launches, without gradients; see `spec.block.Block`.
+
+    Args:
+        shape, dtype, device: of the block's input (..., C); the device with its index, as tensors have it.
+        hidden: channels within the MLP.
+        eps: of both norms.
+    Raises:
+        LaunchError: a kernel cannot be planned.
+    """
+    return BoundRest(shape, dtype, device, hidden, eps, post_norm)
+
+
+class BoundNorm:
+    """A layer norm of the last axis, bound to its launch."""
+
+    __slots__ = ("_launch",)
+
+    def __init__(self, shape: Sequence[int], device: torch.device, eps: float) -> None:
+        rows = math.prod(shape[:-1])
+        self._launch = BoundLaunch(kernels.norm_launch(NORM, device, rows, shape[-1], eps)) if rows else None
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the norm of a contiguous x of the shape that was bound.
+
+        Raises:
+            LaunchError: the kernel did not compile or fit.
+        """
+        out = torch.empty_like(x)
+        if self._launch is not None:
+            try:
+                self._launch(x, out, None, None, None, None, weight, bias, None)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise LaunchError(first_line(error)) from error
+        return out
+
+
+def after_attention(
+    x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
+) -> Tensor:
+    """Return what a block returns whose input is x, and whose attention gave branch; see `spec.block.Block`.
+
+    Raises:
+        LaunchError: a kernel did not compile or fit.
+    """
+    eps = norms[0][2], norms[1][2]
+    bound = bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm)
+    return cast(Tensor, bound.run(x, branch, norms, linears))
+
+
+def compiled_after_attention(
+    x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
+) -> Tensor:
+    """Return the same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
+    return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
+
+
+_library = torch.library.Library("swinaccel", "FRAGMENT")
+_library.define(
+    "after_attention(Tensor x, Tensor branch, Tensor? norm1_weight, Tensor? norm1_bias, float eps1,"
+    " Tensor? norm2_weight, Tensor? norm2_bias, float eps2, Tensor weight1, Tensor? bias1, Tensor weight2,"
+    " Tensor? bias2, bool post_norm) -> Tensor"
+)
+
+
+def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
+    norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
+    _check(x, branch, *arguments)
+    x, branch = x.contiguous(), branch.contiguous()
+    problem = "after attention", x.device, x.dtype, x.shape[-1], linears[0][0].shape, arguments[10]
+    if failures.get(problem) is None:
+        try:
+            return after_attention(x, branch, norms, linears, arguments[10])
+        except LaunchError as error:
+            failures.record(problem, str(error))
+    return _plain(x, branch, norms, linears, arguments[10])
+
+
+def _check(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    _: float,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    __: float,
+    fc1: Tensor,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    *___: bool,
+) -> None:
+    """Raise where the kernels would read a tensor otherwise than it is."""
+    channels, hidden, dtype = x.shape[-1:], fc1.shape[:1], x.dtype
+    for name, one, shape in (
+        ("branch", branch, x.shape),
+        ("norm1_weight", weight, channels),
+        ("norm1_bias", bias, channels),
+        ("norm2_weight", weight2, channels),
+        ("norm2_bias", bias2, channels),
+        ("weight1", fc1, hidden + channels),
+        ("bias1", fc1_bias, hidden),
+        ("weight2", fc2, channels + hidden),
+        ("bias2", fc2_bias, channels),
+    ):
+        if one is not None and (one.shape != shape or one.dtype is not dtype):
+            raise ArgumentError(f"{name} must have shape {tuple(shape)}, {dtype}; got {tuple(one.shape)}, {one.dtype}")
+        if one is not None and one is not branch and not one.is_contiguous():
+            raise ArgumentError(f"{name} must be contiguous; got strides {one.stride()}")
+
+
+def _plain(x: Tensor, branch: Tensor, norms: Any, linears: Any, post_norm: bool) -> Tensor:
+    def norm(y: Tensor, affine: Affine) -> Tensor:
+        return F.layer_norm(y, y.shape[-1:], *affine)
+
+    def mlp(y: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(y, *linears[0])), *linears[1])
+
+    x = x + (norm(branch, norms[0]) if post_norm else branch)
+    return x + (norm(mlp(x), norms[1]) if post_norm else mlp(norm(x, norms[1])))
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("after_attention", _operator, _key)
+torch.library.register_fake("swinaccel::after_attention", _fake, lib=_library)

@@ -1,0 +1,24 @@
+"""Tell who looks at operators beside the device: compilers, modes, profilers, exporters."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+def is_observed() -> bool:
+    """Return True if anyone but the device looks at operators now: a compiler, a mode, a profiler."""
+    return (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+    )
+
+
+def is_onnx_export() -> bool:
+    """Return True inside torch.onnx.export; its graphs are of the originals, since ONNX has no Triton kernels."""
+    onnx = sys.modules.get("torch.onnx")  # who exports has imported it
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# Dynamo takes that function of PyTorch's for False; as torch.compiler.assume_constant_result, without its import.
+is_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,79 @@
+"""SwinV2's bias table as an operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.triton import bias as backend
+from ..backends.triton.launches import BoundLaunch, Launch, first_line
+from ..errors import ArgumentError
+from .failures import failures
+from .observed import is_observed
+
+_PROBLEM = ("position_table",)
+
+_library = torch.library.Library("swinaccel", "FRAGMENT")
+_library.define("position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor")
+
+
+def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
+    """Return SwinV2's bias table (T, heads) by one kernel, as `backends.triton.bias`; None where that failed."""
+    if failures.get(_PROBLEM) is not None:
+        return None
+    if is_observed():
+        return torch.ops.swinaccel.position_table(coords, hidden_weight, hidden_bias, weight)
+    return _position_table(coords, hidden_weight, hidden_bias, weight)
+
+
+class BoundPosition:
+    """SwinV2's bias table, bound to its launch; see `bind`."""
+
+    __slots__ = ("_launch", "_shape")
+
+    def __init__(self, launch: Launch, shape: tuple[int, int]) -> None:
+        self._launch, self._shape = BoundLaunch(launch), shape
+
+    def run(self, coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
+        """Return what `position_table` gives; the tensors are contiguous and of the shapes that were bound."""
+        if failures.get(_PROBLEM) is None and not is_observed():
+            try:
+                table = coords.new_empty(self._shape, dtype=torch.float32)
+                self._launch(table, coords, hidden_weight, hidden_bias, weight)
+                return table.t()
+            except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+                raise
+            except Exception:  # which the operator meets again, notes, and does without
+                pass
+        return position_table(coords, hidden_weight, hidden_bias, weight)
+
+
+def bind(
+    device: torch.device, coords: torch.Size, hidden_weight: torch.Size, hidden_bias: torch.Size, weight: torch.Size
+) -> BoundPosition:
+    """Bind the table of a position MLP, given by the shapes of its tensors, to its launch.
+
+    Raises:
+        ArgumentError: the shapes do not fit together.
+    """
+    return BoundPosition(*backend.position_launch(device, coords, hidden_weight, hidden_bias, weight))
+
+
+def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
+    try:
+        return backend.position_table(coords, hidden_weight, hidden_bias, weight)
+    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+        raise
+    except Exception as error:
+        failures.record(_PROBLEM, first_line(error))
+        hidden = torch.relu(coords.view(-1, 2).float() @ hidden_weight.float().t() + hidden_bias.float())
+        return 16 * torch.sigmoid(weight.float() @ hidden.t()).t()
+
+
+def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
+    return coords.new_empty((weight.shape[0], coords.numel() // 2), dtype=torch.float32).t()
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("position_table", _position_table, _key)
+torch.library.register_fake("swinaccel::position_table", _fake_position_table, lib=_library)

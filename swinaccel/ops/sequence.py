@@ -1,0 +1,221 @@
+"""Attention over sequences as PyTorch operators, forward and backward; see `ops.window` for the windows'.
+
+A kernel that fails is noted once, with its problem, and plain PyTorch gives the same numbers in its place, then and
+for every later call of that kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.torch import sequence as torch_sequence
+from ..backends.triton import sequence as backend
+from ..backends.triton.launches import first_line
+from ..backends.triton.sequence import Problem
+from ..config import env_strict
+from ..errors import ArgumentError, KernelError
+from .failures import failures
+from .observed import is_observed
+
+unsupported_reason = backend.unsupported_reason
+
+_library = torch.library.Library("swinaccel", "FRAGMENT")
+_library.define(
+    "sequence_attention(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? mask, bool causal,"
+    " int block_size, int window_blocks, float scale) -> (Tensor, Tensor)"
+)
+_library.define(
+    "sequence_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor,"
+    " Tensor? mask, Tensor out, Tensor lse, bool causal, int block_size, int window_blocks, float scale,"
+    " bool factor_grad) -> Tensor[]"
+)
+
+
+def sequence_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """Attend as `reference.sequence_attention` does, by the Triton kernels; see `backends.triton.sequence.forward`."""
+    if is_observed():
+        return torch.ops.swinaccel.sequence_attention(q, k, v, q_factor, k_factor, mask, *problem)[0]
+    return _Direct.apply(q, k, v, q_factor, k_factor, mask, *problem)[0]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(causal, block_size, window_blocks, scale)
+    key = _failure_key(q, q_factor, mask, problem)
+    if failures.get(key) is None:
+        try:
+            return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
+        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            raise
+        except Exception as error:
+            _record(key, error)
+    out = backend.empty_like(q)
+    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+    factor_grad: bool,
+) -> list[Tensor]:
+    problem = Problem(causal, block_size, window_blocks, scale)
+    key = _failure_key(q, q_factor, mask, problem)
+    if failures.get(key) is None:
+        try:
+            grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
+            return list(grads)
+        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            raise
+        except Exception as error:
+            _record(key, error)
+    inputs = [q, k, v, *((q_factor, k_factor) if factor_grad else ())]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
+    q, k, v = leaves[:3]
+    if factor_grad:
+        q_factor, k_factor = leaves[3:]
+    with torch.enable_grad():
+        plain = _plain(q, k, v, q_factor, k_factor, mask, problem)
+    made = [backend.empty_like(leaf) if place < 3 else torch.empty_like(leaf) for place, leaf in enumerate(leaves)]
+    return [place.copy_(found) for place, found in zip(made, torch.autograd.grad(plain, leaves, grad), strict=True)]
+
+
+def _plain(
+    q: Any, k: Any, v: Any, q_factor: Any, k_factor: Any, mask: Any, problem: Problem, twice: bool = False
+) -> Tensor:
+    if problem.block_size:
+        return torch_sequence.block_sliding_window_attention(
+            q, k, v, problem.block_size, problem.window_blocks, problem.scale, twice
+        )
+    return torch_sequence.factored_bias_attention(
+        q, k, v, q_factor, k_factor, mask, problem.scale, problem.causal, twice
+    )  # fmt: skip
+
+
+def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor | None], mask: Tensor | None, problem: Problem) -> list:
+    """Return gradients of (q, k, v, q_factor, k_factor) by PyTorch's own, so that they have gradients in turn."""
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
+    q, k, v, q_factor, k_factor = inputs
+    out = _plain(q, k, v, q_factor, k_factor, mask, problem, twice=True)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _failure_key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
+    factor = None if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
+    return "sequence", q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
+
+
+def _record(key: tuple, error: Exception) -> None:
+    reason = failures.record(key, first_line(error))
+    if env_strict():
+        raise KernelError(reason) from error
+
+
+def _fake_lse(q: Tensor, mask: Tensor | None) -> Tensor:
+    return q.new_empty(backend.lse_shape(q, mask), dtype=torch.float32)
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, q_factor: Any, k_factor: Any, mask: Tensor | None, *args: object
+) -> tuple[Tensor, Tensor]:
+    return backend.empty_like(q), _fake_lse(q, mask)
+
+
+def _fake_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factor: Tensor | None,
+    k_factor: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    block_size: int,
+    window_blocks: int,
+    scale: float,
+    factor_grad: bool,
+) -> list[Tensor]:
+    factors = [torch.empty(f.shape, dtype=f.dtype, device=f.device) for f in (q_factor, k_factor) if f is not None]
+    return [backend.empty_like(tensor) for tensor in (q, k, v)] + (factors if factor_grad else [])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_factor, k_factor, mask, *problem = inputs
+    ctx.save_for_backward(q, k, v, q_factor, k_factor, mask, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.problem = problem
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    return _gradients(torch.ops.swinaccel.sequence_attention_backward, ctx, grad)
+
+
+def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> tuple:
+    if torch.is_grad_enabled():  # these gradients are to be differentiated again
+        *inputs, mask, _, _ = ctx.saved_tensors
+        grads = _plain_gradients(grad, inputs, mask, Problem(*ctx.problem))
+    else:
+        factor_grad = any(ctx.needs_input_grad[3:5])
+        grads = [*backward(grad, *ctx.saved_tensors, *ctx.problem, factor_grad), None, None][:5]
+    wanted = (found if needed else None for found, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return *wanted, None, None, None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The operators without the dispatcher and its autograd, which take longer than the rest of a short call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
+        return _gradients(_backward, ctx, grad)
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("sequence_attention", _forward, _key)
+    _library.impl("sequence_attention_backward", _backward, _key)
+torch.library.register_fake("swinaccel::sequence_attention", _fake, lib=_library)
+torch.library.register_fake("swinaccel::sequence_attention_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "swinaccel::sequence_attention", _autograd, setup_context=_setup_context, lib=_library
+)  # fmt: skip

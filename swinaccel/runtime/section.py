@@ -1,0 +1,189 @@
+"""Run the section of an attention by the Triton kernels, bound to its launches where nothing is left to decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bias import table as bias
+from ..config import AccelConfig
+from ..errors import ArgumentError, KernelError
+from ..ops import position, window
+from ..spec.window import Section
+from .plan import State
+
+
+class TritonSection:
+    """A section on the Triton kernels: (B, H, W, C) to the same.
+
+    In inference the first call binds it to its launches: a plan's guard sees to all that they depend on, but for what
+    the projection gives and for the table.
+    """
+
+    __slots__ = ("_bound", "_may_bind", "config", "section", "state")
+
+    def __init__(self, section: Section, config: AccelConfig, state: State) -> None:
+        self.section, self.config, self.state = section, config, state
+        others = (section.index, section.mask, section.logit_scale)
+        self._bound: BoundSection | None = None
+        self._may_bind = (
+            not torch.is_grad_enabled()
+            and not section.dropout
+            and not bias.wanted(config)
+            and all(one is None or one.is_contiguous() for one in others)
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        section = self.section
+        qkv = section.project(image)
+        bound = self._bound
+        out = None if bound is None else bound.run(qkv)
+        if out is None:
+            out = self._attend(qkv)
+        return section.output(out)
+
+    def _attend(self, qkv: Any) -> Tensor:
+        """Return the attention of a projection about which nothing is known yet."""
+        section, first = self.section, qkv if isinstance(qkv, Tensor) else qkv[0]
+        width = section.num_heads * section.head_dim
+        if (first.shape[-1] != 3 * width) if first is qkv else any(one.shape[-1] != width for one in qkv):
+            raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
+        trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
+        factors = None
+        if not trained and bias.wanted(self.config):
+            factors = bias.factors(section, self.config, first.dtype)
+        self.state.bias = "table" if factors is None else factors.describe()
+        out = attend_triton(section, qkv, trained, factors)
+        if self._may_bind and self._bound is None:
+            self._bound = bind(section, qkv)
+        return out
+
+
+class BoundSection:
+    """A section in inference, bound to its launches; see `bind`."""
+
+    __slots__ = (
+        "_attention",
+        "_dtype",
+        "_has_padding",
+        "_is_packed",
+        "_position",
+        "_section",
+        "_shape",
+        "_stride",
+        "_table",
+    )
+
+    def __init__(
+        self,
+        section: Section,
+        first: Tensor,
+        is_packed: bool,
+        table: Tensor,
+        attention: window.BoundAttention,
+        bound_position: position.BoundPosition | None,
+    ) -> None:
+        self._section, self._attention, self._position = section, attention, bound_position
+        self._shape, self._dtype, self._is_packed = first.shape, first.dtype, is_packed
+        # A parameter stays what it is while the plan's guard holds, and is read where it lies.
+        self._table = table if any(table is one for one in section.sources) else None
+        self._stride, self._has_padding = table.stride(), padding_of(section) is not None
+
+    def run(self, qkv: Any) -> Tensor | None:
+        """Return the attention of a projection, or None where it, or the table, is not as it was."""
+        section, shape, dtype = self._section, self._shape, self._dtype
+        if self._is_packed:
+            parts, qkv = (qkv, None, None), (qkv,)
+        else:
+            parts = qkv
+        for one in qkv:
+            if not isinstance(one, Tensor) or one.shape != shape or one.dtype is not dtype or not one.is_contiguous():
+                return None
+        table, bound = self._table, self._position
+        if table is None:
+            table = section.table() if bound is None else bound.run(*section.position)  # type: ignore[misc]
+            if table is None or table.stride() != self._stride:
+                return None
+        padding = padding_of(section) if section.geometry.is_padded else None
+        if (padding is None) is self._has_padding or (padding is not None and not padding.is_contiguous()):
+            return None
+        return self._attention.run(*parts, table, section.index, padding, section.mask, section.logit_scale)
+
+
+def bind(section: Section, qkv: Any) -> BoundSection | None:
+    """Return a section bound to the launches of such a projection, or None where it is not what launches take."""
+    is_packed = isinstance(qkv, Tensor)
+    parts = (qkv,) if is_packed else qkv
+    first = parts[0]
+    is_alike = all(one.shape == first.shape and one.dtype is first.dtype and one.is_contiguous() for one in parts)
+    if not is_alike or first.dim() != len(section.geometry.size) + 2 or first.numel() >= 2**31:
+        return None
+    bound_position = None
+    table = None
+    if section.position is not None:
+        table = ops_table(section)
+        if table is not None and all(one.is_contiguous() for one in section.position):
+            shapes = [one.shape for one in section.position]
+            bound_position = position.bind(first.device, *shapes)
+    if table is None:
+        table = section.table()
+    try:
+        attention = window.bind(
+            section.geometry,
+            device=first.device,
+            dtype=first.dtype,
+            batch=first.shape[0],
+            num_heads=section.num_heads,
+            head_dim=section.head_dim,
+            packed=is_packed,
+            table=(table.shape, table.stride()),
+            has_padding=padding_of(section) is not None,
+            has_mask=section.mask is not None,
+            mask_value=section.mask_value,
+            scale=section.scale,
+            cosine=section.logit_scale is not None,
+        )
+    except ArgumentError:
+        return None
+    return BoundSection(section, first, is_packed, table, attention, bound_position)
+
+
+def padding_of(section: Section) -> Tensor | None:
+    """Return what padding tokens hold for q, k and v, where there are such, or None for zeros.
+
+    Raises:
+        KernelError: where the projection's bias is spread over them otherwise than one number for each.
+    """
+    if not section.geometry.is_padded or section.padding is None:
+        return None
+    padding = section.padding()
+    if padding is not None and padding.numel() != 3 * section.num_heads * section.head_dim:
+        raise KernelError(f"the bias of its projection holds {padding.numel()} numbers, which it spreads by itself")
+    return padding
+
+
+def ops_table(section: Section) -> Tensor | None:
+    """Return SwinV2's table by one kernel, or None where the section has another, or that kernel failed."""
+    return None if section.position is None else position.position_table(*section.position)
+
+
+def attend_triton(section: Section, qkv: Any, trained: bool, factors: Any = None) -> Tensor:
+    """Return what a section gives, by the Triton kernels, of its projections q, k and v."""
+    logit_scale = section.logit_scale
+    table = None if trained else ops_table(section)
+    return window.shifted_window_attention(
+        qkv,
+        section.geometry,
+        num_heads=section.num_heads,
+        table=section.table() if table is None else table,
+        index=section.index,
+        padding=padding_of(section),
+        mask=section.mask,
+        mask_value=section.mask_value,
+        scale=section.scale,
+        logit_scale=None if logit_scale is None else logit_scale.reshape(-1),
+        factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
+        dropout=section.dropout,
+    )
