@@ -327,3 +327,24 @@ def huggingface_layer(
         config._attn_implementation = "sdpa"
     arguments = {"shift_size": shift}
     return randomize(getattr(library, f"{kind}Layer")(config, dim, resolution, heads, **arguments))
+
+
+# Name: (model, sides of an image), of few and small windows.
+_SMALL: dict[str, tuple[Callable[..., nn.Module], tuple[int, int]]] = {
+    "timm-v1": (functools.partial(timm_v1, 32, 4, embed_dim=16), (32, 32)),
+    "timm-v2": (functools.partial(timm_v2, 32, 4, embed_dim=16), (32, 32)),
+    "torchvision-v1-padded": (torchvision_model, (28, 20)),
+    "torchvision-v2": (functools.partial(torchvision_model, v2=True), (32, 32)),
+    "hf-swin-padded": (huggingface, (36, 28)),
+    "hf-swinv2": (functools.partial(huggingface, "Swinv2"), (32, 32)),
+}
+
+
+def small_model(name: str, batch: int = 2, **options: Any) -> tuple[nn.Module, Tensor]:
+    """A model for tests that interpret many kernels, and an input for it; microsoft's are two blocks."""
+    generator = torch.Generator().manual_seed(1)
+    if name.startswith("microsoft"):
+        blocks = [microsoft_block((8, 8), shift=shift, v2="v2" in name) for shift in (0, 2)]
+        return nn.Sequential(*blocks), torch.randn(batch, 64, 16, generator=generator)
+    make, sides = _SMALL[name]
+    return make(**options), torch.randn(batch, 3, *sides, generator=generator)
