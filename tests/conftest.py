@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 
 import hypothesis
@@ -19,6 +20,7 @@ if not HAS_CUDA:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; models are built from configurations
 
 import helpers  # noqa: E402
+import interpreter  # noqa: E402
 
 from swinaccel import bias, ops, patching  # noqa: E402
 from swinaccel.bias import cache  # noqa: E402
@@ -27,8 +29,8 @@ from swinaccel.trust.registry import registry  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # it is on by default: patch embeddings in fp32 would depend on the algorithm
 if helpers.TRITON_DEVICE == "cpu":
-    helpers.mend_interpreter()
-    helpers.hasten_interpreter()
+    interpreter.mend()
+    interpreter.hasten()
 
 # Workers of pytest-xdist are as many as the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
@@ -52,22 +54,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_modules_frozen = 0
+
+
 def pytest_collection_finish() -> None:
-    # What the imported libraries hold never becomes garbage: collecting and counting instances gets quick.
-    gc.collect()
-    gc.freeze()
+    _freeze_imports()
+
+
+def _freeze_imports() -> None:
+    """Keep what imported libraries hold from the collector: collecting and counting instances gets quick."""
+    global _modules_frozen
+    if len(sys.modules) != _modules_frozen:
+        gc.collect()
+        gc.freeze()
+        _modules_frozen = len(sys.modules)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_verdicts():
+    registry.clear()
 
 
 @pytest.fixture(autouse=True)
-def _clean_slate(monkeypatch, tmp_path_factory):
-    """No option comes in from outside, and nothing of ours is left behind: environment, dispatchers, memories."""
+def _clean_slate(request, monkeypatch, tmp_path_factory):
+    """No option comes in from outside, and nothing of ours is left behind: environment, dispatchers, memories.
+
+    Verdicts are kept in modules with KEEPS_VERDICTS, which are about other things: probing takes most of their time.
+    """
     for name in list(os.environ):
         if name.startswith("SWINACCEL_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(cache, "_told", set())
     call.forget_warnings()
-    registry.clear()
+    if not getattr(request.module, "KEEPS_VERDICTS", False):
+        registry.clear()
     bias.forget()
     ops.forget_failures()
     torch.manual_seed(0)
@@ -87,6 +108,7 @@ def _clean_slate(monkeypatch, tmp_path_factory):
             if issubclass(type(instance), torch.nn.Module):
                 instance.__dict__.pop(patching.MARKER, None)
     torch._dynamo.reset()
+    _freeze_imports()
     if HAS_CUDA and torch.cuda.memory_reserved() > 2**32:
         torch.cuda.empty_cache()  # other workers share the GPU
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import importlib
 import math
@@ -27,81 +26,6 @@ DEVICES = {"torch": "cpu", "triton": TRITON_DEVICE}
 BACKENDS = ("torch", "triton")
 
 FP32 = 2e-5  # relative to the largest output; sums of a few hundred products in another order
-
-
-def mend_interpreter() -> None:
-    """Mend what Triton's interpreter gets wrong on its own account, so that the kernels can be tested in it.
-
-    It keeps bfloat16 as uint16, and its dot takes the bits for integers; from fp32 it truncates where every GPU
-    rounds to nearest. And that of Triton 3.6 takes loop bounds from arrays of one entry in a way that NumPy 2.4 has
-    given up.
-    """
-    import numpy as np
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert_float = interpreter._convert_float
-
-    def rounding(data: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
-        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
-            return convert_float(data, input_dtype, output_dtype, rounding_mode)
-        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
-        return np.where(np.isnan(data), bits >> 16 | 0x40, nearest).astype(np.uint16)
-
-    interpreter._convert_float = rounding
-
-    class Widened:
-        def __init__(self, handle: Any) -> None:
-            self.dtype = handle.dtype
-            self.data = (handle.data.astype(np.uint32) << 16).view(np.float32)
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        a, b = (Widened(handle) if handle.data.dtype == np.uint16 else handle for handle in (a, b))
-        return plain(self, a, b, *rest)
-
-    create_dot.plain = plain
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: Any, *rest: Any) -> None:
-        patch(tensor, *rest)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
-
-
-def hasten_interpreter() -> None:
-    """Leave out what makes Triton's interpreter slow and shows nothing here: these tests would take twice as long.
-
-    It patches the whole language anew at every call of a device function, although the launch has done so; and it
-    follows every sum of integers with one in 64 bits, which no problem of these sizes needs (the test of offsets
-    beyond 32 bits runs on a GPU).
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-    patched: set[int] = set()  # modules' namespaces since the launch began
-
-    def launch(fn: Any) -> Any:
-        patched.clear()
-        patched.add(id(fn.__globals__))
-        return patch(fn)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self.fn.__globals__) not in patched:
-            patched.add(id(self.fn.__globals__))
-            patch(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter._patch_lang = launch
-    interpreter.InterpretedFunction.__call__ = call
-    interpreter.interpreter_builder.options = dataclasses.replace(
-        interpreter.interpreter_builder.options, sanitize_overflow=False
-    )
 
 
 def skip_interpreted_bfloat16(backend: str, dtype: torch.dtype) -> None:
@@ -403,3 +327,24 @@ def huggingface_layer(
         config._attn_implementation = "sdpa"
     arguments = {"shift_size": shift}
     return randomize(getattr(library, f"{kind}Layer")(config, dim, resolution, heads, **arguments))
+
+
+# Name: (model, sides of an image), of few and small windows.
+_SMALL: dict[str, tuple[Callable[..., nn.Module], tuple[int, int]]] = {
+    "timm-v1": (functools.partial(timm_v1, 32, 4, embed_dim=16), (32, 32)),
+    "timm-v2": (functools.partial(timm_v2, 32, 4, embed_dim=16), (32, 32)),
+    "torchvision-v1-padded": (torchvision_model, (28, 20)),
+    "torchvision-v2": (functools.partial(torchvision_model, v2=True), (32, 32)),
+    "hf-swin-padded": (huggingface, (36, 28)),
+    "hf-swinv2": (functools.partial(huggingface, "Swinv2"), (32, 32)),
+}
+
+
+def small_model(name: str, batch: int = 2, **options: Any) -> tuple[nn.Module, Tensor]:
+    """A model for tests that interpret many kernels, and an input for it; microsoft's are two blocks."""
+    generator = torch.Generator().manual_seed(1)
+    if name.startswith("microsoft"):
+        blocks = [microsoft_block((8, 8), shift=shift, v2="v2" in name) for shift in (0, 2)]
+        return nn.Sequential(*blocks), torch.randn(batch, 64, 16, generator=generator)
+    make, sides = _SMALL[name]
+    return make(**options), torch.randn(batch, 3, *sides, generator=generator)

@@ -314,10 +314,10 @@ def main() -> int:
     if options.run:
         os.environ["SWINACCEL_STRICT"] = "1"  # a kernel that fails raises
         if INTERPRETED:
-            import helpers
+            import interpreter
 
-            helpers.mend_interpreter()
-            helpers.hasten_interpreter()
+            interpreter.mend()
+            interpreter.hasten()
         print("launched:", *sorted(run(options.run)))
         return 0
     if options.sanitizer is None:

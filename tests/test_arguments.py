@@ -22,6 +22,8 @@ from swinaccel.backends.triton.sequence import Problem
 from swinaccel.ops import window as window_ops
 from swinaccel.ops.failures import failures
 
+KEEPS_VERDICTS = True
+
 pytestmark = pytest.mark.usefixtures("strict_kernels")
 
 WINDOWS = pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])

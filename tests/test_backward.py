@@ -150,7 +150,7 @@ CASES = [
     Case((4, 4), (3, 5), (2, 2), roll_first=True),
     Case((4, 4), (3, 3), (2, 2)),
     Case((9, 8), (18, 16), (4, 4), heads=1),
-    Case((12, 12), (13, 24), (6, 6), heads=1, roll_first=True),
+    Case((12, 12), (13, 20), (6, 6), heads=1, roll_first=True),
     Case((5, 13), (11, 13), (2, 6), batch=2),
     Case((16, 16), (16, 16), heads=1, dim=32),
 ]
@@ -166,7 +166,7 @@ def test_geometry(case, cosine):
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @SMALL_AND_LARGE
 def test_head_dims(window, dim):
-    run(Case(window, (10, 12), (3, 3), dim=dim, cosine=dim % 4 == 2))
+    run(Case(window, (10, 8), (3, 3), dim=dim, cosine=dim % 4 == 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -175,8 +175,8 @@ def test_head_dims(window, dim):
     [
         Case((7, 7), (9, 14), (3, 3), dim=32, batch=2),
         Case((7, 7), (9, 14), (3, 3), dim=32, batch=2, cosine=True),
-        Case((9, 8), (13, 24), (6, 6), dim=32),
-        Case((9, 8), (13, 24), (6, 6), dim=32, cosine=True),
+        Case((9, 8), (13, 16), (6, 6), dim=32),
+        Case((9, 8), (13, 16), (6, 6), dim=32, cosine=True),
         Case((4, 4), (9, 9), (2, 2), dim=10, roll_first=True, batch=2),
         Case((3, 4, 4), (4, 5, 8), (1, 2, 2), batch=2),
         Case((5, 4, 4), (6, 4, 6), (2, 0, 2), cosine=True),
@@ -538,7 +538,7 @@ def test_second_derivatives_with_dropout_are_refused():
 @given(data=st.data())
 @settings(max_examples=15)
 def test_any_problem(data):
-    case = draw_case(data, 40)
+    case = draw_case(data, 40, most=2)
     assume(not (case.cosine and case.dim == 1))  # the gradients of q and k vanish there, and are nothing but roundings
     qkv, options = case.make(torch.float32, seed=data.draw(st.integers(0, 9), "seed"))
     if data.draw(st.booleans(), "separate"):

@@ -18,6 +18,8 @@ from torch import nn
 import swinaccel
 from swinaccel import families
 
+KEEPS_VERDICTS = True
+
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 versions = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 

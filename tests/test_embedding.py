@@ -19,6 +19,9 @@ import swinaccel
 from swinaccel import ops, patching
 from swinaccel.backends.triton import block as kernels
 from swinaccel.runtime import neighbours, traced
+from swinaccel.trust.registry import registry
+
+KEEPS_VERDICTS = True
 
 # Convolutions of fp32 stay cuDNN's, which may use TF32.
 HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
@@ -519,6 +522,7 @@ def test_a_method_of_the_instance_is_seen(embedded):
 
 
 def test_edits_are_followed(embedded):
+    registry.clear()
     model, x = accelerated(timm()), random(2, 3, 24, 24, dtype=DTYPE)
     given(model, x)
     embedding = model.embedding

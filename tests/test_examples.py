@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,16 +38,47 @@ def test_every_example_is_tested():
     assert sorted(CASES) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.fixture(scope="module")
+def parent():
+    """A process that has imported what every example imports, and forks one of its own for each."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+PARENT = """
+import json, os, runpy, sys
+import torch, torchvision
+for line in sys.stdin:
+    path, folder, output, *sys.argv[1:] = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        sys.argv[0], sys.path[0] = path, os.path.dirname(path)
+        for stream in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.stdin.close()
+        runpy.run_path(path, run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_example(name, tmp_path):
+def test_example(name, tmp_path, parent):
     arguments, words = CASES[name]
     if name == "quickstart.py":
         pytest.importorskip("sklearn")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "output"
+    parent.stdin.write(json.dumps([str(EXAMPLES / name), str(tmp_path), str(output), *arguments]) + "\n")
+    parent.stdin.flush()
+    status = parent.stdout.readline()
+    printed = output.read_text()
+    assert status == "0\n", printed
     for word in words:
-        assert word in done.stdout, done.stdout
+        assert word in printed, printed

@@ -14,6 +14,8 @@ from torch import nn
 
 import swinaccel
 
+KEEPS_VERDICTS = True
+
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
@@ -621,15 +623,16 @@ def test_dropout_of_unknown_code_is_refused():
     assert entry.status == "original"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [nn.Dropout2d(0.5), nn.AlphaDropout(0.5)], ids=lambda d: str(type(d)))
-def test_other_dropouts_drop_by_themselves(dropout):
+def test_other_dropouts_drop_by_themselves(dropout, backend):
     """While they drop nothing they are none; else the original runs."""
-    model = helpers.timm_block((8, 8), shift=2)
+    model = helpers.timm_block((8, 8), shift=2).to(helpers.DEVICES[backend])
     model.attn.attn_drop = dropout
     model.attn.fused_attn = False
     model.train()
-    twin, x = copy.deepcopy(model), torch.randn(2, 8, 8, 16)
-    swinaccel.accelerate(model, backend="torch")
+    twin, x = copy.deepcopy(model), torch.randn(2, 8, 8, 16).to(helpers.DEVICES[backend])
+    swinaccel.accelerate(model, backend=backend)
     for mode in (True, False):
         with torch.no_grad():
             outs = []

@@ -16,6 +16,8 @@ from helpers import BACKENDS, check, check_fallback, randomize
 
 import swinaccel
 
+KEEPS_VERDICTS = True
+
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 SIZES = [(5, 9, 6), (4, 8, 8), (2, 3, 9), (1, 4, 5), (2, 4, 4)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=str)

@@ -16,6 +16,8 @@ from helpers import BACKENDS, check, check_fallback, randomize
 import swinaccel
 from swinaccel.trust import probe
 
+KEEPS_VERDICTS = True
+
 TRANSFORMERS_5 = importlib.import_module("transformers").__version__ >= "5"
 KINDS = {"DonutSwin": "donut_swin", "ClapAudio": "clap", "MaskFormerSwin": "maskformer_swin", "Swin2SR": "swin2sr"}
 

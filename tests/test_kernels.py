@@ -520,17 +520,17 @@ def test_operator_is_registered():
 WINDOWS = st.tuples(st.integers(1, 10), st.integers(2, 10)) | st.tuples(*[st.integers(1, 5)] * 2, st.integers(2, 5))
 
 
-def draw_case(data: Any, largest_dim: int) -> Case:
-    """Any small problem, of images or of volumes."""
+def draw_case(data: Any, largest_dim: int, most: int = 3) -> Case:
+    """Any small problem, of images or of volumes, and at most so many of them and heads."""
     window = data.draw(WINDOWS, "window")
     return Case(
         window,
         tuple(data.draw(st.integers(1, 2 * axis), "size") for axis in window),
         tuple(data.draw(st.integers(0, axis - 1), "shift") for axis in window),
         roll_first=data.draw(st.booleans(), "roll_first"),
-        heads=data.draw(st.integers(1, 3), "heads"),
+        heads=data.draw(st.integers(1, most), "heads"),
         dim=data.draw(st.integers(1, largest_dim), "dim"),
-        batch=data.draw(st.integers(1, 3), "batch"),
+        batch=data.draw(st.integers(1, most), "batch"),
         cosine=data.draw(st.booleans(), "cosine"),
         mask_value=data.draw(st.sampled_from([-100.0, -200.0, 0.0, 3.0]), "mask_value"),
     )

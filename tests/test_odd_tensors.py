@@ -13,6 +13,8 @@ from torch import nn
 
 import swinaccel
 
+KEEPS_VERDICTS = True
+
 MODELS = {
     "timm": lambda: helpers.timm_block((8, 8), shift=2),
     "timm-v2": lambda: helpers.timm_block((8, 8), shift=2, v2=True),

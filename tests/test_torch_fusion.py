@@ -16,6 +16,8 @@ from swinaccel.backends.torch import block as torch_block
 from swinaccel.backends.torch import window as torch_backend
 from swinaccel.runtime import block as fused
 
+KEEPS_VERDICTS = True
+
 
 @pytest.fixture
 def small(monkeypatch):

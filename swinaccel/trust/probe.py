@@ -176,15 +176,15 @@ def _unread_dropouts(
 ) -> tuple[str, ...]:
     """Return the paths of dropouts that a family neither reads nor calls where the original does.
 
-    One at a time drops everything, which no random number decides.
+    One at a time drops everything, which no random number decides: dropouts of another kind, as Dropout2d, do that
+    like any other, and are told by their code.
     """
+    drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
+    unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
     if all(map(is_of_library, module.modules())):
-        return ()
-    unread = []
+        return tuple(unread)
     with isolated(), torch.no_grad():
-        for path, part in module.named_modules():
-            if not isinstance(part, _DropoutNd):
-                continue
+        for path in [path for path in drops if path not in unread]:
             clone = random_copy(module, moved, Setting())
             arguments = calls(family, clone, Setting())
             dropping = clone.get_submodule(path).train()

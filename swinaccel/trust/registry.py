@@ -21,7 +21,8 @@ class Reading:
 
     Attributes:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
-        unread_dropouts: paths of dropouts that no family reads or calls; while one is active, the original must run.
+        unread_dropouts: paths of dropouts that no family reads or calls, or of another kind than elementwise; while
+            one is active, the original must run.
     """
 
     default_scale: bool = False

@@ -1,0 +1,166 @@
+"""Triton's interpreter: what it gets wrong is mended, and what makes it slow and shows nothing is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+
+def mend() -> None:
+    """Mend what Triton's interpreter gets wrong on its own account, so that the kernels can be tested in it.
+
+    It keeps bfloat16 as uint16, and its dot takes the bits for integers; from fp32 it truncates where every GPU
+    rounds to nearest. And that of Triton 3.6 takes loop bounds from arrays of one entry in a way that NumPy 2.4 has
+    given up.
+    """
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+
+    def rounding(data: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
+            return convert_float(data, input_dtype, output_dtype, rounding_mode)
+        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+        return np.where(np.isnan(data), bits >> 16 | 0x40, nearest).astype(np.uint16)
+
+    interpreter._convert_float = rounding
+
+    class Widened:
+        def __init__(self, handle: Any) -> None:
+            self.dtype = handle.dtype
+            self.data = (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (Widened(handle) if handle.data.dtype == np.uint16 else handle for handle in (a, b))
+        return plain(self, a, b, *rest)
+
+    create_dot.plain = plain
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *rest: Any) -> None:
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def hasten() -> None:
+    """Leave out what makes Triton's interpreter slow and shows nothing here: these tests would take four times as long.
+
+    It patches the whole language anew at every call of a device function, although the launch has done so; it follows
+    every sum of integers with one in 64 bits, which no problem of these sizes needs (the test of offsets beyond 32 bits
+    runs on a GPU); and it derives the same few types again for every operation.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[int] = set()  # modules' namespaces since the launch began
+
+    def launch(fn: Any) -> Any:
+        patched.clear()
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang = launch
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    _remember_builtins()
+    _remember_types()
+
+
+def _remember_builtins() -> None:
+    """Search the language for its functions once, and not at each launch."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package: Any) -> list[tuple[str, Any]]:
+        return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch_builtin(package: Any, *rest: Any) -> None:
+        for name, member in builtins(package):
+            if getattr(package, name) is member:  # a second namespace of one launch finds it patched
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+def _remember_types() -> None:
+    """Check and wrap every shape once, name a type when somebody asks, and broadcast no equal shapes."""
+    from triton import language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    core = tl.core
+    shapes: dict[tuple[int, ...], tuple[Any, ...]] = {}
+
+    def shape_of(sides: tuple[int, ...]) -> tuple[Any, ...]:
+        """The same tuple of Triton's for the same sides, the number of entries, and both as constants."""
+        if sides not in shapes:
+            if not sides:
+                raise TypeError("0d block_type is forbidden")
+            numel = core.validate_block_shape(sides)
+            constants = core.tuple([core.constexpr(side) for side in sides])
+            shapes[sides] = (core.tuple(list(sides)), numel, constants, core.constexpr(numel))
+        return shapes[sides]
+
+    def make_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        self.element_ty = element_ty
+        values = shape.values if isinstance(shape, core.tuple) else shape
+        self.remembered = shape_of(tuple([core._unwrap_if_constexpr(side) for side in values]))
+        self.shape, self.numel = self.remembered[:2]
+
+    scalar_shape, scalar_numel = core.tuple([]), core.constexpr(1)
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        remembered = getattr(type, "remembered", None)
+        self.shape, self.numel = (scalar_shape, scalar_numel) if remembered is None else remembered[2:]
+
+    core.block_type.__init__ = make_block_type
+    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
+    core.tensor.__init__ = make_tensor
+
+    equal = core.dtype.__eq__
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    integers = frozenset(core.dtype.SINT_TYPES + core.dtype.UINT_TYPES)
+    core.dtype.is_int = lambda self: self.name in integers
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.shape is rhs.shape:  # the same shape is one object
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
+
+    numpy_dtype = interpreter._get_np_dtype
+    dtypes: dict[str, Any] = {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if isinstance(scalar, core.pointer_type):
+            return numpy_dtype(dtype)
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = numpy_dtype(scalar)
+        return dtypes[scalar.name]
+
+    interpreter._get_np_dtype = get_np_dtype
