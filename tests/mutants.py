@@ -1,16 +1,18 @@
 """Deliberate faults, and whether the tests notice them.
 
-    python tests/mutants.py [--only WORD] [--jobs N] [--no-baseline]
+    python tests/mutants.py [--only WORD] [--jobs N] [--timeout SECONDS] [--no-baseline]
 
 Each mutant is one piece of text in one file, put otherwise in a temporary copy of the tree, where the tests that must
 notice it are run. A text that does not occur exactly once is out of date: put the mutant where the fact has gone.
-Exits with 1 if a mutant survived, with 2 if one is out of date or the tests fail without any.
+Exits with 1 if a mutant survived or its tests ran into the time limit, which says nothing, with 2 if one is out of date
+or the tests fail without any.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 900  # seconds that the tests of a mutant may take
+WORDS = ("caught", "survived", "timed out", "out of date")
 
 
 class Mutant(NamedTuple):
@@ -354,7 +357,7 @@ MUTANTS = [
 
 class Outcome(NamedTuple):
     mutant: Mutant
-    word: str  # caught, survived, out of date
+    word: str  # of WORDS
     detail: str = ""
 
 
@@ -369,10 +372,10 @@ def copied_tree() -> Iterator[Path]:
         yield tree
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
+def run_tests(tree: Path, tests: Iterable[str], timeout: float) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def is_current(mutant: Mutant) -> bool:
@@ -380,7 +383,7 @@ def is_current(mutant: Mutant) -> bool:
     return path.exists() and path.read_text().count(mutant.old) == 1
 
 
-def tried(mutant: Mutant) -> Outcome:
+def tried(mutant: Mutant, timeout: float) -> Outcome:
     """Run the tests of a mutant where it lives."""
     if not is_current(mutant):
         return Outcome(mutant, "out of date")
@@ -388,9 +391,9 @@ def tried(mutant: Mutant) -> Outcome:
         path = tree / mutant.file
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
         try:
-            done = run_tests(tree, mutant.tests.split())
+            done = run_tests(tree, shlex.split(mutant.tests), timeout)
         except subprocess.TimeoutExpired:
-            return Outcome(mutant, "caught", "the tests do not end")
+            return Outcome(mutant, "timed out")
     if done.returncode not in (0, 1):
         return Outcome(mutant, "out of date", done.stdout[-300:] + done.stderr[-300:])
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -401,25 +404,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="mutants with this word in their file, texts or tests")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that the tests of one mutant may take")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mutant first")
     options = parser.parse_args()
     chosen = [one for one in MUTANTS if options.only in " ".join(one)]
     if not options.no_baseline:
         with copied_tree() as tree:
             for tests in sorted({one.tests for one in chosen if is_current(one)}):
-                done = run_tests(tree, tests.split())
+                done = run_tests(tree, shlex.split(tests), options.timeout)
                 if done.returncode:
                     print(f"without any mutant these tests fail: {tests}\n{done.stdout[-2000:]}")
                     return 2
     words: list[str] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(tried, chosen):
+        for outcome in pool.map(tried, chosen, repeat(options.timeout)):
             words.append(outcome.word)
             mutant = outcome.mutant
             print(f"{outcome.word:11} {mutant.file}: {mutant.old!r} -> {mutant.new!r}  {outcome.detail}", flush=True)
-    counts = {word: words.count(word) for word in ("caught", "survived", "out of date")}
+    counts = {word: words.count(word) for word in WORDS}
     print(", ".join(f"{count} {word}" for word, count in counts.items()))
-    return 2 if counts["out of date"] else 1 if counts["survived"] else 0
+    return 2 if counts["out of date"] else 1 if counts["survived"] or counts["timed out"] else 0
 
 
 if __name__ == "__main__":
