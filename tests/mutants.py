@@ -11,20 +11,26 @@ or the tests fail without any.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parent.parent
+# What tests import beside the package.
+LIBRARIES = ["torch", "triton", "torchvision", "timm", "transformers", "hypothesis", "pytest"]
+FORKS = multiprocessing.get_context("forkserver")
 WORDS = ("caught", "survived", "timed out", "out of date")
 
 
@@ -372,10 +378,33 @@ def copied_tree() -> Iterator[Path]:
         yield tree
 
 
-def run_tests(tree: Path, tests: Iterable[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
+class Done(NamedTuple):
+    returncode: int | None  # None: it ran into the time limit
+    output: str
+
+
+def run_tests(tree: Path, tests: str, timeout: float) -> Done:
+    """Run tests in a process of their own, forked from one that has imported what the tests do."""
+    log = tree.parent / "log"
+    process = FORKS.Process(target=run_pytest, args=(str(tree), shlex.split(tests), str(log)))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return Done(None, log.read_text())
+    return Done(process.exitcode, log.read_text())
+
+
+def run_pytest(tree: str, tests: list[str], log: str) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    sys.path[:] = [tree, *(place for place in sys.path if not place.startswith(str(ROOT)))]
+    os.environ.update(PYTHONPATH=tree, PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True
+    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests])))
 
 
 def is_current(mutant: Mutant) -> bool:
@@ -390,13 +419,12 @@ def tried(mutant: Mutant, timeout: float) -> Outcome:
     with copied_tree() as tree:
         path = tree / mutant.file
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
-        try:
-            done = run_tests(tree, shlex.split(mutant.tests), timeout)
-        except subprocess.TimeoutExpired:
-            return Outcome(mutant, "timed out")
+        done = run_tests(tree, mutant.tests, timeout)
+    if done.returncode is None:
+        return Outcome(mutant, "timed out")
     if done.returncode not in (0, 1):
-        return Outcome(mutant, "out of date", done.stdout[-300:] + done.stderr[-300:])
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return Outcome(mutant, "out of date", done.output[-300:])
+    failed = [line for line in done.output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return Outcome(mutant, "caught" if done.returncode else "survived", failed[0][:150] if failed else "")
 
 
@@ -408,12 +436,16 @@ def main() -> int:
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mutant first")
     options = parser.parse_args()
     chosen = [one for one in MUTANTS if options.only in " ".join(one)]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, as conftest.py has it
+    FORKS.set_forkserver_preload(LIBRARIES)
     if not options.no_baseline:
         with copied_tree() as tree:
             for tests in sorted({one.tests for one in chosen if is_current(one)}):
-                done = run_tests(tree, shlex.split(tests), options.timeout)
+                done = run_tests(tree, tests, options.timeout)
                 if done.returncode:
-                    print(f"without any mutant these tests fail: {tests}\n{done.stdout[-2000:]}")
+                    print(f"without any mutant these tests fail: {tests}\n{done.output[-2000:]}")
                     return 2
     words: list[str] = []
     with ThreadPoolExecutor(options.jobs) as pool:
