@@ -99,7 +99,7 @@ MUTANTS = [
         ("fingerprint.py", "or self._version != other._version", "", FINGERPRINT),
         ("names.py", "                names |= names_in(constant)", "                pass", FINGERPRINT),
         ("names.py", "isinstance(constant, str) and constant.isidentifier()", "False", FINGERPRINT),
-        ("names.py", "for one in (value.fget, value.fset) if", "for one in (value.fset,) if", SETTINGS),
+        ("names.py", "for one in (value.fget, value.fset) if", "for one in (value.fset,) if", FINGERPRINT),
         ("names.py", "        yield value.__func__", "        return", FINGERPRINT),
         ("names.py", "        yield value.func\n", "        return\n", FINGERPRINT),
         ("names.py", "isinstance(one, types.FunctionType) and one.__code__ is not code:", "False:", FINGERPRINT),

@@ -106,10 +106,14 @@ class Module(nn.Module):
 
     def forward(self, x):
         gains = [GAIN * one for one in (1.0,)]
-        return scaled(self.function(x)) * gains[0] * getattr(self, "by_string") * self.of_all() * self.once  # noqa: B009
+        return scaled(self.function(x)) * gains[0] * getattr(self, "by_string") * self.of_all() * self.once * self.level  # noqa: B009
 
     @staticmethod
     def of_all():
+        return 1.0
+
+    @property
+    def level(self):
         return 1.0
 
     @functools.cached_property
@@ -125,6 +129,7 @@ CHANGES = {
         module, "function", functools.partial(F.gelu, approximate="tanh")
     ),
     "a static method": lambda module, patch: patch.setattr(Module, "of_all", staticmethod(lambda: 3.0)),
+    "a property": lambda module, patch: patch.setattr(Module, "level", property(lambda self: 3.0)),
     "a cached property": lambda module, patch: patch.setattr(
         Module, "once", functools.cached_property(lambda self: 3.0)
     ),
