@@ -619,7 +619,7 @@ class TestGuard:
         module.W = 3
         assert not guard.holds()
 
-    def test_a_twin_is_the_same(self):
+    def test_an_alias_is_the_same(self):
         module = nn.Linear(2, 2)
         other = alias(module)
         module.weight = nn.Parameter(torch.zeros(2, 2))
