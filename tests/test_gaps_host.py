@@ -17,17 +17,21 @@ import microsoft_models
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TRITON_DEVICE
 from test_verdicts import assert_like_the_original, block_of, statuses
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
 import swinaccel
 from swinaccel import patching
 from swinaccel.spec import arguments
+from swinaccel.trust import names
 from swinaccel.trust.fingerprint import Untraceable, fingerprint
 from swinaccel.trust.registry import registry
 
 X = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
-GAIN = 1.0
+GAIN, LOCAL = 1.0, threading.local()
+LOCAL.gain = 1.0
 
 
 # What a probe must see.
@@ -60,10 +64,94 @@ class Frozen(microsoft_models.WindowAttention):
         return super().bias().detach()
 
 
-@pytest.mark.parametrize("kind", [InHalf, InAutocast, InSingle, Frozen], ids=lambda kind: kind.__name__)
+class Gated(microsoft_models.WindowAttention):
+    """By a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gate = torch.ones(())
+
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * self.gate
+
+
+@pytest.mark.parametrize("kind", [InHalf, InAutocast, InSingle, Frozen, Gated], ids=lambda kind: kind.__name__)
 def test_what_is_not_the_official_attention_is_refused(kind):
     (entry,) = swinaccel.plan(helpers.randomize(kind(16, (4, 4), 2)))
     assert entry.status == "original"
+
+
+class Computed(microsoft_models.WindowAttention):
+    """Has its table from another parameter."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.half_table = nn.Parameter(torch.zeros_like(self.relative_position_bias_table))
+        del self.relative_position_bias_table
+
+    @property
+    def relative_position_bias_table(self):
+        return 2 * self.half_table
+
+
+def test_a_table_that_is_computed_is_followed():
+    model = block_of(Computed)
+    assert "computed anew at each call" in swinaccel.plan(model).entries[0].reason
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, X)
+        with torch.no_grad():
+            model.attn.half_table.add_(1.0)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+def adapted_block(size):
+    block = helpers.timm_block((size, size), shift=2)
+    block.attn.qkv = Adapted(16, 48)
+    return helpers.randomize(block)
+
+
+def test_images_that_are_all_padded_prove_nothing_of_wrapped_projections():
+    """The attention by itself, of windows that are padded by then, is another matter."""
+    (entry,) = swinaccel.plan(adapted_block(7))
+    assert (entry.name, entry.family) == ("attn", "window_attention")
+
+
+def test_padded_images_of_wrapped_projections_are_the_originals():
+    model = swinaccel.accelerate(adapted_block(8).to(TRITON_DEVICE), backend="triton")
+    for size in (8, 7):
+        assert_like_the_original(model, torch.randn(1, size, size, 16).to(TRITON_DEVICE))
+    assert "padded" in swinaccel.report(model).entries[0].reason
+
+
+class Flagged(SwinTransformerBlock):
+    flag = False
+
+    def _attn(self, x):
+        out = super()._attn(x)
+        return 2 * out if self.flag else out
+
+
+def test_a_block_that_changes_around_its_attention():
+    model, x = helpers.timm_block((8, 8), shift=2), X.view(2, 8, 8, 16)
+    model.__class__ = Flagged
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+    helpers.assert_accelerated(model)
+    model.flag = True
+    for _ in range(2):
+        assert_like_the_original(model, x)
+
+
+def test_gradients_are_compared_whatever_surrounds_a_proof():
+    with torch.inference_mode():
+        (entry,) = swinaccel.plan(helpers.randomize(Frozen(16, (4, 4), 2)))
+    assert "gradient" in entry.reason
 
 
 def test_memory_that_runs_out_in_a_probe_is_no_verdict(monkeypatch):
@@ -97,8 +185,16 @@ def scaled(x, gain=1.0):
     return x * gain
 
 
+def doubled(function):
+    @functools.wraps(function)
+    def wrapped(*args):
+        return 2 * function(*args)
+
+    return wrapped
+
+
 class Module(nn.Module):
-    by_string = 1.0
+    by_string = by_class = by_wrapped = 1.0
 
     def __init__(self):
         super().__init__()
@@ -106,11 +202,20 @@ class Module(nn.Module):
 
     def forward(self, x):
         gains = [GAIN * one for one in (1.0,)]
-        return scaled(self.function(x)) * gains[0] * getattr(self, "by_string") * self.of_all() * self.once * self.level  # noqa: B009
+        x = scaled(self.function(x)) * gains[0] * getattr(self, "by_string")  # noqa: B009
+        return x * self.of_all() * self.of_class() * self.wrapped() * self.once * self.level
 
     @staticmethod
     def of_all():
         return 1.0
+
+    @classmethod
+    def of_class(cls):
+        return cls.by_class
+
+    @doubled
+    def wrapped(self):
+        return self.by_wrapped
 
     @property
     def level(self):
@@ -124,6 +229,8 @@ class Module(nn.Module):
 CHANGES = {
     "what an inner function reads": lambda module, patch: patch.setitem(globals(), "GAIN", 3.0),
     "what a string names": lambda module, patch: patch.setattr(Module, "by_string", 3.0),
+    "what a class method names": lambda module, patch: patch.setattr(Module, "by_class", 3.0),
+    "what a wrapped method names": lambda module, patch: patch.setattr(Module, "by_wrapped", 3.0),
     "a default": lambda module, patch: patch.setattr(scaled, "__defaults__", (3.0,)),
     "an argument of a partial": lambda module, patch: setattr(
         module, "function", functools.partial(F.gelu, approximate="tanh")
@@ -159,6 +266,23 @@ class Unregistered(nn.Module):
 def test_modules_that_are_no_submodules_cannot_be_followed():
     with pytest.raises(Untraceable, match="is no submodule of it"):
         fingerprint([("", Unregistered())])
+
+
+class Local(nn.Module):
+    def forward(self, x):
+        return x * LOCAL.gain
+
+
+def test_what_every_thread_has_of_its_own_cannot_be_followed():
+    with pytest.raises(Untraceable, match="in every thread"):
+        fingerprint([("", Local())])
+
+
+def test_a_function_that_a_decorator_wrapped_again_is_the_one_it_wrapped_first():
+    """As transformers does with a forward that a subclass inherits."""
+    once = doubled(scaled)
+    assert names.unwrapped(doubled(once)) is once
+    assert names.unwrapped(once) is once
 
 
 def attend(module, x, mask):
