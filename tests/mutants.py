@@ -250,7 +250,7 @@ MUTANTS = [
         ("context.py", "if _has_any_global_hook():", "if False:", "tests/test_dispatch.py -k hooks"),
         ("context.py", "forward_ad._current_level >= 0", "False", "tests/test_dispatch.py -k forward_mode"),
         ("context.py", "_interpreter_stack() is not None", "False", "tests/test_dispatch.py -k transforms"),
-        ("context.py", "_active_mode(_PROXY) is not None", "False", "tests/test_dispatch.py -k graph"),
+        ("context.py", "_active_mode(_PROXY) is not None", "False", HOST + " -k graphs"),
         (
             "context.py",
             "namespace[name] is value for",
@@ -261,13 +261,13 @@ MUTANTS = [
             "context.py",
             "x.requires_grad, x.is_contiguous()",
             "x.is_contiguous()",
-            "tests/test_memory.py tests/test_training.py",
+            "tests/test_memory.py -k 'gradients or context'",
         ),
         (
             "context.py",
             "torch.is_grad_enabled(), torch.is_inference",
             "True, torch.is_inference",
-            "tests/test_memory.py tests/test_training.py",
+            "tests/test_memory.py -k 'gradients or context'",
         ),
         (
             "context.py",

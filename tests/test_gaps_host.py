@@ -21,6 +21,7 @@ from helpers import TRITON_DEVICE
 from test_verdicts import assert_like_the_original, block_of, statuses
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import patching
@@ -315,6 +316,13 @@ def test_an_index_at_the_address_of_another_is_looked_through():
     arguments._ranges[id(index)] = weakref.ref(other), index._version, 0, 0
     with pytest.raises(ValueError, match="0 to 8; got 9 to 9"):
         arguments.check_entries(index, 9)
+
+
+def test_graphs_are_traced_from_the_original():
+    model = swinaccel.accelerate(block_of(microsoft_models.WindowAttention), backend="torch")
+    with torch.no_grad():
+        make_fx(model)(X)
+    assert "make_fx" in swinaccel.report(model).entries[0].reason
 
 
 # Switches.
