@@ -1,6 +1,6 @@
 """Deliberate faults, and whether the tests notice them.
 
-    python tests/mutants.py [--only WORD] [--jobs N] [--timeout SECONDS] [--no-baseline]
+    python tests/mutants.py [--only WORD] [--jobs N] [--timeout SECONDS] [--after FILE] [--no-baseline]
 
 Each mutant is one piece of text in one file, put otherwise in a temporary copy of the tree, where the tests that must
 notice it are run. A text that does not occur exactly once is out of date: put the mutant where the fact has gone.
@@ -273,7 +273,7 @@ MUTANTS = [
             "context.py",
             "inference_mode_enabled(), autocast",
             "inference_mode_enabled(), None",
-            "tests/test_memory.py tests/test_traps.py -k autocast",
+            HOST + " -k autocast",
         ),
         ("guard.py", "and self._has_settings()", "", "tests/test_memory.py -k Guard"),
         ("guard.py", "and not any(self._empty)", "", "tests/test_memory.py -k Guard"),
@@ -291,17 +291,17 @@ MUTANTS = [
             "True",
             "tests/test_memory.py -k Guard",
         ),
-        ("guard.py", "list(map(_version, self._values)) == self._versions", "True", "tests/test_memory.py"),
+        ("guard.py", "list(map(_version, self._values)) == self._versions", "True", HOST + " -k guard"),
         ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS + " -k outside"),
         ("guard.py", "and self._contents == self._copies", "", VERDICTS + " -k outside"),
-        ("guard.py", "return value.copy()", "return value", "tests/test_memory.py"),
+        ("guard.py", "return value.copy()", "return value", HOST + " -k guard"),
         (
             "plan.py",
             "self.failures == failures.count\n            and",
             "True\n            and",
             "tests/test_dispatch.py -k failure",
         ),
-        ("plan.py", "and self._fits(*self._tensors)", "", "tests/test_memory.py"),
+        ("plan.py", "and self._fits(*self._tensors)", "", "tests/test_memory.py -k 'dtypes or sizes or autocast'"),
         (
             "plan.py",
             "_version(self._index) == self._version",
@@ -309,7 +309,7 @@ MUTANTS = [
             "tests/test_memory.py tests/test_dispatch.py -k index",
         ),
         ("plan.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS + " -k never"),
-        ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/test_memory.py"),
+        ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/test_memory.py -k copies"),
         ("call.py", "tokens is not x or ", "", "tests/test_fusion.py tests/test_embedding.py"),
         ("call.py", "state.fallbacks += 1", "pass", "tests/test_dispatch.py -k counts"),
         (
@@ -319,14 +319,19 @@ MUTANTS = [
             "tests/test_memory.py -k options",
         ),
         ("context.py", "return entry, settings, x.shape", "return entry, x.shape", "tests/test_memory.py -k shift"),
-        ("block.py", "not is_leaf or does_nothing(part)", "True", "tests/test_fusion.py tests/test_descendants.py"),
-        ("block.py", "demand(not drops_now(part),", "demand(True,", "tests/test_fusion_autograd.py"),
-        ("block.py", "or not tensor.is_contiguous():", ":", "tests/test_fusion.py"),
+        ("block.py", "not is_leaf or does_nothing(part)", "True", "tests/test_fusion.py -k 'unusual or scale'"),
+        (
+            "block.py",
+            "demand(not drops_now(part),",
+            "demand(True,",
+            "tests/test_fusion.py tests/test_fusion_autograd.py -k 'unusual or drop'",
+        ),
+        ("block.py", "or not tensor.is_contiguous():", ":", "tests/test_fusion.py -k layouts"),
         (
             "block.py",
             "(x.requires_grad or any(one.requires_grad for one in parameters))",
             "x.requires_grad",
-            "tests/test_fusion_autograd.py",
+            "tests/test_fusion.py tests/test_fusion_autograd.py -k 'gradients or training'",
         ),
         ("guard.py", "and list(chain.from_iterable(filled)) == self._names", "", "tests/test_memory.py -k names"),
         ("guard.py", "and all(getattr(one, name, None) is value for one, name, value in self._fields)", "", SETTINGS),
@@ -522,18 +527,23 @@ MUTANTS = [
         ),
         # Factors and their cache.
         ("bias/table.py", "None if tensor.is_inference() else tensor._version", "None", GAPS + " -k factors"),
-        ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/test_bias.py"),
-        ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/test_bias.py"),
-        ("bias/table.py", "if not bool(torch.isfinite(bias).all()):", "if False:", "tests/test_bias.py"),
+        ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/test_bias.py -k another"),
+        ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/test_bias.py -k rule"),
+        ("bias/table.py", "if not bool(torch.isfinite(bias).all()):", "if False:", "tests/test_bias.py -k finite"),
         (
             "bias/table.py",
             "tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()",
             "b''",
-            "tests/test_bias.py",
+            "tests/test_bias.py -k 'edit or follows or share or live'",
         ),
         # Families.
         ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS + " -k mask"),
-        ("families/timm_cr.py", "if coords.shape[0] != tokens * tokens:", "if False:", "tests/test_timm_cr.py"),
+        (
+            "families/timm_cr.py",
+            "if coords.shape[0] != tokens * tokens:",
+            "if False:",
+            "tests/test_timm_cr.py -k 'trap or coord'",
+        ),
         (
             "families/shared/official.py",
             "attn.attn_drop.p if attn.training",
@@ -992,10 +1002,17 @@ def is_current(mutant: Mutant) -> bool:
     return path.exists() and path.read_text().count(mutant.old) == 1
 
 
-def tried(mutant: Mutant, timeout: float) -> Outcome:
+def described(mutant: Mutant) -> str:
+    return f"{mutant.file}: {mutant.old!r} -> {mutant.new!r}  "
+
+
+def tried(mutant: Mutant, timeout: float, earlier: list[str]) -> Outcome:
     """Run the tests of a mutant where it lives."""
     if not is_current(mutant):
         return Outcome(mutant, "out of date")
+    for line in earlier:
+        if line.startswith(f"{'caught':11} {described(mutant)}"):
+            return Outcome(mutant, "caught", line.removeprefix(f"{'caught':11} {described(mutant)}"))
     with copied_tree() as tree:
         path = tree / mutant.file
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
@@ -1013,6 +1030,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants with this word in their file, texts or tests")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=600, help="seconds that the tests of one mutant may take")
+    parser.add_argument("--after", type=Path, help="output of an earlier run: what was caught there is not run again")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mutant first")
     options = parser.parse_args()
     chosen = [one for one in MUTANTS if options.only in " ".join(one)]
@@ -1027,12 +1045,12 @@ def main() -> int:
                 if done.returncode:
                     print(f"without any mutant these tests fail: {tests}\n{done.output[-2000:]}")
                     return 2
+    earlier = [] if options.after is None else options.after.read_text().splitlines()
     words: list[str] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(tried, chosen, repeat(options.timeout)):
+        for outcome in pool.map(tried, chosen, repeat(options.timeout), repeat(earlier)):
             words.append(outcome.word)
-            mutant = outcome.mutant
-            print(f"{outcome.word:11} {mutant.file}: {mutant.old!r} -> {mutant.new!r}  {outcome.detail}", flush=True)
+            print(f"{outcome.word:11} {described(outcome.mutant)}{outcome.detail}", flush=True)
     counts = {word: words.count(word) for word in WORDS}
     print(", ".join(f"{count} {word}" for word, count in counts.items()))
     return 2 if counts["out of date"] else 1 if counts["survived"] or counts["timed out"] else 0

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import patching
+from swinaccel.runtime.guard import Guard
 from swinaccel.spec import arguments
 from swinaccel.trust import names
 from swinaccel.trust.fingerprint import Untraceable, fingerprint
@@ -318,11 +319,31 @@ def test_an_index_at_the_address_of_another_is_looked_through():
         arguments.check_entries(index, 9)
 
 
+def test_autocast_to_another_dtype_is_another_call():
+    model, x = block_of(microsoft_models.WindowAttention).to(TRITON_DEVICE), X.to(TRITON_DEVICE)
+    swinaccel.accelerate(model, backend="triton")
+    for dtype in (torch.float16, torch.float16, torch.bfloat16):
+        with torch.autocast(TRITON_DEVICE, dtype):
+            assert_like_the_original(model, x, 0.02)
+    if TRITON_DEVICE == "cpu":
+        assert "bfloat16" in swinaccel.report(model).entries[0].reason
+
+
 def test_graphs_are_traced_from_the_original():
     model = swinaccel.accelerate(block_of(microsoft_models.WindowAttention), backend="torch")
     with torch.no_grad():
         make_fx(model)(X)
     assert "make_fx" in swinaccel.report(model).entries[0].reason
+
+
+def test_a_guard_sees_what_is_written_to_in_place():
+    module = nn.Module()
+    module.tensor, module.names = torch.zeros(1), {"one"}
+    for write in (lambda: module.tensor.add_(1), lambda: module.names.add("two")):
+        guard = Guard([module])
+        assert guard.holds()
+        write()
+        assert not guard.holds()
 
 
 # Switches.
