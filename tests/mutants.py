@@ -211,9 +211,9 @@ MUTANTS = [
             "attention.py",
             "len(shape) != 2 or shape[1] != heads",
             "len(shape) != 2",
-            "tests/test_odd_tensors.py -k table",
+            HOST + " -k shapes",
         ),
-        ("attention.py", "section.logit_scale.numel() != heads", "False", "tests/test_odd_tensors.py -k logit"),
+        ("attention.py", "section.logit_scale.numel() != heads", "False", HOST + " -k shapes"),
         (
             "attention.py",
             "if has_hooks(part) and (place or not is_called):",
@@ -261,13 +261,13 @@ MUTANTS = [
             "context.py",
             "x.requires_grad, x.is_contiguous()",
             "x.is_contiguous()",
-            "tests/test_memory.py -k 'gradients or context'",
+            HOST + " -k alone",
         ),
         (
             "context.py",
             "torch.is_grad_enabled(), torch.is_inference",
             "True, torch.is_inference",
-            "tests/test_memory.py -k 'gradients or context'",
+            HOST + " -k alone",
         ),
         (
             "context.py",
@@ -299,9 +299,9 @@ MUTANTS = [
             "plan.py",
             "self.failures == failures.count\n            and",
             "True\n            and",
-            "tests/test_dispatch.py -k failure",
+            HOST + " -k failed",
         ),
-        ("plan.py", "and self._fits(*self._tensors)", "", "tests/test_memory.py -k 'dtypes or sizes or autocast'"),
+        ("plan.py", "and self._fits(*self._tensors)", "", HOST + " -k shapes"),
         (
             "plan.py",
             "_version(self._index) == self._version",
@@ -309,7 +309,7 @@ MUTANTS = [
             "tests/test_memory.py tests/test_dispatch.py -k index",
         ),
         ("plan.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS + " -k never"),
-        ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/test_memory.py -k copies"),
+        ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/test_memory.py -k attributes"),
         ("call.py", "tokens is not x or ", "", "tests/test_fusion.py tests/test_embedding.py"),
         ("call.py", "state.fallbacks += 1", "pass", "tests/test_dispatch.py -k counts"),
         (

@@ -15,6 +15,7 @@ import weakref
 import helpers
 import microsoft_models
 import pytest
+import test_timm_cr
 import torch
 import torch.nn.functional as F
 from helpers import TRITON_DEVICE
@@ -22,9 +23,11 @@ from test_verdicts import assert_like_the_original, block_of, statuses
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import swinaccel
 from swinaccel import patching
+from swinaccel.backends.triton import window as window_launches
 from swinaccel.runtime.guard import Guard
 from swinaccel.spec import arguments
 from swinaccel.trust import names
@@ -329,6 +332,39 @@ def test_autocast_to_another_dtype_is_another_call():
         assert "bfloat16" in swinaccel.report(model).entries[0].reason
 
 
+@pytest.mark.parametrize("before", ["without a leaf", "without gradients"])
+@pytest.mark.parametrize("fuse", ["auto", "attention"])
+def test_gradients_of_the_input_alone(fuse, before):
+    """After calls that recorded none, and of which no parameter tells the difference."""
+    model = helpers.timm_block((8, 8), shift=2).requires_grad_(False).to(TRITON_DEVICE)
+    x = X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    leaf = x.clone().requires_grad_()
+    swinaccel.accelerate(model, backend="triton", fuse=fuse)
+    for _ in range(2):
+        with torch.set_grad_enabled(before == "without a leaf"):
+            model(x if before == "without a leaf" else leaf)
+    (found,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    with swinaccel.disabled():
+        (expected,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    helpers.assert_close(found, expected, 1e-4)
+
+
+def test_shapes_that_no_kernel_takes():
+    """Set through `.data`, so that the parameters are the same objects."""
+    model, x = helpers.timm_block((8, 8)), X.view(2, 8, 8, 16)
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+    table = model.attn.relative_position_bias_table
+    table.data = table.data[:, :1].clone()
+    assert_like_the_original(model, x)
+    assert "has not one column for each of 2 heads" in swinaccel.report(model).entries[0].reason
+    model = swinaccel.accelerate(test_timm_cr.block((8, 8)), backend="torch")
+    model.attn.logit_scale.data = model.attn.logit_scale.data[:1]
+    with torch.no_grad(), pytest.raises(RuntimeError):  # as the original does
+        model(x)
+
+
 def test_graphs_are_traced_from_the_original():
     model = swinaccel.accelerate(block_of(microsoft_models.WindowAttention), backend="torch")
     with torch.no_grad():
@@ -344,6 +380,34 @@ def test_a_guard_sees_what_is_written_to_in_place():
         assert guard.holds()
         write()
         assert not guard.holds()
+
+
+class Listing(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_failed_is_not_run_again_before_the_original(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(window_launches, "shifted_window_attention", fail)
+    model = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).to(TRITON_DEVICE)
+    swinaccel.accelerate(model, backend="triton")
+    x = torch.randn(3, 16, 16, device=TRITON_DEVICE)
+    with torch.no_grad():
+        model(x)
+        with Listing() as found:
+            model(x)
+        with swinaccel.disabled(), Listing() as expected:
+            model(x)
+    found, expected = ([name for name in one.found if "mm" in name] for one in (found, expected))
+    assert found == expected
 
 
 # Switches.
