@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ import weakref
 import helpers
 import microsoft_models
 import pytest
+import test_descendants
 import test_timm_cr
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ import swinaccel
 from swinaccel import patching
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.runtime.guard import Guard
+from swinaccel.runtime.plan import state_of
 from swinaccel.spec import arguments
 from swinaccel.trust import names
 from swinaccel.trust.fingerprint import Untraceable, fingerprint
@@ -365,6 +368,41 @@ def test_shapes_that_no_kernel_takes():
         model(x)
 
 
+def test_sizes_that_are_set_before_each_call():
+    """To as many tokens of another image."""
+    model, x = test_descendants.detection((8, 4), shift=0).to(TRITON_DEVICE), X[:, :32].to(TRITON_DEVICE)
+    twin = copy.deepcopy(model)
+    swinaccel.accelerate(model, backend="triton")
+    for size in ((8, 4), (8, 4), (4, 8)):
+        for one in (model, twin):
+            one.H, one.W = size
+        with torch.no_grad():
+            helpers.assert_close(model(x, None), twin(x, None))
+    helpers.assert_accelerated(model)
+
+
+class Limit(nn.Module):
+    def forward(self, x):
+        return x.clamp(max=1e30)
+
+
+def test_layers_of_a_block_that_are_not_known():
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    model.mlp.norm = Limit()
+    swinaccel.accelerate(model, backend="triton")
+    assert_like_the_original(model, x)
+    assert "Limit" in state_of(model).unfused
+
+
+def test_parameters_that_are_not_contiguous():
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    for norm in (model.norm1, model.norm2):
+        norm.weight = nn.Parameter(torch.randn(32, device=TRITON_DEVICE)[::2])
+    swinaccel.accelerate(model, backend="triton")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+
+
 def test_graphs_are_traced_from_the_original():
     model = swinaccel.accelerate(block_of(microsoft_models.WindowAttention), backend="torch")
     with torch.no_grad():
@@ -380,6 +418,40 @@ def test_a_guard_sees_what_is_written_to_in_place():
         assert guard.holds()
         write()
         assert not guard.holds()
+    module.config, module.H = types.SimpleNamespace(scale=1.0), 1
+    guard = Guard([module], ignored=("H",))
+    module.H = 2
+    assert guard.holds()
+    module.config.scale = 2.0
+    assert not guard.holds()
+
+
+class Biased(microsoft_models.WindowAttention):
+    def bias(self):
+        return 2 * super().bias()
+
+
+def test_a_class_that_is_set_by_hand():
+    model, x = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)), torch.randn(3, 16, 16)
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+    helpers.assert_accelerated(model)
+    model.__class__ = Biased
+    assert_like_the_original(model, x)
+
+
+def test_blocks_that_their_own_parts_know_are_not_kept():
+    def use():
+        model = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE)
+        model.mlp.owner = [model]
+        swinaccel.accelerate(model, backend="triton")
+        assert_like_the_original(model, X.view(2, 8, 8, 16).to(TRITON_DEVICE))
+        return weakref.ref(model)
+
+    found = use()
+    gc.collect()
+    assert found() is None
 
 
 class Listing(TorchDispatchMode):
@@ -406,6 +478,7 @@ def test_what_failed_is_not_run_again_before_the_original(monkeypatch):
             model(x)
         with swinaccel.disabled(), Listing() as expected:
             model(x)
+    assert swinaccel.report(model).entries[0].fallbacks == 2
     found, expected = ([name for name in one.found if "mm" in name] for one in (found, expected))
     assert found == expected
 
