@@ -25,13 +25,15 @@ from test_verdicts import assert_like_the_original, block_of, statuses
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import swinaccel
 from swinaccel import patching
 from swinaccel.backends.triton import window as window_launches
+from swinaccel.config import AccelConfig
+from swinaccel.families.timm import Timm
 from swinaccel.runtime.guard import Guard
-from swinaccel.runtime.plan import state_of
+from swinaccel.runtime.plan import State, state_of
+from swinaccel.runtime.section import TritonSection
 from swinaccel.spec import arguments
 from swinaccel.trust import names
 from swinaccel.trust.fingerprint import Untraceable, fingerprint
@@ -403,6 +405,21 @@ def test_parameters_that_are_not_contiguous():
         assert_like_the_original(model, x)
 
 
+def test_bound_launches_take_what_they_were_bound_for():
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    section = Timm().section(model, x)
+    attend = TritonSection(section, AccelConfig(backend="triton"), State())
+    with torch.no_grad():
+        attend(x)
+        bound, qkv = attend._bound, model.attn.qkv(x)
+        assert bound.run(qkv) is not None
+        assert bound.run(qkv.half()) is None
+        bound._table, table = None, section.table()
+        assert bound.run(qkv) is not None
+        section.table = lambda: table.t().contiguous().t()
+        assert bound.run(qkv) is None
+
+
 def test_graphs_are_traced_from_the_original():
     model = swinaccel.accelerate(block_of(microsoft_models.WindowAttention), backend="torch")
     with torch.no_grad():
@@ -454,16 +471,6 @@ def test_blocks_that_their_own_parts_know_are_not_kept():
     assert found() is None
 
 
-class Listing(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def test_what_failed_is_not_run_again_before_the_original(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of resource")
@@ -474,12 +481,12 @@ def test_what_failed_is_not_run_again_before_the_original(monkeypatch):
     x = torch.randn(3, 16, 16, device=TRITON_DEVICE)
     with torch.no_grad():
         model(x)
-        with Listing() as found:
+        with torch.autograd.profiler.profile() as found:
             model(x)
-        with swinaccel.disabled(), Listing() as expected:
+        with swinaccel.disabled(), torch.autograd.profiler.profile() as expected:
             model(x)
     assert swinaccel.report(model).entries[0].fallbacks == 2
-    found, expected = ([name for name in one.found if "mm" in name] for one in (found, expected))
+    found, expected = (sum("mm" in event.name for event in one.function_events) for one in (found, expected))
     assert found == expected
 
 
