@@ -408,8 +408,8 @@ def test_parameters_that_are_not_contiguous():
 def test_bound_launches_take_what_they_were_bound_for():
     model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
     section = Timm().section(model, x)
-    attend = TritonSection(section, AccelConfig(backend="triton"), State())
     with torch.no_grad():
+        attend = TritonSection(section, AccelConfig(backend="triton"), State())
         attend(x)
         bound, qkv = attend._bound, model.attn.qkv(x)
         assert bound.run(qkv) is not None
