@@ -427,6 +427,19 @@ def test_graphs_are_traced_from_the_original():
     assert "make_fx" in swinaccel.report(model).entries[0].reason
 
 
+def test_factors_of_other_heads_are_refused():
+    q = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="q_factor must have shape"):
+        arguments.check_factors(q, torch.zeros(3, 5, 1), torch.zeros(3, 5, 1))
+
+
+def test_no_number_is_asked_for_inside_a_transform():
+    found = []
+    torch.func.vmap(lambda x: found.append(arguments.can_look()) or x)(torch.ones(2))
+    assert found == [False]
+    assert arguments.can_look()
+
+
 def test_a_guard_sees_what_is_written_to_in_place():
     module = nn.Module()
     module.tensor, module.names = torch.zeros(1), {"one"}
