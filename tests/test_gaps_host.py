@@ -28,9 +28,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import patching
+from swinaccel.backends.triton import checks
 from swinaccel.backends.triton import window as window_launches
+from swinaccel.cli import factory
 from swinaccel.config import AccelConfig
 from swinaccel.families.timm import Timm
+from swinaccel.ops.failures import Failures
 from swinaccel.runtime.guard import Guard
 from swinaccel.runtime.plan import State, state_of
 from swinaccel.runtime.section import TritonSection
@@ -431,6 +434,31 @@ def test_factors_of_other_heads_are_refused():
     q = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="q_factor must have shape"):
         arguments.check_factors(q, torch.zeros(3, 5, 1), torch.zeros(3, 5, 1))
+
+
+def test_operators_ask_for_a_seed_and_for_one_device():
+    qkv, bias = torch.zeros(1, 4, 4, 48, device=TRITON_DEVICE), torch.zeros(2, 16, 16, device=TRITON_DEVICE)
+    numbers = [2, [4, 4], [0, 0], False, 0.0, 0.25, 0.1, False, None]
+    with pytest.raises(ValueError, match="seed must be given"):
+        torch.ops.swinaccel.shifted_window_attention(qkv, None, None, bias, *[None] * 5, *numbers)
+    with pytest.raises(ValueError, match="k must be on q's device"):
+        checks.check_dtypes(("q", "k"), (torch.zeros(1), torch.zeros(1, device="meta")))
+
+
+def test_plans_hear_of_failures_that_are_forgotten_and_users_once_of_each(caplog):
+    failures = Failures()
+    with caplog.at_level("WARNING", logger="swinaccel"):
+        for problem in range(2):
+            failures.record(problem, "no room")
+    assert len(caplog.records) == 1
+    count = failures.count
+    failures.clear()
+    assert failures.count != count
+
+
+def test_an_interrupt_while_a_users_file_runs_is_passed_on():
+    with pytest.raises(KeyboardInterrupt), factory.blamed("net.py cannot be imported"):
+        raise KeyboardInterrupt
 
 
 def test_no_number_is_asked_for_inside_a_transform():
