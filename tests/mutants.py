@@ -754,7 +754,7 @@ MUTANTS = [
             "bias/cache.py",
             "    except ValueError as error:\n        warn_once(str(error))",
             "    except ZeroDivisionError as error:\n        warn_once(str(error))",
-            "tests/test_bias.py tests/test_config.py -k cache",
+            HOST + " -k none_is",
         ),
         (
             "cli/factory.py",

@@ -30,6 +30,7 @@ import swinaccel
 from swinaccel import patching
 from swinaccel.backends.triton import checks
 from swinaccel.backends.triton import window as window_launches
+from swinaccel.bias import cache
 from swinaccel.cli import factory
 from swinaccel.config import AccelConfig
 from swinaccel.families.timm import Timm
@@ -459,6 +460,13 @@ def test_plans_hear_of_failures_that_are_forgotten_and_users_once_of_each(caplog
 def test_an_interrupt_while_a_users_file_runs_is_passed_on():
     with pytest.raises(KeyboardInterrupt), factory.blamed("net.py cannot be imported"):
         raise KeyboardInterrupt
+
+
+def test_a_cache_folder_that_is_none_is_warned_of(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="SWINACCEL_CACHE_DIR"):
+        assert cache.folder_of("factors") is None
 
 
 def test_no_number_is_asked_for_inside_a_transform():
