@@ -811,7 +811,7 @@ MUTANTS = [
             "patching.py",
             "        switch.is_open = False",
             "        pass",
-            'tests/test_patching.py tests/test_results.py -k "disabled or interrupt"',
+            HOST + " -k context",
         ),
         (
             "patching.py",
@@ -829,7 +829,7 @@ MUTANTS = [
             "patching.py",
             "        return types.SimpleNamespace, ()",
             "        return _Runtime, ()",
-            'tests/test_patching.py -k "pickle or without"',
+            HOST + " -k pickled",
         ),
         (
             "patching.py",
@@ -837,7 +837,7 @@ MUTANTS = [
             "pass",
             "tests/test_patching.py -k nothing",
         ),
-        ("patching.py", "    if run is None:\n", "    if False:\n", 'tests/test_patching.py -k "pickle or without"'),
+        ("patching.py", "    if run is None:\n", "    if False:\n", HOST + " -k pickled"),
     ),
     *under(
         "kernels/triton",
