@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -15,19 +16,36 @@ import weakref
 import helpers
 import microsoft_models
 import pytest
+import test_descendants
+import test_timm_cr
 import torch
 import torch.nn.functional as F
+from helpers import TRITON_DEVICE
 from test_verdicts import assert_like_the_original, block_of, statuses
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import patching
+from swinaccel.backends.triton import checks
+from swinaccel.backends.triton import window as window_launches
+from swinaccel.bias import cache
+from swinaccel.cli import factory
+from swinaccel.config import AccelConfig
+from swinaccel.families.timm import Timm
+from swinaccel.ops.failures import Failures
+from swinaccel.runtime.guard import Guard
+from swinaccel.runtime.plan import State, state_of
+from swinaccel.runtime.section import TritonSection
 from swinaccel.spec import arguments
+from swinaccel.trust import names
 from swinaccel.trust.fingerprint import Untraceable, fingerprint
 from swinaccel.trust.registry import registry
 
 X = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
-GAIN = 1.0
+GAIN, LOCAL = 1.0, threading.local()
+LOCAL.gain = 1.0
 
 
 # What a probe must see.
@@ -60,10 +78,94 @@ class Frozen(microsoft_models.WindowAttention):
         return super().bias().detach()
 
 
-@pytest.mark.parametrize("kind", [InHalf, InAutocast, InSingle, Frozen], ids=lambda kind: kind.__name__)
+class Gated(microsoft_models.WindowAttention):
+    """By a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gate = torch.ones(())
+
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * self.gate
+
+
+@pytest.mark.parametrize("kind", [InHalf, InAutocast, InSingle, Frozen, Gated], ids=lambda kind: kind.__name__)
 def test_what_is_not_the_official_attention_is_refused(kind):
     (entry,) = swinaccel.plan(helpers.randomize(kind(16, (4, 4), 2)))
     assert entry.status == "original"
+
+
+class Computed(microsoft_models.WindowAttention):
+    """Has its table from another parameter."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.half_table = nn.Parameter(torch.zeros_like(self.relative_position_bias_table))
+        del self.relative_position_bias_table
+
+    @property
+    def relative_position_bias_table(self):
+        return 2 * self.half_table
+
+
+def test_a_table_that_is_computed_is_followed():
+    model = block_of(Computed)
+    assert "computed anew at each call" in swinaccel.plan(model).entries[0].reason
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, X)
+        with torch.no_grad():
+            model.attn.half_table.add_(1.0)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+def adapted_block(size):
+    block = helpers.timm_block((size, size), shift=2)
+    block.attn.qkv = Adapted(16, 48)
+    return helpers.randomize(block)
+
+
+def test_images_that_are_all_padded_prove_nothing_of_wrapped_projections():
+    """The attention by itself, of windows that are padded by then, is another matter."""
+    (entry,) = swinaccel.plan(adapted_block(7))
+    assert (entry.name, entry.family) == ("attn", "window_attention")
+
+
+def test_padded_images_of_wrapped_projections_are_the_originals():
+    model = swinaccel.accelerate(adapted_block(8).to(TRITON_DEVICE), backend="triton")
+    for size in (8, 7):
+        assert_like_the_original(model, torch.randn(1, size, size, 16).to(TRITON_DEVICE))
+    assert "padded" in swinaccel.report(model).entries[0].reason
+
+
+class Flagged(SwinTransformerBlock):
+    flag = False
+
+    def _attn(self, x):
+        out = super()._attn(x)
+        return 2 * out if self.flag else out
+
+
+def test_a_block_that_changes_around_its_attention():
+    model, x = helpers.timm_block((8, 8), shift=2), X.view(2, 8, 8, 16)
+    model.__class__ = Flagged
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+    helpers.assert_accelerated(model)
+    model.flag = True
+    for _ in range(2):
+        assert_like_the_original(model, x)
+
+
+def test_gradients_are_compared_whatever_surrounds_a_proof():
+    with torch.inference_mode():
+        (entry,) = swinaccel.plan(helpers.randomize(Frozen(16, (4, 4), 2)))
+    assert "gradient" in entry.reason
 
 
 def test_memory_that_runs_out_in_a_probe_is_no_verdict(monkeypatch):
@@ -97,8 +199,16 @@ def scaled(x, gain=1.0):
     return x * gain
 
 
+def doubled(function):
+    @functools.wraps(function)
+    def wrapped(*args):
+        return 2 * function(*args)
+
+    return wrapped
+
+
 class Module(nn.Module):
-    by_string = 1.0
+    by_string = by_class = by_wrapped = 1.0
 
     def __init__(self):
         super().__init__()
@@ -106,11 +216,20 @@ class Module(nn.Module):
 
     def forward(self, x):
         gains = [GAIN * one for one in (1.0,)]
-        return scaled(self.function(x)) * gains[0] * getattr(self, "by_string") * self.of_all() * self.once * self.level  # noqa: B009
+        x = scaled(self.function(x)) * gains[0] * getattr(self, "by_string")  # noqa: B009
+        return x * self.of_all() * self.of_class() * self.wrapped() * self.once * self.level
 
     @staticmethod
     def of_all():
         return 1.0
+
+    @classmethod
+    def of_class(cls):
+        return cls.by_class
+
+    @doubled
+    def wrapped(self):
+        return self.by_wrapped
 
     @property
     def level(self):
@@ -124,6 +243,8 @@ class Module(nn.Module):
 CHANGES = {
     "what an inner function reads": lambda module, patch: patch.setitem(globals(), "GAIN", 3.0),
     "what a string names": lambda module, patch: patch.setattr(Module, "by_string", 3.0),
+    "what a class method names": lambda module, patch: patch.setattr(Module, "by_class", 3.0),
+    "what a wrapped method names": lambda module, patch: patch.setattr(Module, "by_wrapped", 3.0),
     "a default": lambda module, patch: patch.setattr(scaled, "__defaults__", (3.0,)),
     "an argument of a partial": lambda module, patch: setattr(
         module, "function", functools.partial(F.gelu, approximate="tanh")
@@ -161,6 +282,23 @@ def test_modules_that_are_no_submodules_cannot_be_followed():
         fingerprint([("", Unregistered())])
 
 
+class Local(nn.Module):
+    def forward(self, x):
+        return x * LOCAL.gain
+
+
+def test_what_every_thread_has_of_its_own_cannot_be_followed():
+    with pytest.raises(Untraceable, match="in every thread"):
+        fingerprint([("", Local())])
+
+
+def test_a_function_that_a_decorator_wrapped_again_is_the_one_it_wrapped_first():
+    """As transformers does with a forward that a subclass inherits."""
+    once = doubled(scaled)
+    assert names.unwrapped(doubled(once)) is once
+    assert names.unwrapped(once) is once
+
+
 def attend(module, x, mask):
     return microsoft_models.WindowAttention.forward(module, x, mask)
 
@@ -191,6 +329,214 @@ def test_an_index_at_the_address_of_another_is_looked_through():
     arguments._ranges[id(index)] = weakref.ref(other), index._version, 0, 0
     with pytest.raises(ValueError, match="0 to 8; got 9 to 9"):
         arguments.check_entries(index, 9)
+
+
+def test_autocast_to_another_dtype_is_another_call():
+    model, x = block_of(microsoft_models.WindowAttention).to(TRITON_DEVICE), X.to(TRITON_DEVICE)
+    swinaccel.accelerate(model, backend="triton")
+    for dtype in (torch.float16, torch.float16, torch.bfloat16):
+        with torch.autocast(TRITON_DEVICE, dtype):
+            assert_like_the_original(model, x, 0.02)
+    if TRITON_DEVICE == "cpu":
+        assert "bfloat16" in swinaccel.report(model).entries[0].reason
+
+
+@pytest.mark.parametrize("before", ["without a leaf", "without gradients"])
+@pytest.mark.parametrize("fuse", ["auto", "attention"])
+def test_gradients_of_the_input_alone(fuse, before):
+    """After calls that recorded none, and of which no parameter tells the difference."""
+    model = helpers.timm_block((8, 8), shift=2).requires_grad_(False).to(TRITON_DEVICE)
+    x = X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    leaf = x.clone().requires_grad_()
+    swinaccel.accelerate(model, backend="triton", fuse=fuse)
+    for _ in range(2):
+        with torch.set_grad_enabled(before == "without a leaf"):
+            model(x if before == "without a leaf" else leaf)
+    (found,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    with swinaccel.disabled():
+        (expected,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    helpers.assert_close(found, expected, 1e-4)
+
+
+def test_shapes_that_no_kernel_takes():
+    """Set through `.data`, so that the parameters are the same objects."""
+    model, x = helpers.timm_block((8, 8)), X.view(2, 8, 8, 16)
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+    table = model.attn.relative_position_bias_table
+    table.data = table.data[:, :1].clone()
+    assert_like_the_original(model, x)
+    assert "has not one column for each of 2 heads" in swinaccel.report(model).entries[0].reason
+    model = swinaccel.accelerate(test_timm_cr.block((8, 8)), backend="torch")
+    model.attn.logit_scale.data = model.attn.logit_scale.data[:1]
+    with torch.no_grad(), pytest.raises(RuntimeError):  # as the original does
+        model(x)
+
+
+def test_sizes_that_are_set_before_each_call():
+    """To as many tokens of another image."""
+    model, x = test_descendants.detection((8, 4), shift=0).to(TRITON_DEVICE), X[:, :32].to(TRITON_DEVICE)
+    twin = copy.deepcopy(model)
+    swinaccel.accelerate(model, backend="triton")
+    for size in ((8, 4), (8, 4), (4, 8)):
+        for one in (model, twin):
+            one.H, one.W = size
+        with torch.no_grad():
+            helpers.assert_close(model(x, None), twin(x, None))
+    helpers.assert_accelerated(model)
+
+
+class Limit(nn.Module):
+    def forward(self, x):
+        return x.clamp(max=1e30)
+
+
+def test_layers_of_a_block_that_are_not_known():
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    model.mlp.norm = Limit()
+    swinaccel.accelerate(model, backend="triton")
+    assert_like_the_original(model, x)
+    assert "Limit" in state_of(model).unfused
+
+
+def test_parameters_that_are_not_contiguous():
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    for norm in (model.norm1, model.norm2):
+        norm.weight = nn.Parameter(torch.randn(32, device=TRITON_DEVICE)[::2])
+    swinaccel.accelerate(model, backend="triton")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+
+
+def test_bound_launches_take_what_they_were_bound_for():
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    section = Timm().section(model, x)
+    with torch.no_grad():
+        attend = TritonSection(section, AccelConfig(backend="triton"), State())
+        attend(x)
+        bound, qkv = attend._bound, model.attn.qkv(x)
+        assert bound.run(qkv) is not None
+        assert bound.run(qkv.half()) is None
+        bound._table, table = None, section.table()
+        assert bound.run(qkv) is not None
+        section.table = lambda: table.t().contiguous().t()
+        assert bound.run(qkv) is None
+
+
+def test_graphs_are_traced_from_the_original():
+    model = swinaccel.accelerate(block_of(microsoft_models.WindowAttention), backend="torch")
+    with torch.no_grad():
+        make_fx(model)(X)
+    assert "make_fx" in swinaccel.report(model).entries[0].reason
+
+
+def test_factors_of_other_heads_are_refused():
+    q = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="q_factor must have shape"):
+        arguments.check_factors(q, torch.zeros(3, 5, 1), torch.zeros(3, 5, 1))
+
+
+def test_operators_ask_for_a_seed_and_for_one_device():
+    qkv, bias = torch.zeros(1, 4, 4, 48, device=TRITON_DEVICE), torch.zeros(2, 16, 16, device=TRITON_DEVICE)
+    numbers = [2, [4, 4], [0, 0], False, 0.0, 0.25, 0.1, False, None]
+    with pytest.raises(ValueError, match="seed must be given"):
+        torch.ops.swinaccel.shifted_window_attention(qkv, None, None, bias, *[None] * 5, *numbers)
+    with pytest.raises(ValueError, match="k must be on q's device"):
+        checks.check_dtypes(("q", "k"), (torch.zeros(1), torch.zeros(1, device="meta")))
+
+
+def test_plans_hear_of_failures_that_are_forgotten_and_users_once_of_each(caplog):
+    failures = Failures()
+    with caplog.at_level("WARNING", logger="swinaccel"):
+        for problem in range(2):
+            failures.record(problem, "no room")
+    assert len(caplog.records) == 1
+    count = failures.count
+    failures.clear()
+    assert failures.count != count
+
+
+def test_an_interrupt_while_a_users_file_runs_is_passed_on():
+    with pytest.raises(KeyboardInterrupt), factory.blamed("net.py cannot be imported"):
+        raise KeyboardInterrupt
+
+
+def test_a_cache_folder_that_is_none_is_warned_of(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="SWINACCEL_CACHE_DIR"):
+        assert cache.folder_of("factors") is None
+
+
+def test_no_number_is_asked_for_inside_a_transform():
+    found = []
+    torch.func.vmap(lambda x: found.append(arguments.can_look()) or x)(torch.ones(2))
+    assert found == [False]
+    assert arguments.can_look()
+
+
+def test_a_guard_sees_what_is_written_to_in_place():
+    module = nn.Module()
+    module.tensor, module.names = torch.zeros(1), {"one"}
+    for write in (lambda: module.tensor.add_(1), lambda: module.names.add("two")):
+        guard = Guard([module])
+        assert guard.holds()
+        write()
+        assert not guard.holds()
+    module.config, module.H = types.SimpleNamespace(scale=1.0), 1
+    guard = Guard([module], ignored=("H",))
+    module.H = 2
+    assert guard.holds()
+    module.config.scale = 2.0
+    assert not guard.holds()
+
+
+class Biased(microsoft_models.WindowAttention):
+    def bias(self):
+        return 2 * super().bias()
+
+
+def test_a_class_that_is_set_by_hand():
+    model, x = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)), torch.randn(3, 16, 16)
+    swinaccel.accelerate(model, backend="torch")
+    for _ in range(2):
+        assert_like_the_original(model, x)
+    helpers.assert_accelerated(model)
+    model.__class__ = Biased
+    assert_like_the_original(model, x)
+
+
+def test_blocks_that_their_own_parts_know_are_not_kept():
+    def use():
+        model = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE)
+        model.mlp.owner = [model]
+        swinaccel.accelerate(model, backend="triton")
+        assert_like_the_original(model, X.view(2, 8, 8, 16).to(TRITON_DEVICE))
+        return weakref.ref(model)
+
+    found = use()
+    gc.collect()
+    assert found() is None
+
+
+def test_what_failed_is_not_run_again_before_the_original(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(window_launches, "shifted_window_attention", fail)
+    model = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).to(TRITON_DEVICE)
+    swinaccel.accelerate(model, backend="triton")
+    x = torch.randn(3, 16, 16, device=TRITON_DEVICE)
+    with torch.no_grad():
+        model(x)
+        with torch.autograd.profiler.profile() as found:
+            model(x)
+        with swinaccel.disabled(), torch.autograd.profiler.profile() as expected:
+            model(x)
+    assert swinaccel.report(model).entries[0].fallbacks == 2
+    found, expected = (sum("mm" in event.name for event in one.function_events) for one in (found, expected))
+    assert found == expected
 
 
 # Switches.
