@@ -49,17 +49,18 @@ def accelerate(model: Model, **options: Any) -> Model:
     found = list(_survey(model, config))
     if config.strict or env_strict():
         _check_strict(model, found)
-    chosen: set[nn.Module] = set()
-    for module, family, _, entry in found:
-        if entry.status == "accelerated":
-            patching.mark(module, patching.encode(family, _block_config(module, family, config)))
-            chosen.add(module)
-    # An earlier call may have accelerated others: before they were changed, or with another filter.
-    patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_block_only(one))
-    around = dict(_blocks(model, config))
-    for module, adapter in around.items():
-        patching.mark(module, patching.encode(adapter, config))
-    patching.unmark(one for one in _marked_modules(model) if one not in around and patching.is_block_only(one))
+    with patching.followed_by_compilers(model):
+        chosen: set[nn.Module] = set()
+        for module, family, _, entry in found:
+            if entry.status == "accelerated":
+                patching.mark(module, patching.encode(family, _block_config(module, family, config)))
+                chosen.add(module)
+        # An earlier call may have accelerated others: before they were changed, or with another filter.
+        patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_block_only(one))
+        around = dict(_blocks(model, config))
+        for module, adapter in around.items():
+            patching.mark(module, patching.encode(adapter, config))
+        patching.unmark(one for one in _marked_modules(model) if one not in around and patching.is_block_only(one))
     return model
 
 
@@ -70,7 +71,8 @@ def restore(model: Model) -> Model:
         The same object.
     """
     _check_model(model)
-    patching.unmark(_marked_modules(model))
+    with patching.followed_by_compilers(model):
+        patching.unmark(_marked_modules(model))
     return model
 
 
@@ -85,10 +87,11 @@ def accelerated(model: Model, **options: Any) -> Iterator[Model]:
     try:
         yield accelerate(model, **options)
     finally:
-        for module, text in before.items():
-            if text is not None and patching.marker(module) != text:
-                patching.mark(module, text)
-        patching.unmark(module for module, text in before.items() if text is None)
+        with patching.followed_by_compilers(model):
+            for module, text in before.items():
+                if text is not None and patching.marker(module) != text:
+                    patching.mark(module, text)
+            patching.unmark(module for module, text in before.items() if text is None)
 
 
 @contextmanager

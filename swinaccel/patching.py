@@ -12,6 +12,7 @@ import functools
 import gc
 import json
 import os
+import sys
 import threading
 import types
 import weakref
@@ -27,7 +28,7 @@ from torch import nn
 
 from .config import AccelConfig, env_disabled, may_be_disabled
 from .families import BlockAdapter, Family, by_name
-from .layers import DISPATCHER, owner
+from .layers import DISPATCHER, owner, undispatched
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
 from .runtime.traced import ROLES, roles_of
@@ -203,6 +204,21 @@ def unmark(modules: Iterable[nn.Module]) -> None:
         idle = {key for key in _installed if not any(map(marker, _known.get(key, ())))}
         for key in idle - _copied(idle):
             remove(key)
+
+
+@contextmanager
+def followed_by_compilers(model: nn.Module) -> Iterator[None]:
+    """Drop what `torch.compile` made of a model's forwards where markers change inside: it would run on."""
+    before = list(map(marker, model.modules()))
+    try:
+        yield
+    finally:
+        dynamo = sys.modules.get("torch._dynamo")  # who compiles has imported it
+        if dynamo is not None and list(map(marker, model.modules())) != before:
+            bases = {base for module in model.modules() for base in type(module).__mro__}
+            for function in (vars(base).get("forward") for base in bases):
+                for one in (function, undispatched(function)) if isinstance(function, types.FunctionType) else ():
+                    dynamo.eval_frame.reset_code(one.__code__)
 
 
 def _copied(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:

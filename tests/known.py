@@ -13,7 +13,4 @@ KNOWN = {
     "attention by itself of no windows": "raises where the original does not",
     # Edits and models: see edits.py and test_states.py.
     "not_a_number": "NaN and infinities are hidden",
-    # Tests of test_gaps.py.
-    "drop paths": "unknown blocks are proven with drop-paths that drop nothing",
-    "dropouts": "unknown code is proven with dropouts that drop nothing",
 }

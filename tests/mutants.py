@@ -1,28 +1,37 @@
 """Deliberate faults, and whether the tests notice them.
 
-    python tests/mutants.py [--only WORD] [--jobs N] [--no-baseline]
+    python tests/mutants.py [--only WORD] [--jobs N] [--timeout SECONDS] [--no-baseline]
 
 Each mutant is one piece of text in one file, put otherwise in a temporary copy of the tree, where the tests that must
 notice it are run. A text that does not occur exactly once is out of date: put the mutant where the fact has gone.
-Exits with 1 if a mutant survived, with 2 if one is out of date or the tests fail without any.
+Exits with 1 if a mutant survived or its tests ran into the time limit, which says nothing, with 2 if one is out of date
+or the tests fail without any.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 900  # seconds that the tests of a mutant may take
+# What tests import beside the package.
+LIBRARIES = ["torch", "triton", "torchvision", "timm", "transformers", "hypothesis", "pytest"]
+FORKS = multiprocessing.get_context("forkserver")
+WORDS = ("caught", "survived", "timed out", "out of date")
 
 
 class Mutant(NamedTuple):
@@ -39,249 +48,882 @@ def under(folder: str, *mutants: tuple[str, str, str, str]) -> list[Mutant]:
 
 
 FUZZ = "tests/fuzz/test_fuzz_functions.py -k quick"
-GAPS = "tests/test_gaps.py"
-VERDICTS = "tests/test_verdicts.py"
-FINGERPRINT = "tests/test_fingerprint.py tests/test_verdicts.py"
+GAPS = "tests/api/test_gaps.py"
+REFUSED = GAPS + " -k 'refused or place'"
+VERDICTS = "tests/trust/test_verdicts.py"
+HOST = "tests/runtime/test_gaps_host.py"
+FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
+SETTINGS = "tests/trust/test_settings.py"
+SWITCHES = "tests/runtime/test_switches.py"
+OPERATORS = "tests/api/test_arguments.py -k operator"
+NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
     *under(
         "swinaccel/trust",  # what is proven of a kind of module
-        ("copies.py", "Setting(factor=1e3), ", "", GAPS),
-        ("copies.py", "Setting(factor=1e-3), ", "", GAPS),
-        ("copies.py", ", Setting(training=True))", ")", GAPS),
-        ("copies.py", "value[:, 0] *= 200", "value[:, 0] *= 1", GAPS),
-        ("copies.py", "largest = 5.5 if", "largest = 1.5 if", GAPS),
-        ("copies.py", "1.25 * number + 0.05", "number", GAPS),
-        ("copies.py", "value + torch.rand_like(value) if", "value if", GAPS),
-        ("copies.py", "            hooks.clear()", "            pass", GAPS),
-        ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/test_patching.py -k random"),
-        ("copies.py", "    Setting(dtype=torch.float16),\n", "", "tests/test_verdicts.py -k dtypes"),
-        ("copies.py", "autocast=True)", "autocast=False)", "tests/test_verdicts.py -k dtypes"),
-        ("copies.py", "Setting(dtype=torch.float32, odd=True)", "Setting(dtype=torch.float32)", VERDICTS),
-        ("compare.py", " or _other_state(twin, other)", "", GAPS),
-        ("compare.py", "if one.dtype != other.dtype:", "if False:", VERDICTS),
-        ("compare.py", "if differs is None and setting.training", "if False", GAPS),
-        ("probe.py", "for rate in (0.0, 0.2) if", "for rate in (0.0,) if", GAPS),
-        ("probe.py", "key = (*key, fingerprint(module.named_modules(), methods))", "pass", VERDICTS),
+        ("copies.py", "Setting(factor=1e3), ", "", REFUSED),
+        ("copies.py", "Setting(factor=1e-3), ", "", REFUSED),
+        ("copies.py", ", Setting(training=True))", ")", REFUSED),
+        ("copies.py", "1.25 * number + 0.05", "number", REFUSED),
+        ("copies.py", "value + torch.rand_like(value) if", "value if", REFUSED),
+        ("copies.py", "            hooks.clear()", "            pass", GAPS + " -k hooks"),
+        ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/api/test_patching.py -k random"),
+        ("copies.py", "    Setting(dtype=torch.float16),\n", "", HOST + " -k refused"),
+        ("copies.py", "autocast=True)", "autocast=False)", HOST + " -k refused"),
+        ("copies.py", "Setting(dtype=torch.float32, odd=True)", "Setting(dtype=torch.float32)", HOST + " -k refused"),
+        ("compare.py", " or _other_state(clone, other)", "", REFUSED),
+        ("compare.py", "if one.dtype != other.dtype:", "if False:", VERDICTS + " -k dtypes"),
+        ("compare.py", "if differs is None and setting.training", "if False", REFUSED),
+        ("probe.py", "for rate in (0.0, 0.2) if", "for rate in (0.0,) if", REFUSED),
+        (
+            "probe.py",
+            "key = (*key, fingerprint(module.named_modules(), methods))",
+            "pass",
+            VERDICTS + " -k 'outside or nothing'",
+        ),
         (
             "probe.py",
             "raise _NotNow(section)\n    if section.padding",
             "return section\n    if section.padding",
-            VERDICTS,
+            VERDICTS + " -k nothing",
         ),
-        ("probe.py", "Reading(default_scale=True)", "Reading()", VERDICTS),
-        ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS),
-        ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS),
-        ("registry.py", "if self.default_scale and", "if", "tests/test_traps.py -k scale"),
-        ("fingerprint.py", "if not is_of_library(part):\n", "if False:\n", FINGERPRINT),
+        ("probe.py", "Reading(default_scale=True)", "Reading()", VERDICTS + " -k scale"),
+        ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
+        ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
+        ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps.py -k scale"),
+        ("fingerprint.py", "watched=not is_library)", "watched=False)", FINGERPRINT),
         ("fingerprint.py", "if isinstance(value, float) or (has_sizes", "if (has_sizes", FINGERPRINT),
-        ("fingerprint.py", "self.contents.append((value, dict(value)))", "pass", VERDICTS),
-        ("fingerprint.py", "self.cells.append((function.__globals__, name, value))", "pass", VERDICTS),
-        ("fingerprint.py", "self.cells.append((vars(value), name, one))", "pass", VERDICTS),
+        ("fingerprint.py", "self.contents.append((value, dict(value)))", "pass", SETTINGS),
+        ("fingerprint.py", "self._watch(namespace, name)", "pass", VERDICTS + " -k outside"),
+        ("fingerprint.py", "self._watch(vars(value), name)", "pass", SETTINGS),
         ("fingerprint.py", "or self._version != other._version", "", FINGERPRINT),
+        ("names.py", "                names |= names_in(constant)", "                pass", FINGERPRINT),
+        ("names.py", "isinstance(constant, str) and constant.isidentifier()", "False", FINGERPRINT),
+        ("names.py", "for one in (value.fget, value.fset) if", "for one in (value.fset,) if", FINGERPRINT),
+        ("names.py", "        yield value.__func__", "        return", FINGERPRINT),
+        ("names.py", "        yield value.func\n", "        return\n", FINGERPRINT),
+        ("names.py", "isinstance(one, types.FunctionType) and one.__code__ is not code:", "False:", FINGERPRINT),
+        ("names.py", "if inner is not function and inner.__code__ is function.__code__:", "if False:", FINGERPRINT),
+        ("fingerprint.py", "return type(value), repr(value) if", "return repr(value) if", FINGERPRINT),
+        (
+            "fingerprint.py",
+            "            if depth:\n                raise",
+            "            if False:\n                raise",
+            SETTINGS,
+        ),
+        ("fingerprint.py", "if isinstance(value, _FOREIGN):", "if False:", SETTINGS),
+        ("fingerprint.py", "if value not in self._modules and not is_of_library(value):", "if False:", FINGERPRINT),
+        ("fingerprint.py", "            self._watch_all(value, extra)", "            pass", SETTINGS),
+        ("fingerprint.py", "                self.cells.append((value, name, one))", "                pass", SETTINGS),
+        ("fingerprint.py", 'self.cells.append((cell, "cell_contents", value))', "pass", SETTINGS),
+        ("fingerprint.py", "            self.contents.append((value, value.copy()))", "            pass", SETTINGS),
+        (
+            "fingerprint.py",
+            "(*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())",
+            "()",
+            FINGERPRINT,
+        ),
+        ("fingerprint.py", "(value.func, *value.args, value.keywords)", "(value.func, *value.args)", FINGERPRINT),
+        ("fingerprint.py", "[one for one in type.mro(type(cls)) if one not in (type, object)]", "[]", SETTINGS),
+        (
+            "probe.py",
+            "_UNSEEN.intersection(code.co_names)",
+            "_UNSEEN.intersection(())",
+            "tests/trust/test_verdicts.py -k cpu",
+        ),
+        (
+            "probe.py",
+            "except (MemoryError, torch.OutOfMemoryError) as error:",
+            "except ZeroDivisionError as error:",
+            HOST + " -k memory",
+        ),
+        (
+            "probe.py",
+            "return PADDED if empty else None",
+            "return None",
+            'tests/trust/test_projections.py tests/runtime/test_dispatch.py -k "padding or whole or padded"',
+        ),
+        ("probe.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", SWITCHES),
+        (
+            "probe.py",
+            "if tensor is None or tensor.is_floating_point() or tensor.data_ptr() ==",
+            "if True or tensor.data_ptr() ==",
+            "tests/runtime/test_switches.py -k counters",
+        ),
+        (
+            "probe.py",
+            "if any(tensor.is_meta for",
+            "if False and any(tensor.is_meta for",
+            "tests/api/test_patching.py -k meta",
+        ),
+        ("copies.py", "(numbers - 100 * (torch.rand(argument) < 0.5))", "numbers", REFUSED),
+        (
+            "copies.py",
+            "                memo[id(one)] = value + torch.rand_like(value)",
+            "                memo[id(one)] = value",
+            REFUSED,
+        ),
+        (
+            "copies.py",
+            "stack.enter_context(torch.inference_mode(False))",
+            "pass",
+            "tests/api/test_patching.py -k surroundings",
+        ),
+        (
+            "copies.py",
+            'stack.enter_context(torch.autocast("cpu", enabled=False))',
+            "pass",
+            "tests/api/test_patching.py -k surroundings",
+        ),
+        (
+            "compare.py",
+            "if not torch.equal(finite, other.isfinite()):",
+            "if False:",
+            "tests/trust/test_verdicts.py -k dtypes",
+        ),
+        (
+            "compare.py",
+            '            if one is not other:\n                return f"{name} has',
+            '            if False:\n                return f"{name} has',
+            REFUSED,
+        ),
+        (
+            "compare.py",
+            " or _plainly(left.get(name)) != _plainly(right.get(name))",
+            "",
+            "tests/runtime/test_switches.py -k counters",
+        ),
+        (
+            "registry.py",
+            "            self._readings[key] = reading\n            self.count += 1",
+            "            self._readings[key] = reading",
+            HOST + " -k proven",
+        ),
+        ("registry.py", "if part.training and part.p:", "if False:", REFUSED),
+        (
+            "registry.py",
+            "        _make_room(self._verdicts)",
+            "        pass",
+            "tests/trust/test_fingerprint.py -k registry",
+        ),
+        ("registry.py", "if part is module or part in inside]", "if part in inside]", SWITCHES),
+        (
+            "libraries.py",
+            "        elif base is not object and not all(",
+            "        elif False and not all(",
+            VERDICTS + " -k dtypes",
+        ),
     ),
     *under(
         "swinaccel/runtime",  # what decides about a call
-        ("attention.py", "high >= rows", "high > rows", GAPS),
-        ("attention.py", "low < 0 or ", "", "tests/test_dispatch.py -k index"),
-        ("attention.py", "section.table_shape[1] != heads", "False", "tests/test_states.py -k quick"),
-        ("attention.py", "section.logit_scale.numel() != heads", "False", "tests/test_states.py -k quick"),
+        ("attention.py", "high >= rows", "high > rows", GAPS + " -k rows"),
+        ("attention.py", "low < 0 or ", "", "tests/runtime/test_dispatch.py -k index"),
+        (
+            "attention.py",
+            "len(shape) != 2 or shape[1] != heads",
+            "len(shape) != 2",
+            "tests/api/test_arguments.py -k parameters",
+        ),
+        ("attention.py", "section.logit_scale.numel() != heads", "False", "tests/api/test_arguments.py -k parameters"),
         (
             "attention.py",
             "if has_hooks(part) and (place or not is_called):",
             "if False:",
-            "tests/test_dispatch.py -k hooks",
+            "tests/runtime/test_dispatch.py -k hooks",
         ),
-        ("attention.py", "return x.requires_grad or any(", "return x.requires_grad or False and any(", GAPS),
-        ("attention.py", "if section.dropout > 0:", "if False:", "tests/test_dispatch.py -k dropout"),
-        ("attention.py", "mask is not None and mask.requires_grad", "False", "tests/test_dispatch.py -k gradient"),
-        ("attention.py", "and section.padding is None:", "and False:", "tests/test_dispatch.py -k padding"),
-        ("attention.py", "call._compiled_call_impl is not None or not are_functions_torchs()", "False", GAPS),
-        ("attention.py", "not trained and bias.wanted(self.config)", "bias.wanted(self.config)", "tests/test_bias.py"),
         (
             "attention.py",
-            "section.position is not None and not trained",
-            "section.position is not None",
-            "tests/test_training.py tests/test_dispatch.py",
+            "return x.requires_grad or any(",
+            "return x.requires_grad or False and any(",
+            GAPS + " -k alone",
         ),
-        ("context.py", "if _has_any_global_hook():", "if False:", "tests/test_dispatch.py -k hooks"),
-        ("context.py", "forward_ad._current_level >= 0", "False", "tests/test_dispatch.py -k forward_mode"),
-        ("context.py", "_interpreter_stack() is not None", "False", "tests/test_dispatch.py -k transforms"),
-        ("context.py", "_active_mode(_PROXY) is not None", "False", "tests/test_dispatch.py -k graph"),
-        ("context.py", "namespace[name] is value for", "True for", "tests/test_fusion.py " + GAPS),
+        ("attention.py", "if section.dropout > 0:", "if False:", "tests/runtime/test_dispatch.py -k dropout"),
+        (
+            "attention.py",
+            "mask is not None and mask.requires_grad",
+            "False",
+            "tests/runtime/test_dispatch.py -k gradient",
+        ),
+        ("attention.py", "and section.padding is None:", "and False:", "tests/runtime/test_dispatch.py -k padding"),
+        (
+            "attention.py",
+            "call._compiled_call_impl is not None or not are_functions_torchs()",
+            "False",
+            GAPS + " -k modules",
+        ),
+        (
+            "section.py",
+            "not trained and bias.wanted(self.config)",
+            "bias.wanted(self.config)",
+            "tests/bias/test_bias.py -k training",
+        ),
+        (
+            "section.py",
+            "None if trained else ops_table(section)",
+            "ops_table(section)",
+            "tests/runtime/test_training.py -k gradients",
+        ),
+        ("context.py", "if _has_any_global_hook():", "if False:", "tests/runtime/test_dispatch.py -k hooks"),
+        ("context.py", "forward_ad._current_level >= 0", "False", "tests/runtime/test_dispatch.py -k forward_mode"),
+        ("context.py", "_interpreter_stack() is not None", "False", "tests/runtime/test_dispatch.py -k transforms"),
+        ("context.py", "_active_mode(_PROXY) is not None", "False", "tests/runtime/test_dispatch.py -k graph"),
+        ("context.py", "namespace[name] is value for", "True for", "tests/runtime/test_fusion.py -k patched"),
         (
             "context.py",
             "x.requires_grad, x.is_contiguous()",
             "x.is_contiguous()",
-            "tests/test_memory.py tests/test_training.py",
+            "tests/runtime/test_memory.py tests/runtime/test_training.py",
         ),
         (
             "context.py",
             "torch.is_grad_enabled(), torch.is_inference",
             "True, torch.is_inference",
-            "tests/test_memory.py tests/test_training.py",
+            "tests/runtime/test_memory.py tests/runtime/test_training.py",
         ),
         (
             "context.py",
             "inference_mode_enabled(), autocast",
             "inference_mode_enabled(), None",
-            "tests/test_memory.py tests/test_traps.py -k autocast",
+            "tests/runtime/test_memory.py tests/runtime/test_traps.py -k autocast",
         ),
-        ("guard.py", "and self._has_settings()", "", "tests/test_memory.py"),
-        ("guard.py", "and not any(self._empty)", "", "tests/test_memory.py"),
-        ("guard.py", "list(map(type, self.modules)) == self._types", "True", "tests/test_memory.py"),
-        ("guard.py", "and all(map(is_, map(_forward, self._classes), self._forwards))", "", "tests/test_memory.py"),
-        ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/test_memory.py"),
-        ("guard.py", "list(map(Tensor.data_ptr, self._buffers)) == self._pointers", "True", "tests/test_memory.py"),
-        ("guard.py", "list(map(_version, self._values)) == self._versions", "True", "tests/test_memory.py"),
-        ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS),
-        ("guard.py", "and self._contents == self._copies", "", VERDICTS),
-        ("guard.py", "return value.copy()", "return value", "tests/test_memory.py"),
+        ("guard.py", "and self._has_settings()", "", "tests/runtime/test_memory.py -k Guard"),
+        ("guard.py", "and not any(self._empty)", "", "tests/runtime/test_memory.py -k Guard"),
+        ("guard.py", "list(map(type, self.modules)) == self._types", "True", "tests/runtime/test_memory.py -k type"),
+        (
+            "guard.py",
+            "and all(map(is_, map(_forward, self._classes), self._forwards))",
+            "",
+            "tests/runtime/test_memory.py -k linear",
+        ),
+        ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/runtime/test_memory.py -k Guard"),
+        (
+            "guard.py",
+            "list(map(Tensor.data_ptr, self._buffers)) == self._pointers",
+            "True",
+            "tests/runtime/test_memory.py -k Guard",
+        ),
+        ("guard.py", "list(map(_version, self._values)) == self._versions", "True", "tests/runtime/test_memory.py"),
+        ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS + " -k outside"),
+        ("guard.py", "and self._contents == self._copies", "", VERDICTS + " -k outside"),
+        ("guard.py", "return value.copy()", "return value", "tests/runtime/test_memory.py"),
         (
             "plan.py",
-            "self._failures == failures.count\n            and",
+            "self.failures == failures.count\n            and",
             "True\n            and",
-            "tests/test_dispatch.py -k failure",
+            "tests/runtime/test_dispatch.py -k failure",
         ),
-        ("plan.py", "and self._fits(*self._tensors)", "", "tests/test_memory.py"),
+        ("plan.py", "and self._fits(*self._tensors)", "", "tests/runtime/test_memory.py"),
         (
             "plan.py",
             "_version(self._index) == self._version",
             "True",
-            "tests/test_memory.py tests/test_dispatch.py -k index",
+            "tests/runtime/test_memory.py tests/runtime/test_dispatch.py -k index",
         ),
-        ("state.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS),
-        ("state.py", "root.__dict__ is not module.__dict__ or", "", "tests/test_memory.py"),
-        ("call.py", "tokens is not x or ", "", "tests/test_fusion.py tests/test_embedding.py"),
-        ("call.py", "state.fallbacks += 1", "pass", "tests/test_dispatch.py -k counts"),
-        ("call.py", "(config, *key, *map(", "(*key, *map(", "tests/test_patching.py tests/test_memory.py"),
-        ("block.py", "not is_leaf or does_nothing(part)", "True", "tests/test_fusion.py tests/test_descendants.py"),
-        ("block.py", "demand(not drops_now(part),", "demand(True,", "tests/test_fusion_autograd.py"),
-        ("block.py", "or not tensor.is_contiguous():", ":", "tests/test_fusion.py"),
+        ("plan.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS + " -k never"),
+        ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/runtime/test_memory.py"),
+        ("call.py", "tokens is not x or ", "", "tests/runtime/test_fusion.py tests/runtime/test_embedding.py"),
+        ("call.py", "state.fallbacks += 1", "pass", "tests/runtime/test_dispatch.py -k counts"),
+        (
+            "context.py",
+            "return entry, settings, x.shape",
+            "return settings, x.shape",
+            "tests/runtime/test_memory.py -k options",
+        ),
+        (
+            "context.py",
+            "return entry, settings, x.shape",
+            "return entry, x.shape",
+            "tests/runtime/test_memory.py -k shift",
+        ),
+        (
+            "block.py",
+            "not is_leaf or does_nothing(part)",
+            "True",
+            "tests/runtime/test_fusion.py tests/families/test_descendants.py",
+        ),
+        ("block.py", "demand(not drops_now(part),", "demand(True,", "tests/runtime/test_fusion_autograd.py"),
+        ("block.py", "or not tensor.is_contiguous():", ":", "tests/runtime/test_fusion.py"),
         (
             "block.py",
             "(x.requires_grad or any(one.requires_grad for one in parameters))",
             "x.requires_grad",
-            "tests/test_fusion_autograd.py",
+            "tests/runtime/test_fusion_autograd.py",
+        ),
+        (
+            "guard.py",
+            "and list(chain.from_iterable(filled)) == self._names",
+            "",
+            "tests/runtime/test_memory.py -k names",
+        ),
+        ("guard.py", "and all(getattr(one, name, None) is value for one, name, value in self._fields)", "", SETTINGS),
+        (
+            "guard.py",
+            "return now == then and others == self._settings[1:]",
+            "return now == then",
+            "tests/runtime/test_memory.py -k Guard",
+        ),
+        ("guard.py", "owners.append(value)  # a configuration", "pass", "tests/runtime/test_memory.py -k Guard"),
+        ("plan.py", "(isinstance(self.facts, str) and self._proofs != registry.count)", "False", HOST + " -k proven"),
+        ("plan.py", "        if self._rebuilds:", "        if True:", "tests/runtime/test_memory.py -k changing"),
+        ("plan.py", " or type(root) is not type(module)", "", "tests/runtime/test_memory.py -k type"),
+        (
+            "plan.py",
+            "None if self.guard is None else facts  #",
+            "facts  #",
+            'tests/runtime/test_memory.py -k "alive or changing"',
+        ),
+        (
+            "plan.py",
+            "if found is not None and self.holds(module) and",
+            "if found is not None and",
+            "tests/runtime/test_memory.py -k edits",
+        ),
+        (
+            "call.py",
+            "reason = None if plan.failures == failures.count else plan.failure()",
+            "reason = None",
+            "tests/runtime/test_dispatch.py -k kernel_failure",
+        ),
+        (
+            "call.py",
+            'raise NotFusable("it was changed after accelerate(); call accelerate() again")',
+            "pass",
+            'tests/runtime/test_fusion.py -k "patched or unusual"',
+        ),
+        (
+            "call.py",
+            "isinstance(reading, str) or reading.active(inner) is not None:",
+            "isinstance(reading, str):",
+            GAPS + " -k place",
+        ),
+        (
+            "call.py",
+            " or x.shape[1] == size[0] * size[1] else None",
+            " or True else None",
+            "tests/runtime/test_traps.py -k trap_14",
+        ),
+        ("call.py", "fused.counted.calls += 1", "pass", "tests/runtime/test_dispatch.py -k counts"),
+        ("section.py", " or one.dtype is not dtype or", " or", "tests/backends/test_bound.py"),
+        ("section.py", " or table.stride() != self._stride", "", "tests/backends/test_bound.py"),
+        (
+            "section.py",
+            "padding.numel() != 3 * section.num_heads * section.head_dim:",
+            "False:",
+            "tests/runtime/test_odd_tensors.py -k bias",
+        ),
+        (
+            "section.py",
+            "if (first.shape[-1] != 3 * width) if first is qkv else",
+            "if False if first is qkv else",
+            'tests/runtime/test_odd_tensors.py tests/runtime/test_dispatch.py -k "shapes or projection"',
+        ),
+        (
+            "section.py",
+            "all(one is None or one.is_contiguous() for one in others)",
+            "True",
+            "tests/backends/test_bound.py",
+        ),
+        (
+            "section.py",
+            "            and not section.dropout\n",
+            "",
+            "tests/backends/test_bound.py tests/runtime/test_training.py -k dropout",
+        ),
+        (
+            "section.py",
+            "table if any(table is one for one in section.sources) else None",
+            "table",
+            "tests/runtime/test_memory.py -k edits",
+        ),
+        (
+            "attention.py",
+            '            if value:\n                return f"{rate}',
+            '            if False:\n                return f"{rate}',
+            "tests/trust/test_verdicts.py -k rates",
+        ),
+        (
+            "attention.py",
+            "mask is not None and not mask.is_floating_point()",
+            "False",
+            "tests/runtime/test_dispatch.py -k mask_of_other",
+        ),
+        (
+            "attention.py",
+            "mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens)",
+            "False",
+            "tests/runtime/test_dispatch.py -k mask_of_another",
+        ),
+        (
+            "attention.py",
+            "if not all(0 <= shift < window",
+            "if False and not all(0 <= shift < window",
+            "tests/runtime/test_dispatch.py -k shift_outside",
+        ),
+        ("attention.py", "inside += [part for path in", "inside += [] and [part for path in", GAPS + " -k place"),
+        (
+            "block.py",
+            "if type(tensor) not in PLAIN_TENSORS or not fits",
+            "if not fits",
+            "tests/runtime/test_fusion.py -k unusual",
+        ),
+        ("block.py", "demand(not has_hooks(part),", "demand(True,", "tests/runtime/test_fusion.py -k unusual"),
+        ("block.py", "demand(not replaced_methods(part),", "demand(True,", "tests/runtime/test_fusion.py -k unusual"),
+        (
+            "block.py",
+            "(norm.normalized_shape, *shapes))",
+            "(norm.normalized_shape,))",
+            "tests/runtime/test_odd_tensors.py -k norms",
+        ),
+        (
+            "block.py",
+            "tuple(layer.bias.shape) == (fan_out,)",
+            "True",
+            'tests/runtime/test_fusion.py tests/runtime/test_odd_tensors.py -k "unusual or shapes"',
+        ),
+        (
+            "block.py",
+            "is_drop = is_of_library(part) and (",
+            "is_drop = (",
+            'tests/runtime/test_fusion.py -k "unusual or scale"',
         ),
     ),
     *under(
         "swinaccel",
         # Dispatchers and markers.
-        ("patching.py", "        if switch.is_open:", "        if False:", "tests/test_patching.py -k disabled"),
+        ("patching.py", "        if switch.is_open:", "        if False:", "tests/api/test_patching.py -k disabled"),
         (
             "patching.py",
             "return torch._C._current_graph_task_id() != -1",
             "return False",
-            "tests/test_patching.py -k disabled",
+            "tests/api/test_patching.py -k disabled",
         ),
-        ("patching.py", "idle - _copied(idle)", "idle", "tests/test_patching.py -k copies"),
+        ("patching.py", "idle - _copied(idle)", "idle", "tests/api/test_patching.py -k copies"),
         (
             "patching.py",
             "if method in module.__dict__:",
             "if False:",
-            "tests/test_dispatch.py tests/test_verdicts.py -k replaced",
+            "tests/runtime/test_dispatch.py tests/trust/test_verdicts.py -k replaced",
         ),
         (
             "patching.py",
-            "_is_off(compiling) or env_disabled()",
+            "_is_off(compiling) or ((compiling or may_be_disabled()) and env_disabled())",
             "_is_off(compiling)",
-            "tests/test_patching.py -k environment",
+            "tests/api/test_patching.py -k environment",
         ),
-        ("patching.py", "if checkpoints and", "if False and", "tests/test_traps.py -k checkpointing"),
-        ("patching.py", "forget_state(module)", "pass", GAPS),
+        ("patching.py", "if checkpoints and", "if False and", "tests/runtime/test_traps.py -k checkpointing"),
+        ("patching.py", "forget_state(module)", "pass", GAPS + " -k counts"),
         (
             "patching.py",
             "                delattr(cls, name)",
             "                pass",
-            "tests/test_patching.py -k nothing",
+            "tests/api/test_patching.py -k nothing",
         ),
-        ("patching.py", "os.register_at_fork(after_in_child=_renew_lock)", "pass", "tests/test_patching.py"),
+        (
+            "patching.py",
+            "os.register_at_fork(after_in_child=_renew_lock)",
+            "pass",
+            HOST + " -k fork",
+        ),
         # Operators.
         (
             "ops/window.py",
             "if twice or _is_batched(grad):",
             "if twice:",
-            "tests/test_backward.py tests/test_functional.py",
+            "tests/backends/test_backward.py tests/api/test_functional.py",
         ),
-        ("ops/window_plain.py", "if env_strict() or dropout:", "if env_strict():", "tests/test_backward.py -k dropout"),
+        (
+            "ops/window_plain.py",
+            "if env_strict() or dropout:",
+            "if env_strict():",
+            "tests/backends/test_backward.py -k dropout",
+        ),
         ("ops/window_plain.py", "strides == k.stride() == v.stride()", "True", FUZZ),
         ("ops/window_plain.py", "strides[-1] == 1", "True", FUZZ),
         (
             "ops/window.py",
             "table, padding, logit_scale)\n    )",
             "table, padding)\n    )",
-            "tests/test_functional.py tests/test_backward.py",
+            "tests/api/test_functional.py tests/backends/test_backward.py",
         ),
         ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
         # What is bound to its launches.
-        ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/test_bound.py"),
-        ("ops/window.py", "not _modes() and not _is_profiled()", "True", "tests/test_bound.py"),
-        ("ops/window.py", "_setting() == self._precision:", "True:", "tests/test_bound.py"),
+        ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/backends/test_bound.py"),
+        ("ops/window.py", "not _modes() and not _is_profiled()", "True", "tests/backends/test_bound.py"),
+        ("ops/window.py", "_setting() == self._precision:", "True:", "tests/backends/test_bound.py"),
         (
             "ops/block.py",
             "norm_launch(mode, device, rows, channels, eps[1])",
             "norm_launch(mode, device, rows, channels, eps[0])",
-            "tests/test_bound.py",
+            "tests/backends/test_bound.py",
         ),
         # Factors and their cache.
-        ("bias/table.py", "None if tensor.is_inference() else tensor._version", "None", GAPS),
-        ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/test_bias.py"),
-        ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/test_bias.py"),
-        ("bias/table.py", "if not bool(torch.isfinite(bias).all()):", "if False:", "tests/test_bias.py"),
+        ("bias/table.py", "None if tensor.is_inference() else tensor._version", "None", GAPS + " -k factors"),
+        ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/bias/test_bias.py"),
+        ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/bias/test_bias.py"),
+        ("bias/table.py", "if not bool(torch.isfinite(bias).all()):", "if False:", "tests/bias/test_bias.py"),
         (
             "bias/table.py",
             "tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()",
             "b''",
-            "tests/test_bias.py",
+            "tests/bias/test_bias.py",
         ),
         # Families.
-        ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS),
-        ("families/timm.py", "if coords.shape[0] != tokens * tokens:", "if False:", "tests/test_timm_cr.py"),
+        ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS + " -k mask"),
         (
-            "families/_official.py",
+            "families/timm_cr.py",
+            "if coords.shape[0] != tokens * tokens:",
+            "if False:",
+            "tests/families/test_timm_cr.py",
+        ),
+        (
+            "families/shared/official.py",
             "attn.attn_drop.p if attn.training",
             "attn.attn_drop.p if attn.attn_drop.training",
-            GAPS,
+            GAPS + " -k mode",
         ),
         (
             "families/torchvision.py",
             "0 if side >= length else",
             "0 if side > length else",
-            "tests/test_traps.py -k clamp",
+            "tests/runtime/test_traps.py -k clamp",
         ),
-        ("families/torchvision.py", "torch.zeros_like(k_bias)", "k_bias", "tests/test_traps.py -k bias"),
-        ("families/huggingface.py", "if not always_partition:", "if True:", "tests/test_traps.py -k partition"),
+        ("families/torchvision.py", "torch.zeros_like(k_bias)", "k_bias", "tests/runtime/test_traps.py -k bias"),
+        ("families/huggingface.py", "if not always_partition:", "if True:", "tests/runtime/test_traps.py -k partition"),
         (
             "families/video.py",
             "mask_matrix if geometry.is_shifted else None",
             "mask_matrix",
-            "tests/test_families_3d.py",
+            "tests/families/test_families_3d.py",
         ),
         (
-            "families/_common.py",
+            "families/shared/common.py",
             "torch.zeros_like(attn.v_bias) if k_bias is None",
             "attn.v_bias if k_bias is None",
-            "tests/test_families.py",
+            "tests/families/test_families.py",
         ),
-        ("families/_common.py", "not (dropout.training and dropout.p)", "True", "tests/test_traps.py -k dropout"),
+        (
+            "families/shared/common.py",
+            "not (dropout.training and dropout.p)",
+            "True",
+            "tests/runtime/test_traps.py -k dropout",
+        ),
+        (
+            "families/shared/common.py",
+            'getattr(dropout, "p", 0.0) if dropout.training else 0.0',
+            'getattr(dropout, "p", 0.0)',
+            "tests/runtime/test_traps.py tests/runtime/test_dispatch.py -k dropout",
+        ),
+        (
+            "families/shared/common.py",
+            " and tuple(table.shape) == (rows, num_heads)",
+            "",
+            "tests/families/test_near.py -k missing",
+        ),
+        (
+            "families/shared/common.py",
+            "hidden.bias.shape == (width,) and last.weight.shape == (num_heads, width)",
+            "hidden.bias.shape == (width,)",
+            "tests/runtime/test_odd_tensors.py",
+        ),
+        (
+            "families/shared/common.py",
+            "if tuple(logit_scale.shape) != (num_heads, 1, 1):",
+            "if False:",
+            "tests/runtime/test_odd_tensors.py -k logit",
+        ),
+        (
+            "families/shared/common.py",
+            " and type(activation) is nn.ReLU",
+            " ",
+            'tests/runtime/test_traps.py tests/families/test_families.py -k "position or mlp"',
+        ),
+        (
+            "families/shared/common.py",
+            "torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias) if k_bias is None else k_bias",
+            "torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias)",
+            "tests/runtime/test_traps.py -k k_bias",
+        ),
+        (
+            "families/shared/official.py",
+            'getattr(attn, "use_flash_attention", False) and',
+            "False and",
+            "tests/families/test_families_3d.py -k flash",
+        ),
+        (
+            "families/shared/official.py",
+            "separate is not None and (separate or attn.q_bias is None)",
+            "separate is not None and separate",
+            "tests/runtime/test_traps.py -k trap_33",
+        ),
+        (
+            "families/shared/official.py",
+            "own if bias is None else own + bias",
+            "own",
+            'tests/runtime/test_traps.py -k "separate_bias or trap_02"',
+        ),
+        (
+            "families/shared/official.py",
+            "if not isinstance(attn.scale, (int, float)):",
+            "if False:",
+            "tests/runtime/test_traps.py tests/trust/test_verdicts.py -k scale",
+        ),
+        (
+            "families/shared/shrinking.py",
+            "length <= side for",
+            "length < side for",
+            'tests/families/test_families_3d.py -k "stage or torchvision"',
+        ),
+        (
+            "families/shared/shrinking.py",
+            "0 if fits else step for",
+            "step for",
+            'tests/families/test_families_3d.py -k "stage or torchvision"',
+        ),
+        (
+            "families/shared/separate.py",
+            "all(weight.requires_grad == first.requires_grad for weight in others)",
+            "True",
+            'tests/families/test_separate.py -k "training and not compile"',
+        ),
+        (
+            "families/shared/separate.py",
+            " or not all(map(is_plain_linear, projections))",
+            "",
+            "tests/families/test_separate.py -k plain",
+        ),
+        (
+            "families/shared/separate.py",
+            " and tensor.dtype == first.dtype for",
+            "  for",
+            "tests/families/test_separate.py -k together",
+        ),
+        (
+            "families/shared/blocks.py",
+            "    if geometry.is_padded:",
+            "    if False:",
+            "tests/runtime/test_traps.py -k trap_14",
+        ),
+        (
+            "families/shared/blocks.py",
+            "or mask.dim() != 3 or",
+            "or",
+            "tests/families/test_families_3d.py tests/api/test_gaps.py -k mask",
+        ),
+        ("families/shared/near.py", " or traits.has_class_token(axes)", "", "tests/families/test_near.py"),
+        ("families/shared/near.py", " or not listed.isdisjoint(above)", "", "tests/families/test_near.py -k once"),
+        (
+            "families/shared/traits.py",
+            "if num_heads > 1 and num_heads in shape:",
+            "if False:",
+            "tests/families/test_near.py -k missing",
+        ),
+        ("spec/arguments.py", " or known[1] != version", "", "tests/api/test_arguments.py -k entries_of"),
+        ("spec/arguments.py", " or known[0]() is not index", "", HOST + " -k index"),
+        (
+            "spec/arguments.py",
+            "if known[2] < 0 or known[3] >= rows:",
+            "if known[3] >= rows:",
+            "tests/api/test_arguments.py -k entries_of",
+        ),
+        (
+            "spec/arguments.py",
+            "if mask.requires_grad and torch.is_grad_enabled():",
+            "if False:",
+            "tests/api/test_functional.py -k bad_",
+        ),
+        ("spec/arguments.py", " and sizes[-2] in (1, heads)", "", 'tests/backends/test_sequence.py -k "bad or wrong"'),
+        (
+            "spec/arguments.py",
+            "        or torch._C._functorch.peek_interpreter_stack() is not None\n",
+            "",
+            "tests/api/test_functional.py -k transforms",
+        ),
+        (
+            "spec/arguments.py",
+            "if not 0 <= dropout < 1:",
+            "if not 0 <= dropout <= 1:",
+            "tests/api/test_functional.py -k bad_",
+        ),
+        (
+            "spec/arguments.py",
+            "value.dtype != x.dtype and not torch",
+            "False and not torch",
+            "tests/api/test_arguments.py -k parameters",
+        ),
+        ("spec/arguments.py", "if value.shape != q.shape:", "if False:", "tests/api/test_functional.py -k bad_"),
+        (
+            "backends/triton/checks.py",
+            '    _expect("padding", problem.padding_shape, (3 * channels,))',
+            "    pass",
+            OPERATORS,
+        ),
+        (
+            "backends/triton/checks.py",
+            '    _expect("mask", problem.mask_shape, (geometry.num_windows, tokens, tokens))',
+            "    pass",
+            OPERATORS,
+        ),
+        (
+            "backends/triton/checks.py",
+            '    _expect("logit_scale", problem.logit_scale_shape, (heads,))',
+            "    pass",
+            OPERATORS,
+        ),
+        ("backends/triton/checks.py", '            _expect("lse", lse, lse_shape', "            (lse_shape", OPERATORS),
+        (
+            "backends/triton/checks.py",
+            "expected = DTYPES if one is first else (first.dtype,)",
+            "expected = DTYPES",
+            OPERATORS,
+        ),
+        ("backends/triton/checks.py", "if problem.dropout and problem.seed_shape is None:", "if False:", OPERATORS),
+        ("backends/triton/checks.py", '    _expect("weight", weight, (heads, hidden))', "    pass", OPERATORS),
+        ("backends/triton/checks.py", "if problem.causal and problem.block_size:", "if False:", OPERATORS),
+        ("backends/triton/checks.py", "if one.device != first.device:", "if False:", OPERATORS),
+        ("backends/torch/softmax.py", "softmax(q, k, v, start, scale) if _has_zeros(out) else out", "out", NONFINITE),
+        (
+            "backends/torch/softmax.py",
+            "torch.where(x.isfinite(), x.clamp(-limit, limit), x)",
+            "x.clamp(-limit, limit)",
+            NONFINITE,
+        ),
+        ("backends/torch/softmax.py", "torch.finfo(dtype).max / 2", "torch.finfo(dtype).max", NONFINITE),
+        ("bias/cache.py", '_flag("O_NOFOLLOW") | ', "", "tests/bias/test_bias.py -k link"),
+        ("bias/cache.py", "info.st_mode & 0o022", "info.st_mode & 0o002", "tests/bias/test_bias.py -k group"),
+        (
+            "bias/cache.py",
+            "        os.replace(temporary, path)",
+            "        path.write_bytes(content)",
+            "tests/bias/test_bias.py -k one_step",
+        ),
+        ("bias/cache.py", "if _WARNED not in _told:", "if True:", "tests/bias/test_bias.py -k kept"),
+        ("bias/cache.py", "            os.unlink(temporary)", "            pass", "tests/bias/test_bias.py -k kept"),
+        (
+            "bias/cache.py",
+            "        path.parent.mkdir(mode=0o700)\n",
+            "        path.parent.mkdir()\n",
+            "tests/bias/test_bias.py -k private",
+        ),
+        (
+            "bias/cache.py",
+            "    except ValueError as error:\n        warn_once(str(error))",
+            "    except ZeroDivisionError as error:\n        warn_once(str(error))",
+            "tests/bias/test_bias.py tests/api/test_config.py -k cache",
+        ),
+        (
+            "cli/factory.py",
+            "    except KeyboardInterrupt:\n        raise\n",
+            "",
+            'tests/cli/test_models.py -k "files or keyboard or interrupt"',
+        ),
+        ("cli/factory.py", "    if path.is_dir():", "    if False:", "tests/cli/test_models.py -k folder"),
+        ("cli/factory.py", "if isinstance(error, SystemExit):", "if False:", "tests/cli/test_models.py -k files"),
+        (
+            "cli/factory.py",
+            "        inspect.signature(factory).bind()",
+            "        pass",
+            "tests/cli/test_models.py -k files",
+        ),
+        (
+            "cli/factory.py",
+            'getattr(module, "example_inputs", None) if given is None else given',
+            "given",
+            "tests/cli/test_models.py -k inputs",
+        ),
+        (
+            "cli/factory.py",
+            "    if not isinstance(model, nn.Module):",
+            "    if False:",
+            "tests/cli/test_models.py -k files",
+        ),
+        (
+            "cli/factory.py",
+            "            sys.path.remove(str(path.parent))",
+            "            pass",
+            "tests/cli/test_models.py -k files",
+        ),
+        (
+            "ops/failures.py",
+            "        self._reasons[problem] = reason\n        self.count += 1",
+            "        self._reasons[problem] = reason",
+            'tests/runtime/test_dispatch.py tests/runtime/test_memory.py -k "kernel_failure or failed"',
+        ),
+        (
+            "ops/failures.py",
+            "        self._reasons.clear()\n        self.count += 1",
+            "        self._reasons.clear()",
+            "tests/runtime/test_dispatch.py -k forgotten",
+        ),
+        (
+            "ops/failures.py",
+            "if reason not in self._reasons.values():",
+            "if True:",
+            "tests/runtime/test_dispatch.py -k logged",
+        ),
+        (
+            "ops/failures.py",
+            "self._reasons.get(problem) if self._reasons else None",
+            "next(iter(self._reasons.values()), None)",
+            "tests/runtime/test_dispatch.py -k own_problem",
+        ),
+        (
+            "patching.py",
+            "        switch.is_open = False",
+            "        pass",
+            'tests/api/test_patching.py tests/cli/test_results.py -k "disabled or interrupt"',
+        ),
+        (
+            "patching.py",
+            "with suppress(ValueError, UnboundLocalError):",
+            "with suppress(UnboundLocalError):",
+            HOST + " -k context",
+        ),
+        (
+            "patching.py",
+            "if not isinstance(function, types.FunctionType) or isinstance(function, wrapt.BaseObjectProxy):",
+            "if False:",
+            HOST + " -k context",
+        ),
+        (
+            "patching.py",
+            "        return types.SimpleNamespace, ()",
+            "        return _Runtime, ()",
+            'tests/api/test_patching.py -k "pickle or without"',
+        ),
+        (
+            "patching.py",
+            "_known.setdefault(key, weakref.WeakSet()).add(module)",
+            "pass",
+            HOST + " -k pickled",
+        ),
+        (
+            "patching.py",
+            "    if run is None:\n",
+            "    if False:\n",
+            'tests/api/test_patching.py -k "pickle or without"',
+        ),
     ),
     *under(
         "kernels/triton",
         # The kernel of two images.
-        ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", GAPS),
-        ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", GAPS),
-        ("window_fwd.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", GAPS),
+        ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", GAPS + " -k two_images"),
+        ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", GAPS + " -k two_images"),
+        ("window_fwd.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", GAPS + " -k two_images"),
         (
             "window_fwd.py",
             "next_state, next_q, k, v, attn_bias, dropout, next_instance,",
             "next_state, next_q, k, v, attn_bias, dropout, instance,",
-            GAPS,
+            GAPS + " -k two_images",
         ),
         # Windows, shifts and masks.
-        ("tiles.py", "& (shift[1] > 0)) | ((place[2]", "& (shift[1] > 1)) | ((place[2]", GAPS),
+        ("tiles.py", "& (shift[1] > 0)) | ((place[2]", "& (shift[1] > 1)) | ((place[2]", GAPS + " -k shifted"),
         ("tiles.py", "n % WINDOW[2] >= WINDOW[2] - shift[2]", "n % WINDOW[2] > WINDOW[2] - shift[2]", FUZZ),
-        ("softmax.py", "tl.minimum(tl.maximum(narrow, -LIMIT), LIMIT), narrow)", "narrow, narrow)", GAPS),
+        (
+            "softmax.py",
+            "tl.minimum(tl.maximum(narrow, -LIMIT), LIMIT), narrow)",
+            "narrow, narrow)",
+            GAPS + " -k lowest",
+        ),
         (
             "tiles.py",
             "at = tl.where(at >= length, at - length, at)",
@@ -299,32 +941,61 @@ MUTANTS = [
             "tiles.py",
             "1.0 / tl.maximum(1.0 - dropout.probability, 1e-6)",
             "1.0",
-            "tests/test_kernels.py tests/test_backward.py -k dropout",
+            HOST + " -k pickled",
         ),
-        ("bias.py", '0.0, float("-inf")))', "0.0, 0.0))", GAPS),
-        ("softmax.py", 'mask=offs < N, other=float("inf"))', "mask=offs < N, other=0.0)", GAPS),
+        ("bias.py", '0.0, float("-inf")))', "0.0, 0.0))", GAPS + " -k 'not two'"),
+        ("softmax.py", 'mask=offs < N, other=float("inf"))', "mask=offs < N, other=0.0)", GAPS + " -k 'not two'"),
         # The last tile of a window that is no multiple of one.
-        ("window_fwd.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)", GAPS),
-        ("window_bwd_large.py", "tl.range(0, N, BLOCK_M)", "tl.range(0, N - BLOCK_M + 1, BLOCK_M)", GAPS),
-        ("window_bwd_large.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)", GAPS),
-        ("bias.py", "tl.range(0, N, BLOCK)", "tl.range(0, N - BLOCK + 1, BLOCK)", "tests/test_backward.py -k table"),
+        ("window_fwd.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)", GAPS + " -k 'not two'"),
+        (
+            "window_bwd_large.py",
+            "tl.range(0, N, BLOCK_M)",
+            "tl.range(0, N - BLOCK_M + 1, BLOCK_M)",
+            GAPS + " -k 'not two'",
+        ),
+        (
+            "window_bwd_large.py",
+            "tl.range(0, N, BLOCK_N)",
+            "tl.range(0, N - BLOCK_N + 1, BLOCK_N)",
+            GAPS + " -k 'not two'",
+        ),
+        (
+            "bias.py",
+            "tl.range(0, N, BLOCK)",
+            "tl.range(0, N - BLOCK + 1, BLOCK)",
+            "tests/backends/test_backward.py -k table",
+        ),
+        (
+            "softmax.py",
+            "return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)",
+            "return tl.minimum(x, limit)",
+            NONFINITE,
+        ),
+        (
+            "softmax.py",
+            "return tl.maximum(x, limit, propagate_nan=tl.PropagateNan.ALL)",
+            "return tl.maximum(x, limit)",
+            NONFINITE,
+        ),
+        ("softmax.py", " + grad_out * 0.0, axis=1", ", axis=1", NONFINITE),
+        ("softmax.py", 'return tl.abs(x) < float("inf")', 'return x < float("inf")', NONFINITE),
         # Gradients.
         (
             "softmax.py",
             "(scores - maximum) * exponent - log_sum",
             "scores * exponent - (log_sum + maximum * exponent)",
-            GAPS,
+            GAPS + " -k 'not two'",
         ),
-        ("window_bwd.py", "clamped = inverse > 0.9999e12", "clamped = inverse > 1e38", GAPS),
+        ("window_bwd.py", "clamped = inverse > 0.9999e12", "clamped = inverse > 1e38", GAPS + " -k 'not two'"),
         ("window_bwd.py", "<= LOG_100, grad_scale, 0.0)", "<= 90.0, grad_scale, 0.0)", FUZZ),
-        ("window_bwd_large.py", "residual[:, None] * mean_key", "0.0 * mean_key", "tests/test_backward.py"),
-        ("window_bwd_large.py", "delta + residual, mask", "delta, mask", "tests/test_backward.py"),
-        ("sequence_fwd.py", "seen = total != 0", "seen = total >= 0", "tests/test_sequence.py"),
+        ("window_bwd_large.py", "residual[:, None] * mean_key", "0.0 * mean_key", "tests/backends/test_backward.py"),
+        ("window_bwd_large.py", "delta + residual, mask", "delta, mask", "tests/backends/test_backward.py"),
+        ("sequence_fwd.py", "seen = total != 0", "seen = total >= 0", "tests/backends/test_sequence.py"),
         (
             "sequence_bwd.py",
             "ds = only_visible(ds, offs_m, visible, 0.0)",
             "ds = ds",
-            "tests/test_nonfinite.py",
+            "tests/backends/test_nonfinite.py",
         ),
         (
             "sequence_fwd.py",
@@ -338,7 +1009,7 @@ MUTANTS = [
 
 class Outcome(NamedTuple):
     mutant: Mutant
-    word: str  # caught, survived, out of date
+    word: str  # of WORDS
     detail: str = ""
 
 
@@ -353,10 +1024,33 @@ def copied_tree() -> Iterator[Path]:
         yield tree
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+class Done(NamedTuple):
+    returncode: int | None  # None: it ran into the time limit
+    output: str
+
+
+def run_tests(tree: Path, tests: str, timeout: float) -> Done:
+    """Run tests in a process of their own, forked from one that has imported what the tests do."""
+    log = tree.parent / "log"
+    process = FORKS.Process(target=run_pytest, args=(str(tree), shlex.split(tests), str(log)))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return Done(None, log.read_text())
+    return Done(process.exitcode, log.read_text())
+
+
+def run_pytest(tree: str, tests: list[str], log: str) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    sys.path[:] = [tree, *(place for place in sys.path if not place.startswith(str(ROOT)))]
+    os.environ.update(PYTHONPATH=tree, PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True
+    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests])))
 
 
 def is_current(mutant: Mutant) -> bool:
@@ -364,20 +1058,19 @@ def is_current(mutant: Mutant) -> bool:
     return path.exists() and path.read_text().count(mutant.old) == 1
 
 
-def tried(mutant: Mutant) -> Outcome:
+def tried(mutant: Mutant, timeout: float) -> Outcome:
     """Run the tests of a mutant where it lives."""
     if not is_current(mutant):
         return Outcome(mutant, "out of date")
     with copied_tree() as tree:
         path = tree / mutant.file
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
-        try:
-            done = run_tests(tree, mutant.tests.split())
-        except subprocess.TimeoutExpired:
-            return Outcome(mutant, "caught", "the tests do not end")
+        done = run_tests(tree, mutant.tests, timeout)
+    if done.returncode is None:
+        return Outcome(mutant, "timed out")
     if done.returncode not in (0, 1):
-        return Outcome(mutant, "out of date", done.stdout[-300:] + done.stderr[-300:])
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return Outcome(mutant, "out of date", done.output[-300:])
+    failed = [line for line in done.output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return Outcome(mutant, "caught" if done.returncode else "survived", failed[0][:150] if failed else "")
 
 
@@ -385,25 +1078,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="mutants with this word in their file, texts or tests")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that the tests of one mutant may take")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mutant first")
     options = parser.parse_args()
     chosen = [one for one in MUTANTS if options.only in " ".join(one)]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, as conftest.py has it
+    FORKS.set_forkserver_preload(LIBRARIES)
     if not options.no_baseline:
         with copied_tree() as tree:
             for tests in sorted({one.tests for one in chosen if is_current(one)}):
-                done = run_tests(tree, tests.split())
+                done = run_tests(tree, tests, options.timeout)
                 if done.returncode:
-                    print(f"without any mutant these tests fail: {tests}\n{done.stdout[-2000:]}")
+                    print(f"without any mutant these tests fail: {tests}\n{done.output[-2000:]}")
                     return 2
     words: list[str] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(tried, chosen):
+        for outcome in pool.map(tried, chosen, repeat(options.timeout)):
             words.append(outcome.word)
             mutant = outcome.mutant
             print(f"{outcome.word:11} {mutant.file}: {mutant.old!r} -> {mutant.new!r}  {outcome.detail}", flush=True)
-    counts = {word: words.count(word) for word in ("caught", "survived", "out of date")}
+    counts = {word: words.count(word) for word in WORDS}
     print(", ".join(f"{count} {word}" for word, count in counts.items()))
-    return 2 if counts["out of date"] else 1 if counts["survived"] else 0
+    return 2 if counts["out of date"] else 1 if counts["survived"] or counts["timed out"] else 0
 
 
 if __name__ == "__main__":

@@ -1000,3 +1000,29 @@ def test_symbolic_trace_takes_the_original():
     traced = create_feature_extractor(accelerate(model), {"head": "out"})
     with torch.no_grad():
         helpers.assert_close(traced(X)["out"], expected)
+
+
+def test_a_model_that_was_compiled_before():
+    """What was compiled runs no longer once it is of other forwards; and goes on where nothing changes."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model, x = helpers.timm_block((8, 8), shift=2).to(helpers.TRITON_DEVICE), torch.randn(2, 8, 8, 16)
+    x = x.to(helpers.TRITON_DEVICE)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend=backend)
+        for change, made in (
+            (lambda: None, 1),
+            (lambda: swinaccel.accelerate(compiled, backend="triton"), 2),
+            (lambda: swinaccel.accelerate(compiled, backend="triton"), 2),
+            (lambda: swinaccel.restore(compiled), 3),
+        ):
+            change()
+            helpers.assert_close(compiled(x), expected)
+            assert len(graphs) == made
+    assert ["swinaccel" in graph.code for graph in graphs] == [False, True, False]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_cli import tiny  # noqa: F401
 
-sys.path.append(str(Path(__file__).parent.parent / "docs" / "results"))
+sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import attention
 import measure
 import tables

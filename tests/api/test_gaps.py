@@ -12,7 +12,6 @@ import pytest
 import test_functional
 import torch
 from helpers import BACKENDS, TRITON_DEVICE
-from known import KNOWN
 from swinaccel.kernels import launch
 from timm.layers import DropPath
 from torch import nn
@@ -136,7 +135,6 @@ class DroppingSums(microsoft_models.SwinTransformerBlock):
         return self.drop_path(x + self.mlp(self.norm2(x)))
 
 
-@pytest.mark.skipif("drop paths" in KNOWN, reason=KNOWN.get("drop paths", ""))
 def test_drop_paths_in_another_place():
     model = DroppingSums(16, (8, 8), 2, 4, 2)
     model.drop_path = DropPath(0.0)
@@ -161,7 +159,6 @@ class DroppingInput(microsoft_models.WindowAttention):
         return super().forward(self.input_drop(x), mask)
 
 
-@pytest.mark.skipif("dropouts" in KNOWN, reason=KNOWN.get("dropouts", ""))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropouts_in_another_place(backend):
     model = helpers.microsoft_block((8, 8), shift=2)

@@ -16,7 +16,7 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel.layers import twin
+from swinaccel.layers import alias
 from swinaccel.ops.failures import failures
 from swinaccel.runtime import call
 from swinaccel.runtime.guard import Guard, NotGuardable
@@ -619,9 +619,9 @@ class TestGuard:
         module.W = 3
         assert not guard.holds()
 
-    def test_a_twin_is_the_same(self):
+    def test_an_alias_is_the_same(self):
         module = nn.Linear(2, 2)
-        other = twin(module)
+        other = alias(module)
         module.weight = nn.Parameter(torch.zeros(2, 2))
         assert other.weight is module.weight
         assert type(other) is nn.Linear

@@ -18,7 +18,7 @@ EVERYTHING = os.environ.get("SWINACCEL_EVERY_DEVICE") == "1"
 
 @pytest.mark.timeout(6 * 3600 if EVERYTHING else 600)
 def test_launches_fit_other_devices():
-    script = Path(__file__).with_name("ahead.py")
+    script = Path(__file__).parents[1] / "ahead.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(script), *(["all"] if EVERYTHING else [])],
