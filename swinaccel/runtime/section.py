@@ -55,9 +55,10 @@ class TritonSection:
         if not trained and bias.wanted(self.config):
             factors = bias.factors(section, self.config, first.dtype)
         self.state.bias = "table" if factors is None else factors.describe()
-        out = attend_triton(section, qkv, trained, factors)
+        table = table_of(section, trained)
+        out = attend_triton(section, qkv, table, factors)
         if self._may_bind and self._bound is None:
-            self._bound = bind(section, qkv)
+            self._bound = bind(section, qkv, table)
         return out
 
 
@@ -112,24 +113,22 @@ class BoundSection:
         return self._attention.run(*parts, table, section.index, padding, section.mask, section.logit_scale)
 
 
-def bind(section: Section, qkv: Any) -> BoundSection | None:
-    """Return a section bound to the launches of such a projection, or None where it is not what launches take."""
+def bind(section: Section, qkv: Any, table: Tensor) -> BoundSection | None:
+    """Return a section bound to the launches of such a projection, or None where it is not what launches take.
+
+    Args:
+        table: of the call; computed anew, an MLP with dropout would draw another one.
+    """
     is_packed = isinstance(qkv, Tensor)
     parts = (qkv,) if is_packed else qkv
     first = parts[0]
     is_alike = all(one.shape == first.shape and one.dtype is first.dtype and one.is_contiguous() for one in parts)
     if not is_alike or first.dim() != len(section.geometry.size) + 2 or first.numel() >= 2**31:
         return None
-    bound_position = None
-    table = None
-    if section.position is not None:
-        table = ops_table(section)
-        if table is not None and all(one.is_contiguous() for one in section.position):
-            shapes = [one.shape for one in section.position]
-            bound_position = position.bind(first.device, *shapes)
-    if table is None:
-        table = section.table()
     try:
+        bound_position = None
+        if section.position is not None and all(one.is_contiguous() for one in section.position):
+            bound_position = position.bind(first.device, *[one.shape for one in section.position])
         attention = window.bind(
             section.geometry,
             device=first.device,
@@ -164,20 +163,20 @@ def padding_of(section: Section) -> Tensor | None:
     return padding
 
 
-def ops_table(section: Section) -> Tensor | None:
-    """Return SwinV2's table by one kernel, or None where the section has another, or that kernel failed."""
-    return None if section.position is None else position.position_table(*section.position)
+def table_of(section: Section, trained: bool) -> Tensor:
+    """Return the bias table of a call: SwinV2's by one kernel where no gradient is recorded and that can be."""
+    table = None if trained or section.position is None else position.position_table(*section.position)
+    return section.table() if table is None else table
 
 
-def attend_triton(section: Section, qkv: Any, trained: bool, factors: Any = None) -> Tensor:
-    """Return what a section gives, by the Triton kernels, of its projections q, k and v."""
+def attend_triton(section: Section, qkv: Any, table: Tensor, factors: Any = None) -> Tensor:
+    """Return what a section gives, by the Triton kernels, of its projections q, k and v and its table."""
     logit_scale = section.logit_scale
-    table = None if trained else ops_table(section)
     return window.shifted_window_attention(
         qkv,
         section.geometry,
         num_heads=section.num_heads,
-        table=section.table() if table is None else table,
+        table=table,
         index=section.index,
         padding=padding_of(section),
         mask=section.mask,

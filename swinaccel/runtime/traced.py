@@ -26,7 +26,7 @@ from .attention import problem_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .neighbours import embedding_of, is_patchwise
-from .section import attend_triton
+from .section import attend_triton, table_of
 
 if TYPE_CHECKING:
     from .call import Entry
@@ -99,7 +99,7 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def _bound(section: Section) -> Attend:
     def attend(image: Tensor) -> Tensor:
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
-        return section.output(attend_triton(section, section.project(image), trained))
+        return section.output(attend_triton(section, section.project(image), table_of(section, trained)))
 
     return attend
 
