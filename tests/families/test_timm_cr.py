@@ -116,6 +116,22 @@ def test_trap_26_the_bias_drops_out_in_training():
     helpers.assert_accelerated(twin, 1)
 
 
+@both_backends
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["without-gradients", "with-gradients"])
+def test_the_first_training_call_draws_once(is_recorded, backend):
+    """A plan is made from a call's own bias: another one would be a second draw."""
+    original = block((8, 8), shift=2).train().to(helpers.DEVICES[backend])
+    x = image(8, 8).to(helpers.DEVICES[backend])
+    fast = swinaccel.accelerate(copy.deepcopy(original), backend=backend)
+    with torch.set_grad_enabled(is_recorded):
+        for _ in range(2):
+            outs = []
+            for one in (original, fast):
+                torch.manual_seed(1)
+                outs.append(one(x).detach())
+            helpers.assert_close(*outs)
+
+
 @pytest.mark.parametrize("dim", [20, 88])
 def test_trap_34_head_dims(dim):
     """44 is swinv2_cr_huge_224's."""
