@@ -19,7 +19,6 @@ import zoo
 from edits import EDITS, SCOPES, WAYS
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from known import KNOWN
 from torch import Tensor, nn
 
 import swinaccel
@@ -154,14 +153,14 @@ class States(RuleBasedStateMachine):
     backend = "torch"
     is_random = False  # dropout is active, of which the README says that it draws otherwise
 
-    @initialize(name=st.sampled_from(sorted(MODELS.keys() - KNOWN.keys())), options=st.sampled_from(OPTIONS))
+    @initialize(name=st.sampled_from(sorted(MODELS)), options=st.sampled_from(OPTIONS))
     def begin(self, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
         make, self.shape = MODELS[name]
         self.twin = helpers.randomize(make())
         self.model = swinaccel.accelerate(copy.deepcopy(self.twin), backend=self.backend, **options)
 
-    @rule(name=st.sampled_from(sorted(EDITS.keys() - KNOWN.keys())), number=st.integers(0, 255))
+    @rule(name=st.sampled_from(sorted(EDITS)), number=st.integers(0, 255))
     def edit(self, name: str, number: int) -> None:
         results = []
         for one in (self.twin, self.model):
@@ -177,7 +176,7 @@ class States(RuleBasedStateMachine):
             self.is_random = any(type(one) is nn.Dropout and one.p for one in self.twin.modules())
         self.compare("without_gradients")
 
-    @rule(name=st.sampled_from(sorted(WAYS.keys() - KNOWN.keys())))
+    @rule(name=st.sampled_from(sorted(WAYS)))
     def call(self, name: str) -> None:
         if name != "in_threads_at_once" or self.backend == "torch":  # Triton's interpreter serves one thread
             self.compare(name)

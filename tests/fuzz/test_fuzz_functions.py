@@ -104,23 +104,6 @@ class Case:
     mask: str | None = None
 
     @property
-    def tags(self) -> set[str]:
-        """The kinds of `KNOWN` that a call is of."""
-        first = next(iter(self.forms.values()))
-        tags = set()
-        if any(form.odd is not None for form in self.forms.values()) or self.grad in ("nan", "inf"):
-            tags.add("NaN and infinities")
-        if self.mask in ("rows", "some"):
-            tags.add("masks of -inf")
-        if self.backward and first.dtype in HALVES and self.tokens > 64:
-            tags.add("gradients of large windows in half precision")
-        if self.mask == "lowest" and self.forms["mask"].dtype == torch.float64 != first.dtype:
-            tags.add("masks of a wider dtype")
-        if "q_factor" in self.forms and len({form.dtype for form in self.forms.values()}) > 1:
-            tags.add("sequences of mixed dtypes")
-        return tags
-
-    @property
     def tokens(self) -> int:
         return (
             math.prod(self.options.get("window_size", ()))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...spec import reference
 from ...spec.arguments import can_look
-from .softmax import accurate, clamp_finite, nothing
+from .softmax import accurate, clamp_finite, has_zeros, nothing
 
 _ROWS = 64  # queries that one call should have at least
 _SCORES = 1 << 27  # at most, of calls whose scores may be held
@@ -115,15 +115,15 @@ def block_sliding_window_attention(
 
 
 def _exactly(out: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Return the output, or where that is not finite that of plain softmax, which keeps NaN to where it belongs.
+    """Return the output, or that of plain softmax where NaN may be hidden, or lie where it does not belong.
 
-    Otherwise a key's NaN would get to queries that do not see it, and gradients would lack some. Not where scores are
-    too many to be held.
+    A key's NaN would get to queries that do not see it, or leave zeros, and gradients would lack some. Not where scores
+    are too many to be held.
     """
     batch, heads, tokens, _ = q.shape
     if out.device.type != "cpu" or not can_look() or is_transformed() or batch * heads * tokens**2 > _SCORES:
         return out
-    if bool(out.sum(dtype=accurate(out.dtype)).isfinite()):
+    if bool(out.sum(dtype=accurate(out.dtype)).isfinite()) and not has_zeros(out):
         return out
     wide = accurate(q.dtype)
     for name in ("q_factor", "k_factor", "mask"):

@@ -42,15 +42,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, 
         return softmax(q, k, v, start, scale, dropout)  # which of few queries takes no more time, with gradients
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
     if can_look():
-        return softmax(q, k, v, start, scale) if _has_zeros(out) else out
+        return softmax(q, k, v, start, scale) if has_zeros(out) else out
     if start is None:
         return out
     return out.masked_fill((start == float("-inf")).all(-1, keepdim=True), float("nan"))
 
 
-def _has_zeros(out: Tensor) -> bool:
-    """Return True if any token got nothing but zeros; seldom more than its first channel is looked at."""
-    return bool((out[..., 0] == 0).any()) and bool((out == 0).all(-1).any())
+def has_zeros(out: Tensor) -> bool:
+    """Return True if any token got nothing but zeros, and NaN of v; seldom more than its first channel is looked at."""
+    if bool((out[..., 0].abs() > 0).all()):
+        return False
+    zeros = out == 0
+    return bool(((zeros | out.isnan()).all(-1) & zeros.any(-1)).any())
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
