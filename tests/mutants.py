@@ -368,7 +368,7 @@ MUTANTS = [
         ),
         (
             "call.py",
-            "reason = None if plan.failures == failures.count else plan.failure()",
+            "reason = None if plan.failures == failures.count else failures.get(plan.problem)",
             "reason = None",
             HOST + " -k failed",
         ),
@@ -486,7 +486,7 @@ MUTANTS = [
             "_is_off(compiling)",
             "tests/api/test_patching.py -k environment",
         ),
-        ("patching.py", "if checkpoints and", "if False and", "tests/runtime/test_traps.py -k checkpointing"),
+        ("patching.py", "if checkpoints and", "if False and", "tests/runtime/test_traps.py -k checkpoints"),
         ("patching.py", "forget_state(module)", "pass", GAPS + " -k counts"),
         (
             "patching.py",
@@ -761,7 +761,7 @@ MUTANTS = [
         ("backends/triton/checks.py", '    _expect("weight", weight, (heads, hidden))', "    pass", OPERATORS),
         ("backends/triton/checks.py", "if problem.causal and problem.block_size:", "if False:", OPERATORS),
         ("backends/triton/checks.py", "if one.device != first.device:", "if False:", HOST + " -k seed"),
-        ("backends/torch/softmax.py", "softmax(q, k, v, start, scale) if _has_zeros(out) else out", "out", NONFINITE),
+        ("backends/torch/softmax.py", "softmax(q, k, v, start, scale) if has_zeros(out) else out", "out", NONFINITE),
         (
             "backends/torch/softmax.py",
             "torch.where(x.isfinite(), x.clamp(-limit, limit), x)",

@@ -1105,3 +1105,28 @@ def test_trap_50_tracing_runs_the_original(name):
         helpers.assert_close(traced(*inputs), model(*inputs))
     assert "swinaccel" not in str(traced.graph)
     assert math.isfinite(float(traced(*inputs).sum()))
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
+def test_trap_46_checkpoints_are_taken_by_layers_that_have_a_dispatcher(kind):
+    """Accelerated or not: what a layer runs comes again in the backward."""
+
+    def count(model):
+        seen = []
+        handles = [
+            part.register_forward_hook(lambda *_: seen.append(1))
+            for name, part in model.named_modules()
+            if name.endswith("layernorm_before")
+        ]
+        helpers.tensors(model(torch.randn(1, 3, 32, 32)))[0].square().sum().backward()
+        for handle in handles:
+            handle.remove()
+        return len(seen)
+
+    model = helpers.huggingface(kind).train()
+    once = count(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    twice = count(model)
+    assert twice > once
+    fast = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    assert (count(model), count(fast)) == (twice, twice)
