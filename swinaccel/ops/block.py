@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.triton import block as kernels
 from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
-from ..backends.triton.launches import BoundLaunch, first_line
+from ..backends.triton.launches import BoundLaunch, Launch, first_line
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures
@@ -56,6 +56,7 @@ class BoundRest:
         hidden: int,
         eps: tuple[float, float],
         post_norm: bool,
+        bound: Callable[[Launch], Any] = BoundLaunch,
     ) -> None:
         channels = shape[-1]
         rows = math.prod(shape[:-1])
@@ -69,17 +70,17 @@ class BoundRest:
             self._run: Any = BoundRest._nothing
             return
         if post_norm:
-            self._add = BoundLaunch(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
+            self._add = bound(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
         if kernels.pays_in_one(device, dtype, rows, channels, hidden):
             launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
-            self._in_one = BoundLaunch(launch)
+            self._in_one = bound(launch)
             self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
             return
         if self._is_half:
             self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
-            self._gelu = BoundLaunch(kernels.gelu_launch(device, rows * hidden))
+            self._gelu = bound(kernels.gelu_launch(device, rows * hidden))
         mode = NORM_ADD if post_norm else ADD_NORM
-        self._last = BoundLaunch(kernels.norm_launch(mode, device, rows, channels, eps[1]))
+        self._last = bound(kernels.norm_launch(mode, device, rows, channels, eps[1]))
         self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
 
     def run(
@@ -203,8 +204,9 @@ def after_attention(
         LaunchError: a kernel did not compile or fit.
     """
     eps = norms[0][2], norms[1][2]
-    bound = bind_rest(x.shape, x.dtype, x.device, linears[0][0].shape[0], eps, post_norm)
-    return cast(Tensor, bound.run(x, branch, norms, linears))
+    hidden = linears[0][0].shape[0]
+    rest = BoundRest(x.shape, x.dtype, x.device, hidden, eps, post_norm, bound=lambda launch: launch)  # for this call
+    return cast(Tensor, rest.run(x, branch, norms, linears))
 
 
 def compiled_after_attention(

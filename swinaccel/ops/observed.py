@@ -6,12 +6,13 @@ import sys
 
 import torch
 
+# Without a Python function between, for calls that no compiler traces.
+count_modes, is_profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+
 
 def is_observed() -> bool:
     """Return True if anyone but the device looks at operators now: a compiler, a mode, a profiler."""
-    return (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
-    )
+    return torch.compiler.is_compiling() or count_modes() > 0 or is_profiled()
 
 
 def is_onnx_export() -> bool:

@@ -18,7 +18,7 @@ from ..backends.triton import window_bwd as backward_launches
 from ..backends.triton.problem import empty_image, unsupported_reason
 from ..errors import ArgumentError
 from ..spec.window import Geometry
-from .observed import is_observed
+from .observed import count_modes, is_observed, is_profiled
 from .window_plain import (
     dense,
     geometry_of,
@@ -91,8 +91,6 @@ def shifted_window_attention(
     return _forward(*arguments, geometry=geometry)[0]
 
 
-# What a call asks of its surroundings, without a Python function between; no compiler traces a bound call.
-_modes, _is_profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
 _setting = torch.get_float32_matmul_precision
 
 
@@ -126,7 +124,7 @@ class BoundAttention:
         Shapes, strides, dtypes and the device are those that were bound: nothing here looks at them again. Of
         logit_scale only the numbers count.
         """
-        if not _modes() and not _is_profiled():
+        if not count_modes() and not is_profiled():  # `is_observed`, of a call that no compiler traces
             try:
                 if self._precision is None or _setting() == self._precision:
                     return self._forward.run(qkv, k, v, table, index, padding, mask, logit_scale)[0]

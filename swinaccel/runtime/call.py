@@ -86,7 +86,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
             else:
                 if fused.counted is not None:
                     fused.counted.calls += 1
-                reason = None if fused.failures == failures.count else fused.failure()
+                reason = None if fused.failures == failures.count else failures.get(fused.problem)
                 if reason is not None:  # plain PyTorch has computed the same
                     _note_fallback(reason, module, entry.config, fused.counted or state)
                 return result
@@ -97,7 +97,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         return _original(plan, entry, module, original, state, args, kwargs)
     try:
         result = plan.run(module, args, kwargs)
-        reason = None if plan.failures == failures.count else plan.failure()
+        reason = None if plan.failures == failures.count else failures.get(plan.problem)
     except KernelError as error:
         reason = str(error)
     if reason is not None:

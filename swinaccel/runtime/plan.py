@@ -50,10 +50,6 @@ class Plan:
             and (self._index is None or _version(self._index) == self._version)
         )
 
-    def failure(self) -> str | None:
-        """Return why a kernel of this plan failed since it was made, or None."""
-        return None if self.failures == failures.count else failures.get(self.problem)
-
 
 def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version

@@ -70,10 +70,10 @@ class BoundSection:
         "_dtype",
         "_has_padding",
         "_is_packed",
+        "_layout",
         "_position",
         "_section",
         "_shape",
-        "_stride",
         "_table",
     )
 
@@ -90,10 +90,10 @@ class BoundSection:
         self._shape, self._dtype, self._is_packed = first.shape, first.dtype, is_packed
         # A parameter stays what it is while the plan's guard holds, and is read where it lies.
         self._table = table if any(table is one for one in section.sources) else None
-        self._stride, self._has_padding = table.stride(), padding_of(section) is not None
+        self._layout, self._has_padding = (table.stride(), table.dtype), padding_of(section) is not None
 
     def run(self, qkv: Any) -> Tensor | None:
-        """Return the attention of a projection, or None where it, or the table, is not as it was."""
+        """Return the attention of a projection, or None where that, or the padding, is not as it was."""
         section, shape, dtype = self._section, self._shape, self._dtype
         if self._is_packed:
             parts, qkv = (qkv, None, None), (qkv,)
@@ -102,14 +102,15 @@ class BoundSection:
         for one in qkv:
             if not isinstance(one, Tensor) or one.shape != shape or one.dtype is not dtype or not one.is_contiguous():
                 return None
+        padding = padding_of(section) if self._has_padding else None
+        if self._has_padding and (padding is None or not padding.is_contiguous()):
+            return None
         table, bound = self._table, self._position
         if table is None:
-            table = section.table() if bound is None else bound.run(*section.position)  # type: ignore[misc]
-            if table is None or table.stride() != self._stride:
-                return None
-        padding = padding_of(section) if section.geometry.is_padded else None
-        if (padding is None) is self._has_padding or (padding is not None and not padding.is_contiguous()):
-            return None
+            table = None if bound is None else bound.run(*section.position)  # type: ignore[misc]
+            table = section.table() if table is None else table
+            if (table.stride(), table.dtype) != self._layout:
+                return attend_triton(section, qkv if len(qkv) > 1 else qkv[0], table)
         return self._attention.run(*parts, table, section.index, padding, section.mask, section.logit_scale)
 
 
