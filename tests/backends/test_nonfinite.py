@@ -291,3 +291,24 @@ def test_gelu():
     for one in (triton_block.gelu(x.detach()), out):
         torch.testing.assert_close(one, expected.detach(), equal_nan=True)
     torch.testing.assert_close(found_slope, slope, equal_nan=True)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_infinities_of_wider_masks_stay_infinite(dtype, backend, monkeypatch):
+    """Finite numbers that a narrower dtype has not become its largest; -inf is no number."""
+    if backend == "torch":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    device = TRITON_DEVICE if backend == "triton" else "cpu"
+    q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64).to(device, dtype) for _ in range(3))
+    mask = torch.zeros(1, 9, 9, dtype=torch.float64, device=device)
+    mask[0, 0], mask[0, 1], mask[0, 2, 1:] = -INF, torch.finfo(torch.float64).min, -INF
+    factors = torch.zeros(2, 9, 1, dtype=dtype, device=device)
+    windows = functional.window_attention(q, k, v, mask=mask)
+    sequence = functional.factored_bias_attention(q, k, v, factors, factors, mask)
+    assert windows[:, :, 0].isnan().all()
+    assert not sequence[:, :, 0].any()  # of sequences, a query that sees nothing gets zeros
+    for out in (windows, sequence):
+        assert out[:, :, 1:].isfinite().all()
+        torch.testing.assert_close(out[:, :, 1], v.float().mean(2).to(dtype), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(out[:, :, 2], v[:, :, 0], atol=2e-3, rtol=2e-3)

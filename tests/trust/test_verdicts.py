@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 
 import helpers
@@ -364,3 +365,16 @@ def test_forwards_replaced_by_no_plain_function(backend, part, kind, when):
         replace()
     for _ in range(2):
         assert_like_the_original(model, x)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "official"])
+def test_a_forward_that_was_replaced_before_is_not_said_to_be_accelerated(name):
+    model, inputs = MODELS[name]()
+    model.forward = functools.partial(lambda own, *args: 2 * own(*args), model.forward)
+    with torch.no_grad():
+        expected = model(*inputs)
+        swinaccel.accelerate(model, backend="torch")
+        helpers.assert_close(model(*inputs), expected)
+    entry = swinaccel.report(model).entries[0]
+    assert (entry.name, entry.status) == ("", "original")
+    assert "forward was replaced on this instance" in entry.reason
