@@ -253,8 +253,8 @@ MUTANTS = [
         ),
         (
             "section.py",
-            "None if trained else ops_table(section)",
-            "ops_table(section)",
+            "None if trained or section.position is None else",
+            "None if section.position is None else",
             "tests/runtime/test_training.py -k gradients",
         ),
         ("context.py", "if _has_any_global_hook():", "if False:", "tests/runtime/test_dispatch.py -k hooks"),
@@ -386,7 +386,7 @@ MUTANTS = [
         ),
         ("call.py", "fused.counted.calls += 1", "pass", "tests/runtime/test_dispatch.py -k counts"),
         ("section.py", " or one.dtype is not dtype or", " or", HOST + " -k bound"),
-        ("section.py", " or table.stride() != self._stride", "", HOST + " -k bound"),
+        ("section.py", "if (table.stride(), table.dtype) != self._layout:", "if False:", HOST + " -k bound"),
         (
             "section.py",
             "if (first.shape[-1] != 3 * width) if first is qkv else",
@@ -524,7 +524,7 @@ MUTANTS = [
         ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
         # What is bound to its launches.
         ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/backends/test_bound.py"),
-        ("ops/window.py", "not _modes() and not _is_profiled()", "True", "tests/backends/test_bound.py"),
+        ("ops/window.py", "not count_modes() and not is_profiled()", "True", "tests/backends/test_bound.py"),
         ("ops/window.py", "_setting() == self._precision:", "True:", "tests/backends/test_bound.py"),
         (
             "ops/block.py",
