@@ -185,7 +185,7 @@ class FusedBlock:
         run: the block's forward, of x.
     """
 
-    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "_size", "run")
+    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "run")
 
     def __init__(
         self,
@@ -196,7 +196,8 @@ class FusedBlock:
         backend: str,
         config: AccelConfig,
     ) -> None:
-        self._facts, self._attend, self._size, self._config = facts, attend, size, config
+        self._facts, self._config = facts, config
+        self._attend: Attend = attend if size is None else lambda y: attend_tokens(attend, y, size)  # tokens to tokens
         self._problem = block_problem(facts, x, backend)
         as_output = facts.block.as_output
         if needs_autograd(x, facts.parameters(), facts.drops):
@@ -220,16 +221,13 @@ class FusedBlock:
         return True
 
     def _bound(self, x: Tensor) -> Tensor:
-        facts, size, first = self._facts, self._size, self._first
+        facts, first = self._facts, self._first
         try:
             y = x if first is None else first.run(x, *facts.norms[0][:2])
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             y = facts.block.norm1(x)
-        image = y if size is None else y.view(y.shape[0], *size, y.shape[2])
-        branch = self._attend(image)
-        if size is not None:
-            branch = branch.view(y.shape)
+        branch = self._attend(y)
         if branch.requires_grad and torch.is_grad_enabled():
             return rest(facts.block, x, branch)
         try:
@@ -241,16 +239,16 @@ class FusedBlock:
 
     def _unfused(self, x: Tensor) -> Tensor:
         block = self._facts.block
-        return rest(block, x, attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size))
+        return rest(block, x, self._attend(x if block.post_norm else block.norm1(x)))
 
     def _on_cpu(self, x: Tensor) -> Tensor:
         block = self._facts.block
-        branch = attend_tokens(self._attend, x if block.post_norm else block.norm1(x), self._size)
+        branch = self._attend(x if block.post_norm else block.norm1(x))
         return torch_block.rest(x, branch, block) if is_like(branch, x, x.dtype) else rest(block, x, branch)
 
     def _with_autograd(self, x: Tensor) -> Tensor:
         """Return the result where gradients are recorded or autocast is active."""
-        facts, block, size = self._facts, self._facts.block, self._size
+        facts, block = self._facts, self._facts.block
         (norm1, norm2), (fc1, fc2), (drop1, drop2) = facts.norms, facts.linears, facts.drops
         dtype = product_dtype(x)
         try:
@@ -258,8 +256,8 @@ class FusedBlock:
             x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, narrow)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
-            return rest(block, x, attend_tokens(self._attend, block.norm1(x), size))
-        branch = attend_tokens(self._attend, y, size)
+            return rest(block, x, self._attend(block.norm1(x)))
+        branch = self._attend(y)
         if not is_like(branch, x, dtype):
             return rest(block, x, branch)
         try:
