@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.torch import products
 from ..backends.torch import window as torch_backend
 from ..config import AccelConfig, env_interpret
 from ..layers import alias, has_hooks, is_builtin, replaced_methods
@@ -146,6 +147,7 @@ def bind(
             return reason
         state.bias = "table"
         in_parts = torch_backend.is_plain(attention)
+        section.project, section.output = _directly(section.project), _directly(section.output)
         return lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts), None
     problem = problem_of(section, x)
     reason = triton_reason(section, x, problem) or index_reason(section)
@@ -251,5 +253,6 @@ def _directly(call: Any) -> Callable[..., Any]:
         return call
     weight, bias = call.weight, call.bias
     if not torch.is_grad_enabled():
-        return functools.partial(F.linear, weight=weight, bias=bias)
+        product = products.linear if weight.is_cpu else F.linear
+        return functools.partial(product, weight=weight, bias=bias)
     return lambda x: linear(x, weight, bias)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.torch import block as torch_block
+from ..backends.torch import products
 from ..backends.triton import block as kernels
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError
@@ -308,7 +309,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x weightᵀ + bias, as PyTorch does it; where gradients are recorded, by `ops.block_autograd.linear`."""
     if torch.is_grad_enabled() and are_functions_torchs() and _is_recorded(x, weight, bias):
         return recorded.linear(x, weight, bias, product_dtype(x))
-    return F.linear(x, weight, bias)
+    return products.linear(x, weight, bias) if x.is_cpu else F.linear(x, weight, bias)
 
 
 def _is_recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -169,10 +169,12 @@ def test_gradients_are_recorded_for_the_whole_batch(small):
     helpers.assert_close(leaves[1].grad, leaves[0].grad, 1e-9)
 
 
-def test_worth():
-    """One part is no gain: its rows are those of the module, and so are its products."""
+@pytest.mark.parametrize("has_onednn", [False, True])
+def test_worth(monkeypatch, has_onednn):
+    """Without GELU in an epilogue, one part is no gain: its rows are those of the module, and so are its products."""
+    monkeypatch.setattr(torch_block, "HAS_ONEDNN", has_onednn)
     assert torch_block.is_worth(torch.empty(1, 3136, 96))
-    assert not torch_block.is_worth(torch.empty(1, 784, 192))
+    assert torch_block.is_worth(torch.empty(1, 784, 192)) == has_onednn
     assert torch_block.is_worth(torch.empty(8, 784, 192))
     assert not torch_block.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16))
     assert not torch_block.is_worth(torch.empty(0, 3136, 96))
