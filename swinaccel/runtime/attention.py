@@ -17,9 +17,9 @@ from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..spec.block import Product
 from ..spec.window import Section
+from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library
-from ..trust.probe import PADDED
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
@@ -37,7 +37,8 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
-    facts = parts_reason(parts, attention is root) or reading_of(family, module)
+    facts = reading_of(family, module)
+    facts = parts_reason(parts, attention is root, facts) or facts
     inside = [root, *(part for part in parts if part is not root)]
     if isinstance(facts, Reading):
         inside += [part for path in facts.unread_dropouts if (part := module.get_submodule(path)) not in inside]
@@ -61,13 +62,15 @@ def guarded(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | Non
         return None
 
 
-def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
+def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str) -> str | None:
     """Return why modules that the section stands in for must be called: someone watches them or replaced a method.
 
     Args:
         parts: the attention first.
         is_called: the attention itself is called all the same, so that its own hooks run.
+        reading: of the attention, which may know a number to be a rate.
     """
+    known = reading.rate if isinstance(reading, Reading) else ""
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
@@ -76,7 +79,7 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own; delete it to accelerate"
         for rate, value in () if is_of_library(part) else rates(part):
-            if value:
+            if value and (place or rate != known):
                 return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
     return None
 
@@ -130,7 +133,9 @@ def section_of(
         section = family.section(module, *args, **kwargs)
     except TypeError as error:
         return f"the call is not one that the {family.name} family knows ({error})"
-    return section if isinstance(section, str) or reading is None else reading.apply(section)
+    if isinstance(section, str) or reading is None:
+        return section
+    return reading.apply(section, family.attention(module), args[0] if args else next(iter(kwargs.values())))
 
 
 def bind(

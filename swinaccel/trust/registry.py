@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..spec.window import Section
 from .fingerprint import fingerprint, is_dead
@@ -23,10 +24,15 @@ class Reading:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
         unread_dropouts: paths of dropouts that no family reads or calls, or of another kind than elementwise; while
             one is active, the original must run.
+        rate: the name of a number of the attention, by which its weights are dropped in training, whatever dropouts
+            the module holds; empty where those count.
+        refused: the kinds of masks (`mask_kind`) at which the original raises.
     """
 
     default_scale: bool = False
     unread_dropouts: tuple[str, ...] = ()
+    rate: str = ""
+    refused: frozenset[str] = frozenset()
 
     def active(self, module: nn.Module) -> str | None:
         """Return the path of a dropout that drops now and that is not read, or None."""
@@ -36,11 +42,27 @@ class Reading:
                 return path
         return None
 
-    def apply(self, section: Section) -> Section:
-        """Return a section as the code of its module computes it."""
+    def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
+        """Return a section as the code of its module computes it, or why the original must run.
+
+        Args:
+            x: what the call is given.
+        """
+        if self.refused and mask_kind(section, x) in self.refused:
+            return f"in a trial its own code raised an error for {mask_kind(section, x)}, which is left to it"
         if self.default_scale and section.logit_scale is None:
-            return dataclasses.replace(section, scale=section.head_dim**-0.5)
+            section = dataclasses.replace(section, scale=section.head_dim**-0.5)
+        if self.rate:
+            section = dataclasses.replace(section, dropout=getattr(attention, self.rate) if attention.training else 0.0)
         return section
+
+
+def mask_kind(section: Section, x: Tensor) -> str:
+    """Return in words which mask a call is given: code by `scaled_dot_product_attention` may want one of its own."""
+    if section.mask is None:
+        return "shifted windows without a mask" if section.geometry.is_shifted else "windows without a mask"
+    images = x.numel() // max(1, x.shape[-1] * math.prod(section.geometry.size))
+    return "a mask of one image for several" if images > 1 else "a mask of all windows"
 
 
 class Registry:
@@ -65,8 +87,11 @@ class Registry:
         self._verdicts[key] = verdict
 
     def prove(self, key: Hashable, reading: Reading) -> None:
-        """Let calls stand in for parts of this fingerprint."""
-        if self._readings.get(key) != reading:
+        """Let calls stand in for parts of this fingerprint, which blocks with a shift share with those without."""
+        known = self._readings.get(key)
+        if known is not None:
+            reading = dataclasses.replace(reading, refused=reading.refused | known.refused)
+        if known != reading:
             _make_room(self._readings)
             self._readings[key] = reading
             self.count += 1
