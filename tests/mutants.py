@@ -56,6 +56,7 @@ FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+COPIES = "tests/families/test_copies.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
@@ -83,11 +84,22 @@ MUTANTS = [
         ),
         (
             "probe.py",
-            "raise _NotNow(section)\n    if section.padding",
+            "raise NotNow(section)\n    if section.padding",
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
         ),
-        ("probe.py", "Reading(default_scale=True)", "Reading()", VERDICTS + " -k scale"),
+        ("probe.py", "for default_scale in (False, True):", "for default_scale in (False,):", VERDICTS + " -k scale"),
+        ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
+        ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
+        ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
+        ("registry.py", "reading.refused | known.refused", "reading.refused", COPIES + " -k refuses"),
+        (
+            "registry.py",
+            "self.rate)(attention) if attention.training else",
+            "self.rate)(attention) if True else",
+            COPIES,
+        ),
+        ("dropping.py", "holds = _told(original, clone, arguments) == rate", "holds = True", COPIES + " -k taken"),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
         ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps.py -k scale"),
@@ -413,8 +425,8 @@ MUTANTS = [
         ),
         (
             "attention.py",
-            '            if value:\n                return f"{rate}',
-            '            if False:\n                return f"{rate}',
+            "if value and (place or rate != known):",
+            "if False:",
             "tests/trust/test_verdicts.py -k rates",
         ),
         (

@@ -1,7 +1,7 @@
 """Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
 
 The census (docs/results/supported.py) and the tests run the same list. Nothing is downloaded; what is no
-package comes from the stand-ins of microsoft_models.py, descendant_models.py and video_models.py.
+package comes from the stand-ins of microsoft_models.py, descendant_models.py, changed_models.py and video_models.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import changed_models as changed
 import descendant_models as descendants
 import microsoft_models as official
 import torch
@@ -398,6 +399,12 @@ def _detection(real: bool, batch: int) -> Call:
     return Call(descendants.DetectionStage(dim, heads, window), (tokens(batch, size, dim), *size))
 
 
+@entry("BiRefNet", "block with `scaled_dot_product_attention`")
+def _birefnet(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 6, (128, 128), 12) if real else (16, 2, (9, 10), 4)
+    return Call(changed.SdpaStage(dim, heads, window), (tokens(batch, size, dim), *size))
+
+
 @entry("Video Swin", "block of three axes")
 def _video(real: bool, batch: int) -> Call:
     dim, heads, size, window = (96, 3, (16, 56, 56), (8, 7, 7)) if real else (16, 2, (5, 9, 6), (2, 4, 4))
@@ -483,6 +490,11 @@ def _sam(real: bool, batch: int) -> Call:
     }  # fmt: skip
     made = hf.SamVisionConfig(**({} if real else narrow))
     return Call(hf.SamVisionModel(made), (images(batch, made.image_size),))
+
+
+@near_miss("BiRefNet", "single-file copy, whose `scaled_dot_product_attention` has no bias")
+def _birefnet_bare(real: bool, batch: int) -> Call:
+    return Call(changed.SdpaStage(16, 2, 4, kind=changed.BareAttention), (tokens(batch, (9, 10), 16), 9, 10))
 
 
 @near_miss("Stand-in", "attention that returns its weights (HTSAT)")

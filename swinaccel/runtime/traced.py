@@ -21,6 +21,7 @@ from ..ops import block as block_ops
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
+from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
 from .attention import problem_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
@@ -31,7 +32,8 @@ from .section import attend_triton, table_of
 if TYPE_CHECKING:
     from .call import Entry
 
-ROLES = "_swinaccel_roles"  # of a class with a dispatcher: (type of parent, name, type) of what was proven inside
+# Of a class with a dispatcher: (type of parent, name, type) of what was proven inside, with rates of dropout as float.
+ROLES = "_swinaccel_roles"
 
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
@@ -43,6 +45,9 @@ def roles_of(module: nn.Module) -> frozenset[Role]:
     found: list[Role] = [(None, "", type(module))]
     found += [
         (type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()
+    ]
+    found += [
+        (type(part), name, float) for part in module.modules() if not is_of_library(part) for name, _ in rates(part)
     ]
     return frozenset(found)
 
@@ -124,6 +129,9 @@ def _parts_reason(
         return f"{type(part).__name__} inside the attention has a forward of its own"
     if (*place, type(part)) not in roles:
         return f"a {type(part).__name__} came into the attention after accelerate(); call it again"
+    for owner, name, kind in roles:
+        if kind is float and owner is type(part) and getattr(part, name):
+            return f"{name} is not zero, and only its own code says when that drops"
     for name, child in part._modules.items():
         if child is not None:
             reason = _parts_reason(roles, child, False, (type(part), name))

@@ -38,7 +38,8 @@ from .registry import Reading, attention_key, block_key, mask_kind, registry
 
 _BARE = (
     "its forward adds neither the position bias nor the mask that it holds, as some code that calls"
-    " scaled_dot_product_attention does; where a setting chooses that, switch it off and call accelerate() again (the results are others then)"
+    " scaled_dot_product_attention does; where a setting chooses that, switch it off and call accelerate() again"
+    " (the results are others then)"
 )
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((

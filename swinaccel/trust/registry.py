@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,16 +54,24 @@ class Reading:
         if self.default_scale and section.logit_scale is None:
             section = dataclasses.replace(section, scale=section.head_dim**-0.5)
         if self.rate:
-            section = dataclasses.replace(section, dropout=getattr(attention, self.rate) if attention.training else 0.0)
+            rate = attrgetter(self.rate)(attention) if attention.training else 0.0
+            section = dataclasses.replace(section, dropout=rate)
         return section
 
 
 def mask_kind(section: Section, x: Tensor) -> str:
     """Return in words which mask a call is given: code by `scaled_dot_product_attention` may want one of its own."""
-    if section.mask is None:
-        return "shifted windows without a mask" if section.geometry.is_shifted else "windows without a mask"
-    images = x.numel() // max(1, x.shape[-1] * math.prod(section.geometry.size))
-    return "a mask of one image for several" if images > 1 else "a mask of all windows"
+    is_given, images = section.mask is not None, x.numel() // max(1, x.shape[-1] * math.prod(section.geometry.size))
+    return _KINDS[is_given, images > 1 if is_given else section.geometry.is_shifted]
+
+
+# By: there is a mask; images share it, or else windows are shifted.
+_KINDS = {
+    (False, False): "windows without a mask",
+    (False, True): "shifted windows without a mask",
+    (True, False): "a mask of all windows",
+    (True, True): "a mask of one image for several",
+}
 
 
 class Registry:

@@ -1,0 +1,114 @@
+"""Stand-ins for projects whose copy of the official attention is written in another way: BiRefNet, CLAP and others.
+
+Written for the tests, like those of microsoft_models.py: the names of attributes and arguments and the arithmetic are
+those of the projects named, since that is what they are recognised by; the code is not.
+"""
+
+from __future__ import annotations
+
+import types
+
+import microsoft_models as official
+import torch.nn.functional as F
+from descendant_models import shift_mask
+from microsoft_models import from_windows, to_windows
+from torch import Tensor, nn
+
+# BiRefNet reads this at each call.
+CONFIG = types.SimpleNamespace(SDPA_enabled=True, backbone="swin_v1", sizes=[1024, 1024])
+
+
+class SdpaAttention(official.WindowAttention):
+    """BiRefNet's: by PyTorch's function where CONFIG says so, with its default scale and a rate that is a number."""
+
+    def __init__(self, dim, window_size, num_heads, attn_drop=0.0, **options):
+        super().__init__(dim, window_size, num_heads, attn_drop=attn_drop, **options)
+        self.attn_drop_prob = attn_drop
+
+    def start(self, mask: Tensor | None) -> Tensor | None:
+        """What scores start from: the bias, and the mask of every window."""
+        bias = self.bias()[None]
+        return bias if mask is None else bias + mask[:, None]
+
+    def rate(self) -> float:
+        return self.attn_drop_prob if self.training else 0.0
+
+    def forward(self, x, mask=None):
+        if not CONFIG.SDPA_enabled:
+            return super().forward(x, mask)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = self.mixed(q, k, v, mask)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.start(mask), dropout_p=self.rate())
+
+
+class OwnScaleAttention(SdpaAttention):
+    """Its own scale, and the rate of the dropout that it does not call."""
+
+    def rate(self) -> float:
+        return self.attn_drop.p if self.training else 0.0
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.start(mask), self.rate(), scale=self.scale)
+
+
+class BareAttention(SdpaAttention):
+    """That of single-file copies: its branch scales twice, and leaves out bias and mask."""
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q * self.scale, k, v, dropout_p=self.rate())
+
+
+class SdpaBlock(nn.Module):
+    """BiRefNet's block: the detection block, which hands its attention the mask of every window of the batch."""
+
+    def __init__(self, dim, num_heads, window_size, shift_size=0, kind=SdpaAttention, **attn):
+        super().__init__()
+        self.dim, self.num_heads, self.window_size, self.shift_size = dim, num_heads, window_size, shift_size
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = kind(dim, (window_size, window_size), num_heads, **attn)
+        self.drop_path = nn.Identity()
+        self.mlp = official.Mlp(dim, 2 * dim)
+        self.H = self.W = None
+
+    def forward(self, x, mask_matrix):
+        (batch, _, channels), size, shift = x.shape, self.window_size, self.shift_size
+        image = self.norm1(x).view(batch, self.H, self.W, channels)
+        image = F.pad(image, (0, 0, 0, -self.W % size, 0, -self.H % size))
+        mask, height, width = None, *image.shape[1:3]
+        if shift:
+            image = image.roll((-shift, -shift), (1, 2))
+            mask = mask_matrix
+            if CONFIG.SDPA_enabled:
+                mask = mask_matrix.expand(batch, *mask_matrix.shape[-3:]).reshape(-1, *mask_matrix.shape[1:])
+        windows = self.attn(to_windows(image, size), mask=mask)
+        image = from_windows(windows, size, height, width)
+        if shift:
+            image = image.roll((shift, shift), (1, 2))
+        x = x + self.drop_path(image[:, : self.H, : self.W].reshape(x.shape))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SdpaStage(nn.Module):
+    """Two of them, and a mask of -inf. Neither train() nor eval() returns it."""
+
+    def __init__(self, dim, num_heads, window_size, **options):
+        super().__init__()
+        self.window_size, self.shift_size = window_size, window_size // 2
+        self.blocks = nn.ModuleList(
+            SdpaBlock(dim, num_heads, window_size, shift, **options) for shift in (0, self.shift_size)
+        )
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x, H, W):
+        size = self.window_size
+        mask = shift_mask(H + -H % size, W + -W % size, size, self.shift_size).to(x)
+        mask = mask.masked_fill(mask != 0, float("-inf"))
+        for block in self.blocks:
+            block.H, block.W = H, W
+            x = block(x, mask)
+        return x
