@@ -138,6 +138,13 @@ def test_a_rate_that_is_a_number(kind):
     helpers.assert_accelerated(twin, 2)
 
 
+@both_backends
+def test_gradients_of_timms_fused_path(backend):
+    model = helpers.timm_block((8, 8), shift=2)
+    model.attn.fused_attn, model.attn.scale = True, 0.9
+    check_training(model, torch.randn(2, 8, 8, 16), backend=backend, count=1)
+
+
 class Squared(models.SdpaAttention):
     def rate(self):
         return super().rate() ** 2
