@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 
 import microsoft_models as official
+import torch
 import torch.nn.functional as F
 from descendant_models import shift_mask
 from microsoft_models import from_windows, to_windows
@@ -112,3 +113,61 @@ class SdpaStage(nn.Module):
             block.H, block.W = H, W
             x = block(x, mask)
         return x
+
+
+class WeightsToo(official.WindowAttention):
+    """The first CLAP's (HTSAT): it returns the weights as well, as they are after dropout."""
+
+    def forward(self, x, mask=None):
+        q, k, v = self.packed(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = self.scores(q, k)
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
+        weights = self.attn_drop(self.softmax(scores))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).reshape(x.shape))), weights
+
+
+class WeightsBlock(official.SwinTransformerBlock):
+    """Its block, which hands them on."""
+
+    def __init__(self, dim, input_resolution, num_heads, window_size, shift_size=0, kind=WeightsToo, **attn):
+        super().__init__(dim, input_resolution, num_heads, window_size, shift_size)
+        self.attn = kind(dim, (window_size, window_size), num_heads, **attn)
+
+    def forward(self, x):
+        (height, width), size, shift = self.input_resolution, self.window_size, self.shift_size
+        image = self.norm1(x).view(x.shape[0], height, width, -1).roll((-shift, -shift), (1, 2))
+        windows, weights = self.attn(to_windows(image, size), mask=self.attn_mask)
+        image = from_windows(windows, size, height, width).roll((shift, shift), (1, 2))
+        x = x + self.drop_path(image.reshape(x.shape))
+        return x + self.drop_path(self.mlp(self.norm2(x))), weights
+
+
+class WeightsStage(nn.Module):
+    """Its layer: in evaluation the mean of all weights, in training those of the last block."""
+
+    def __init__(self, dim, input_resolution, num_heads, window_size, **attn):
+        super().__init__()
+        shifts = (0, window_size // 2)
+        self.blocks = nn.ModuleList(
+            WeightsBlock(dim, input_resolution, num_heads, window_size, shift, **attn) for shift in shifts
+        )
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x, weights = block(x)
+            found.append(weights.unsqueeze(0))
+        return x, weights if self.training else torch.cat(found, dim=0).mean(dim=0)
+
+
+class Unread(nn.Module):
+    """What is around it, and looks at the weights where it is asked to."""
+
+    def __init__(self, stage, heatmap=False):
+        super().__init__()
+        self.stage, self.heatmap = stage, heatmap
+
+    def forward(self, x):
+        x, weights = self.stage(x)
+        return (x.mean(1), weights.mean(1).mean(1)) if self.heatmap else x.mean(1)

@@ -423,6 +423,13 @@ MUTANTS = [
             "table",
             "tests/runtime/test_memory.py -k edits",
         ),
+        ("weights.py", "for reference in one.family:", "for reference in ():", COPIES + " -k earlier"),
+        ("weights.py", "not is_same or _state([*now, image]) != before", "not is_same", COPIES + " -k call"),
+        ("weights.py", " or (image.is_inference() and _shares(image, x))", "", COPIES + " -k returns"),
+        ("weights.py", "    if torch.is_grad_enabled():", "    if False:", COPIES + " -k left"),
+        ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
+        ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
+        ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
         (
             "attention.py",
             "if value and (place or rate != known):",

@@ -405,6 +405,12 @@ def _birefnet(real: bool, batch: int) -> Call:
     return Call(changed.SdpaStage(dim, heads, window), (tokens(batch, size, dim), *size))
 
 
+@entry("CLAP (HTSAT)", "block that returns attention weights")
+def _htsat(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 8, (32, 32), 8) if real else (16, 2, (8, 8), 4)
+    return Call(changed.Unread(changed.WeightsStage(dim, size, heads, window)), (tokens(batch, size, dim),))
+
+
 @entry("Video Swin", "block of three axes")
 def _video(real: bool, batch: int) -> Call:
     dim, heads, size, window = (96, 3, (16, 56, 56), (8, 7, 7)) if real else (16, 2, (5, 9, 6), (2, 4, 4))
@@ -495,8 +501,3 @@ def _sam(real: bool, batch: int) -> Call:
 @near_miss("BiRefNet", "single-file copy, whose `scaled_dot_product_attention` has no bias")
 def _birefnet_bare(real: bool, batch: int) -> Call:
     return Call(changed.SdpaStage(16, 2, 4, kind=changed.BareAttention), (tokens(batch, (9, 10), 16), 9, 10))
-
-
-@near_miss("Stand-in", "attention that returns its weights (HTSAT)")
-def _htsat(real: bool, batch: int) -> Call:
-    return Call(descendants.WeightsToo(16, (4, 4), 2), (torch.randn(4 * batch, 16, 16),))

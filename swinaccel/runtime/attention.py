@@ -26,6 +26,7 @@ from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, Scope, State
 from .section import TritonSection
+from .weights import later_weights, weights_reason
 
 _CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
 
@@ -114,7 +115,8 @@ def plan_attention(
         return section
     x = args[0] if args else next(iter(kwargs.values()))
     attention = family.attention(module)
-    bound = bind(section, attention, config, state, x)
+    reason = weights_reason(section, x) if reading.weights else None
+    bound = reason or bind(section, attention, config, state, x)
     if isinstance(bound, str):
         return bound
     attend, problem = bound
@@ -122,7 +124,18 @@ def plan_attention(
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
 
-    return Plan(run, problem, guard, section.index)
+    def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        images = []
+
+        def watched(image: Tensor) -> Tensor:
+            images.append(image)
+            return attend(image)
+
+        out = family.forward(module, watched, *args, **kwargs)
+        given = args[0] if args else next(iter(kwargs.values()))
+        return out, later_weights(section, images[0], family.attention(root), given)
+
+    return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
 
 
 def section_of(

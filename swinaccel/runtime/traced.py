@@ -23,7 +23,7 @@ from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
-from .attention import problem_of, section_of, section_reason, triton_reason
+from .attention import problem_of, reading_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .neighbours import embedding_of, is_patchwise
@@ -40,8 +40,8 @@ _CONV_FORWARD = nn.Conv2d._conv_forward
 Role = tuple[type | None, str, type]
 
 
-def roles_of(module: nn.Module) -> frozenset[Role]:
-    """Return the places and types of a module and of all inside it."""
+def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
+    """Return the places and types of a module and of all inside it; as a tuple, a module that returns more."""
     found: list[Role] = [(None, "", type(module))]
     found += [
         (type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()
@@ -49,6 +49,10 @@ def roles_of(module: nn.Module) -> frozenset[Role]:
     found += [
         (type(part), name, float) for part in module.modules() if not is_of_library(part) for name, _ in rates(part)
     ]
+    if hasattr(family, "section") and not is_of_library(module):
+        reading = reading_of(family, module)
+        if isinstance(reading, str) or reading.weights:
+            found.append((type(module), "", tuple))
     return frozenset(found)
 
 
@@ -86,6 +90,8 @@ def call(
 def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Attend | str:
     """Return what runs the attention of a call, (B, H, W, C) to the same, or why the original must run."""
     attention = family.attention(module)
+    if (type(module), "", tuple) in getattr(module, ROLES):
+        return "it returns its attention weights as well, which a compiler is left to compute"
     reason = _dropout_reason(module, attention) or _parts_reason(
         getattr(module, ROLES), attention, attention is module, _root(module, attention)
     )

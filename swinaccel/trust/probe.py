@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families import Family
@@ -165,12 +166,15 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> R
         return functools.partial(_compare, family=family, original=original, reading=reading)
 
     first, refused = None, _refused(module, family, inside, original)
-    for default_scale in (False, True):
-        reading = Reading(default_scale=default_scale, refused=refused)
-        reason = _run(module, family, inside, compared(reading))
-        if reason is None:
-            return with_dropouts(module, family, inside, original, reading, compared)
-        first = first or reason
+    for weights in (False, True):
+        if weights and not str(first).startswith("its forward gives 2 outputs"):
+            continue
+        for default_scale in (False, True):
+            reading = Reading(default_scale=default_scale, weights=weights, refused=refused)
+            reason = _run(module, family, inside, compared(reading))
+            if reason is None:
+                return with_dropouts(module, family, inside, original, reading, compared)
+            first = first or reason
     for power in (0, 1, 2):
         if _run(module, family, inside, compared(_Bare(power=power, refused=refused)), settings=EXACT[:1]) is None:
             return _BARE
@@ -301,7 +305,15 @@ def _compare(
     if expected is None:
         return PADDED
     seed()
-    found = _parts(family.forward(other, lambda image: attend(section, image), inputs[1], *rest))
+    images = []
+
+    def attended(image: Tensor) -> Tensor:
+        images.append(image)
+        return attend(section, image)
+
+    found = _parts(family.forward(other, attended, inputs[1], *rest))
+    if reading.weights:
+        found = *found, F.dropout(reference.section_weights(section, images[0]), section.dropout)
     return compare.reason(family.name, expected, found, inputs, clone, other, setting)
 
 

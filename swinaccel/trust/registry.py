@@ -27,12 +27,14 @@ class Reading:
             one is active, the original must run.
         rate: the name of a number of the attention, by which its weights are dropped in training, whatever dropouts
             the module holds; empty where those count.
+        weights: it returns the attention weights as well.
         refused: the kinds of masks (`mask_kind`) at which the original raises.
     """
 
     default_scale: bool = False
     unread_dropouts: tuple[str, ...] = ()
     rate: str = ""
+    weights: bool = False
     refused: frozenset[str] = frozenset()
 
     def active(self, module: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 
-import descendant_models as descendants
+import changed_models
 import helpers
 import microsoft_models as official
 import pytest
@@ -180,7 +180,7 @@ def test_parts_of_what_a_family_knows_are_none():
     """Accelerated, left out by a filter, refused, or marked and changed beyond recognition."""
     model = helpers.timm_block((8, 8), shift=2)
     assert [entry.family for entry in swinaccel.plan(model, filter=lambda *_: False)] == ["timm"]
-    assert [entry.family for entry in swinaccel.plan(descendants.WeightsToo(16, (4, 4), 2))] == ["window_attention"]
+    assert [entry.family for entry in swinaccel.plan(changed_models.WeightsToo(16, (4, 4), 2))] == ["window_attention"]
     swinaccel.accelerate(model)
     model.attn.qkv_self = model.attn.qkv
     del model.attn.qkv
