@@ -111,9 +111,7 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
     if torch.is_grad_enabled():
         return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
     if torch.is_autocast_enabled(x.device.type) or has_dispatch_mode():
-        return (
-            "it returns its attention weights, and a mode decides how they are computed; leave autocast to accelerate"
-        )
+        return "it returns its attention weights, and autocast or another mode decides how they are computed"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "it returns its attention weights, which nobody could read after a CUDA graph has run"
     return None
