@@ -171,3 +171,170 @@ class Unread(nn.Module):
     def forward(self, x):
         x, weights = self.stage(x)
         return (x.mean(1), weights.mean(1).mean(1)) if self.heatmap else x.mean(1)
+
+
+# Blocks that are nobody's, around an attention that is known, or known but for its names.
+
+
+class SeparateAttention(nn.Module):
+    """Hugging Face's of the old layout, as MinerU's UniMER-Swin copies it."""
+
+    def __init__(self, dim, window_size, num_heads, drop=0.0):
+        super().__init__()
+        inner = self.self = nn.Module()
+        inner.num_attention_heads, inner.attention_head_size = num_heads, dim // num_heads
+        inner.window_size = (window_size, window_size)
+        inner.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        inner.register_buffer("relative_position_index", official.position_index(inner.window_size))
+        inner.query, inner.key, inner.value = (nn.Linear(dim, dim) for _ in range(3))
+        inner.dropout = nn.Dropout(drop)
+        self.output = SeparateOutput(dim, drop)
+        self.pruned_heads = set()
+
+    def forward(self, hidden_states, attention_mask=None, head_mask=None, output_attentions=False):
+        inner = self.self
+        q, k, v = (
+            one(hidden_states).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
+            for one in (inner.query, inner.key, inner.value)
+        )
+        bias = inner.relative_position_bias_table[inner.relative_position_index].permute(2, 0, 1)
+        scores = q @ k.mT / inner.attention_head_size**0.5 + bias
+        if attention_mask is not None:
+            scores = (scores.unflatten(0, (-1, len(attention_mask))) + attention_mask[:, None]).flatten(0, 1)
+        weights = inner.dropout(scores.softmax(-1))
+        weights = weights if head_mask is None else weights * head_mask
+        out = self.output((weights @ v).transpose(1, 2).flatten(2), hidden_states)
+        return (out, weights) if output_attentions else (out,)
+
+
+class SeparateOutput(nn.Module):
+    def __init__(self, dim, drop):
+        super().__init__()
+        self.dense, self.dropout = nn.Linear(dim, dim), nn.Dropout(drop)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.dropout(self.dense(hidden_states))
+
+
+class UnimerLayer(nn.Module):
+    """Its layer: a depthwise convolution before the attention, and one before the MLP."""
+
+    def __init__(self, dim, num_heads, window_size, shift_size=0):
+        super().__init__()
+        self.window_size, self.shift_size = window_size, shift_size
+        self.layernorm_before, self.layernorm_after = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.ce = nn.ModuleList(nn.Conv2d(dim, dim, 3, 1, 1, groups=dim) for _ in range(2))
+        self.attention = SeparateAttention(dim, window_size, num_heads)
+        self.drop_path = nn.Identity()
+        self.intermediate, self.output = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def enhanced(self, place, x, size):
+        image = x.mT.unflatten(-1, size)
+        return x + F.gelu(self.ce[place](image)).flatten(2).mT
+
+    def forward(self, hidden_states, input_dimensions, head_mask=None, output_attentions=False, always_partition=False):
+        x, size, shift = self.enhanced(0, hidden_states, input_dimensions), self.window_size, self.shift_size
+        image = self.layernorm_before(x).unflatten(1, input_dimensions)
+        height, width = image.shape[1] + -image.shape[1] % size, image.shape[2] + -image.shape[2] % size
+        image = F.pad(image, (0, 0, 0, width - image.shape[2], 0, height - image.shape[1]))
+        mask = shift_mask(height, width, size, shift)
+        windows = to_windows(image.roll((-shift, -shift), (1, 2)), size)
+        windows = self.attention(windows, None if mask is None else mask.to(x), head_mask, output_attentions)[0]
+        image = from_windows(windows, size, height, width).roll((shift, shift), (1, 2))
+        x = x + self.drop_path(image[:, : input_dimensions[0], : input_dimensions[1]].flatten(1, 2))
+        x = self.enhanced(1, x, input_dimensions)
+        return (x + self.output(F.gelu(self.intermediate(self.layernorm_after(x)))),)
+
+
+class First(nn.ModuleList):
+    """Layers in turn, of whose outputs the first goes on."""
+
+    def __init__(self, *layers):
+        super().__init__(layers)
+
+    def forward(self, x, *args):
+        for layer in self:
+            x = layer(x, *args)[0]
+        return x
+
+
+class QueryProjection(nn.Module):
+    """Uformer's."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.to_q, self.to_kv = heads, nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+
+    def forward(self, x, attn_kv=None):
+        other = x if attn_kv is None else attn_kv.expand(len(x), -1, -1)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(other).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+class UformerAttention(official.WindowAttention):
+    """Uformer's: queries apart from keys and values, and a second argument that comes before the mask."""
+
+    def __init__(self, dim, window_size, num_heads, **options):
+        super().__init__(dim, window_size, num_heads, **options)
+        self.win_size = self.__dict__.pop("window_size")
+        self.qkv = QueryProjection(dim, num_heads)
+
+    def forward(self, x, attn_kv=None, mask=None):
+        q, k, v = self.qkv(x, attn_kv)
+        scores = self.scores(q, k)
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        mixed = self.attn_drop(self.softmax(scores)) @ v
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+class VrtAttention(official.WindowAttention):
+    """VRT's, of its blocks without mutual attention: another name, and no dropouts."""
+
+    def __init__(self, dim, window_size, num_heads, **options):
+        super().__init__(dim, window_size, num_heads, **options)
+        self.qkv_self = self.qkv
+        del self.qkv, self.attn_drop, self.proj_drop
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv_self(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = self.scores(q, k)
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        return self.proj((self.softmax(scores) @ v).transpose(1, 2).flatten(2))
+
+
+class WideLinear(nn.Linear):
+    """Of float32, whatever it is given."""
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class FirstV2Attention(official.WindowAttentionV2):
+    """V2's first version (Feature-Distillation, AiT): scores and biases in float32, cosine or not, squashed or not."""
+
+    def __init__(self, dim, window_size, num_heads, cosine=True, squashed=True):
+        super().__init__(dim, window_size, num_heads)
+        self.rpe_output_type, self.rpe_mlp = "sigmoid" if squashed else "normal", self.cpb_mlp
+        self.rpe_mlp[2] = WideLinear(512, num_heads, bias=False)
+        del self.cpb_mlp
+        if not cosine:
+            del self.logit_scale
+            self.scale = (dim // num_heads) ** -0.5
+
+    def forward(self, x, mask=None, relative_position_bias=None):
+        q, k, v = self.packed(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if hasattr(self, "logit_scale"):
+            cosine = F.normalize(q.float(), dim=-1) @ F.normalize(k.float(), dim=-1).mT
+            scores = cosine * self.logit_scale.clamp(max=4.605170185988092).exp().float()
+        else:
+            scores = (q * self.scale).float() @ k.float().mT
+        bias = self.rpe_mlp(self.relative_coords_table).view(-1, self.num_heads)[self.relative_position_index]
+        bias = bias.permute(2, 0, 1)
+        scores = scores + (16 * bias.sigmoid() if self.rpe_output_type == "sigmoid" else bias)
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        mixed = self.attn_drop(self.softmax(scores).type_as(x)) @ v
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))

@@ -266,5 +266,5 @@ class UnknownBlock(nn.Module):
         image = x.movedim(1, -1)
         mask = shift_mask(*image.shape[1:3], self.size, self.shift)
         mask = None if mask is None else mask.to(x)
-        mixed = attend(image, self.size, self.shift, lambda w: self.attn(w, mask))
+        mixed = attend(image, self.size, self.shift, lambda w: self.attn(w, mask=mask))
         return x + (mixed * self.gate(image).sigmoid()).movedim(-1, 1)

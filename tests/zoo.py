@@ -411,6 +411,27 @@ def _htsat(real: bool, batch: int) -> Call:
     return Call(changed.Unread(changed.WeightsStage(dim, size, heads, window)), (tokens(batch, size, dim),))
 
 
+@entry("MinerU", "UniMER-Swin layer")
+def _unimer(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (256, 8, (48, 168), 7) if real else (16, 2, (9, 10), 4)
+    layers = (changed.UnimerLayer(dim, heads, window, shift) for shift in (0, window // 2))
+    return Call(changed.First(*layers), (tokens(batch, size, dim), size))
+
+
+for _title, _kind in (
+    ("Uformer `win_size`, `to_q`, `to_kv`", "UformerAttention"),
+    ("VRT `qkv_self`", "VrtAttention"),
+    ("SwinV2 with `rpe_mlp`", "FirstV2Attention"),
+):
+
+    @entry("Unknown block", _title)
+    def _renamed(real: bool, batch: int, kind: str = _kind) -> Call:
+        dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
+        made = getattr(changed, kind)
+        blocks = (descendants.UnknownBlock(dim, heads, window, shift, kind=made) for shift in (0, window // 2))
+        return Call(nn.Sequential(*blocks), (torch.randn(batch, dim, *size),))
+
+
 @entry("Video Swin", "block of three axes")
 def _video(real: bool, batch: int) -> Call:
     dim, heads, size, window = (96, 3, (16, 56, 56), (8, 7, 7)) if real else (16, 2, (5, 9, 6), (2, 4, 4))

@@ -17,9 +17,11 @@ from .adapters import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
+from .huggingface_attention import HuggingFaceAttention
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
 from .protocols import BlockAdapter, Family
+from .renamed import Renamed
 from .restoration import Hat, SwinIR
 from .timm import Timm
 from .timm_cr import TimmCr
@@ -42,6 +44,8 @@ FAMILIES: list[Family] = [
     ShiftWindowMSA(),
     Video(),
     WindowAttention(),
+    HuggingFaceAttention(),
+    Renamed(),
 ]
 
 

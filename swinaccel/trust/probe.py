@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,18 @@ from ..spec.reference_block import block_reference, embedding_reference, merging
 from ..spec.window import Section, WindowSpec
 from . import compare, projections
 from .compare import PADDED, NotNow
-from .copies import EXACT, LOW_PRECISION, Setting, calls, isolated, random_copy, seed, set_drop_rates, set_path_rates
+from .copies import (
+    EXACT,
+    LOW_PRECISION,
+    Setting,
+    Widened,
+    calls,
+    isolated,
+    random_copy,
+    seed,
+    set_drop_rates,
+    set_path_rates,
+)
 from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library
@@ -137,6 +149,12 @@ def _replaced(parts: Iterable[nn.Module]) -> str | None:
 
 def _unseen(parts: Iterable[nn.Module]) -> str | None:
     """Return which code of modules may do on GPUs what a run on the CPU does not show, or None."""
+    found = _speaks_of(parts, _UNSEEN)
+    return None if found is None else f"{found[0]} has to do with {found[1]}, which no run of a copy shows"
+
+
+def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, str] | None:
+    """Return a method, outside of the surveyed libraries, whose code has one of the words, with the word; or None."""
     for part in parts:
         if is_of_library(part):
             continue
@@ -145,9 +163,9 @@ def _unseen(parts: Iterable[nn.Module]) -> str | None:
                 code = getattr(function, "__code__", None)
                 if code is None or is_library_function(function) or _NOT_RUN.intersection(name.split("_")):
                     continue
-                names = _UNSEEN.intersection(code.co_names)
+                names = set(words).intersection(code.co_names)
                 if names:
-                    return f"{type(part).__name__}.{name} has to do with {min(names)}, which no run of a copy shows"
+                    return f"{type(part).__name__}.{name}", min(names)
     return None
 
 
@@ -240,7 +258,7 @@ def _run(
     settings: tuple[Setting, ...] = (),
 ) -> str | None:
     """Return the first difference that two copies show in any setting and call, or None."""
-    empty = False
+    empty, narrows = False, _speaks_of(module.modules(), ("float", "float32", "type")) is not None
     try:
         with isolated():
             for setting in settings or _settings(module):
@@ -254,6 +272,7 @@ def _run(
                     for args in arguments:
                         pair = copy.deepcopy(clone), copy.deepcopy(clone)
                         with (
+                            Widened() if narrows and setting in EXACT else nullcontext(),
                             torch.set_grad_enabled(setting.training),
                             torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast),
                         ):

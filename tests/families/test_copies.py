@@ -289,3 +289,61 @@ def test_weights_that_are_left_to_the_original(why):
             assert torch.equal(one, other)
             assert one.requires_grad is other.requires_grad
     assert "it returns its attention weights" in swinaccel.report(twin).entries[0].reason
+
+
+# Known attentions in blocks that are nobody's.
+
+
+@both_backends
+@pytest.mark.parametrize("shift", [0, 2])
+def test_unimer_is_accelerated_at_its_attention(shift, backend):
+    model, x = randomize(models.UnimerLayer(16, 2, 4, shift)), torch.randn(2, 90, 16)
+    assert [(entry.name, entry.family) for entry in swinaccel.plan(model)] == [("attention", "hf_attention")]
+    check(model, x, (9, 10), backend=backend, count=1)
+    check_training(model, x, (9, 10), backend=backend, count=1)
+    check_fallback(model, x, (9, 10), torch.rand(2, 1, 1), backend=backend, reason="it is given head_mask")
+
+
+NAMED = {
+    "Uformer": ("UformerAttention", {}, "renamed_attention"),
+    "VRT": ("VrtAttention", {}, "renamed_attention"),
+    "VRT, volumes": ("VrtAttention", {"window_size": (2, 3, 4)}, "renamed_attention"),
+    "cosine": ("FirstV2Attention", {}, "window_attention"),
+    "cosine, plain biases": ("FirstV2Attention", {"squashed": False}, "window_attention"),
+    "plain scores": ("FirstV2Attention", {"cosine": False, "squashed": False}, "window_attention"),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("name", NAMED)
+def test_attention_by_another_name(name, backend):
+    kind, options, family = NAMED[name]
+    model = randomize(getattr(models, kind)(16, num_heads=2, **{"window_size": (4, 4), **options}))
+    tokens = len(model.relative_position_index)
+    assert [entry.family for entry in swinaccel.plan(model)] == [family]
+    x, masks = torch.randn(6, tokens, 16), -100.0 * (torch.rand(3, tokens, tokens) < 0.3)
+    check(model, x, backend=backend, count=1)
+    check(model, backend=backend, count=1, arguments=on(backend, x=x, mask=masks))
+    check_training(model, x, backend=backend, count=1)
+
+
+def on(backend, **tensors):
+    return {name: one.to(helpers.DEVICES[backend]) for name, one in tensors.items()}
+
+
+def test_keys_of_another_input_are_left_to_the_original():
+    model, x = randomize(models.UformerAttention(16, (4, 4), 2)), torch.randn(6, 16, 16)
+    check_fallback(model, x, torch.randn(16, 16), reason="it is given attn_kv")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_inside(dtype):
+    model = randomize(models.FirstV2Attention(16, (4, 4), 2))
+    x = torch.randn(6, 16, 16)
+    exact = copy.deepcopy(model).double()(x.double()).detach()
+    model.to(dtype)
+    with torch.no_grad():
+        expected, found = model(x.to(dtype)), swinaccel.accelerate(model, backend="torch")(x.to(dtype))
+    assert found.dtype is dtype
+    helpers.assert_no_worse(found, expected, exact, dtype)
+    helpers.assert_accelerated(model, 1)
