@@ -338,3 +338,20 @@ class FirstV2Attention(official.WindowAttentionV2):
             scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         mixed = self.attn_drop(self.softmax(scores).type_as(x)) @ v
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+class RollingAttention(official.WindowAttention):
+    """GRL's: told the size, it rolls and cuts for itself, and keeps the mask of the size it was made for."""
+
+    def __init__(self, dim, input_resolution, num_heads, window_size, shift_size=0):
+        super().__init__(dim, (window_size, window_size), num_heads)
+        self.input_resolution, self.shift_size = input_resolution, shift_size
+        self.register_buffer("attn_mask", shift_mask(*input_resolution, window_size, shift_size))
+
+    def forward(self, x, x_size):
+        size, shift = self.window_size[0], self.shift_size
+        mask = self.attn_mask if self.input_resolution == x_size else shift_mask(*x_size, size, shift)
+        mask = None if mask is None else mask.to(x)
+        windows = to_windows(x.unflatten(1, x_size).roll((-shift, -shift), (1, 2)), size)
+        image = from_windows(super().forward(windows, mask=mask), size, *x_size)
+        return image.roll((shift, shift), (1, 2)).reshape(x.shape)

@@ -411,6 +411,13 @@ def _htsat(real: bool, batch: int) -> Call:
     return Call(changed.Unread(changed.WeightsStage(dim, size, heads, window)), (tokens(batch, size, dim),))
 
 
+@entry("Restoration", "GRL, attention that rolls")
+def _grl(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (180, 6, (64, 64), 8) if real else (12, 2, (8, 8), 4)
+    blocks = (changed.RollingAttention(dim, size, heads, window, shift) for shift in (0, window // 2))
+    return Call(Blocks(*blocks), (tokens(batch, size, dim), size))
+
+
 @entry("MinerU", "UniMER-Swin layer")
 def _unimer(real: bool, batch: int) -> Call:
     dim, heads, size, window = (256, 8, (48, 168), 7) if real else (16, 2, (9, 10), 4)

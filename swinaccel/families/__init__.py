@@ -23,6 +23,7 @@ from .microsoft import Microsoft
 from .protocols import BlockAdapter, Family
 from .renamed import Renamed
 from .restoration import Hat, SwinIR
+from .rolling import Rolling
 from .timm import Timm
 from .timm_cr import TimmCr
 from .torchvision import Torchvision, Torchvision3d
@@ -39,6 +40,7 @@ FAMILIES: list[Family] = [
     HuggingFaceSwinLegacy(),
     Microsoft(),
     SwinIR(),
+    Rolling(),
     Hat(),
     Detection(),
     ShiftWindowMSA(),

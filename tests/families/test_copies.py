@@ -347,3 +347,16 @@ def test_float32_inside(dtype):
     assert found.dtype is dtype
     helpers.assert_no_worse(found, expected, exact, dtype)
     helpers.assert_accelerated(model, 1)
+
+
+@both_backends
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)], ids=str)
+@pytest.mark.parametrize("shift", [0, 2])
+def test_attention_that_rolls_for_itself(shift, size, backend):
+    """GRL's; at its own size it has the mask that it keeps."""
+    model, x = randomize(models.RollingAttention(16, (8, 8), 2, 4, shift)), torch.randn(2, size[0] * size[1], 16)
+    if shift:
+        model.attn_mask[0, 1, 2] = -3.0
+    assert [entry.family for entry in swinaccel.plan(model)] == ["rolling_attention"]
+    check(model, x, size, backend=backend, count=1)
+    check_training(model, x, size, backend=backend, count=1)
