@@ -99,6 +99,8 @@ MUTANTS = [
             "self.rate)(attention) if True else",
             COPIES,
         ),
+        ("probe.py", "Widened() if narrows and", "Widened() if False and", COPIES + " -k another"),
+        ("copies.py", "(names_it or func is Tensor.float)", "names_it", COPIES + " -k another"),
         ("dropping.py", "holds = _told(original, clone, arguments) == rate", "holds = True", COPIES + " -k taken"),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
@@ -139,8 +141,8 @@ MUTANTS = [
         ("fingerprint.py", "[one for one in type.mro(type(cls)) if one not in (type, object)]", "[]", SETTINGS),
         (
             "probe.py",
-            "_UNSEEN.intersection(code.co_names)",
-            "_UNSEEN.intersection(())",
+            "found = _speaks_of(parts, _UNSEEN)",
+            "found = None",
             "tests/trust/test_verdicts.py -k cpu",
         ),
         (
@@ -658,8 +660,23 @@ MUTANTS = [
         ),
         (
             "families/shared/official.py",
-            "if not isinstance(attn.scale, (int, float)):",
-            "if False:",
+            'if getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid":',
+            'if hasattr(attn, "logit_scale"):',
+            COPIES + " -k another",
+        ),
+        (
+            "families/window_attention.py",
+            'return "mask" if "mask" in names else names[1]',
+            "return names[1]",
+            COPIES + " -k 'another or keys'",
+        ),
+        ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
+        ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
+        ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),
+        (
+            "families/shared/official.py",
+            "None if isinstance(attn.scale, (int, float)) else",
+            "None if True else",
             "tests/runtime/test_traps.py tests/trust/test_verdicts.py -k scale",
         ),
         (
