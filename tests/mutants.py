@@ -100,7 +100,7 @@ MUTANTS = [
             COPIES,
         ),
         ("probe.py", "Widened() if narrows and", "Widened() if False and", COPIES + " -k another"),
-        ("copies.py", "(names_it or func is Tensor.float)", "names_it", COPIES + " -k another"),
+        ("copies.py", "asked = func is Tensor.float or (", "asked = (", COPIES + " -k another"),
         ("dropping.py", "holds = _told(original, clone, arguments) == rate", "holds = True", COPIES + " -k taken"),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
@@ -660,8 +660,8 @@ MUTANTS = [
         ),
         (
             "families/shared/official.py",
-            'if getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid":',
-            'if hasattr(attn, "logit_scale"):',
+            'getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid"',
+            'hasattr(attn, "logit_scale")',
             COPIES + " -k another",
         ),
         (
