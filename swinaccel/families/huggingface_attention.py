@@ -5,7 +5,6 @@ MinerU's UniMER-Swin has such layers, with convolutions before the attention and
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,7 +67,7 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
             "mask_value": 2 * SHIFT_MASK_VALUE,  # added once before and once after a reshape
         }
     else:
-        table, scale = attn.relative_position_bias_table, 1 / math.sqrt(attn.attention_head_size)
+        table, scale = attn.relative_position_bias_table, attn.attention_head_size**-0.5
         bias = {"table": lambda: attn.relative_position_bias_table, "sources": (table,), "scale": scale}
     return Section(
         geometry=geometry,

@@ -23,6 +23,7 @@ from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
+from ..trust.registry import mask_kind
 from .attention import problem_of, reading_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
@@ -41,7 +42,10 @@ Role = tuple[type | None, str, type]
 
 
 def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
-    """Return the places and types of a module and of all inside it; as a tuple, a module that returns more."""
+    """Return the places and types of a module and of all inside it.
+
+    Of the module itself also, as a tuple, that it returns more; and as strings, which masks it refuses.
+    """
     found: list[Role] = [(None, "", type(module))]
     found += [
         (type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()
@@ -53,6 +57,8 @@ def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
         reading = reading_of(family, module)
         if isinstance(reading, str) or reading.weights:
             found.append((type(module), "", tuple))
+        else:
+            found += [(type(module), kind, str) for kind in reading.refused]
     return frozenset(found)
 
 
@@ -100,6 +106,9 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     section = section_of(family, module, None, args, kwargs)
     if isinstance(section, str):
         return section
+    refused = [kind for owner, kind, role in getattr(module, ROLES) if role is str and owner is type(module)]
+    if refused and mask_kind(section, x) in refused:
+        return "in a trial its own code raised an error for such a mask, or for none"
     if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_of_library(module):
         return "its code may take another scale than the one that it holds, which a compiler is not told"
     problem = problem_of(section, x)

@@ -9,6 +9,7 @@ import copy
 import io
 
 import changed_models as models
+import descendant_models
 import helpers
 import pytest
 import torch
@@ -98,6 +99,17 @@ def test_a_call_that_the_original_refuses_is_left_to_it(first):
     with pytest.raises(AttributeError), torch.no_grad():
         model.blocks[1](torch.randn(2, 64, 16), None)
     assert "raised an error for shifted windows without a mask" in swinaccel.report(model).entries[1].reason
+
+
+def test_a_compiled_call_that_the_original_refuses_raises():
+    block, x = stage().blocks[1], torch.randn(2, 64, 16).to(helpers.TRITON_DEVICE)
+    block.H = block.W = 8
+    compiled = torch.compile(swinaccel.accelerate(block.to(x.device), backend="triton"), backend="eager")
+    mask = descendant_models.shift_mask(8, 8, 4, 2).to(x.device)
+    with torch.no_grad():
+        helpers.assert_close(compiled(x, mask), block(x, mask))
+        with pytest.raises(Exception, match="NoneType"):
+            compiled(x, None)
 
 
 def test_a_branch_without_bias_and_mask_is_refused_with_that_reason(monkeypatch):
