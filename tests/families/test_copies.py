@@ -14,6 +14,7 @@ import helpers
 import pytest
 import torch
 from helpers import BACKENDS, check, check_fallback, randomize
+from timm.models import swin_transformer_v2_cr
 from torch import nn
 
 import swinaccel
@@ -372,3 +373,25 @@ def test_attention_that_rolls_for_itself(shift, size, backend):
     assert [entry.family for entry in swinaccel.plan(model)] == ["rolling_attention"]
     check(model, x, size, backend=backend, count=1)
     check_training(model, x, size, backend=backend, count=1)
+
+
+class Unplaced(swin_transformer_v2_cr.WindowMultiHeadAttention):
+    """SwinV2-CR's without its bias, as weather models have it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        del self.meta_mlp, self.relative_coordinates_log
+
+    def _relative_positional_encodings(self):
+        return 0.0
+
+
+@both_backends
+@pytest.mark.parametrize("shift", [0, 2])
+def test_cr_without_its_bias(shift, backend):
+    block = swin_transformer_v2_cr.SwinTransformerV2CrBlock(16, 2, (8, 12), (4, 4), (shift, shift))
+    block.attn = Unplaced(16, 2, (4, 4))
+    model, x = randomize(block), torch.randn(2, 8, 12, 16)
+    assert [entry.family for entry in swinaccel.plan(model)] == ["timm_cr"]
+    check(model, x, backend=backend, count=1)
+    check_training(model, x, backend=backend, count=1)
