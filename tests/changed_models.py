@@ -355,3 +355,21 @@ class RollingAttention(official.WindowAttention):
         windows = to_windows(x.unflatten(1, x_size).roll((-shift, -shift), (1, 2)), size)
         image = from_windows(super().forward(windows, mask=mask), size, *x_size)
         return image.roll((shift, shift), (1, 2)).reshape(x.shape)
+
+
+def cr_without_bias(dim, num_heads, size, window_size, shift_size=0):
+    """A block of timm's SwinV2-CR whose attention has no bias, as weather models have it."""
+    from timm.models import swin_transformer_v2_cr as library
+
+    class Unplaced(library.WindowMultiHeadAttention):
+        def __init__(self, *args):
+            super().__init__(*args)
+            del self.meta_mlp, self.relative_coordinates_log
+
+        def _relative_positional_encodings(self):
+            return 0.0
+
+    sides = (window_size, window_size)
+    block = library.SwinTransformerV2CrBlock(dim, num_heads, size, sides, (shift_size, shift_size))
+    block.attn = Unplaced(dim, num_heads, sides)
+    return block

@@ -85,6 +85,13 @@ for _name, _size, _small in (
         return Call(model, (images(batch, size if real else small["img_size"]),))
 
 
+@entry("timm", "SwinV2-CR without its bias")
+def _cr_without_bias(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
+    blocks = (changed.cr_without_bias(dim, heads, size, window, shift) for shift in (0, window // 2))
+    return Call(nn.Sequential(*blocks), (torch.randn(batch, *size, dim),))
+
+
 for _name, _size in (("swin_b", 224), ("swin_v2_b", 256)):
 
     @entry("torchvision", _name)

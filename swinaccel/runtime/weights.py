@@ -130,16 +130,19 @@ def later_weights(section: Section, image: Tensor, attention: nn.Module, x: Tens
         optional = () if section.mask is None else (section.mask,)
         return [*attention.parameters(), *attention.buffers(), *section.sources, section.index, *optional]
 
-    if any(one.is_inference() for one in kept()) or (image.is_inference() and _shares(image, x)):
+    if any(one.is_inference() for one in kept()):
         return section_weights(section, image)  # nobody would see that they are written to
-    before, sources = _state([*kept(), image]), kept()
+    if image.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        image = image.clone()  # the caller may write to it
+    sources = kept()
+    before = _state(sources)
 
     def compute() -> Tensor:
         now = kept()
         is_same = len(now) == len(sources) and all(a is b for a, b in zip(now, sources, strict=True))
-        if not is_same or _state([*now, image]) != before:
+        if not is_same or _state(now) != before:
             raise RuntimeError(
-                "swinaccel: these attention weights are computed when they are read, and the model or its input has "
+                "swinaccel: these attention weights are computed when they are read, and the model has "
                 "changed since the call; read them before, or call the model inside swinaccel.disabled()"
             )
         return section_weights(section, image)
@@ -153,9 +156,5 @@ def later_weights(section: Section, image: Tensor, attention: nn.Module, x: Tens
     return Later(like, image.device, compute)
 
 
-def _shares(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
 def _state(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    return [(0 if one.is_inference() else one._version, one.data_ptr()) for one in tensors]
+    return [(one._version, one.data_ptr()) for one in tensors]

@@ -133,7 +133,8 @@ def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tu
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in _PLACES:
                 place, name, default = _PLACES[func]
-                found.add(float((kwargs or {}).get(name, args[place] if len(args) > place else default)))
+                rate = float((kwargs or {}).get(name, args[place] if len(args) > place else default))
+                found.add(rate if func is F.scaled_dot_product_attention or _are_weights(*args[:1]) else -rate)
             return func(*args, **(kwargs or {}))
 
     for args in arguments:
@@ -141,6 +142,11 @@ def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tu
             original(copy.deepcopy(clone), *args)
     found.discard(0.0)
     return found.pop() if len(found) == 1 else None
+
+
+def _are_weights(dropped: Any = None) -> bool:
+    """Return True of what a softmax gives, and False of what it weighs."""
+    return isinstance(dropped, torch.Tensor) and bool((dropped.sum(-1) - 1).abs().max() < 1e-6)
 
 
 # Where PyTorch's functions take a rate: its number among the arguments, its name and its default.

@@ -13,8 +13,8 @@ import descendant_models
 import helpers
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import BACKENDS, check, check_fallback, randomize
-from timm.models import swin_transformer_v2_cr
 from torch import nn
 
 import swinaccel
@@ -167,13 +167,21 @@ class Squared(models.SdpaAttention):
         return super().rate() ** 2
 
 
-def test_a_rate_that_is_not_taken_as_it_is_stays_with_the_original():
-    model = randomize(Squared(16, (4, 4), 2))
+class Elsewhere(models.SdpaAttention):
+    """It drops what the weights make of the values."""
+
+    def mixed(self, q, k, v, mask):
+        return F.dropout(F.scaled_dot_product_attention(q, k, v, self.start(mask)), self.rate())
+
+
+@pytest.mark.parametrize("kind", [Squared, Elsewhere])
+def test_a_rate_that_is_taken_otherwise_stays_with_the_original(kind):
+    model = randomize(kind(16, (4, 4), 2))
     swinaccel.accelerate(model, backend="torch")
     model.attn_drop_prob = 0.4
     with torch.no_grad():
         model(torch.randn(6, 16, 16))
-    assert "attn_drop_prob of its Squared is not zero" in swinaccel.report(model).entries[0].reason
+    assert f"attn_drop_prob of its {kind.__name__} is not zero" in swinaccel.report(model).entries[0].reason
 
 
 def test_a_number_that_is_a_rate_is_seen_while_a_compiler_traces():
@@ -375,23 +383,10 @@ def test_attention_that_rolls_for_itself(shift, size, backend):
     check_training(model, x, size, backend=backend, count=1)
 
 
-class Unplaced(swin_transformer_v2_cr.WindowMultiHeadAttention):
-    """SwinV2-CR's without its bias, as weather models have it."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        del self.meta_mlp, self.relative_coordinates_log
-
-    def _relative_positional_encodings(self):
-        return 0.0
-
-
 @both_backends
 @pytest.mark.parametrize("shift", [0, 2])
 def test_cr_without_its_bias(shift, backend):
-    block = swin_transformer_v2_cr.SwinTransformerV2CrBlock(16, 2, (8, 12), (4, 4), (shift, shift))
-    block.attn = Unplaced(16, 2, (4, 4))
-    model, x = randomize(block), torch.randn(2, 8, 12, 16)
+    model, x = randomize(models.cr_without_bias(16, 2, (8, 12), 4, shift)), torch.randn(2, 8, 12, 16)
     assert [entry.family for entry in swinaccel.plan(model)] == ["timm_cr"]
     check(model, x, backend=backend, count=1)
     check_training(model, x, backend=backend, count=1)
