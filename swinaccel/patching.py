@@ -186,7 +186,7 @@ def mark(module: nn.Module, text: str) -> None:
         for key in _keys(module, found):
             _install(*key)
             _known.setdefault(key, weakref.WeakSet()).add(module)
-            roles = getattr(key[0], ROLES, frozenset()) | roles_of(module)
+            roles = getattr(key[0], ROLES, frozenset()) | roles_of(found.adapter, module)
             setattr(key[0], ROLES, roles)
         module.__dict__[MARKER] = text
 

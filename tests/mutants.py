@@ -56,6 +56,7 @@ FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+COPIES = "tests/families/test_copies.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
@@ -83,11 +84,25 @@ MUTANTS = [
         ),
         (
             "probe.py",
-            "raise _NotNow(section)\n    if section.padding",
+            "raise NotNow(section)\n    if section.padding",
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
         ),
-        ("probe.py", "Reading(default_scale=True)", "Reading()", VERDICTS + " -k scale"),
+        ("probe.py", "for default_scale in (False, True):", "for default_scale in (False,):", VERDICTS + " -k scale"),
+        ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
+        ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
+        ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
+        ("registry.py", "reading.refused | known.refused", "reading.refused", COPIES + " -k refuses"),
+        (
+            "registry.py",
+            "self.rate)(attention) if attention.training else",
+            "self.rate)(attention) if True else",
+            COPIES,
+        ),
+        ("probe.py", "Widened() if narrows and", "Widened() if False and", COPIES + " -k another"),
+        ("copies.py", "asked = func is Tensor.float or (", "asked = (", COPIES + " -k another"),
+        ("dropping.py", " or _are_weights(*args[:1]) else -rate", " or True else -rate", COPIES + " -k taken"),
+        ("dropping.py", "holds = _told(original, clone, arguments) == rate", "holds = True", COPIES + " -k taken"),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
         ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps.py -k scale"),
@@ -127,8 +142,8 @@ MUTANTS = [
         ("fingerprint.py", "[one for one in type.mro(type(cls)) if one not in (type, object)]", "[]", SETTINGS),
         (
             "probe.py",
-            "_UNSEEN.intersection(code.co_names)",
-            "_UNSEEN.intersection(())",
+            "found = _speaks_of(parts, _UNSEEN)",
+            "found = None",
             "tests/trust/test_verdicts.py -k cpu",
         ),
         (
@@ -411,10 +426,17 @@ MUTANTS = [
             "table",
             "tests/runtime/test_memory.py -k edits",
         ),
+        ("weights.py", "for reference in one.family:", "for reference in ():", COPIES + " -k earlier"),
+        ("weights.py", "not is_same or _state(now) != before", "not is_same", COPIES + " -k call"),
+        ("weights.py", "image = image.clone()", "pass", COPIES + " -k returns"),
+        ("weights.py", "    if torch.is_grad_enabled():", "    if False:", COPIES + " -k left"),
+        ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
+        ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
+        ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
         (
             "attention.py",
-            '            if value:\n                return f"{rate}',
-            '            if False:\n                return f"{rate}',
+            "if value and (place or rate != known):",
+            "if False:",
             "tests/trust/test_verdicts.py -k rates",
         ),
         (
@@ -632,8 +654,23 @@ MUTANTS = [
         ),
         (
             "families/shared/official.py",
-            "if not isinstance(attn.scale, (int, float)):",
-            "if False:",
+            'getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid"',
+            'hasattr(attn, "logit_scale")',
+            COPIES + " -k another",
+        ),
+        (
+            "families/window_attention.py",
+            'return "mask" if "mask" in names else names[1]',
+            "return names[1]",
+            COPIES + " -k 'another or keys'",
+        ),
+        ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
+        ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
+        ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),
+        (
+            "families/shared/official.py",
+            "None if isinstance(attn.scale, (int, float)) else",
+            "None if True else",
             "tests/runtime/test_traps.py tests/trust/test_verdicts.py -k scale",
         ),
         (

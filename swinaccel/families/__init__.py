@@ -17,10 +17,13 @@ from .adapters import PatchMerging, TorchvisionBlock
 from .detection import Detection, ShiftWindowMSA
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
+from .huggingface_attention import HuggingFaceAttention
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
 from .protocols import BlockAdapter, Family
+from .renamed import Renamed
 from .restoration import Hat, SwinIR
+from .rolling import Rolling
 from .timm import Timm
 from .timm_cr import TimmCr
 from .torchvision import Torchvision, Torchvision3d
@@ -37,11 +40,14 @@ FAMILIES: list[Family] = [
     HuggingFaceSwinLegacy(),
     Microsoft(),
     SwinIR(),
+    Rolling(),
     Hat(),
     Detection(),
     ShiftWindowMSA(),
     Video(),
     WindowAttention(),
+    HuggingFaceAttention(),
+    Renamed(),
 ]
 
 

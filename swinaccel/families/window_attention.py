@@ -28,7 +28,7 @@ class WindowAttention:
     method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
-        if hasattr(module, "shift_size") or _names(type(module)) is None:
+        if hasattr(module, "shift_size") or argument_names(type(module)) is None:
             return None
         return attention_spec(self.name, module)
 
@@ -39,51 +39,73 @@ class WindowAttention:
         return attention_projections(module)
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
-        x, mask = _arguments(module, args, kwargs)
-        (first, *rest), windows = module.window_size, 1
-        if x.dim() != 3 or x.shape[1] != first * math.prod(rest):
-            return f"the input {tuple(x.shape)} is not of windows of {first * math.prod(rest)} tokens"
-        reason = flash_reason(module) or strange_mask(mask, x)
-        if reason is None and mask is not None:
-            windows = mask.shape[0]
-            if windows == 0 or x.shape[0] % windows:
-                reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
-        geometry = Geometry((windows * first, *rest), (first, *rest))
-        return reason or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
+        x, mask = window_arguments(module, args, kwargs)
+        geometry = flash_reason(module) or stacked(module.window_size, x, mask)
+        return geometry if isinstance(geometry, str) else attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        x, mask = _arguments(module, args, kwargs)
-        first, *rest = module.window_size
-        windows = 1 if mask is None else mask.shape[0]
-        image = x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2])
-        out = attend(image)
-        return out.reshape(*x.shape[:2], out.shape[-1])
+        return attend_stacked(attend, module.window_size, *window_arguments(module, args, kwargs))
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        tokens = math.prod(module.window_size)
-        x = torch.Size((6, tokens, module.qkv.in_features))
-        return [(x, torch.Size((3, tokens, tokens))), (x, None)]
+        return window_examples(module, module.window_size, module.qkv.in_features)
 
 
-def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def stacked(window: Any, x: Tensor, mask: Any) -> Geometry | str:
+    """Return the geometry of windows (windows, N, C) on each other, or why the original must run."""
+    (first, *rest), windows = window, 1
+    if x.dim() != 3 or x.shape[1] != first * math.prod(rest):
+        return f"the input {tuple(x.shape)} is not of windows of {first * math.prod(rest)} tokens"
+    reason = strange_mask(mask, x)
+    if reason is None and mask is not None:
+        windows = mask.shape[0]
+        if windows == 0 or x.shape[0] % windows:
+            reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
+    return reason or Geometry((windows * first, *rest), (first, *rest))
+
+
+def attend_stacked(attend: Any, window: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return what `attend` makes of windows on each other."""
+    first, *rest = window
+    windows = 1 if mask is None else mask.shape[0]
+    out = attend(x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2]))
+    return out.reshape(*x.shape[:2], out.shape[-1])
+
+
+def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, ...]]:
+    """Return calls with a mask that images share, with one of all windows, and without."""
+    tokens, names = math.prod(window), argument_names(type(module)) or ()
+    between = (None,) * (names.index(_mask_name(names)) - 1)
+    masks = torch.Size((3, tokens, tokens)), torch.Size((6, tokens, tokens)), None
+    return [(torch.Size((6, tokens, channels)), *between, mask) for mask in masks]
+
+
+def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return windows and mask, under whatever names the forward gives them; what else it may take must be left out."""
     names = _NAMES.get(type(module))
     if names is None:
-        names = _NAMES[type(module)] = _names(type(module)) or ()
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+        names = _NAMES[type(module)] = argument_names(type(module)) or ()
+    given, mask = {**dict(zip(names, args, strict=False)), **kwargs}, _mask_name(names)
     if len(args) > len(names) or not given.keys() <= {*names} or names[0] not in given:
-        raise TypeError(f"its arguments are {' and '.join(names[:2])}")
-    for name in names[2:]:
-        if given.get(name) is not None:
+        raise TypeError(f"its arguments are {names[0]} and {mask}")
+    for name in names[1:]:
+        if name != mask and given.get(name) is not None and given[name] is not False:
             raise TypeError(f"it is given {name}, which no family knows")
-    return given[names[0]], given.get(names[1])
+    return given[names[0]], given.get(mask)
 
 
-def _names(cls: type) -> tuple[str, ...] | None:
-    """Return the names of a forward's arguments (windows, mask, others that default to None), or None."""
+def argument_names(cls: type) -> tuple[str, ...] | None:
+    """Return the names of a forward's arguments (windows, mask, others that default to None or False), or None."""
     names = positional_names(cls.forward)  # type: ignore[attr-defined]
-    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
-    return names if len(names) > 1 and all(parameters[name].default is None for name in names[2:]) else None
+    if len(names) < 2:
+        return None
+    parameters, mask = inspect.signature(cls.forward).parameters, _mask_name(names)  # type: ignore[attr-defined]
+    others = (parameters[name].default for name in names[1:] if name != mask)
+    return names if all(default is None or default is False for default in others) else None
+
+
+def _mask_name(names: tuple[str, ...]) -> str:
+    """Return which argument is the mask: the one of that name, or else the second."""
+    return "mask" if "mask" in names else names[1]
 
 
 _NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()

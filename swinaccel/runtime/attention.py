@@ -18,15 +18,16 @@ from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..spec.block import Product
 from ..spec.window import Section
+from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library
-from ..trust.probe import PADDED
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, Scope, State
 from .section import TritonSection
+from .weights import later_weights, weights_reason
 
 _CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
 
@@ -38,7 +39,8 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
-    facts = parts_reason(parts, attention is root) or reading_of(family, module)
+    facts = reading_of(family, module)
+    facts = parts_reason(parts, attention is root, facts) or facts
     inside = [root, *(part for part in parts if part is not root)]
     if isinstance(facts, Reading):
         inside += [part for path in facts.unread_dropouts if (part := module.get_submodule(path)) not in inside]
@@ -62,13 +64,15 @@ def guarded(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | Non
         return None
 
 
-def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
+def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str) -> str | None:
     """Return why modules that the section stands in for must be called: someone watches them or replaced a method.
 
     Args:
         parts: the attention first.
         is_called: the attention itself is called all the same, so that its own hooks run.
+        reading: of the attention, which may know a number to be a rate.
     """
+    known = reading.rate if isinstance(reading, Reading) else ""
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
@@ -77,7 +81,7 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own; delete it to accelerate"
         for rate, value in () if is_of_library(part) else rates(part):
-            if value:
+            if value and (place or rate != known):
                 return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
     return None
 
@@ -112,7 +116,8 @@ def plan_attention(
         return section
     x = args[0] if args else next(iter(kwargs.values()))
     attention = family.attention(module)
-    bound = bind(section, attention, config, state, x)
+    reason = weights_reason(section, x) if reading.weights else None
+    bound = reason or bind(section, attention, config, state, x)
     if isinstance(bound, str):
         return bound
     attend, problem = bound
@@ -120,7 +125,18 @@ def plan_attention(
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
 
-    return Plan(run, problem, guard, section.index)
+    def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        images = []
+
+        def watched(image: Tensor) -> Tensor:
+            images.append(image)
+            return attend(image)
+
+        out = family.forward(module, watched, *args, **kwargs)
+        given = args[0] if args else next(iter(kwargs.values()))
+        return out, later_weights(section, images[0], family.attention(root), given)
+
+    return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
 
 
 def section_of(
@@ -131,7 +147,9 @@ def section_of(
         section = family.section(module, *args, **kwargs)
     except TypeError as error:
         return f"the call is not one that the {family.name} family knows ({error})"
-    return section if isinstance(section, str) or reading is None else reading.apply(section)
+    if isinstance(section, str) or reading is None:
+        return section
+    return reading.apply(section, family.attention(module), args[0] if args else next(iter(kwargs.values())))
 
 
 def bind(

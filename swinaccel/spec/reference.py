@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window import Geometry
+from .window import Geometry, Section
 
 
 def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str = "cpu") -> Tensor:
@@ -108,6 +108,22 @@ def attention(
         dropout: probability at which an attention weight is dropped.
     Returns:
         (windows, heads, N, D).
+    """
+    weights = attention_weights(q, k, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale)
+    return F.dropout(weights, dropout).to(v.dtype) @ v
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    logit_scale: Tensor | None = None,
+) -> Tensor:
+    """Compute the weights of `attention`, (windows, heads, N, N).
+
     Source: arXiv:2103.14030, eq. 4; arXiv:2111.09883, eq. 2.
     """
     if logit_scale is None:
@@ -121,7 +137,7 @@ def attention(
         windows, heads, tokens, _ = scores.shape
         scores = scores.view(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None]
         scores = scores.view(windows, heads, tokens, tokens)
-    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+    return scores.softmax(-1)
 
 
 def split_heads(windows: Tensor, num_heads: int) -> Tensor:
@@ -171,6 +187,19 @@ def shifted_window_attention(
     bias = table if table is None or index is None else bias_from_table(table, index)
     out = attention(q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout)
     return join(out.transpose(1, 2).flatten(2), geometry)
+
+
+def section_weights(section: Section, image: Tensor) -> Tensor:
+    """Return the weights that a section gives the keys of an image (B, H, W, C), (B * M, heads, N, N)."""
+    qkv, geometry, mask = section.project(image), section.geometry, section.mask
+    parts = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
+    padding = section.padding() if section.padding is not None else None
+    pads = (None, None) if padding is None else padding.chunk(3)[:2]
+    q, k = (split_heads(cut(part, geometry, pad), section.num_heads) for part, pad in zip(parts[:2], pads, strict=True))
+    if mask is None and geometry.is_shifted and section.mask_value:
+        mask = shift_mask(geometry, section.mask_value, device=image.device)
+    bias = bias_from_table(section.table(), section.index)
+    return attention_weights(q, k, bias=bias, mask=mask, scale=section.scale, logit_scale=section.logit_scale)
 
 
 def visible_keys(

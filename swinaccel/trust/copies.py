@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from ..families import examples
 from ..spec.block import Block
@@ -49,6 +50,22 @@ LOW_PRECISION = (
     Setting(dtype=torch.bfloat16),
     Setting(dtype=torch.float32, autocast=True),
 )
+
+
+class Widened(TorchFunctionMode):
+    """Let code that computes in float32 for itself stay in float64, where its arithmetic is looked at.
+
+    How it rounds is looked at in lower precision, without this.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave numbers as they are where they would become float32."""
+        asked = func is Tensor.float or (
+            func in (Tensor.to, Tensor.type) and len(args) == 2 and args[1] is torch.float32
+        )
+        if asked and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
