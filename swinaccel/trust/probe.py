@@ -291,7 +291,9 @@ def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any,
             continue
         held = {**part._buffers, **{name: one for name, one in vars(part).items() if isinstance(one, Tensor)}}
         for name, tensor in held.items():
-            if tensor is None or tensor.is_floating_point() or tensor.data_ptr() == section.index.data_ptr():
+            if tensor is None or tensor.is_floating_point():
+                continue
+            if section.index is not None and tensor.data_ptr() == section.index.data_ptr():
                 continue
             return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
     return None
@@ -346,7 +348,7 @@ def attend(section: Section, x: Tensor) -> Tensor:
         v,
         section.geometry,
         num_heads=section.num_heads,
-        table=section.table(),
+        table=None if section.table is None else section.table(),
         index=section.index,
         padding=section.padding() if section.padding is not None else None,
         mask=section.mask,
