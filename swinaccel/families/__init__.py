@@ -14,6 +14,7 @@ from torch import nn
 from ..layers import is_wrapper
 from ..spec.window import WindowSpec
 from .adapters import PatchMerging, TorchvisionBlock
+from .aurora import Aurora
 from .detection import Detection, ShiftWindowMSA
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
@@ -41,6 +42,7 @@ FAMILIES: list[Family] = [
     Detection(),
     ShiftWindowMSA(),
     Video(),
+    Aurora(),
     WindowAttention(),
 ]
 

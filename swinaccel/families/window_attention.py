@@ -1,8 +1,6 @@
 """The official `WindowAttention` by itself, where the block around it is not known: (windows, N, C) in and out.
 
-It is handed windows that its block has cut and rolled, with the mask that belongs to them. Windows stacked on each
-other are an image one window wide (and high, of volumes), so nothing is moved: M windows of a mask are one image, and
-without a mask each window is one.
+It is handed windows that its block has cut and rolled, with the mask that belongs to them.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import strange_mask
+from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
 from .shared.common import positional_names
 from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
+from .shared.stacked import stacked_geometry, stacked_image
 
 
 class WindowAttention:
@@ -40,23 +38,14 @@ class WindowAttention:
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = _arguments(module, args, kwargs)
-        (first, *rest), windows = module.window_size, 1
-        if x.dim() != 3 or x.shape[1] != first * math.prod(rest):
-            return f"the input {tuple(x.shape)} is not of windows of {first * math.prod(rest)} tokens"
-        reason = flash_reason(module) or strange_mask(mask, x)
-        if reason is None and mask is not None:
-            windows = mask.shape[0]
-            if windows == 0 or x.shape[0] % windows:
-                reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
-        geometry = Geometry((windows * first, *rest), (first, *rest))
-        return reason or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
+        geometry = stacked_geometry(x, mask, tuple(module.window_size))
+        if isinstance(geometry, str):
+            return geometry
+        return flash_reason(module) or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
         x, mask = _arguments(module, args, kwargs)
-        first, *rest = module.window_size
-        windows = 1 if mask is None else mask.shape[0]
-        image = x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2])
-        out = attend(image)
+        out = attend(stacked_image(x, mask, tuple(module.window_size)))
         return out.reshape(*x.shape[:2], out.shape[-1])
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
