@@ -105,6 +105,8 @@ def _load_or_make(section: Section, dtype: torch.dtype, energy: float | None) ->
     assert section.table is not None
     assert section.index is not None
     table, index = section.table().detach(), section.index
+    if table.dim() != 2:  # rows of windows have biases of their own, which kernels take as they are
+        return None
     bias = reference.bias_from_table(table, index).float()
     if not bool(torch.isfinite(bias).all()):
         return None

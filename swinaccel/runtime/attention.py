@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -173,8 +174,10 @@ def section_reason(section: Section, device: torch.device) -> str | None:
         if tuple(section.index.shape) != (tokens, tokens):
             return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
         shape = table_shape(section)
-        if len(shape) != 2 or shape[1] != heads:
+        if len(shape) not in (2, 3) or shape[-1] != heads:
             return f"the bias table {shape} has not one column for each of {heads} heads"
+        if len(shape) == 3 and (shape[1] < 1 or math.prod(geometry.grid[:-1]) % shape[1]):
+            return f"the bias table {shape} does not divide the rows of windows, {geometry.grid[:-1]}"
     if section.logit_scale is not None and section.logit_scale.numel() != heads:
         return f"logit_scale holds {section.logit_scale.numel()} numbers, and the attention has {heads} heads"
     mask = section.mask
@@ -193,7 +196,7 @@ def section_reason(section: Section, device: torch.device) -> str | None:
 
 
 def table_shape(section: Section) -> tuple[int, ...]:
-    """Return (rows, heads) of the bias table, without computing it."""
+    """Return the shape of the bias table, without computing it."""
     assert section.table is not None
     return section.table_shape or tuple(section.table().shape)
 

@@ -105,7 +105,8 @@ class Section:
         output: (..., heads * D) to (..., C), projection and its dropout.
         padding: gives what `project` makes of a zero token, as a vector (3 * heads * D,) or None for zeros;
             None itself where that cannot be read off the projection.
-        table: gives the relative position bias table (T, heads), with every transform applied; None for no bias.
+        table: gives the relative position bias table (T, heads), with every transform applied; None for no bias. Or
+            (T, rows, heads), of biases that rows of windows take in turn: see `reference.bias_of_windows`.
         table_shape: the shape that this table will have, where it has to be computed.
         index: (N, N), int64; row of the table for (query, key). None for no bias.
         sources: the tensors that `table` is computed from.

@@ -106,12 +106,16 @@ def _is_implied(section: Section) -> bool:
 
 
 def _bias(section: Section, device: torch.device) -> Tensor:
-    """Return (heads, N, N) from the live table, gathered head by head, which writes in order; zeros without a table."""
+    """Return (heads, N, N), or (rows, heads, N, N), from the live table, gathered head by head, which writes in order.
+
+    Without a table it is zeros, (1, N, N).
+    """
     tokens = section.geometry.tokens
     if section.table is None or section.index is None:
         return torch.zeros(1, tokens, tokens, device=device)
-    table = section.table().t().contiguous()
-    return table.index_select(1, section.index.reshape(-1)).view(-1, tokens, tokens)
+    table = section.table()
+    columns = table.flatten(1).t().contiguous()
+    return columns.index_select(1, section.index.reshape(-1)).view(*table.shape[1:], tokens, tokens)
 
 
 def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +144,11 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
     is_implied = _is_implied(section)
     masked = is_implied and section.geometry.is_shifted and bool(section.mask_value)
     bias = _bias(section, x.device)
+    if bias.dim() == 4:  # of all windows, with the mask
+        bias = reference.bias_of_windows(bias, section.geometry)
+        if masked:
+            bias = bias + reference.shift_mask(section.geometry, section.mask_value, device=bias.device)[:, None]
+            masked = False
     parts = max(1, round(x.numel() / (x.shape[-1] * part_rows))) if in_parts and not torch.is_grad_enabled() else 1
     size = -(-batch // parts) if batch else 1
     starts = _Starts(section, bias, is_implied, {})
@@ -179,7 +188,9 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Starts(NamedTuple):
-    """Biases (heads, N, N), or (1, N, N), and masks that scores start from, worked out once a call."""
+    """Biases (heads, N, N), (1, N, N) or of all windows of an image (M, heads, N, N), and masks that scores start from,
+    worked out once a call.
+    """
 
     section: Section
     bias: Tensor
@@ -223,9 +234,11 @@ def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, 
         scale = 1.0
 
     bias = clamp_finite(starts.bias, accurate(q.dtype))
-    if not starts.is_implied and batch:
-        assert section.mask is not None
-        start = bias + clamp_finite(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
+    if (bias.dim() == 4 or not starts.is_implied) and batch:
+        start = bias
+        if not starts.is_implied:
+            assert section.mask is not None
+            start = bias + clamp_finite(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
         images = zip(*(part.unflatten(0, (batch, -1)) for part in (q, k, v)), strict=True)
         outs = [_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images]
         out = torch.cat(outs) if batch > 1 else outs[0]
