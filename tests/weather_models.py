@@ -1,10 +1,12 @@
-"""Stand-ins for weather models, which come as files to copy: Aurora's Swin of volumes.
+"""Stand-ins for weather models, which come as files to copy: Aurora's Swin of volumes, and Pangu's attention.
 
 Written for the tests, like those of microsoft_models.py: the names of attributes and arguments and the arithmetic are
 those of the project, since that is what it is recognised by; the code is not.
 """
 
 from __future__ import annotations
+
+import math
 
 import microsoft_models as official
 import torch
@@ -123,3 +125,85 @@ class AuroraLayer(nn.Module):
         for block in self.blocks:
             x = block(x, c, res, rollout_step)
         return x
+
+
+def earth_index(window) -> Tensor:
+    """(N, N); each pair of places has a row, but for columns, where their distance alone counts."""
+    *others, columns = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
+    index = columns[:, None] - columns[None, :] + window[-1] - 1
+    rows = 2 * window[-1] - 1
+    for side, place in zip(window[-2::-1], others[::-1], strict=True):
+        index = index + rows * (place[:, None] + side * place[None, :])
+        rows *= side**2
+    return index
+
+
+class EarthAttention(nn.Module):
+    """Of windows of two or three axes; the bias table has rows of its own for each row of windows."""
+
+    def __init__(self, dim, window_size, num_heads, type_of_windows, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.dim, self.window_size, self.num_heads = dim, window_size, num_heads
+        self.type_of_windows, self.scale = type_of_windows, (dim // num_heads) ** -0.5
+        rows = math.prod(side**2 for side in window_size[:-1]) * (2 * window_size[-1] - 1)
+        self.earth_position_bias_table = nn.Parameter(torch.zeros(rows, type_of_windows, num_heads))
+        self.register_buffer("earth_position_index", earth_index(window_size))
+        self.qkv, self.attn_drop = nn.Linear(dim, 3 * dim), nn.Dropout(attn_drop)
+        self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(proj_drop)
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x, mask=None):
+        count = self.earth_position_index.shape[0]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        bias = self.earth_position_bias_table[self.earth_position_index.view(-1)]
+        bias = bias.view(count, count, self.type_of_windows, -1).permute(3, 2, 0, 1)
+        scores = (q * self.scale) @ k.mT + bias
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        out = self.attn_drop(self.softmax(scores)) @ v
+        return self.proj_drop(self.proj(out.permute(0, 2, 3, 1, 4).flatten(-2)))
+
+
+def globe_windows(image: Tensor, window) -> Tensor:
+    """(B, levels, rows, columns, C) to (B * columns of windows, rows of windows, N, C)."""
+    windows = to_windows(image, window)
+    columns = image.shape[3] // window[2]
+    windows = windows.unflatten(0, (len(image), -1, columns)).transpose(1, 2)
+    return windows.flatten(0, 1)
+
+
+def from_globe_windows(windows: Tensor, window, size) -> Tensor:
+    """Undo `globe_windows`."""
+    windows = windows.unflatten(0, (-1, size[2] // window[2])).transpose(1, 2)
+    return from_windows(windows.flatten(0, 2), window, size)
+
+
+class EarthBlock(nn.Module):
+    """Pads on both sides and then shifts; left and right meet."""
+
+    def __init__(self, dim, size, num_heads, window_size, shift_size):
+        super().__init__()
+        self.size, self.window_size, self.shift_size = size, window_size, shift_size
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.missing, _ = both_sides(size, window_size, 0.0)
+        self.padded = tuple(length + -length % side for length, side in zip(size, window_size, strict=True))
+        rows = math.prod(length // side for length, side in zip(self.padded[:2], window_size[:2], strict=True))
+        self.attn = EarthAttention(dim, window_size, num_heads, rows)
+        self.mlp, mask = official.Mlp(dim, 2 * dim), None
+        if any(shift_size):
+            region = torch.zeros(())
+            for axis, (length, side, step) in enumerate(zip(self.padded, window_size, shift_size, strict=True)):
+                place = torch.arange(length)
+                along = (place >= length - side).float() + (place >= length - step).float()
+                region = 3 * region[..., None] + (along if axis < 2 else 0.0 * along)
+            region = globe_windows(region[None, ..., None], window_size)
+            mask = -100.0 * (region != region.mT)
+        self.register_buffer("attn_mask", mask)
+
+    def forward(self, x):
+        image = F.pad(self.norm1(x).view(len(x), *self.size, -1), self.missing)
+        windows = globe_windows(image.roll([-step for step in self.shift_size], (1, 2, 3)), self.window_size)
+        image = from_globe_windows(self.attn(windows, mask=self.attn_mask), self.window_size, self.padded)
+        image = F.pad(image.roll(self.shift_size, (1, 2, 3)), [-side for side in self.missing])
+        x = x + image.reshape(x.shape)
+        return x + self.mlp(self.norm2(x))

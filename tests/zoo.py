@@ -413,6 +413,16 @@ def _aurora(real: bool, batch: int) -> Call:
     return Call(model, (torch.randn(batch, math.prod(size), dim), torch.randn(batch, 6), size, 1))
 
 
+@entry("Weather", "Pangu's `EarthAttention3D`")
+def _pangu(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 6, (8, 181, 360), (2, 6, 12)) if real else (16, 2, (3, 7, 9), (2, 3, 4))
+    blocks = (
+        weather.EarthBlock(dim, size, heads, window, shift)
+        for shift in ((0, 0, 0), tuple(side // 2 for side in window))
+    )
+    return Call(nn.Sequential(*blocks), (torch.randn(batch, math.prod(size), dim),))
+
+
 for _title, _options in (("mmdet", {}), ("mmpretrain", {"pad_small_map": False}), ("mmpretrain V2", {"v2": True})):
 
     @entry("OpenMMLab", f"{_title} `ShiftWindowMSA`")

@@ -16,6 +16,7 @@ from ..spec.window import WindowSpec
 from .adapters import PatchMerging, TorchvisionBlock
 from .aurora import Aurora
 from .detection import Detection, ShiftWindowMSA
+from .earth import Earth
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
 from .huggingface_legacy import HuggingFaceSwinLegacy
@@ -43,6 +44,7 @@ FAMILIES: list[Family] = [
     ShiftWindowMSA(),
     Video(),
     Aurora(),
+    Earth(),
     WindowAttention(),
 ]
 

@@ -1,8 +1,9 @@
-"""Weather models: windows of volumes without a bias and with LoRA by step."""
+"""Weather models: no bias and LoRA by step (Aurora), and a bias for every row of windows (Pangu)."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import helpers
 import pytest
@@ -12,6 +13,8 @@ from helpers import BACKENDS, DEVICES, check, check_fallback, randomize
 from torch import nn
 
 import swinaccel
+
+KEEPS_VERDICTS = True
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 SIZE, WINDOW = (3, 7, 9), (2, 3, 4)
@@ -24,7 +27,9 @@ def assert_gradients_no_worse(model, *inputs, backend):
     twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
     for one in (copy.deepcopy(model).double(), model, twin):
         dtype = next(one.parameters()).dtype
-        given = [v.to(DEVICES[backend], dtype) if isinstance(v, torch.Tensor) else v for v in inputs]
+        given = [
+            v.detach().to(DEVICES[backend], dtype, copy=True) if isinstance(v, torch.Tensor) else v for v in inputs
+        ]
         given[0].requires_grad_()
         out = one(*given)
         out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype, device=out.device).view_as(out))
@@ -136,6 +141,75 @@ def test_aurora_wrong_calls_raise_as_before():
     model = randomize(models.AuroraAttention(16, WINDOW, 2))
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
     for given in ((torch.randn(16),), (torch.randn(4, 24, 16), torch.zeros(3, 24, 24))):
+        messages = []
+        for one in (model, twin):
+            with pytest.raises((RuntimeError, ValueError)) as caught, torch.no_grad():
+                one(*given)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+# Pangu's attention.
+
+
+def earth(window=WINDOW, rows=3, **options):
+    model = randomize(models.EarthAttention(16, window, 2, rows, **options))
+    nn.init.normal_(model.earth_position_bias_table)
+    return model
+
+
+def earth_windows(window=WINDOW, rows=3, columns=2, batch=2):
+    """Windows, and a mask that differs by column and row."""
+    count = math.prod(window)
+    mask = torch.where(torch.rand(columns, rows, count, count) < 0.3, -100.0, 0.0)
+    return torch.randn(batch * columns, rows, count, 16), mask
+
+
+@both_backends
+@pytest.mark.parametrize("window", [WINDOW, (3, 4), (2, 5, 7)], ids=str)
+def test_earth_with_gradients(window, backend):
+    """Of two and three axes, small and large."""
+    x, mask = earth_windows(window, rows=2, batch=1)
+    for given in (mask, None):
+        assert_gradients_no_worse(earth(window, rows=2), x, given, backend=backend)
+
+
+@both_backends
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 2)], ids=str)
+def test_earth_in_its_block(shift, backend):
+    model = randomize(models.EarthBlock(16, SIZE, 2, WINDOW, shift))
+    nn.init.normal_(model.attn.earth_position_bias_table)
+    check(model, torch.randn(2, math.prod(SIZE), 16), backend=backend, count=1)
+
+
+@both_backends
+def test_earth_follows_its_live_table(backend):
+    """Call after call by one plan, whatever form of the bias was asked for."""
+    device = DEVICES[backend]
+    model, (x, _) = earth((2, 5, 7)).to(device), earth_windows((2, 5, 7))
+    twin, x = swinaccel.accelerate(copy.deepcopy(model), backend=backend, bias="factors"), x.to(device)
+    with torch.no_grad():
+        for number in range(4):
+            if number > 1:
+                for one in (model, twin):
+                    one.earth_position_bias_table.data[:, number % 3] += 1.0
+            helpers.assert_close(twin(x), model(x))
+    helpers.assert_accelerated(twin, 1)
+    assert [entry.bias for entry in swinaccel.report(twin)] == ["table"]
+
+
+def test_earth_with_rows_that_its_bias_has_not_runs_the_original():
+    """One bias is spread over all rows, which the original does by broadcasting."""
+    model = earth(rows=1)
+    check_fallback(model, earth_windows(rows=3)[0], reason="has not 1 windows along its second axis")
+    check(model, earth_windows(rows=1)[0])
+
+
+def test_earth_wrong_calls_raise_as_before():
+    model = earth()
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x, mask = earth_windows()
+    for given in ((x[0],), (x[:3], mask), (x[:, :2],), (x, mask[:, :2])):
         messages = []
         for one in (model, twin):
             with pytest.raises((RuntimeError, ValueError)) as caught, torch.no_grad():
