@@ -56,6 +56,8 @@ FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
+WEATHER = "tests/families/test_weather.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
@@ -146,7 +148,7 @@ MUTANTS = [
         ("probe.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", HOST + " -k computed"),
         (
             "probe.py",
-            "if tensor is None or tensor.is_floating_point() or tensor.data_ptr() ==",
+            "if section.index is not None and tensor.data_ptr() ==",
             "if True or tensor.data_ptr() ==",
             "tests/runtime/test_switches.py -k counters",
         ),
@@ -214,7 +216,7 @@ MUTANTS = [
         ("attention.py", "low < 0 or ", "", "tests/runtime/test_dispatch.py -k index"),
         (
             "attention.py",
-            "len(shape) != 2 or shape[1] != heads",
+            "len(shape) not in (2, 3) or shape[-1] != heads",
             "len(shape) != 2",
             HOST + " -k shapes",
         ),
@@ -465,6 +467,13 @@ MUTANTS = [
     ),
     *under(
         "swinaccel",
+        # Weather models.
+        ("functional.py", "period = math.lcm(period, rows)", "period = rows", ROWS),
+        ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass", ROWS),
+        ("backends/torch/windows.py", "term.repeat(period // term.shape[0], 1, 1, 1)", "term[:1]", ROWS),
+        ("spec/reference.py", "bias.repeat_interleave(geometry.grid[-1], 0)", "bias", ROWS),
+        ("families/aurora.py", "lora(x, step)", "lora(x, 0)", WEATHER),
+        ("families/earth.py", "one.shape[1] != rows", "False", WEATHER),
         # Dispatchers and markers.
         ("patching.py", "        if switch.is_open:", "        if False:", "tests/api/test_patching.py -k disabled"),
         (
@@ -876,6 +885,17 @@ MUTANTS = [
     ),
     *under(
         "kernels/triton",
+        # Biases of rows of windows.
+        ("tiles.py", "window.number // geometry.windows[2] % BIAS_ROWS", "window.number % BIAS_ROWS", ROWS),
+        (
+            "tiles.py",
+            "number = (position // columns * BIAS_ROWS + row) * columns + position % columns",
+            "number = position * BIAS_ROWS + row",
+            ROWS,
+        ),
+        ("window_bwd.py", "bias_row = group % BIAS_ROWS", "bias_row = 0", ROWS),
+        ("window_bwd_bias.py", "bias_row = tl.program_id(1) % BIAS_ROWS", "bias_row = 0", ROWS),
+        ("window_bwd_bias.py", "bias, column, N, BIAS)", "bias, head, N, BIAS)", ROWS),
         # The kernel of two images.
         ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", GAPS + " -k two_images"),
         ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", GAPS + " -k two_images"),
