@@ -241,8 +241,8 @@ def _attend_windows(
         bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]
     period, rows = 1 if mask is None else mask.shape[0], 1 if bias is None or bias.dim() == 3 else bias.shape[0]
     if period % rows:
-        period = math.lcm(period, rows)
-        mask = None if mask is None else mask.repeat(period // mask.shape[0], 1, 1)
+        period = windows if rows % period else rows
+        mask = None if mask is None else mask[torch.arange(period, device=mask.device) % mask.shape[0]]
 
     q, k, v = autocast(q, k, v)
     geometry = Geometry((period, tokens), (1, max(1, tokens)))  # as an image with one window a row

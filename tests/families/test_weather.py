@@ -216,3 +216,23 @@ def test_earth_wrong_calls_raise_as_before():
                 one(*given)
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("kind", ["aurora", "earth"])
+def test_weather_compiles_into_one_graph(kind):
+    if kind == "aurora":
+        model, given = randomize(models.AuroraAttention(16, WINDOW, 2, 2)), (torch.randn(4, 24, 16), None, 1)
+    else:
+        model, given = earth(), earth_windows()
+    device, seen = DEVICES["triton"], []
+    model, given = model.to(device), [one.to(device) if isinstance(one, torch.Tensor) else one for one in given]
+
+    def look(graph, inputs):
+        seen.extend(node for node in graph.graph.nodes if "swinaccel" in str(node.target))
+        return graph
+
+    torch._dynamo.reset()
+    twin = torch.compile(swinaccel.accelerate(copy.deepcopy(model), backend="triton"), backend=look, fullgraph=True)
+    with torch.no_grad():
+        helpers.assert_close(twin(*given), model(*given))
+    assert len(seen) == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,10 @@ def attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend as `reference.attention` does; on CPUs by `softmax.attend`, whose start is bias and mask together."""
+    """Attend as `reference.attention` does; on CPUs by `softmax.attend`, whose start is bias and mask together.
+
+    Where windows take both in turn, the rows of one divide those of the other.
+    """
     if q.numel() == 0:
         return nothing(q, k, v, bias, logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
@@ -54,10 +55,10 @@ def attention(
         return out.reshape(-1, heads, *out.shape[2:])
 
 
-def _sum_in_turn(*terms: Tensor) -> Tensor:
-    """Return the sum of terms (period, ...) that windows take in turn, each with a period of its own."""
-    period = math.lcm(*(one.shape[0] for one in terms))
-    one, other = (term.repeat(period // term.shape[0], 1, 1, 1) if term.shape[0] > 1 else term for term in terms)
+def _sum_in_turn(bias: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum of terms (period, ...) that windows take in turn, where one period divides the other."""
+    period = max(bias.shape[0], mask.shape[0])
+    one, other = (term.repeat(period // term.shape[0], 1, 1, 1) if term.shape[0] > 1 else term for term in (bias, mask))
     return one + other
 
 
