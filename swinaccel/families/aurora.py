@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..spec.window import Axes, Section, WindowSpec
 from .shared.common import is_idle, sides
@@ -47,6 +48,8 @@ class Aurora:
             return geometry
         if getattr(module, "use_fp16_safe_attention", False):
             return "its attention is the one that is safe in fp16, which rounds otherwise"
+        if mask is not None and _hides_all(mask):
+            return "a query of the mask sees no key, and gets zeros from scaled_dot_product_attention"
         if module.attn_drop:  # any such number is looked after at eager calls, and none at compiled ones
             rate, name = "attn_drop", type(module).__name__
             return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
@@ -77,6 +80,19 @@ class Aurora:
 def _window(x: Tensor) -> Axes:
     """Return the window (1, N) of N tokens in a row, since only their number counts."""
     return 1, *x.shape[1:2]
+
+
+def _hides_all(mask: Tensor) -> bool:
+    """Return True if a mask is -inf in a whole row. It is looked through once, until it is written to."""
+    if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    version, known = 0 if mask.is_inference() else mask._version, _looked.get(mask)
+    if known is None or known[0] != version:
+        known = _looked[mask] = version, bool((mask == float("-inf")).all(-1).any())
+    return known[1]
+
+
+_looked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _adapted(projection: Any, lora: Any, step: int, x: Tensor) -> Tensor:

@@ -123,6 +123,21 @@ def test_aurora_attention_that_is_safe_in_fp16_is_left_alone():
     check_fallback(model, *tokens(), reason="safe in fp16")
 
 
+@both_backends
+def test_aurora_query_without_keys_is_left_to_the_original(backend):
+    """It gets zeros there; a mask is looked at again when it was written to."""
+    model = randomize(models.AuroraAttention(16, WINDOW, 2)).to(DEVICES[backend])
+    x, mask = (one.to(DEVICES[backend]) for one in (torch.randn(2, 24, 16), torch.zeros(1, 24, 24)))
+    mask[0, 2, 1:] = float("-inf")
+    check(model, x, mask, backend=backend)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
+    with torch.no_grad():
+        twin(x, mask)
+        mask[0, 2, 0] = float("-inf")
+        assert torch.equal(twin(x, mask), model(x, mask))
+    assert [entry.fallbacks for entry in swinaccel.report(twin)] == [1]
+
+
 class Mixing(nn.Module):
     """A LoRA over the windows of an image, and no token by itself."""
 
