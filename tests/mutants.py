@@ -57,6 +57,8 @@ SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
 COPIES = "tests/families/test_copies.py"
+ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
+WEATHER = "tests/families/test_weather.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
@@ -161,7 +163,7 @@ MUTANTS = [
         ("probe.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", HOST + " -k computed"),
         (
             "probe.py",
-            "if tensor is None or tensor.is_floating_point() or tensor.data_ptr() ==",
+            "if section.index is not None and tensor.data_ptr() ==",
             "if True or tensor.data_ptr() ==",
             "tests/runtime/test_switches.py -k counters",
         ),
@@ -229,7 +231,7 @@ MUTANTS = [
         ("attention.py", "low < 0 or ", "", "tests/runtime/test_dispatch.py -k index"),
         (
             "attention.py",
-            "len(shape) != 2 or shape[1] != heads",
+            "len(shape) not in (2, 3) or shape[-1] != heads",
             "len(shape) != 2",
             HOST + " -k shapes",
         ),
@@ -487,6 +489,13 @@ MUTANTS = [
     ),
     *under(
         "swinaccel",
+        # Weather models.
+        ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
+        ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass", ROWS),
+        ("backends/torch/windows.py", "term.repeat(period // term.shape[0], 1, 1, 1)", "term[:1]", ROWS),
+        ("spec/reference.py", "bias.repeat_interleave(geometry.grid[-1], 0)", "bias", ROWS),
+        ("families/aurora.py", "lora(x, step)", "lora(x, 0)", WEATHER + " -k aurora_at"),
+        ("families/earth.py", "one.shape[1] != rows", "False", WEATHER + " -k earth_with_rows"),
         # Dispatchers and markers.
         ("patching.py", "        if switch.is_open:", "        if False:", "tests/api/test_patching.py -k disabled"),
         (
@@ -906,6 +915,17 @@ MUTANTS = [
     ),
     *under(
         "kernels/triton",
+        # Biases of rows of windows.
+        ("tiles.py", "window.number // geometry.windows[2] % BIAS_ROWS", "window.number % BIAS_ROWS", ROWS),
+        (
+            "tiles.py",
+            "number = (position // columns * BIAS_ROWS + row) * columns + position % columns",
+            "number = position * BIAS_ROWS + row",
+            ROWS,
+        ),
+        ("window_bwd.py", "bias_row = group % BIAS_ROWS", "bias_row = 0", ROWS),
+        ("window_bwd_bias.py", "bias_row = tl.program_id(1) % BIAS_ROWS", "bias_row = 0", ROWS),
+        ("window_bwd_bias.py", "bias, column, N, BIAS)", "bias, head, N, BIAS)", ROWS),
         # The kernel of two images.
         ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", GAPS + " -k two_images"),
         ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", GAPS + " -k two_images"),

@@ -1,12 +1,14 @@
 """Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
 
 The census (docs/results/supported.py) and the tests run the same list. Nothing is downloaded; what is no
-package comes from the stand-ins of microsoft_models.py, descendant_models.py, changed_models.py and video_models.py.
+package comes from the stand-ins of microsoft_models.py, descendant_models.py, changed_models.py, video_models.py and
+weather_models.py.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import descendant_models as descendants
 import microsoft_models as official
 import torch
 import video_models as videos
+import weather_models as weather
 from torch import Tensor, nn
 
 
@@ -450,6 +453,23 @@ for _title, _kind in (
 def _video(real: bool, batch: int) -> Call:
     dim, heads, size, window = (96, 3, (16, 56, 56), (8, 7, 7)) if real else (16, 2, (5, 9, 6), (2, 4, 4))
     return Call(videos.BasicLayer(dim, heads, window), (torch.randn(batch, dim, *size),))
+
+
+@entry("Weather", "Aurora")
+def _aurora(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (512, 8, (4, 90, 180), (2, 6, 12)) if real else (16, 2, (3, 7, 9), (2, 3, 4))
+    model = weather.AuroraLayer(dim, heads, window, lora_steps=2, rank=8)
+    return Call(model, (torch.randn(batch, math.prod(size), dim), torch.randn(batch, 6), size, 1))
+
+
+@entry("Weather", "Pangu's `EarthAttention3D`")
+def _pangu(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 6, (8, 181, 360), (2, 6, 12)) if real else (16, 2, (3, 7, 9), (2, 3, 4))
+    blocks = (
+        weather.EarthBlock(dim, size, heads, window, shift)
+        for shift in ((0, 0, 0), tuple(side // 2 for side in window))
+    )
+    return Call(nn.Sequential(*blocks), (torch.randn(batch, math.prod(size), dim),))
 
 
 for _title, _options in (("mmdet", {}), ("mmpretrain", {"pad_small_map": False}), ("mmpretrain V2", {"v2": True})):

@@ -244,6 +244,8 @@ def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> d
     if isinstance(section, str):
         return {"reason": section}
     tokens = section.geometry.tokens
+    if section.table is None:
+        return {"tokens": tokens, "reason": "it has no position bias"}
     if tokens < position_bias.MIN_TOKENS:
         return {"tokens": tokens, "reason": f"a window of {tokens} tokens keeps its whole bias in registers"}
     if not position_bias.wanted(config):

@@ -14,7 +14,9 @@ from torch import nn
 from ..layers import is_wrapper
 from ..spec.window import WindowSpec
 from .adapters import PatchMerging, TorchvisionBlock
+from .aurora import Aurora
 from .detection import Detection, ShiftWindowMSA
+from .earth import Earth
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
 from .huggingface_attention import HuggingFaceAttention
@@ -45,6 +47,8 @@ FAMILIES: list[Family] = [
     Detection(),
     ShiftWindowMSA(),
     Video(),
+    Aurora(),
+    Earth(),
     WindowAttention(),
     HuggingFaceAttention(),
     Renamed(),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_table, logit_scale_reason, pair, position_bias
 from .shared.separate import separate_padding, separate_projections
-from .window_attention import argument_names, attend_stacked, stacked, window_arguments, window_examples
+from .shared.stacked import attend_stacked, stacked_geometry
+from .window_attention import argument_names, window_arguments, window_examples
 
 
 class HuggingFaceAttention:
@@ -42,11 +43,11 @@ class HuggingFaceAttention:
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = window_arguments(module, args, kwargs)
-        geometry = stacked(module.self.window_size, x, mask)
+        geometry = stacked_geometry(x, mask, tuple(module.self.window_size))
         return geometry if isinstance(geometry, str) else outer_section(module, geometry, mask)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        return (attend_stacked(attend, module.self.window_size, *window_arguments(module, args, kwargs)),)
+        return (attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(module.self.window_size)),)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         return window_examples(module, module.self.window_size, module.self.query.in_features)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
 from .shared.common import drop_rate, is_table, sides
-from .window_attention import argument_names, attend_stacked, stacked, window_arguments, window_examples
+from .shared.stacked import attend_stacked, stacked_geometry
+from .window_attention import argument_names, window_arguments, window_examples
 
 
 class Renamed:
@@ -41,7 +42,7 @@ class Renamed:
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = window_arguments(module, args, kwargs)
-        geometry = stacked(_window(module), x, mask)
+        geometry = stacked_geometry(x, mask, tuple(_window(module)))
         if isinstance(geometry, str):
             return geometry
         if not isinstance(module.scale, (int, float)):
@@ -64,7 +65,7 @@ class Renamed:
         )
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return attend_stacked(attend, _window(module), *window_arguments(module, args, kwargs))
+        return attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(_window(module)))
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         return window_examples(module, _window(module), _queries(module)[0].in_features)

@@ -1,8 +1,6 @@
 """The official `WindowAttention` by itself, where the block around it is not known: (windows, N, C) in and out.
 
-It is handed windows that its block has cut and rolled, with the mask that belongs to them. Windows stacked on each
-other are an image one window wide (and high, of volumes), so nothing is moved: M windows of a mask are one image, and
-without a mask each window is one.
+It is handed windows that its block has cut and rolled, with the mask that belongs to them.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import strange_mask
+from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
 from .shared.common import positional_names
 from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
+from .shared.stacked import attend_stacked, stacked_geometry
 
 
 class WindowAttention:
@@ -40,35 +38,14 @@ class WindowAttention:
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = window_arguments(module, args, kwargs)
-        geometry = flash_reason(module) or stacked(module.window_size, x, mask)
+        geometry = flash_reason(module) or stacked_geometry(x, mask, tuple(module.window_size))
         return geometry if isinstance(geometry, str) else attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return attend_stacked(attend, module.window_size, *window_arguments(module, args, kwargs))
+        return attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(module.window_size))
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         return window_examples(module, module.window_size, module.qkv.in_features)
-
-
-def stacked(window: Any, x: Tensor, mask: Any) -> Geometry | str:
-    """Return the geometry of windows (windows, N, C) on each other, or why the original must run."""
-    (first, *rest), windows = window, 1
-    if x.dim() != 3 or x.shape[1] != first * math.prod(rest):
-        return f"the input {tuple(x.shape)} is not of windows of {first * math.prod(rest)} tokens"
-    reason = strange_mask(mask, x)
-    if reason is None and mask is not None:
-        windows = mask.shape[0]
-        if windows == 0 or x.shape[0] % windows:
-            reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
-    return reason or Geometry((windows * first, *rest), (first, *rest))
-
-
-def attend_stacked(attend: Any, window: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return what `attend` makes of windows on each other."""
-    first, *rest = window
-    windows = 1 if mask is None else mask.shape[0]
-    out = attend(x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2]))
-    return out.reshape(*x.shape[:2], out.shape[-1])
 
 
 def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, ...]]:

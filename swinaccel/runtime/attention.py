@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, Scope, State
-from .section import TritonSection
+from .section import TritonSection, form_of
 from .weights import later_weights, weights_reason
 
 _CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
@@ -163,7 +164,7 @@ def bind(
         reason = _torch_reason(section, attention, config, x) or index_reason(section)
         if reason is not None:
             return reason
-        state.bias = "table"
+        state.bias = form_of(section)
         in_parts = torch_backend.is_plain(attention)
         section.project, section.output = _directly(section.project), _directly(section.output)
         return lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts), None
@@ -187,13 +188,16 @@ def section_reason(section: Section, device: torch.device) -> str | None:
         return "the window is a single token, where attention has nothing to weigh"
     if not all(0 <= shift < window for shift, window in zip(geometry.shift, geometry.window, strict=True)):
         return f"the shift {geometry.shift} does not lie inside the window {geometry.window}"
-    if section.index.dtype not in (torch.int64, torch.int32):
-        return f"the bias index is of {section.index.dtype}"
-    if tuple(section.index.shape) != (tokens, tokens):
-        return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
-    shape = table_shape(section)
-    if len(shape) != 2 or shape[1] != heads:
-        return f"the bias table {shape} has not one column for each of {heads} heads"
+    if section.index is not None:
+        if section.index.dtype not in (torch.int64, torch.int32):
+            return f"the bias index is of {section.index.dtype}"
+        if tuple(section.index.shape) != (tokens, tokens):
+            return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
+        shape = table_shape(section)
+        if len(shape) not in (2, 3) or shape[-1] != heads:
+            return f"the bias table {shape} has not one column for each of {heads} heads"
+        if len(shape) == 3 and (shape[1] < 1 or math.prod(geometry.grid[:-1]) % shape[1]):
+            return f"the bias table {shape} does not divide the rows of windows, {geometry.grid[:-1]}"
     if section.logit_scale is not None and section.logit_scale.numel() != heads:
         return f"logit_scale holds {section.logit_scale.numel()} numbers, and the attention has {heads} heads"
     mask = section.mask
@@ -212,7 +216,8 @@ def section_reason(section: Section, device: torch.device) -> str | None:
 
 
 def table_shape(section: Section) -> tuple[int, ...]:
-    """Return (rows, heads) of the bias table, without computing it."""
+    """Return the shape of the bias table, without computing it."""
+    assert section.table is not None
     return section.table_shape or tuple(section.table().shape)
 
 
@@ -254,7 +259,10 @@ def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
 
 def index_reason(section: Section) -> str | None:
     """Return why the kernels, which check no index, cannot take this one, or None."""
-    index, (rows, _) = section.index, table_shape(section)
+    index = section.index
+    if index is None:
+        return None
+    rows = table_shape(section)[0]
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return "its bias index was not looked through before a CUDA graph is captured; run the model once before"
     low, high = index.aminmax()

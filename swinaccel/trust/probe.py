@@ -235,8 +235,8 @@ class _Bare(Reading):
         found, default = super().apply(section, attention, x), section.head_dim**-0.5
         if isinstance(found, str):
             return found
-        bare, scale = torch.zeros_like(section.table()), (section.scale, default, section.scale * default)[self.power]
-        return dataclasses.replace(found, table=lambda: bare, mask=None, mask_value=0.0, scale=scale)
+        scale = (section.scale, default, section.scale * default)[self.power]
+        return dataclasses.replace(found, table=None, position=None, mask=None, mask_value=0.0, scale=scale)
 
 
 def _probe_block(
@@ -347,7 +347,9 @@ def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any,
             continue
         held = {**part._buffers, **{name: one for name, one in vars(part).items() if isinstance(one, Tensor)}}
         for name, tensor in held.items():
-            if tensor is None or tensor.is_floating_point() or tensor.data_ptr() == section.index.data_ptr():
+            if tensor is None or tensor.is_floating_point():
+                continue
+            if section.index is not None and tensor.data_ptr() == section.index.data_ptr():
                 continue
             return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
     return None
@@ -407,7 +409,7 @@ def attend(section: Section, x: Tensor) -> Tensor:
         v,
         section.geometry,
         num_heads=section.num_heads,
-        table=section.table(),
+        table=None if section.table is None else section.table(),
         index=section.index,
         padding=section.padding() if section.padding is not None else None,
         mask=section.mask,
