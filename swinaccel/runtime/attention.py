@@ -18,7 +18,7 @@ from ..ops.failures import failures
 from ..spec.block import Product
 from ..spec.window import Section
 from ..trust.fingerprint import Trace, Untraceable, rates
-from ..trust.libraries import is_of_library
+from ..trust.libraries import is_of_library, unsharded
 from ..trust.probe import PADDED
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
@@ -71,7 +71,8 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
-            return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
+            advice = "remove them" if unsharded(type(part)) is type(part) else "shard the whole block in its place"
+            return f"{name} inside the attention has hooks, which expect its own tensors; {advice}"
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own; delete it to accelerate"
