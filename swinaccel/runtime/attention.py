@@ -27,7 +27,10 @@ from .guard import Guard, NotGuardable
 from .plan import Plan, Scope, State
 from .section import TritonSection
 
-_CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
+_CHANGED = (
+    "its {} was changed after accelerate(), or came from a file or another process; call"
+    " swinaccel.accelerate(model) to look at it anew"
+)
 
 
 def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
