@@ -11,6 +11,7 @@ TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kerne
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -19,16 +20,30 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import contains
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 from torch import nn
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
-_CHOICES = {
-    "backend": ("auto", "triton", "torch"),
-    "bias": ("auto", "table", "factors"),
-    "fuse": ("auto", "attention"),
-}
+
+Backend = Literal["auto", "triton", "torch"]
+Bias = Literal["auto", "table", "factors"]
+Fuse = Literal["auto", "attention"]
+Filter = Callable[[str, nn.Module], bool]
+_CHOICES = {"backend": get_args(Backend), "bias": get_args(Bias), "fuse": get_args(Fuse)}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Options(TypedDict, total=False):
+    """The fields of `AccelConfig`, for type checkers and editors."""
+
+    backend: Backend
+    bias: Bias
+    bias_energy: float | None
+    filter: Filter | None
+    strict: bool
+    fuse: Fuse
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,12 @@ class AccelConfig:
         ValueError, TypeError: for an option that is none of these; the message names it.
     """
 
-    backend: str = "auto"
-    bias: str = "auto"
+    backend: Backend = "auto"
+    bias: Bias = "auto"
     bias_energy: float | None = None
-    filter: Callable[[str, nn.Module], bool] | None = None
+    filter: Filter | None = None
     strict: bool = False
-    fuse: str = "auto"
+    fuse: Fuse = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -75,19 +90,31 @@ class AccelConfig:
             raise TypeError(f"strict must be True or False; got {self.strict!r}")
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> AccelConfig:
+    def from_options(cls, options: Options | dict[str, Any]) -> AccelConfig:
         """Return the config of keyword options; an unknown one is a TypeError that lists the known ones."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 raise TypeError(f"unknown option {name!r}; accelerate takes {', '.join(known)}")
-        return cls(**options)
+        return cls(**cast(Any, options))
 
     def to_json(self) -> str:
         """Return the options of a call as text, which an instance's marker carries through copies and pickles."""
         options = asdict(self)
         del options["filter"]
         return json.dumps(options, sort_keys=True)
+
+
+def takes_options(function: _Function) -> _Function:
+    """Name the options in the signature of a function that takes them as `**options`: help and notebooks show it."""
+    signature = inspect.signature(function)
+    named = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(AccelConfig)
+    ]
+    kept = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*kept, *named])  # type: ignore[attr-defined]
+    return function
 
 
 def _flag(name: str) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import api
+from .config import Options, takes_options
 from .report import Report
 
 MAX_RATIO, MEAN_RATIO = 2.0, 1.1
@@ -59,7 +61,8 @@ class VerifyResult:
         )
 
 
-def verify(model: nn.Module, *example_inputs: Any, **options: Any) -> VerifyResult:
+@takes_options
+def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -> VerifyResult:
     """Run a model accelerated, as it was, and in fp64, on the same inputs, and compare.
 
     Args:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .. import api
+from ..config import Options
 from ..report import Report
 from ..verify import _flat
 from .models import library
@@ -126,7 +128,7 @@ def run(
     compile_mode: str | Sequence[str | None] | None = None,
     progress: Progress | None = None,
     deadline: float | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> BenchResult:
     """Measure a model as it is and accelerated, and with what else could make it faster.
 
@@ -188,7 +190,7 @@ def run(
 
 
 def _variants(
-    model: nn.Module, modes: Sequence[str | None], options: dict[str, Any], train: bool
+    model: nn.Module, modes: Sequence[str | None], options: Options, train: bool
 ) -> tuple[dict[str, Callable[[], Callable[..., Any]]], nn.Module]:
     """Return functions that make the variants, by name, and the accelerated one."""
     copied = partial(_copy, model, train)
