@@ -190,3 +190,23 @@ def setup_logging() -> None:
     if not isinstance(level, int):
         raise ValueError(f"SWINACCEL_LOG={text!r} is not usable: set it to debug, info, warning or error")
     logging.getLogger("swinaccel").setLevel(level)
+
+
+_READERS: dict[str, Callable[[], Any]] = {
+    "SWINACCEL_DISABLE": env_disabled,
+    "SWINACCEL_STRICT": env_strict,
+    "SWINACCEL_CACHE_DIR": cache_dir,
+    "SWINACCEL_LOG": setup_logging,
+    "TRITON_INTERPRET": env_interpret,
+}
+
+
+def environment() -> tuple[dict[str, str], list[str]]:
+    """Return the variables that are set, with their values, and why any of them is not usable."""
+    problems = []
+    for read in _READERS.values():
+        try:
+            read()
+        except ValueError as error:
+            problems.append(str(error))
+    return {name: os.environ[name] for name in _READERS if name in os.environ}, problems
