@@ -53,12 +53,23 @@ class VerifyResult:
         return values
 
     def __str__(self) -> str:
-        verdict = "passed" if self.passed else "FAILED"
-        return (
-            f"{verdict}: against {self.reference}, max error {self.max_error:.2e} (original"
-            f" {self.original_max_error:.2e}), mean {self.mean_error:.2e} (original"
-            f" {self.original_mean_error:.2e}); {self.report.summary()}"
+        errors = (
+            f"against {self.reference}, max error {self.max_error:.2e} (original {self.original_max_error:.2e}), mean"
+            f" {self.mean_error:.2e} (original {self.original_mean_error:.2e})"
         )
+        return f"{'passed' if self.passed else 'FAILED'}: {errors}; {self._advice() or self.report.summary()}"
+
+    def _advice(self) -> str | None:
+        """Return what to do where nothing was compared but the original with itself, or None."""
+        if not self.report.entries:
+            return (
+                "no window attention was found, so the original was compared with itself; see the supported models in"
+                " the documentation, or give the part of the model that holds the attention"
+            )
+        if not self.report.is_effective:
+            reason = next((entry.reason for entry in self.report if entry.reason), "no call reached its attention")
+            return f"nothing ran accelerated, so the original was compared with itself: {reason}"
+        return None
 
 
 @takes_options

@@ -62,8 +62,14 @@ class BenchResult:
         raise KeyError(f"{name!r} was not measured; there are {', '.join(v.name for v in self.variants)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
-        return asdict(self) | {"report": self.report.to_dict()}
+        """Return a JSON-ready dictionary; "effective" says if the accelerated variant ran anything but originals."""
+        return asdict(self) | {"report": self.report.to_dict(), "effective": self.report.is_effective}
+
+    def _label(self, variant: Variant) -> str:
+        """Return what a row is called: none is accelerated where every call ran the original."""
+        if variant.name == "accelerated" and variant.error is None and not self.report.is_effective:
+            return "swinaccel, originals"
+        return variant.name
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -97,9 +103,13 @@ class BenchResult:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.variants:
             failed = [*"-" * (len(cells) - 2), "failed", "-"]
-            table.add_row(row.name, *(failed if row.error is not None else (cell(row) for cell in cells.values())))
+            table.add_row(
+                self._label(row), *(failed if row.error is not None else (cell(row) for cell in cells.values()))
+            )
         notes = [f"{row.name} failed: {row.error}" for row in self.variants if row.error is not None]
         training = " (of the first step; torch.compile draws random numbers of its own)"
+        if not self.report.is_effective:
+            notes.append("Nothing ran accelerated: swinaccel's row is the original again, and its speed-up is noise.")
         notes.append(
             f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles. Difference: to the"
             f" original's output, relative to its largest value{training if self.mode == 'training' else ''}."
@@ -108,7 +118,7 @@ class BenchResult:
 
     def plot(self, path: str | Path) -> None:
         """Draw the medians as bars into an image file; ImportError, with what to install, without matplotlib."""
-        shown = {row.name: row.latency_ms for row in self.variants if row.latency_ms is not None}
+        shown = {self._label(row): row.latency_ms for row in self.variants if row.latency_ms is not None}
         figure = library("matplotlib.figure").Figure(figsize=(9, 1.5 + 0.3 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
         axes.bar_label(axes.barh(list(shown), list(shown.values())), [f" {number(time)}" for time in shown.values()])

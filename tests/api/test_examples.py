@@ -82,3 +82,17 @@ def test_example(name, tmp_path, parent):
     assert status == "0\n", printed
     for word in words:
         assert word in printed, printed
+
+
+def test_quickstart_without_its_extras_is_one_sentence(tmp_path, parent):
+    output = tmp_path / "output"
+    (tmp_path / "alone.py").write_text(
+        f"import runpy, sys\nsys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None\n"
+        f"runpy.run_path({str(EXAMPLES / 'quickstart.py')!r}, run_name='__main__')\n"
+    )
+    parent.stdin.write(json.dumps([str(tmp_path / "alone.py"), str(tmp_path), str(output)]) + "\n")
+    parent.stdin.flush()
+    assert parent.stdout.readline() == "2\n"
+    (sentence,) = output.read_text().splitlines()
+    assert "sklearn" in sentence
+    assert 'pip install "swinaccel[bench]"' in sentence
