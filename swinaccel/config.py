@@ -5,6 +5,7 @@ SWINACCEL_DISABLE      1 | true | yes | on: `accelerate` does nothing and accele
 SWINACCEL_STRICT       likewise: raise where an original would run in place of a kernel.
 SWINACCEL_CACHE_DIR    folder of bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
 SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
+SWINACCEL_AUTO         1 | true | yes | on: importing swinaccel starts `swinaccel.auto`.
 TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kernels on CPU tensors.
 =====================  ==========================================================================================
 """
@@ -149,6 +150,16 @@ def env_strict() -> bool:
     return _flag("SWINACCEL_STRICT")
 
 
+def env_auto() -> bool:
+    """Return True if SWINACCEL_AUTO is on, read now."""
+    return _flag("SWINACCEL_AUTO")
+
+
+def set_auto() -> None:
+    """Let processes that this one starts be in auto mode too, where they import swinaccel."""
+    os.environ["SWINACCEL_AUTO"] = "1"
+
+
 def env_interpret() -> bool:
     """Return True if Triton kernels are interpreted on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in _TRUE
@@ -195,6 +206,7 @@ def setup_logging() -> None:
 _READERS: dict[str, Callable[[], Any]] = {
     "SWINACCEL_DISABLE": env_disabled,
     "SWINACCEL_STRICT": env_strict,
+    "SWINACCEL_AUTO": env_auto,
     "SWINACCEL_CACHE_DIR": cache_dir,
     "SWINACCEL_LOG": setup_logging,
     "TRITON_INTERPRET": env_interpret,

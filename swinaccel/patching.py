@@ -28,7 +28,7 @@ from torch import nn
 
 from .config import AccelConfig, env_disabled, may_be_disabled
 from .families import BlockAdapter, Family, by_name
-from .layers import DISPATCHER, owner, undispatched
+from .layers import owner, standing_in, undispatched
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
 from .runtime.traced import ROLES, roles_of
@@ -329,10 +329,4 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             return self._gradient_checkpointing_func(inner, *args)
         return run(method, name, self, args, kwargs)
 
-    # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
-    function = types.FunctionType(dispatcher.__code__, method.__globals__, closure=dispatcher.__closure__)
-    functools.update_wrapper(function, method)
-    # update_wrapper copies it, and dynamo would then take the dispatcher for the original.
-    function.__dict__.pop("_torchdynamo_orig_callable", None)
-    function.__dict__[DISPATCHER] = function
-    return function
+    return standing_in(dispatcher, method)

@@ -74,8 +74,9 @@ def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
-            advice = "remove them" if unsharded(type(part)) is type(part) else "shard the whole block in its place"
-            return f"{name} inside the attention has hooks, which expect its own tensors; {advice}"
+            if unsharded(type(part)) is not type(part):
+                return f"{name} inside the attention is sharded by itself; shard the whole block in its place"
+            return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own; delete it to accelerate"

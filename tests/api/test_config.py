@@ -97,7 +97,7 @@ def test_wrong_options_are_named(function, options, error, message):
         call()
 
 
-@pytest.mark.parametrize("name", ["SWINACCEL_DISABLE", "SWINACCEL_STRICT"])
+@pytest.mark.parametrize("name", ["SWINACCEL_DISABLE", "SWINACCEL_STRICT", "SWINACCEL_AUTO"])
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -113,8 +113,7 @@ def test_wrong_options_are_named(function, options, error, message):
 )
 def test_flags(monkeypatch, name, text, value):
     monkeypatch.setenv(name, text)
-    read = {"SWINACCEL_DISABLE": config.env_disabled, "SWINACCEL_STRICT": config.env_strict}[name]
-    assert read() is value
+    assert config._READERS[name]() is value
 
 
 @pytest.mark.parametrize("name", ["SWINACCEL_DISABLE", "SWINACCEL_STRICT"])
