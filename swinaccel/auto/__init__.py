@@ -45,6 +45,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "basicsr.archs.swinir_arch": ("SwinIR",),
     "spandrel.architectures.SwinIR.__arch.SwinIR": ("SwinIR",),
     "spandrel.architectures.Swin2SR.__arch.Swin2SR": ("Swin2SR",),
+    "spandrel.architectures.HAT.__arch.HAT": ("HAT",),
+    "spandrel.architectures.DRCT.__arch.drct_arch": ("DRCT",),
 }
 
 _lock = threading.RLock()
