@@ -5,12 +5,14 @@ SWINACCEL_DISABLE      1 | true | yes | on: `accelerate` does nothing and accele
 SWINACCEL_STRICT       likewise: raise where an original would run in place of a kernel.
 SWINACCEL_CACHE_DIR    folder of bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
 SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
+SWINACCEL_AUTO         1 | true | yes | on: importing swinaccel starts `swinaccel.auto`.
 TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kernels on CPU tensors.
 =====================  ==========================================================================================
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -19,16 +21,30 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import contains
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 from torch import nn
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
-_CHOICES = {
-    "backend": ("auto", "triton", "torch"),
-    "bias": ("auto", "table", "factors"),
-    "fuse": ("auto", "attention"),
-}
+
+Backend = Literal["auto", "triton", "torch"]
+Bias = Literal["auto", "table", "factors"]
+Fuse = Literal["auto", "attention"]
+Filter = Callable[[str, nn.Module], bool]
+_CHOICES = {"backend": get_args(Backend), "bias": get_args(Bias), "fuse": get_args(Fuse)}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Options(TypedDict, total=False):
+    """The fields of `AccelConfig`, for type checkers and editors."""
+
+    backend: Backend
+    bias: Bias
+    bias_energy: float | None
+    filter: Filter | None
+    strict: bool
+    fuse: Fuse
 
 
 @dataclass(frozen=True)
@@ -51,12 +67,12 @@ class AccelConfig:
         ValueError, TypeError: for an option that is none of these; the message names it.
     """
 
-    backend: str = "auto"
-    bias: str = "auto"
+    backend: Backend = "auto"
+    bias: Bias = "auto"
     bias_energy: float | None = None
-    filter: Callable[[str, nn.Module], bool] | None = None
+    filter: Filter | None = None
     strict: bool = False
-    fuse: str = "auto"
+    fuse: Fuse = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -75,19 +91,31 @@ class AccelConfig:
             raise TypeError(f"strict must be True or False; got {self.strict!r}")
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> AccelConfig:
+    def from_options(cls, options: Options | dict[str, Any]) -> AccelConfig:
         """Return the config of keyword options; an unknown one is a TypeError that lists the known ones."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 raise TypeError(f"unknown option {name!r}; accelerate takes {', '.join(known)}")
-        return cls(**options)
+        return cls(**cast(Any, options))
 
     def to_json(self) -> str:
         """Return the options of a call as text, which an instance's marker carries through copies and pickles."""
         options = asdict(self)
         del options["filter"]
         return json.dumps(options, sort_keys=True)
+
+
+def takes_options(function: _Function) -> _Function:
+    """Name the options in the signature of a function that takes them as `**options`: help and notebooks show it."""
+    signature = inspect.signature(function)
+    named = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(AccelConfig)
+    ]
+    kept = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*kept, *named])  # type: ignore[attr-defined]
+    return function
 
 
 def _flag(name: str) -> bool:
@@ -120,6 +148,16 @@ may_be_disabled = _look()  # Return False if SWINACCEL_DISABLE is not set: a ten
 def env_strict() -> bool:
     """Return True if SWINACCEL_STRICT is on, read now."""
     return _flag("SWINACCEL_STRICT")
+
+
+def env_auto() -> bool:
+    """Return True if SWINACCEL_AUTO is on, read now."""
+    return _flag("SWINACCEL_AUTO")
+
+
+def set_auto() -> None:
+    """Let processes that this one starts be in auto mode too, where they import swinaccel."""
+    os.environ["SWINACCEL_AUTO"] = "1"
 
 
 def env_interpret() -> bool:
@@ -163,3 +201,24 @@ def setup_logging() -> None:
     if not isinstance(level, int):
         raise ValueError(f"SWINACCEL_LOG={text!r} is not usable: set it to debug, info, warning or error")
     logging.getLogger("swinaccel").setLevel(level)
+
+
+_READERS: dict[str, Callable[[], Any]] = {
+    "SWINACCEL_DISABLE": env_disabled,
+    "SWINACCEL_STRICT": env_strict,
+    "SWINACCEL_AUTO": env_auto,
+    "SWINACCEL_CACHE_DIR": cache_dir,
+    "SWINACCEL_LOG": setup_logging,
+    "TRITON_INTERPRET": env_interpret,
+}
+
+
+def environment() -> tuple[dict[str, str], list[str]]:
+    """Return the variables that are set, with their values, and why any of them is not usable."""
+    problems = []
+    for read in _READERS.values():
+        try:
+            read()
+        except ValueError as error:
+            problems.append(str(error))
+    return {name: os.environ[name] for name in _READERS if name in os.environ}, problems

@@ -50,6 +50,7 @@ def under(folder: str, *mutants: tuple[str, str, str, str]) -> list[Mutant]:
 FUZZ = "tests/fuzz/test_fuzz_functions.py -k quick"
 GAPS = "tests/api/test_gaps.py"
 REFUSED = GAPS + " -k 'refused or place'"
+SHARDING = "tests/runtime/test_sharding.py"
 VERDICTS = "tests/trust/test_verdicts.py"
 HOST = "tests/runtime/test_gaps_host.py"
 FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
@@ -69,7 +70,9 @@ MUTANTS = [
         ("copies.py", ", Setting(training=True))", ")", REFUSED),
         ("copies.py", "1.25 * number + 0.05", "number", REFUSED),
         ("copies.py", "value + torch.rand_like(value) if", "value if", REFUSED),
-        ("copies.py", "            hooks.clear()", "            pass", GAPS + " -k hooks"),
+        ("copies.py", "memo[id(hooks)] = OrderedDict()", "pass", GAPS + " -k hooks"),
+        ("copies.py", "if not name.startswith(_COMPOSABLE)", "", SHARDING),
+        ("libraries.py", "in unsharded(type(module)).__mro__:", "in type(module).__mro__:", SHARDING),
         ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/api/test_patching.py -k random"),
         ("copies.py", "    Setting(dtype=torch.float16),\n", "", HOST + " -k refused"),
         ("copies.py", "autocast=True)", "autocast=False)", HOST + " -k refused"),
@@ -497,6 +500,14 @@ MUTANTS = [
         ("families/aurora.py", "lora(x, step)", "lora(x, 0)", WEATHER + " -k aurora_at"),
         ("families/earth.py", "one.shape[1] != rows", "False", WEATHER + " -k earth_with_rows"),
         # Dispatchers and markers.
+        (
+            "patching.py",
+            "        if MARKER in self.__dict__:",
+            "        if False:",
+            "tests/api/test_patching.py -k proven",
+        ),
+        ("auto/__init__.py", "not is_compiling() and self not in seen", "self not in seen", "tests/api/test_auto.py"),
+        ("auto/__init__.py", "if any(marker(part)", "if False and any(marker(part)", "tests/api/test_auto.py"),
         ("patching.py", "        if switch.is_open:", "        if False:", "tests/api/test_patching.py -k disabled"),
         (
             "patching.py",

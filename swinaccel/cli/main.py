@@ -1,4 +1,4 @@
-"""The commands inspect, verify, bench and precompute."""
+"""The commands inspect, verify, bench, precompute and doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..bias import cache
 from ..bias import table as position_bias
 from ..config import AccelConfig, cache_dir
 from . import bench as benchmark
+from . import doctor as diagnosis
 from . import models, terminal
 from .timing import dtype_name
 
@@ -189,6 +190,17 @@ def precompute(
         out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
         if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
             out.show("These weights are random, and so are their factors; --pretrained takes the library's.")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what would run on this machine and why, and what is missing. Exits with 1 where something is in the way."""
+    with terminal.work(as_json) as out:
+        with terminal.status("running one attention"):
+            found = diagnosis.examine()
+        out.document = found.to_dict()
+        out.show(str(found))
+        out.code = 1 if found.problems else 0
 
 
 def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..spec.block import Product
 from ..spec.window import Section
 from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
-from ..trust.libraries import is_of_library
+from ..trust.libraries import is_of_library, unsharded
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
@@ -30,7 +30,10 @@ from .plan import Plan, Scope, State
 from .section import TritonSection, form_of
 from .weights import later_weights, weights_reason
 
-_CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
+_CHANGED = (
+    "its {} was changed after accelerate(), or came from a file or another process; call"
+    " swinaccel.accelerate(model) to look at it anew"
+)
 
 
 def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
@@ -77,6 +80,8 @@ def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
+            if unsharded(type(part)) is not type(part):
+                return f"{name} inside the attention is sharded by itself; shard the whole block in its place"
             return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
