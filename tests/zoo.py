@@ -230,7 +230,8 @@ def _maskformer(real: bool, batch: int) -> Call:
     return Call(hf.MaskFormerForInstanceSegmentation(made), (images(batch, 384 if real else 64),))
 
 
-@entry("Hugging Face", "OneFormerForUniversalSegmentation")
+# Its decoder cuts masks off at thresholds: its own error against fp64 is 2.2e-5.
+@entry("Hugging Face", "OneFormerForUniversalSegmentation", tolerance=1e-4)
 def _oneformer(real: bool, batch: int) -> Call:
     hf = library("transformers")
     narrow = {

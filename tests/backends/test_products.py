@@ -50,8 +50,10 @@ def test_others_are_left_to_pytorch(taken):
     products.linear(x[:2], weight, bias)
     products.linear(x.t().contiguous().t(), weight, bias)
     products.linear(x, weight.t().contiguous().t(), bias)
+    products.linear(x, weight, bias[:1])
+    products.linear(x, weight, bias.requires_grad_())
     products.linear_gelu(x, weight.requires_grad_(), bias)
-    weight = weight.detach()
+    weight, bias = weight.detach(), bias.detach()
     with FlopCounterMode(display=False) as counted:
         products.linear(x, weight, bias)
     assert counted.get_total_flops() > 0

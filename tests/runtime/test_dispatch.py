@@ -932,7 +932,7 @@ def test_table_that_became_too_small_for_its_index(way, monkeypatch):
 
 def test_index_that_nobody_looked_through_before_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    section = types.SimpleNamespace(index=types.SimpleNamespace(is_cuda=True), table_shape=(4, 2))
+    section = types.SimpleNamespace(index=types.SimpleNamespace(is_cuda=True), table=lambda: None, table_shape=(4, 2))
     assert "run the model once before" in attention.index_reason(section)
 
 

@@ -43,8 +43,12 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if x.numel() * weight.shape[0] < fewest or not weight.is_contiguous() or not x.is_contiguous():
         return False
-    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
+    if bias is not None:
+        fits = bias.shape == weight.shape[:1] and bias.dtype is torch.float32 and bias.is_contiguous()
+        if not fits or (torch.is_grad_enabled() and bias.requires_grad):
+            return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     return (
