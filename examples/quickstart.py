@@ -14,14 +14,19 @@ import statistics
 import sys
 import time
 
-import timm
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import swinaccel
 from swinaccel.cli import models
+
+try:
+    import timm
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+except ImportError as error:
+    print(f'{error}; pip install "swinaccel[bench]" brings what this example needs', file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> int:

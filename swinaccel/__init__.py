@@ -7,7 +7,7 @@ See `accelerate`, and https://github.com/swinaccel/swinaccel for the rest.
 
 from . import functional, nn
 from .api import accelerate, accelerated, disabled, plan, report, restore
-from .config import AccelConfig
+from .config import AccelConfig, env_auto
 from .errors import FallbackError
 from .report import Report
 from .verify import VerifyResult, verify
@@ -29,3 +29,8 @@ __all__ = [
     "restore",
     "verify",
 ]
+
+if env_auto():
+    from . import auto
+
+    auto.start()

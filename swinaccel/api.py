@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 from torch import nn
+from typing_extensions import Unpack
 
 from . import families, patching
-from .config import AccelConfig, env_disabled, env_strict, setup_logging
+from .config import AccelConfig, Options, env_disabled, env_strict, setup_logging, takes_options
 from .errors import FallbackError
 from .families import Family
 from .families.shared import near
@@ -27,7 +28,8 @@ _DISABLED = "SWINACCEL_DISABLE is set"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, **options: Any) -> Model:
+@takes_options
+def accelerate(model: Model, **options: Unpack[Options]) -> Model:
     """Make every Swin-style window attention of a model run fused kernels, in place.
 
     Modules are found by structure, and each kind is proven against its own forward before it is touched; what
@@ -36,7 +38,7 @@ def accelerate(model: Model, **options: Any) -> Model:
 
     Args:
         model: any module; a model, a part of one, or a container of several.
-        **options: the fields of `AccelConfig`: backend, bias, bias_energy, filter, strict, fuse.
+        **options: the fields of `AccelConfig`, which says what they are.
     Returns:
         The same object.
     Raises:
@@ -78,8 +80,9 @@ def restore(model: Model) -> Model:
     return model
 
 
+@takes_options
 @contextmanager
-def accelerated(model: Model, **options: Any) -> Iterator[Model]:
+def accelerated(model: Model, **options: Unpack[Options]) -> Iterator[Model]:
     """Accelerate a model within a `with` block; after it the model is as it was, also where the body raises.
 
     Blocks nest, each with its own options.
@@ -103,7 +106,8 @@ def disabled() -> Iterator[None]:
         yield
 
 
-def plan(model: nn.Module, **options: Any) -> Report:
+@takes_options
+def plan(model: nn.Module, **options: Unpack[Options]) -> Report:
     """Return what `accelerate` with these options would do, without doing it."""
     config = _prepare(model, options)
     found = list(_survey(model, config))
@@ -161,7 +165,7 @@ def _failure(model: nn.Module, module: nn.Module) -> str | None:
     return None if failed is None else f"its attention only, because {failed}"
 
 
-def _prepare(model: nn.Module, options: dict[str, Any]) -> AccelConfig:
+def _prepare(model: nn.Module, options: Options) -> AccelConfig:
     _check_model(model)
     setup_logging()
     return AccelConfig.from_options(options)

@@ -6,12 +6,14 @@ SWINACCEL_STRICT       likewise: raise where an original would run in place of a
 SWINACCEL_GRAPHS       0 | false | no | off: no CUDA graphs, whatever `accelerate` was told.
 SWINACCEL_CACHE_DIR    folder of bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
 SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
+SWINACCEL_AUTO         1 | true | yes | on: importing swinaccel starts `swinaccel.auto`.
 TRITON_INTERPRET       Triton's own: 1 makes backend="auto" run the Triton kernels on CPU tensors.
 =====================  ==========================================================================================
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -20,17 +22,38 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from operator import contains
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 from torch import nn
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
+
+Backend = Literal["auto", "triton", "torch"]
+Bias = Literal["auto", "table", "factors"]
+Fuse = Literal["auto", "attention"]
+Graphs = Literal["auto", True, False]
+Filter = Callable[[str, nn.Module], bool]
 _CHOICES = {
-    "backend": ("auto", "triton", "torch"),
-    "bias": ("auto", "table", "factors"),
-    "fuse": ("auto", "attention"),
-    "graphs": ("auto", True, False),
+    "backend": get_args(Backend),
+    "bias": get_args(Bias),
+    "fuse": get_args(Fuse),
+    "graphs": get_args(Graphs),
 }
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Options(TypedDict, total=False):
+    """The fields of `AccelConfig`, for type checkers and editors."""
+
+    backend: Backend
+    bias: Bias
+    bias_energy: float | None
+    filter: Filter | None
+    strict: bool
+    fuse: Fuse
+    graphs: Graphs
+    graphs_memory: float
 
 
 @dataclass(frozen=True)
@@ -57,13 +80,13 @@ class AccelConfig:
         ValueError, TypeError: for an option that is none of these; the message names it.
     """
 
-    backend: str = "auto"
-    bias: str = "auto"
+    backend: Backend = "auto"
+    bias: Bias = "auto"
     bias_energy: float | None = None
-    filter: Callable[[str, nn.Module], bool] | None = None
+    filter: Filter | None = None
     strict: bool = False
-    fuse: str = "auto"
-    graphs: str | bool = False
+    fuse: Fuse = "auto"
+    graphs: Graphs = False
     graphs_memory: float = 0.5
 
     def __post_init__(self) -> None:
@@ -90,19 +113,31 @@ class AccelConfig:
             raise TypeError(f"strict must be True or False; got {self.strict!r}")
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> AccelConfig:
+    def from_options(cls, options: Options | dict[str, Any]) -> AccelConfig:
         """Return the config of keyword options; an unknown one is a TypeError that lists the known ones."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 raise TypeError(f"unknown option {name!r}; accelerate takes {', '.join(known)}")
-        return cls(**options)
+        return cls(**cast(Any, options))
 
     def to_json(self) -> str:
         """Return the options of a call as text, which an instance's marker carries through copies and pickles."""
         options = asdict(self)
         del options["filter"]
         return json.dumps(options, sort_keys=True)
+
+
+def takes_options(function: _Function) -> _Function:
+    """Name the options in the signature of a function that takes them as `**options`: help and notebooks show it."""
+    signature = inspect.signature(function)
+    named = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(AccelConfig)
+    ]
+    kept = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*kept, *named])  # type: ignore[attr-defined]
+    return function
 
 
 def _flag(name: str) -> bool:
@@ -140,6 +175,16 @@ def env_strict() -> bool:
 def env_graphs() -> bool:
     """Return True unless SWINACCEL_GRAPHS is off, read now."""
     return "SWINACCEL_GRAPHS" not in os.environ or _flag("SWINACCEL_GRAPHS")
+
+
+def env_auto() -> bool:
+    """Return True if SWINACCEL_AUTO is on, read now."""
+    return _flag("SWINACCEL_AUTO")
+
+
+def set_auto() -> None:
+    """Let processes that this one starts be in auto mode too, where they import swinaccel."""
+    os.environ["SWINACCEL_AUTO"] = "1"
 
 
 def env_interpret() -> bool:
@@ -183,3 +228,24 @@ def setup_logging() -> None:
     if not isinstance(level, int):
         raise ValueError(f"SWINACCEL_LOG={text!r} is not usable: set it to debug, info, warning or error")
     logging.getLogger("swinaccel").setLevel(level)
+
+
+_READERS: dict[str, Callable[[], Any]] = {
+    "SWINACCEL_DISABLE": env_disabled,
+    "SWINACCEL_STRICT": env_strict,
+    "SWINACCEL_AUTO": env_auto,
+    "SWINACCEL_CACHE_DIR": cache_dir,
+    "SWINACCEL_LOG": setup_logging,
+    "TRITON_INTERPRET": env_interpret,
+}
+
+
+def environment() -> tuple[dict[str, str], list[str]]:
+    """Return the variables that are set, with their values, and why any of them is not usable."""
+    problems = []
+    for read in _READERS.values():
+        try:
+            read()
+        except ValueError as error:
+            problems.append(str(error))
+    return {name: os.environ[name] for name in _READERS if name in os.environ}, problems

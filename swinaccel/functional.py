@@ -6,6 +6,7 @@ elsewhere, forward and backward, eagerly and under torch.compile.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def window_attention(
     Args:
         q, k, v: (windows, heads, N, D), one dtype, any strides; the output projection's view of q, k and v is as good
             as contiguous ones.
-        bias: (heads, N, N), added to the scores, natural units, any floating dtype.
+        bias: (heads, N, N), added to the scores, natural units, any floating dtype. Or (rows, heads, N, N), where it
+            differs by window row, as in weather models: window i uses row i mod rows.
         mask: (M, N, N), 0 or a large negative (Swin's is -100), added to the scores of all heads; window i uses row
             i mod M. It takes no gradient. A query whose whole row is -inf has no defined output.
         scale: multiplies q kᵀ; D^-0.5 without.
@@ -140,7 +142,8 @@ def shifted_window_attention(
         table, index: the relative position bias as parameters hold it: (rows, heads), natural units, and (N, N) int64,
             the row for (query, key) of a window, numbered row by row. Entries are 0 or more and less than the table's
             rows; they are looked through at the first call with an index, and again when that was written to. Or
-        bias: (heads, N, N), the same as one tensor; with neither there is none.
+        bias: (heads, N, N), the same as one tensor; with neither there is none. Or (rows, heads, N, N), one for each
+            row of windows from the top; of volumes the rows of each depth of windows in turn.
         padding: (3 * heads * D,), what a padding token has for q, k and v; where a projection makes them of zeros, its
             bias. Zeros without.
         mask: (M, N, N) for the M windows of an image, row by row, added to the scores in place of what the shift
@@ -173,7 +176,7 @@ def shifted_window_attention(
     if bias is not None:
         if table is not None or index is not None:
             raise ValueError("bias must not be given together with table and index; got both")
-        check_bias(first, bias, num_heads, tokens, "qkv")
+        check_bias(first, bias, num_heads, tokens, "qkv", math.prod(geometry.grid[:-1]))
     elif table is not None or index is not None:
         index = check_table(first, table, index, num_heads, tokens)
     if padding is not None:
@@ -232,9 +235,14 @@ def _attend_windows(
     if scale is not None:
         check_number("scale", scale, "None or a number")
     dropout, number = check_dropout(dropout), head_dim**-0.5 if scale is None else float(scale)
-    period = 1 if mask is None else mask.shape[0]
-    if mask is not None and windows % period:
-        mask, period = mask[torch.arange(windows, device=mask.device) % period], windows
+    if mask is not None and windows % mask.shape[0]:
+        mask = mask[torch.arange(windows, device=mask.device) % mask.shape[0]]
+    if bias is not None and bias.dim() == 4 and windows % bias.shape[0]:
+        bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]
+    period, rows = 1 if mask is None else mask.shape[0], 1 if bias is None or bias.dim() == 3 else bias.shape[0]
+    if period % rows:
+        period = windows if rows % period else rows
+        mask = None if mask is None else mask[torch.arange(period, device=mask.device) % mask.shape[0]]
 
     q, k, v = autocast(q, k, v)
     geometry = Geometry((period, tokens), (1, max(1, tokens)))  # as an image with one window a row

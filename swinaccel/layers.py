@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import types
 from collections.abc import Callable
@@ -65,6 +66,17 @@ def owner(cls: type, method: str) -> type:
 def own_method(cls: type, method: str) -> Callable[..., Any]:
     """Return the class's own method, unbound, without a dispatcher of ours."""
     return undispatched(vars(owner(cls, method))[method])
+
+
+def standing_in(function: Any, method: Any) -> Callable[..., Any]:
+    """Return a function, which names nothing global, as one of ours that takes a method's place."""
+    # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
+    made = types.FunctionType(function.__code__, method.__globals__, closure=function.__closure__)
+    functools.update_wrapper(made, method)
+    # update_wrapper copies it, and dynamo would then take ours for the original.
+    made.__dict__.pop("_torchdynamo_orig_callable", None)
+    made.__dict__[DISPATCHER] = made
+    return made
 
 
 def undispatched(function: Any) -> Any:

@@ -28,7 +28,7 @@ from torch import nn
 
 from .config import AccelConfig, env_disabled, may_be_disabled
 from .families import CAPTURED, by_name
-from .layers import DISPATCHER, owner, undispatched
+from .layers import owner, standing_in, undispatched
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
 from .runtime.traced import ROLES, roles_of
@@ -192,9 +192,37 @@ def mark(module: nn.Module, text: str) -> None:
         for key in _keys(module, found):
             _install(*key)
             _known.setdefault(key, weakref.WeakSet()).add(module)
-            roles = getattr(key[0], ROLES, frozenset()) | roles_of(module)
-            setattr(key[0], ROLES, roles)
+            setattr(key[0], ROLES, getattr(key[0], ROLES) | roles_of(found.adapter, module))
         module.__dict__[MARKER] = text
+
+
+def _loaded(module: nn.Module) -> None:
+    """Put dispatchers under a module that came with a marker, from a file or another process, so that its calls tell.
+
+    Nothing is proven of it here: it runs its originals until `accelerate` is called, and a warning says so.
+    """
+    found = _read(module)
+    with _lock:
+        for method in () if found is None else found.entries:
+            with suppress(Exception):  # it is not built as the marker says
+                if foreign_reason(module, method) is None:
+                    _install(owner(type(module), method), method)
+
+
+def _follow_loading() -> None:
+    """Let modules that are unpickled or copied with a marker be seen."""
+    restore = nn.Module.__setstate__
+
+    @functools.wraps(restore)
+    def setstate(self: nn.Module, state: Any) -> None:
+        restore(self, state)
+        if MARKER in self.__dict__:
+            _loaded(self)
+
+    nn.Module.__setstate__ = setstate  # type: ignore[method-assign]
+
+
+_follow_loading()
 
 
 def _keys(module: Any, found: Marked) -> list[tuple[type, str]]:
@@ -247,6 +275,7 @@ def _install(cls: type, method: str) -> None:
     factory = functools.partial(_dispatcher, name=method)
     _installed[cls, method] = wrapt.wrap_object(cls, method, cast(Any, factory))
     setattr(cls, MARKER, None)
+    setattr(cls, ROLES, getattr(cls, ROLES, frozenset()))
 
 
 def remove(key: tuple[type, str]) -> None:
@@ -306,10 +335,4 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             return self._gradient_checkpointing_func(inner, *args)
         return run(method, name, self, args, kwargs)
 
-    # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
-    function = types.FunctionType(dispatcher.__code__, method.__globals__, closure=dispatcher.__closure__)
-    functools.update_wrapper(function, method)
-    # update_wrapper copies it, and dynamo would then take the dispatcher for the original.
-    function.__dict__.pop("_torchdynamo_orig_callable", None)
-    function.__dict__[DISPATCHER] = function
-    return function
+    return standing_in(dispatcher, method)

@@ -86,6 +86,11 @@ class Report:
     def original(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.status == "original"]
 
+    @property
+    def is_effective(self) -> bool:
+        """Return False if nothing is accelerated, or every call so far ran an original all the same."""
+        return any(not entry.calls or entry.calls > entry.fallbacks for entry in self.accelerated)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold: {"accelerated": count, "original": count, "entries": [...], "graphs": [...]}."""
         return {
@@ -99,7 +104,10 @@ class Report:
         """Return one line about all entries."""
         if not self.entries:
             return "swinaccel: no window attention found"
-        return f"swinaccel: {len(self.accelerated)} of {len(self.entries)} window attentions accelerated"
+        text = f"{len(self.accelerated)} of {len(self.entries)} window attentions accelerated"
+        if self.accelerated and not self.is_effective:
+            text = f"every call of {len(self.accelerated)} window attentions ran the original"
+        return f"swinaccel: {text}"
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"

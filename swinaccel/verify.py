@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import api
+from .config import Options, takes_options
 from .report import Report
 
 MAX_RATIO, MEAN_RATIO = 2.0, 1.1
@@ -51,15 +53,27 @@ class VerifyResult:
         return values
 
     def __str__(self) -> str:
-        verdict = "passed" if self.passed else "FAILED"
-        return (
-            f"{verdict}: against {self.reference}, max error {self.max_error:.2e} (original"
-            f" {self.original_max_error:.2e}), mean {self.mean_error:.2e} (original"
-            f" {self.original_mean_error:.2e}); {self.report.summary()}"
+        errors = (
+            f"against {self.reference}, max error {self.max_error:.2e} (original {self.original_max_error:.2e}), mean"
+            f" {self.mean_error:.2e} (original {self.original_mean_error:.2e})"
         )
+        return f"{'passed' if self.passed else 'FAILED'}: {errors}; {self._advice() or self.report.summary()}"
+
+    def _advice(self) -> str | None:
+        """Return what to do where nothing was compared but the original with itself, or None."""
+        if not self.report.entries:
+            return (
+                "no window attention was found, so the original was compared with itself; see the supported models in"
+                " the documentation, or give the part of the model that holds the attention"
+            )
+        if not self.report.is_effective:
+            reason = next((entry.reason for entry in self.report if entry.reason), "no call reached its attention")
+            return f"nothing ran accelerated, so the original was compared with itself: {reason}"
+        return None
 
 
-def verify(model: nn.Module, *example_inputs: Any, **options: Any) -> VerifyResult:
+@takes_options
+def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -> VerifyResult:
     """Run a model accelerated, as it was, and in fp64, on the same inputs, and compare.
 
     Args:

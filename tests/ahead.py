@@ -49,10 +49,11 @@ NAMES = {
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 # Window, head_dim, dtype, and what else there is. The largest tiles of each kernel, and what costs memory beside them.
-# The last two are of the same kernels, since a head_dim of 128 in fp32 is too much for those of small windows.
+# Two of each are of the same kernels, since a head_dim of 128 in fp32 is too much for those of small windows. The third
+# has a bias for each row of windows.
 WINDOWS = {
-    "sm_86": [((16, 16), 64, FP16, "mask"), ((12, 12), 128, FP32, "cosine")],
-    "gfx942": [((16, 16), 64, FP16, "mask"), ((8, 8), 128, FP32, "cosine")],
+    "sm_86": [((16, 16), 64, FP16, "mask"), ((12, 12), 128, FP32, "cosine"), ((9, 8), 32, FP16, "mask rows")],
+    "gfx942": [((16, 16), 64, FP16, "mask"), ((8, 8), 128, FP32, "cosine"), ((7, 7), 32, BF16, "rows")],
 }
 SEQUENCES = [(128, 64, FP16, FP32, True)]  # head_dim, rank, dtype, dtype of factors, mask
 MLPS = [128]  # channels
@@ -103,7 +104,8 @@ def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str
     geometry = Geometry(size, shape, tuple(side // 2 for side in shape), False)
     channels = heads * head_dim
     qkv = torch.zeros(batch, *size, 3 * channels, dtype=dtype)
-    table = torch.zeros(torch.Size(2 * side - 1 for side in shape).numel(), heads, dtype=dtype)
+    biases = (2, heads) if "rows" in flags else (heads,)
+    table = torch.zeros(torch.Size(2 * side - 1 for side in shape).numel(), *biases, dtype=dtype)
     index = torch.zeros(tokens, tokens, dtype=torch.int64)
     options: dict[str, Any] = {
         "num_heads": heads,
@@ -121,7 +123,7 @@ def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str
     window_bwd_launches.shifted_window_attention_backward(
         torch.zeros_like(out), out, lse, qkv, None, None, geometry, **options, grad_table=True
     )
-    if tokens > 64:
+    if tokens > 64 and "rows" not in flags:
         kept = FP32 if dtype == FP32 else FP16
         factors = (*(torch.zeros(heads, tokens, 128, dtype=kept) for _ in range(2)), table.clone(), index.clone())
         window_launches.shifted_window_attention(qkv, None, None, geometry, **options, factors=factors)

@@ -253,18 +253,6 @@ class SwinBlock(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-class WeightsToo(official.WindowAttention):
-    """The first CLAP's (HTSAT) attention: it returns the weights as well."""
-
-    def forward(self, x, mask=None):
-        q, k, v = self.packed(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = self.scores(q, k)
-        if mask is not None:
-            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
-        weights = scores.softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2)), weights
-
-
 class UnknownBlock(nn.Module):
     """Nobody's block around an official attention: gated, and on (B, C, H, W)."""
 
@@ -278,5 +266,5 @@ class UnknownBlock(nn.Module):
         image = x.movedim(1, -1)
         mask = shift_mask(*image.shape[1:3], self.size, self.shift)
         mask = None if mask is None else mask.to(x)
-        mixed = attend(image, self.size, self.shift, lambda w: self.attn(w, mask))
+        mixed = attend(image, self.size, self.shift, lambda w: self.attn(w, mask=mask))
         return x + (mixed * self.gate(image).sigmoid()).movedim(-1, 1)

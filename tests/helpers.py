@@ -54,7 +54,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 value = 0.5 * noise
             parameter.copy_(value)
-    return model.eval()
+    model.eval()  # of some projects' modules, this returns nothing
+    return model
 
 
 def tensors(output: Any) -> list[Tensor]:

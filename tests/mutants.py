@@ -50,12 +50,16 @@ def under(folder: str, *mutants: tuple[str, str, str, str]) -> list[Mutant]:
 FUZZ = "tests/fuzz/test_fuzz_functions.py -k quick"
 GAPS = "tests/api/test_gaps.py"
 REFUSED = GAPS + " -k 'refused or place'"
+SHARDING = "tests/runtime/test_sharding.py"
 VERDICTS = "tests/trust/test_verdicts.py"
 HOST = "tests/runtime/test_gaps_host.py"
 FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+COPIES = "tests/families/test_copies.py"
+ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
+WEATHER = "tests/families/test_weather.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
@@ -66,7 +70,9 @@ MUTANTS = [
         ("copies.py", ", Setting(training=True))", ")", REFUSED),
         ("copies.py", "1.25 * number + 0.05", "number", REFUSED),
         ("copies.py", "value + torch.rand_like(value) if", "value if", REFUSED),
-        ("copies.py", "            hooks.clear()", "            pass", GAPS + " -k hooks"),
+        ("copies.py", "memo[id(hooks)] = OrderedDict()", "pass", GAPS + " -k hooks"),
+        ("copies.py", "if not name.startswith(_COMPOSABLE)", "", SHARDING),
+        ("libraries.py", "in unsharded(type(module)).__mro__:", "in type(module).__mro__:", SHARDING),
         ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/api/test_patching.py -k random"),
         ("copies.py", "    Setting(dtype=torch.float16),\n", "", HOST + " -k refused"),
         ("copies.py", "autocast=True)", "autocast=False)", HOST + " -k refused"),
@@ -83,11 +89,25 @@ MUTANTS = [
         ),
         (
             "probe.py",
-            "raise _NotNow(section)\n    if section.padding",
+            "raise NotNow(section)\n    if section.padding",
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
         ),
-        ("probe.py", "Reading(default_scale=True)", "Reading()", VERDICTS + " -k scale"),
+        ("probe.py", "for default_scale in (False, True):", "for default_scale in (False,):", VERDICTS + " -k scale"),
+        ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
+        ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
+        ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
+        ("registry.py", "reading.refused | known.refused", "reading.refused", COPIES + " -k refuses"),
+        (
+            "registry.py",
+            "self.rate)(attention) if attention.training else",
+            "self.rate)(attention) if True else",
+            COPIES,
+        ),
+        ("probe.py", "Widened() if narrows and", "Widened() if False and", COPIES + " -k another"),
+        ("copies.py", "asked = func is Tensor.float or (", "asked = (", COPIES + " -k another"),
+        ("dropping.py", " or _are_weights(*args[:1]) else -rate", " or True else -rate", COPIES + " -k taken"),
+        ("dropping.py", "holds = _told(original, clone, arguments) == rate", "holds = True", COPIES + " -k taken"),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
         ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps.py -k scale"),
@@ -127,8 +147,8 @@ MUTANTS = [
         ("fingerprint.py", "[one for one in type.mro(type(cls)) if one not in (type, object)]", "[]", SETTINGS),
         (
             "probe.py",
-            "_UNSEEN.intersection(code.co_names)",
-            "_UNSEEN.intersection(())",
+            "found = _speaks_of(parts, _UNSEEN)",
+            "found = None",
             "tests/trust/test_verdicts.py -k cpu",
         ),
         (
@@ -146,7 +166,7 @@ MUTANTS = [
         ("probe.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", HOST + " -k computed"),
         (
             "probe.py",
-            "if tensor is None or tensor.is_floating_point() or tensor.data_ptr() ==",
+            "if section.index is not None and tensor.data_ptr() ==",
             "if True or tensor.data_ptr() ==",
             "tests/runtime/test_switches.py -k counters",
         ),
@@ -214,7 +234,7 @@ MUTANTS = [
         ("attention.py", "low < 0 or ", "", "tests/runtime/test_dispatch.py -k index"),
         (
             "attention.py",
-            "len(shape) != 2 or shape[1] != heads",
+            "len(shape) not in (2, 3) or shape[-1] != heads",
             "len(shape) != 2",
             HOST + " -k shapes",
         ),
@@ -397,13 +417,13 @@ MUTANTS = [
             "section.py",
             "all(one is None or one.is_contiguous() for one in others)",
             "True",
-            "tests/backends/test_bound.py",
+            HOST + " -k gaps",
         ),
         (
             "section.py",
             "            and not section.dropout\n",
             "",
-            "tests/backends/test_bound.py tests/runtime/test_training.py -k dropout",
+            HOST + " -k dropout_is",
         ),
         (
             "section.py",
@@ -411,10 +431,17 @@ MUTANTS = [
             "table",
             "tests/runtime/test_memory.py -k edits",
         ),
+        ("weights.py", "for reference in one.family:", "for reference in ():", COPIES + " -k earlier"),
+        ("weights.py", "not is_same or _state(now) != before", "not is_same", COPIES + " -k call"),
+        ("weights.py", "image = image.clone()", "pass", COPIES + " -k returns"),
+        ("weights.py", "    if torch.is_grad_enabled():", "    if False:", COPIES + " -k left"),
+        ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
+        ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
+        ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
         (
             "attention.py",
-            '            if value:\n                return f"{rate}',
-            '            if False:\n                return f"{rate}',
+            "if value and (place or rate != known):",
+            "if False:",
             "tests/trust/test_verdicts.py -k rates",
         ),
         (
@@ -435,15 +462,15 @@ MUTANTS = [
             "if False and not all(0 <= shift < window",
             "tests/runtime/test_dispatch.py -k shift_outside",
         ),
-        ("attention.py", "inside += [part for path in", "inside += [] and [part for path in", GAPS + " -k place"),
+        ("attention.py", "inside += [part for path in", "inside += [] and [part for path in", HOST + " -k watched"),
         (
             "block.py",
             "if type(tensor) not in PLAIN_TENSORS or not fits",
             "if not fits",
-            "tests/runtime/test_fusion.py -k unusual",
+            HOST + " -k around_an",
         ),
         ("block.py", "demand(not has_hooks(part),", "demand(True,", "tests/runtime/test_fusion.py -k unusual"),
-        ("block.py", "demand(not replaced_methods(part),", "demand(True,", "tests/runtime/test_fusion.py -k unusual"),
+        ("block.py", "demand(not replaced_methods(part),", "demand(True,", HOST + " -k around_an"),
         (
             "block.py",
             "(norm.normalized_shape, *shapes))",
@@ -460,12 +487,27 @@ MUTANTS = [
             "block.py",
             "is_drop = is_of_library(part) and (",
             "is_drop = (",
-            'tests/runtime/test_fusion.py -k "unusual or scale"',
+            HOST + " -k around_an",
         ),
     ),
     *under(
         "swinaccel",
+        # Weather models.
+        ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
+        ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass", ROWS),
+        ("backends/torch/windows.py", "term.repeat(period // term.shape[0], 1, 1, 1)", "term[:1]", ROWS),
+        ("spec/reference.py", "bias.repeat_interleave(geometry.grid[-1], 0)", "bias", ROWS),
+        ("families/aurora.py", "lora(x, step)", "lora(x, 0)", WEATHER + " -k aurora_at"),
+        ("families/earth.py", "one.shape[1] != rows", "False", WEATHER + " -k earth_with_rows"),
         # Dispatchers and markers.
+        (
+            "patching.py",
+            "        if MARKER in self.__dict__:",
+            "        if False:",
+            "tests/api/test_patching.py -k proven",
+        ),
+        ("auto/__init__.py", "not is_compiling() and self not in seen", "self not in seen", "tests/api/test_auto.py"),
+        ("auto/__init__.py", "if any(marker(part)", "if False and any(marker(part)", "tests/api/test_auto.py"),
         ("patching.py", "        if switch.is_open:", "        if False:", "tests/api/test_patching.py -k disabled"),
         (
             "patching.py",
@@ -505,23 +547,23 @@ MUTANTS = [
             "ops/window.py",
             "if twice or _is_batched(grad):",
             "if twice:",
-            "tests/backends/test_backward.py tests/api/test_functional.py",
+            "tests/runtime/test_fusion_autograd.py -k batch",
         ),
         (
             "ops/window_plain.py",
             "if env_strict() or dropout:",
             "if env_strict():",
-            "tests/backends/test_backward.py -k dropout",
+            HOST + " -k raised",
         ),
-        ("ops/window_plain.py", "strides == k.stride() == v.stride()", "True", FUZZ),
-        ("ops/window_plain.py", "strides[-1] == 1", "True", FUZZ),
+        ("ops/window_plain.py", "strides == k.stride() == v.stride()", "True", HOST + " -k strides"),
+        ("ops/window_plain.py", "strides[-1] == 1", "True", HOST + " -k strides"),
         (
             "ops/window.py",
             "table, padding, logit_scale)\n    )",
             "table, padding)\n    )",
             "tests/api/test_functional.py tests/backends/test_backward.py",
         ),
-        ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", GAPS),
+        ("ops/window.py", "index=None if index is None else index.contiguous()", "index=index", HOST + " -k gaps"),
         # What is bound to its launches.
         ("backends/triton/launches.py", "        if bits & 15:", "        if False:", "tests/backends/test_bound.py"),
         ("ops/window.py", "not count_modes() and not is_profiled()", "True", "tests/backends/test_bound.py"),
@@ -536,26 +578,19 @@ MUTANTS = [
         ("bias/table.py", "None if tensor.is_inference() else tensor._version", "None", GAPS + " -k factors"),
         ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/bias/test_bias.py -k another"),
         ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/bias/test_bias.py -k rule"),
-        ("bias/table.py", "if not bool(torch.isfinite(bias).all()):", "if False:", "tests/bias/test_bias.py -k finite"),
-        (
-            "bias/table.py",
-            "tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()",
-            "b''",
-            "tests/bias/test_bias.py -k 'edit or follows or share or live'",
-        ),
         # Families.
         ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS + " -k mask"),
         (
             "families/timm_cr.py",
             "if coords.shape[0] != tokens * tokens:",
             "if False:",
-            "tests/families/test_timm_cr.py -k 'trap or coord'",
+            HOST + " -k coordinates",
         ),
         (
             "families/shared/official.py",
             "attn.attn_drop.p if attn.training",
             "attn.attn_drop.p if attn.attn_drop.training",
-            GAPS + " -k mode",
+            HOST + " -k mode",
         ),
         (
             "families/torchvision.py",
@@ -639,8 +674,23 @@ MUTANTS = [
         ),
         (
             "families/shared/official.py",
-            "if not isinstance(attn.scale, (int, float)):",
-            "if False:",
+            'getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid"',
+            'hasattr(attn, "logit_scale")',
+            COPIES + " -k another",
+        ),
+        (
+            "families/window_attention.py",
+            'return "mask" if "mask" in names else names[1]',
+            "return names[1]",
+            COPIES + " -k 'another or keys'",
+        ),
+        ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
+        ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
+        ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),
+        (
+            "families/shared/official.py",
+            "None if isinstance(attn.scale, (int, float)) else",
+            "None if True else",
             "tests/runtime/test_traps.py tests/trust/test_verdicts.py -k scale",
         ),
         (
@@ -876,6 +926,17 @@ MUTANTS = [
     ),
     *under(
         "kernels/triton",
+        # Biases of rows of windows.
+        ("tiles.py", "window.number // geometry.windows[2] % BIAS_ROWS", "window.number % BIAS_ROWS", ROWS),
+        (
+            "tiles.py",
+            "number = (position // columns * BIAS_ROWS + row) * columns + position % columns",
+            "number = position * BIAS_ROWS + row",
+            ROWS,
+        ),
+        ("window_bwd.py", "bias_row = group % BIAS_ROWS", "bias_row = 0", ROWS),
+        ("window_bwd_bias.py", "bias_row = tl.program_id(1) % BIAS_ROWS", "bias_row = 0", ROWS),
+        ("window_bwd_bias.py", "bias, column, N, BIAS)", "bias, head, N, BIAS)", ROWS),
         # The kernel of two images.
         ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", GAPS + " -k two_images"),
         ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", GAPS + " -k two_images"),

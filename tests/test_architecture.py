@@ -14,8 +14,9 @@ PACKAGE, KERNELS = ROOT / "swinaccel", ROOT / "kernels" / "triton"
 
 # Folders, and modules right in the package, with what each may import. The command line is on top: nobody imports it.
 ALLOWED = {
-    "__init__": {"api", "config", "errors", "functional", "nn", "report", "runtime", "verify"},
-    "verify": {"api", "report"},
+    "__init__": {"api", "auto", "config", "errors", "functional", "nn", "report", "runtime", "verify"},
+    "auto": {"api", "config", "layers", "patching", "runtime"},
+    "verify": {"api", "config", "report"},
     "nn": {"functional", "spec"},
     "functional": {"backends", "bias", "ops", "spec"},
     "api": {"config", "errors", "families", "layers", "ops", "patching", "report", "runtime", "spec", "trust"},

@@ -1,20 +1,24 @@
 """Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
 
 The census (docs/results/supported.py) and the tests run the same list. Nothing is downloaded; what is no
-package comes from the stand-ins of microsoft_models.py, descendant_models.py and video_models.py.
+package comes from the stand-ins of microsoft_models.py, descendant_models.py, changed_models.py, video_models.py and
+weather_models.py.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import changed_models as changed
 import descendant_models as descendants
 import microsoft_models as official
 import torch
 import video_models as videos
+import weather_models as weather
 from torch import Tensor, nn
 
 
@@ -82,6 +86,13 @@ for _name, _size, _small in (
     def _timm(real: bool, batch: int, name: str = _name, size: int = _size, small: Any = _small) -> Call:
         model = library("timm").create_model(name, **({} if real else {**_TIMM, **small}))
         return Call(model, (images(batch, size if real else small["img_size"]),))
+
+
+@entry("timm", "SwinV2-CR without its bias")
+def _cr_without_bias(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
+    blocks = (changed.cr_without_bias(dim, heads, size, window, shift) for shift in (0, window // 2))
+    return Call(nn.Sequential(*blocks), (torch.randn(batch, *size, dim),))
 
 
 for _name, _size in (("swin_b", 224), ("swin_v2_b", 256)):
@@ -398,10 +409,67 @@ def _detection(real: bool, batch: int) -> Call:
     return Call(descendants.DetectionStage(dim, heads, window), (tokens(batch, size, dim), *size))
 
 
+@entry("BiRefNet", "block with `scaled_dot_product_attention`")
+def _birefnet(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 6, (128, 128), 12) if real else (16, 2, (9, 10), 4)
+    return Call(changed.SdpaStage(dim, heads, window), (tokens(batch, size, dim), *size))
+
+
+@entry("CLAP (HTSAT)", "block that returns attention weights")
+def _htsat(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 8, (32, 32), 8) if real else (16, 2, (8, 8), 4)
+    return Call(changed.Unread(changed.WeightsStage(dim, size, heads, window)), (tokens(batch, size, dim),))
+
+
+@entry("Restoration", "GRL, attention that rolls")
+def _grl(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (180, 6, (64, 64), 8) if real else (12, 2, (8, 8), 4)
+    blocks = (changed.RollingAttention(dim, size, heads, window, shift) for shift in (0, window // 2))
+    return Call(Blocks(*blocks), (tokens(batch, size, dim), size))
+
+
+@entry("MinerU", "UniMER-Swin layer")
+def _unimer(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (256, 8, (48, 168), 7) if real else (16, 2, (9, 10), 4)
+    layers = (changed.UnimerLayer(dim, heads, window, shift) for shift in (0, window // 2))
+    return Call(changed.First(*layers), (tokens(batch, size, dim), size))
+
+
+for _title, _kind in (
+    ("Uformer `win_size`, `to_q`, `to_kv`", "UformerAttention"),
+    ("VRT `qkv_self`", "VrtAttention"),
+    ("SwinV2 with `rpe_mlp`", "FirstV2Attention"),
+):
+
+    @entry("Unknown block", _title)
+    def _renamed(real: bool, batch: int, kind: str = _kind) -> Call:
+        dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
+        made = getattr(changed, kind)
+        blocks = (descendants.UnknownBlock(dim, heads, window, shift, kind=made) for shift in (0, window // 2))
+        return Call(nn.Sequential(*blocks), (torch.randn(batch, dim, *size),))
+
+
 @entry("Video Swin", "block of three axes")
 def _video(real: bool, batch: int) -> Call:
     dim, heads, size, window = (96, 3, (16, 56, 56), (8, 7, 7)) if real else (16, 2, (5, 9, 6), (2, 4, 4))
     return Call(videos.BasicLayer(dim, heads, window), (torch.randn(batch, dim, *size),))
+
+
+@entry("Weather", "Aurora")
+def _aurora(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (512, 8, (4, 90, 180), (2, 6, 12)) if real else (16, 2, (3, 7, 9), (2, 3, 4))
+    model = weather.AuroraLayer(dim, heads, window, lora_steps=2, rank=8)
+    return Call(model, (torch.randn(batch, math.prod(size), dim), torch.randn(batch, 6), size, 1))
+
+
+@entry("Weather", "Pangu's `EarthAttention3D`")
+def _pangu(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (192, 6, (8, 181, 360), (2, 6, 12)) if real else (16, 2, (3, 7, 9), (2, 3, 4))
+    blocks = (
+        weather.EarthBlock(dim, size, heads, window, shift)
+        for shift in ((0, 0, 0), tuple(side // 2 for side in window))
+    )
+    return Call(nn.Sequential(*blocks), (torch.randn(batch, math.prod(size), dim),))
 
 
 for _title, _options in (("mmdet", {}), ("mmpretrain", {"pad_small_map": False}), ("mmpretrain V2", {"v2": True})):
@@ -485,6 +553,6 @@ def _sam(real: bool, batch: int) -> Call:
     return Call(hf.SamVisionModel(made), (images(batch, made.image_size),))
 
 
-@near_miss("Stand-in", "attention that returns its weights (HTSAT)")
-def _htsat(real: bool, batch: int) -> Call:
-    return Call(descendants.WeightsToo(16, (4, 4), 2), (torch.randn(4 * batch, 16, 16),))
+@near_miss("BiRefNet", "single-file copy, whose `scaled_dot_product_attention` has no bias")
+def _birefnet_bare(real: bool, batch: int) -> Call:
+    return Call(changed.SdpaStage(16, 2, 4, kind=changed.BareAttention), (tokens(batch, (9, 10), 16), 9, 10))

@@ -45,7 +45,8 @@ def census(entry: zoo.Entry, args: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"library": entry.library, "model": entry.name}
     torch.manual_seed(0)
     model, inputs, keywords = entry.make(args.real, args.batch)
-    randomize(model.eval())
+    model.eval()  # which may return nothing
+    randomize(model)
     exact = None
     if args.dtype != torch.float32:
         exact = outputs(model.to(args.device, torch.float64), inputs, keywords, entry.watch)

@@ -65,11 +65,11 @@ class Tokens(NamedTuple):
 class Bias(NamedTuple):
     """Where the relative position bias is read from."""
 
-    table_ptr: tl.tensor = None  # (rows, heads)
+    table_ptr: tl.tensor = None  # (rows, columns), a column for every head, or for every row of windows and head
     index_ptr: tl.tensor = None  # (N, N), int64
     rows: tl.tensor = None
     stride_table: tl.tuple = None  # (row, head)
-    dense_ptr: tl.tensor = None  # (heads, rows, cols)
+    dense_ptr: tl.tensor = None  # (columns, rows, cols)
     stride_dense: tl.tuple = None  # (head, row)
 
 
@@ -260,8 +260,32 @@ def table_row(index, rows):
 
 
 @triton.jit
+def bias_column(head, window, geometry, num_heads, BIAS_ROWS: tl.constexpr):
+    """Return which of the bias's columns, or dense heads, is that of a window's head.
+
+    Each row of windows may have a bias of its own, of BIAS_ROWS in turn: (BIAS_ROWS * heads,) columns.
+    """
+    column = head
+    if BIAS_ROWS > 1:
+        column = tl.cast(window.number // geometry.windows[2] % BIAS_ROWS * num_heads + head, tl.int64)
+    return column
+
+
+@triton.jit
+def window_of_row(position, row, geometry, BIAS_ROWS: tl.constexpr):
+    """Return the number of a window by its position among those that share a row's bias; see `bias_column`."""
+    number = position
+    if BIAS_ROWS > 1:
+        columns = geometry.windows[2]
+        number = (position // columns * BIAS_ROWS + row) * columns + position % columns
+    return number
+
+
+@triton.jit
 def tile_bias(m, n, bias, head, N: tl.constexpr, BIAS: tl.constexpr):
     """Return the relative position bias of a tile of scores, fp32: -inf for keys beyond the window, NaN without a row.
+
+    The head is a `bias_column`.
 
     Queries beyond the window have the last one's.
     """

@@ -29,6 +29,7 @@ from .tiles import (
     Geometry,
     Mask,
     add_mask,
+    bias_column,
     cosine_scale,
     dropout_factor,
     instance_of,
@@ -43,6 +44,7 @@ from .tiles import (
     store_tokens,
     tile_bias,
     token_offsets,
+    window_of_row,
     within,
 )
 
@@ -92,14 +94,14 @@ def sum_padding(grad, tokens):
 def _window_attention_bwd_small_kernel(
     grad_qkv_ptr,  # as qkv, k and v
     grad_k_ptr, grad_v_ptr,
-    grad_bias_ptr,  # (parts, heads, N, N), fp32
+    grad_bias_ptr,  # (parts, BIAS_ROWS, heads, N, N), fp32
     grad_padding_ptr,  # (parts, 3 * heads * HEAD_DIM), fp32, zero at the start
     grad_logit_scale_ptr,  # (parts, heads), fp32
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,)
-    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
+    table_ptr, index_ptr,  # (T, BIAS_ROWS * heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     seed_ptr,  # (1,), int64
@@ -110,11 +112,11 @@ def _window_attention_bwd_small_kernel(
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute all gradients. One program: one head, WINDOWS window positions, up to IMAGES images of each.
+    """Compute all gradients. One program: one head, WINDOWS window positions of one bias, up to IMAGES images of each.
 
     Tiles are of a whole window, so P is normalised by its own sum, and rowsum(dO ∘ O) is rowsum(P ∘ dP). In registers
     from image to image: bias and mask (BLOCK_N, BLOCK_N), and what dB, padding and logit_scale gather.
@@ -133,7 +135,10 @@ def _window_attention_bwd_small_kernel(
     head = tl.program_id(0) % num_heads
     group = tl.program_id(0) // num_heads
     first = tl.program_id(1) * IMAGES
-    partial = tl.program_id(1) * tl.cdiv(num_windows, WINDOWS) + group
+    positions = num_windows // BIAS_ROWS  # that share a bias
+    partial = tl.program_id(1) * tl.cdiv(positions, WINDOWS) * BIAS_ROWS + group
+    bias_row = group % BIAS_ROWS
+    start = group // BIAS_ROWS * WINDOWS
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -153,7 +158,8 @@ def _window_attention_bwd_small_kernel(
     grad_pad_k = tl.zeros((BLOCK_D,), tl.float32)
     grad_pad_v = tl.zeros((BLOCK_D,), tl.float32)
     grad_scale = 0.0
-    for number in tl.range(group * WINDOWS, tl.minimum((group + 1) * WINDOWS, num_windows)):
+    for position in tl.range(start, tl.minimum(start + WINDOWS, positions)):
+        number = window_of_row(position, bias_row, geometry, BIAS_ROWS)
         window = place_window(number, geometry, VOLUME)
         queries = locate_tokens(tl.minimum(offs_n, N - 1), window, geometry, WINDOW, ROLL_FIRST)
         tokens = within(queries, inside)
@@ -161,7 +167,8 @@ def _window_attention_bwd_small_kernel(
         offs_token += head * stride_qkv_head * HEAD_DIM
         offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
         offs_out += head * stride_out_head * HEAD_DIM
-        attn_bias = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
+        column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
+        attn_bias = tile_bias(offs_n[:, None], offs_n[None, :], bias, column, N, BIAS)
         attn_bias = add_mask(attn_bias, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         for image in tl.range(first, tl.minimum(first + IMAGES, batch)):
             offs_image = tl.cast(image, tl.int64) * stride_qkv_batch

@@ -17,6 +17,7 @@ from .tiles import (
     Geometry,
     Mask,
     add_mask,
+    bias_column,
     dropout_factor,
     instance_of,
     load_tokens,
@@ -26,6 +27,7 @@ from .tiles import (
     place_window,
     tile_bias,
     token_offsets,
+    window_of_row,
 )
 from .window_bwd_large import (
     load_queries,
@@ -47,7 +49,7 @@ def _load_vectors(ptrs, instance, offs_m, offs_n, N: tl.constexpr, COSINE: tl.co
 
 @triton.jit
 def _window_attention_bwd_bias_kernel(
-    grad_bias_ptr,  # (parts, heads, N, N), fp32
+    grad_bias_ptr,  # (parts, BIAS_ROWS, heads, N, N), fp32
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     lse_ptr,  # (batch, windows, heads, N), with a mask tensor (.., 2, N), fp32: the softmax
     delta_ptr, key_norm_ptr,  # (batch, windows, heads, N), fp32
@@ -57,7 +59,7 @@ def _window_attention_bwd_bias_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, ROWS, COLS)
+    dense_ptr,  # (BIAS_ROWS * heads, ROWS, COLS)
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
@@ -65,11 +67,12 @@ def _window_attention_bwd_bias_kernel(
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dB = Σ dS. One program: a tile of scores and a head, WINDOWS window positions, up to IMAGES images.
+    """Compute dB = Σ dS. One program: a tile of scores and a head, WINDOWS window positions of one bias, up to IMAGES
+    images.
 
     dB (BLOCK_M, BLOCK_N) gathers in registers, where the bias stays too.
     """
@@ -90,7 +93,10 @@ def _window_attention_bwd_bias_kernel(
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES
     num_windows = windows_d * windows_h * windows_w
-    partial = tl.program_id(2) * tl.cdiv(num_windows, WINDOWS) + tl.program_id(1)
+    positions = num_windows // BIAS_ROWS  # that share a bias
+    partial = tl.program_id(2) * tl.cdiv(positions, WINDOWS) * BIAS_ROWS + tl.program_id(1)
+    bias_row = tl.program_id(1) % BIAS_ROWS
+    start = tl.program_id(1) // BIAS_ROWS * WINDOWS
     first = tl.program_id(2) * IMAGES
 
     offs_m = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -100,10 +106,13 @@ def _window_attention_bwd_bias_kernel(
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
     pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
     bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
-    bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
+    any_window = place_window(window_of_row(start, bias_row, geometry, BIAS_ROWS), geometry, VOLUME)
+    column = bias_column(head, any_window, geometry, num_heads, BIAS_ROWS)
+    bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
 
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for number in tl.range(tl.program_id(1) * WINDOWS, tl.minimum((tl.program_id(1) + 1) * WINDOWS, num_windows)):
+    for position in tl.range(start, tl.minimum(start + WINDOWS, positions)):
+        number = window_of_row(position, bias_row, geometry, BIAS_ROWS)
         window = place_window(number, geometry, VOLUME)
         tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
         tokens_n = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)

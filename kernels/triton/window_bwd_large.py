@@ -26,6 +26,7 @@ from .tiles import (
     Geometry,
     Mask,
     add_mask,
+    bias_column,
     cosine_scale,
     dropout_factor,
     inverse_norm,
@@ -98,7 +99,7 @@ def _window_attention_bwd_query_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, ROWS, COLS)
+    dense_ptr,  # (BIAS_ROWS * heads, ROWS, COLS)
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
@@ -106,7 +107,7 @@ def _window_attention_bwd_query_kernel(
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -132,6 +133,7 @@ def _window_attention_bwd_query_kernel(
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     tile, instance, image, number, head = _place_program(num_heads, geometry, TILES)
     window = place_window(number, geometry, VOLUME)
+    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -169,7 +171,7 @@ def _window_attention_bwd_query_kernel(
         offs_key = token_offsets(tokens_n, stride_qkv)
         k = load_tokens(k_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
         v = load_tokens(v_ptr + offs_image, offs_key, tokens_n, offs_d, HEAD_DIM, pad_v_ptr, HAS_PAD)
-        attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
+        attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
         if masked:
             attn_bias = add_mask(attn_bias, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         key, norms = k, 0.0
@@ -219,7 +221,7 @@ def _window_attention_bwd_key_kernel(
     padding_ptr,  # (3 * heads * HEAD_DIM,)
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, ROWS, COLS)
+    dense_ptr,  # (BIAS_ROWS * heads, ROWS, COLS)
     seed_ptr,  # (1,), int64
     stride_qkv_batch, stride_qkv_depth, stride_qkv_row, stride_qkv_col, stride_qkv_head,
     stride_out_batch, stride_out_depth, stride_out_row, stride_out_col, stride_out_head,
@@ -227,7 +229,7 @@ def _window_attention_bwd_key_kernel(
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -254,6 +256,7 @@ def _window_attention_bwd_key_kernel(
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     tile, instance, image, number, head = _place_program(num_heads, geometry, TILES)
     window = place_window(number, geometry, VOLUME)
+    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
 
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -288,7 +291,7 @@ def _window_attention_bwd_key_kernel(
         offs_m = first + tl.arange(0, BLOCK_M)
         tokens_m = locate_tokens(offs_m, window, geometry, WINDOW, ROLL_FIRST)
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
-        attn_bias = tile_bias(offs_m[None, :], offs_n[:, None], bias, head, N, BIAS)
+        attn_bias = tile_bias(offs_m[None, :], offs_n[:, None], bias, column, N, BIAS)
         if masked:
             attn_bias = add_mask(attn_bias, offs_m[None, :], offs_n[:, None], mask, window, geometry, WINDOW, MASK)
         query = load_queries(query_ptr, offs_m, offs_d, N, HEAD_DIM)

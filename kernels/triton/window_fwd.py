@@ -25,6 +25,7 @@ from .tiles import (
     Geometry,
     Mask,
     add_mask,
+    bias_column,
     cosine_scale,
     dropout_factor,
     instance_of,
@@ -58,7 +59,7 @@ def _window_attention_fwd_small_kernel(
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
-    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
+    table_ptr, index_ptr,  # (T, BIAS_ROWS * heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
     logit_scale_ptr,  # (heads,)
     seed_ptr,  # (1,), int64, of attention dropout
@@ -69,7 +70,7 @@ def _window_attention_fwd_small_kernel(
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IMAGES: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,8 @@ def _window_attention_fwd_small_kernel(
     offs_token += head * stride_qkv_head * HEAD_DIM
     offs_out = token_offsets(tokens, (stride_out_depth, stride_out_row, stride_out_col))
     offs_out += head * stride_out_head * HEAD_DIM
-    attn_bias = tile_bias(offs_n[:, None], offs_n[None, :], bias, head, N, BIAS)
+    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
+    attn_bias = tile_bias(offs_n[:, None], offs_n[None, :], bias, column, N, BIAS)
     mask = Mask(mask_ptr, mask_value)
     attn_bias = add_mask(attn_bias, offs_n[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
@@ -168,7 +170,7 @@ def _walk_keys(
     pad_k_ptr, pad_v_ptr,
     stride_next,  # to the next image
     stride_qkv,  # depth, row, column
-    offs_m, head, window, instance, next_instance, geometry, bias, factors, mask, dropout,
+    offs_m, column, window, instance, next_instance, geometry, bias, factors, mask, dropout,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
@@ -183,7 +185,7 @@ def _walk_keys(
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     offs_d = tl.arange(0, BLOCK_D)
     if BIAS == BIAS_FACTORS:
-        q_factor = _load_factor(factors[0], offs_m, head, N, RANK)
+        q_factor = _load_factor(factors[0], offs_m, column, N, RANK)
 
     # The maximum is finite at the start: a mask may rule out a whole tile with -inf, but must not make it NaN.
     state = (
@@ -195,9 +197,9 @@ def _walk_keys(
         offs_n = first + tl.arange(0, BLOCK_N)
         tokens = locate_tokens(offs_n, window, geometry, WINDOW, ROLL_FIRST)
         offs_token = token_offsets(tokens, stride_qkv)
-        attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, head, N, BIAS)
+        attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
         if BIAS == BIAS_FACTORS:
-            k_factor = _load_factor(factors[1], offs_n, head, N, RANK)
+            k_factor = _load_factor(factors[1], offs_n, column, N, RANK)
             attn_bias = tl.dot(q_factor, tl.trans(k_factor), attn_bias, input_precision=PRECISION)
         attn_bias = add_mask(attn_bias, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         k = load_tokens(k_ptr, offs_token, tokens, offs_d, HEAD_DIM, pad_k_ptr, HAS_PAD)
@@ -228,11 +230,11 @@ def _window_attention_fwd_kernel(
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
     k_ptr, v_ptr,
     padding_ptr,  # (3 * heads * HEAD_DIM,): q, k and v of a padding token
-    table_ptr, index_ptr,  # (T, heads) and (N, N), int64
+    table_ptr, index_ptr,  # (T, BIAS_ROWS * heads) and (N, N), int64
     mask_ptr,  # (windows, N, N)
     mask_differs_ptr,  # (windows, CHECKS), nonzero where a window's mask is not the one that its shift implies
     logit_scale_ptr,  # (heads,)
-    dense_ptr,  # (heads, ROWS, COLS)
+    dense_ptr,  # (BIAS_ROWS * heads, ROWS, COLS)
     q_factor_ptr, k_factor_ptr,  # (heads, N, RANK)
     factors_stale_ptr,  # (1,), nonzero where the factors no longer belong to the table
     seed_ptr,  # (1,), int64, of attention dropout
@@ -244,7 +246,7 @@ def _window_attention_fwd_kernel(
     depth, height, width, windows_d, windows_h, windows_w, shift_d, shift_h, shift_w, roll_d, roll_h, roll_w,
     scale, mask_value, dropout,
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
     CHECKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, IMAGES: tl.constexpr,
@@ -310,6 +312,7 @@ def _window_attention_fwd_kernel(
     )  # fmt: skip
     instance = instance_of(image, number, head, num_windows, num_heads)
     next_instance = instance_of(next_image, number, head, num_windows, num_heads)
+    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
     rows = tl.zeros((BLOCK_M,), tl.float32)
     found = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), rows, rows
     next_found = found
@@ -318,7 +321,7 @@ def _window_attention_fwd_kernel(
             if variant == VARIANT:
                 found, next_found = _walk_keys(
                     q, next_q, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, stride_next, stride_qkv,
-                    offs_m, head, window, instance, next_instance, geometry, bias, (q_factor_ptr, k_factor_ptr),
+                    offs_m, column, window, instance, next_instance, geometry, bias, (q_factor_ptr, k_factor_ptr),
                     Mask(mask_ptr, mask_value), Dropout(seed_ptr, dropout), WINDOW, HEAD_DIM, COSINE,
                     BIAS_TABLE if VARIANT == STALE_FACTORS else BIAS, MASK if VARIANT == STALE_FACTORS else VARIANT,
                     HAS_PAD, ROLL_FIRST, HAS_DROPOUT, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D, IMAGES,

@@ -64,7 +64,7 @@ def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factor
         config: its `bias` and `bias_energy` choose the rule.
         dtype: the compute dtype.
     """
-    if section.geometry.tokens < MIN_TOKENS or not wanted(config):
+    if section.table is None or section.index is None or section.geometry.tokens < MIN_TOKENS or not wanted(config):
         return None
     key = (
         *(_version(tensor) for tensor in (*section.sources, section.index)),
@@ -102,7 +102,11 @@ def _version(tensor: Tensor) -> tuple:
 
 
 def _load_or_make(section: Section, dtype: torch.dtype, energy: float | None) -> Factors | None:
+    assert section.table is not None
+    assert section.index is not None
     table, index = section.table().detach(), section.index
+    if table.dim() != 2:  # rows of windows have biases of their own, which kernels take as they are
+        return None
     bias = reference.bias_from_table(table, index).float()
     if not bool(torch.isfinite(bias).all()):
         return None

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .. import api
+from ..config import Options
 from ..report import Report
 from ..verify import _flat
 from .models import library
@@ -60,8 +62,14 @@ class BenchResult:
         raise KeyError(f"{name!r} was not measured; there are {', '.join(v.name for v in self.variants)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
-        return asdict(self) | {"report": self.report.to_dict()}
+        """Return a JSON-ready dictionary; "effective" says if the accelerated variant ran anything but originals."""
+        return asdict(self) | {"report": self.report.to_dict(), "effective": self.report.is_effective}
+
+    def _label(self, variant: Variant) -> str:
+        """Return what a row is called: none is accelerated where every call ran the original."""
+        if variant.name == "accelerated" and variant.error is None and not self.report.is_effective:
+            return "swinaccel, originals"
+        return variant.name
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -95,9 +103,13 @@ class BenchResult:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.variants:
             failed = [*"-" * (len(cells) - 2), "failed", "-"]
-            table.add_row(row.name, *(failed if row.error is not None else (cell(row) for cell in cells.values())))
+            table.add_row(
+                self._label(row), *(failed if row.error is not None else (cell(row) for cell in cells.values()))
+            )
         notes = [f"{row.name} failed: {row.error}" for row in self.variants if row.error is not None]
         training = " (of the first step; torch.compile draws random numbers of its own)"
+        if not self.report.is_effective:
+            notes.append("Nothing ran accelerated: swinaccel's row is the original again, and its speed-up is noise.")
         notes.append(
             f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles. Difference: to the"
             f" original's output, relative to its largest value{training if self.mode == 'training' else ''}."
@@ -106,7 +118,7 @@ class BenchResult:
 
     def plot(self, path: str | Path) -> None:
         """Draw the medians as bars into an image file; ImportError, with what to install, without matplotlib."""
-        shown = {row.name: row.latency_ms for row in self.variants if row.latency_ms is not None}
+        shown = {self._label(row): row.latency_ms for row in self.variants if row.latency_ms is not None}
         figure = library("matplotlib.figure").Figure(figsize=(9, 1.5 + 0.3 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
         axes.bar_label(axes.barh(list(shown), list(shown.values())), [f" {number(time)}" for time in shown.values()])
@@ -126,7 +138,7 @@ def run(
     compile_mode: str | Sequence[str | None] | None = None,
     progress: Progress | None = None,
     deadline: float | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> BenchResult:
     """Measure a model as it is and accelerated, and with what else could make it faster.
 
@@ -188,7 +200,7 @@ def run(
 
 
 def _variants(
-    model: nn.Module, modes: Sequence[str | None], options: dict[str, Any], train: bool
+    model: nn.Module, modes: Sequence[str | None], options: Options, train: bool
 ) -> tuple[dict[str, Callable[[], Callable[..., Any]]], nn.Module]:
     """Return functions that make the variants, by name, and the accelerated one."""
     copied = partial(_copy, model, train)

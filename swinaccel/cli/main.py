@@ -1,4 +1,4 @@
-"""The commands inspect, verify, bench and precompute."""
+"""The commands inspect, verify, bench, precompute and doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..bias import cache
 from ..bias import table as position_bias
 from ..config import AccelConfig, cache_dir
 from . import bench as benchmark
+from . import doctor as diagnosis
 from . import models, terminal
 from .timing import dtype_name
 
@@ -191,6 +192,17 @@ def precompute(
             out.show("These weights are random, and so are their factors; --pretrained takes the library's.")
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what would run on this machine and why, and what is missing. Exits with 1 where something is in the way."""
+    with terminal.work(as_json) as out:
+        with terminal.status("running one attention"):
+            found = diagnosis.examine()
+        out.document = found.to_dict()
+        out.show(str(found))
+        out.code = 1 if found.problems else 0
+
+
 def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
     """Return the options of `accelerate`, checked before anything slow begins."""
     options: dict[str, Any] = {"backend": backend, "bias": bias, "bias_energy": bias_energy}
@@ -244,6 +256,8 @@ def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> d
     if isinstance(section, str):
         return {"reason": section}
     tokens = section.geometry.tokens
+    if section.table is None:
+        return {"tokens": tokens, "reason": "it has no position bias"}
     if tokens < position_bias.MIN_TOKENS:
         return {"tokens": tokens, "reason": f"a window of {tokens} tokens keeps its whole bias in registers"}
     if not position_bias.wanted(config):

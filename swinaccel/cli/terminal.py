@@ -115,8 +115,11 @@ def image_path(option: str, path: str | None) -> Path | None:
         return None
     from .models import library
 
-    library("matplotlib")
+    kinds = library("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
     place = Path(path).expanduser()
+    kind = place.suffix.lstrip(".").lower()
+    if kind not in kinds and not place.is_dir():
+        raise ValueError(f"{option} {path} names no kind of image; end it in .png, .svg or .pdf")
     was_there = place.exists()
     try:
         place.open("ab").close()

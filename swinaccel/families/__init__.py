@@ -14,13 +14,18 @@ from torch import nn
 from ..layers import is_wrapper
 from ..spec.window import WindowSpec
 from .adapters import Captured, PatchMerging, TorchvisionBlock
+from .aurora import Aurora
 from .detection import Detection, ShiftWindowMSA
+from .earth import Earth
 from .embedding import Embeddings, PatchEmbed
 from .huggingface import HuggingFaceSwin
+from .huggingface_attention import HuggingFaceAttention
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
 from .protocols import BlockAdapter, Family
+from .renamed import Renamed
 from .restoration import Hat, SwinIR
+from .rolling import Rolling
 from .timm import Timm
 from .timm_cr import TimmCr
 from .torchvision import Torchvision, Torchvision3d
@@ -37,11 +42,16 @@ FAMILIES: list[Family] = [
     HuggingFaceSwinLegacy(),
     Microsoft(),
     SwinIR(),
+    Rolling(),
     Hat(),
     Detection(),
     ShiftWindowMSA(),
     Video(),
+    Aurora(),
+    Earth(),
     WindowAttention(),
+    HuggingFaceAttention(),
+    Renamed(),
 ]
 
 

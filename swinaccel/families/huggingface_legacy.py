@@ -6,25 +6,21 @@ image is small; Swinv2 never looks, normalises after what it normalises, and add
 
 from __future__ import annotations
 
-import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ..spec.block import Block, Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
+from ..spec.window import Section, WindowSpec
 from .huggingface import layer_examples, square_geometry
+from .huggingface_attention import outer_section
 from .shared.common import (
-    drop_rate,
     is_index,
     is_position_mlp,
-    logit_scale_reason,
     pair,
-    position_bias,
     positional_names,
 )
-from .shared.separate import separate_padding, separate_projections
 
 
 class HuggingFaceSwinLegacy:
@@ -73,10 +69,7 @@ class HuggingFaceSwinLegacy:
             return "attention weights are requested, which kernels do not keep; call without output_attentions"
         if arguments.get("head_mask") is not None:
             return "a head_mask is given, which kernels do not take; call without it"
-        outer = module.attention
-        attn, heads = outer.self, outer.self.num_attention_heads
-        if getattr(outer, "pruned_heads", None):
-            return "attention heads were pruned, and its projections have sizes that kernels do not take"
+        attn = module.attention.self
         dimensions = arguments["input_dimensions"]
         if hasattr(module, "set_shift_and_window_size") and not arguments.get("always_partition"):
             module.set_shift_and_window_size(dimensions)
@@ -85,29 +78,7 @@ class HuggingFaceSwinLegacy:
             return geometry
         if tuple(attn.window_size) != geometry.window:
             return f"the bias table belongs to a window of {attn.window_size[0]}, not {geometry.window[0]}"
-        if hasattr(attn, "logit_scale"):
-            reason = logit_scale_reason(attn.logit_scale, heads)
-            if reason is not None:
-                return reason
-            bias = {
-                **position_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, heads),
-                "logit_scale": attn.logit_scale,
-                "mask_value": 2 * SHIFT_MASK_VALUE,  # added once before and once after a reshape
-            }
-        else:
-            table, scale = attn.relative_position_bias_table, 1 / math.sqrt(attn.attention_head_size)
-            bias = {"table": lambda: attn.relative_position_bias_table, "sources": (table,), "scale": scale}
-        return Section(
-            geometry=geometry,
-            num_heads=heads,
-            head_dim=attn.attention_head_size,
-            project=separate_projections(attn.query, attn.key, attn.value),
-            output=lambda y: outer.output(y, y),
-            padding=separate_padding(attn.query, attn.key, attn.value),
-            index=attn.relative_position_index,
-            dropout=drop_rate(attn.dropout),
-            **bias,
-        )
+        return outer_section(module.attention, geometry)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         arguments = _named(module, args, kwargs)

@@ -26,8 +26,26 @@ def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
         return "the size of the image is given as tensors, as it is while a model is traced"
     if x.dim() != 3 or x.shape[1] != sides[0] * sides[1]:
         return f"the input's tokens are not {sides[0]}x{sides[1]}"
-    geometry = Geometry(sides, (module.window_size,) * 2, (module.shift_size,) * 2)
+    window, shift = pair(module.window_size), module.shift_size
+    geometry = Geometry(sides, window or (0, 0), (shift, shift))
     return undivided(geometry) or geometry
+
+
+def told_section(module: Any, attn: Any, x: Tensor, x_size: Any) -> Section | str:
+    """Return the facts of a call of a module that keeps the mask of one size, and computes that of others."""
+    geometry = told_geometry(module, x, x_size)
+    if isinstance(geometry, str):
+        return geometry
+    if module.input_resolution != x_size:
+        return attention_section(attn, geometry)
+    mask = module.attn_mask
+    return attention_section(attn, geometry, mask, 0.0 if mask is None else SHIFT_MASK_VALUE)
+
+
+def told_examples(module: Any, window: tuple[int, int]) -> list[tuple[Any, ...]]:
+    """Return calls of the size that a module was made for, and of another."""
+    sizes = module.input_resolution, (2 * window[0], 3 * window[1])
+    return [(torch.Size((2, size[0] * size[1], module.dim)), size) for size in sizes]
 
 
 class SwinIR:
@@ -48,13 +66,7 @@ class SwinIR:
         return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, x_size: Any) -> Section | str:
-        geometry = told_geometry(module, x, x_size)
-        if isinstance(geometry, str):
-            return geometry
-        if module.input_resolution != x_size:
-            return attention_section(module.attn, geometry)
-        mask = module.attn_mask
-        return attention_section(module.attn, geometry, mask, 0.0 if mask is None else SHIFT_MASK_VALUE)
+        return told_section(module, module.attn, x, x_size)
 
     def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any) -> Tensor:
         return block_forward(module, attend, x, x_size)
@@ -69,11 +81,7 @@ class SwinIR:
         return x, tuple(x_size)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        def call(size: Any) -> tuple[Any, ...]:
-            return torch.Size((2, size[0] * size[1], module.dim)), size
-
-        other = (2 * module.window_size, 3 * module.window_size)
-        return [call(module.input_resolution), call(other)]
+        return told_examples(module, (module.window_size,) * 2)
 
 
 class Hat:

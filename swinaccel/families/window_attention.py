@@ -1,8 +1,6 @@
 """The official `WindowAttention` by itself, where the block around it is not known: (windows, N, C) in and out.
 
-It is handed windows that its block has cut and rolled, with the mask that belongs to them. Windows stacked on each
-other are an image one window wide (and high, of volumes), so nothing is moved: M windows of a mask are one image, and
-without a mask each window is one.
+It is handed windows that its block has cut and rolled, with the mask that belongs to them.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import strange_mask
+from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
 from .shared.common import positional_names
 from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
+from .shared.stacked import attend_stacked, stacked_geometry
 
 
 class WindowAttention:
@@ -28,7 +26,7 @@ class WindowAttention:
     method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
-        if hasattr(module, "shift_size") or _names(type(module)) is None:
+        if hasattr(module, "shift_size") or argument_names(type(module)) is None:
             return None
         return attention_spec(self.name, module)
 
@@ -39,51 +37,52 @@ class WindowAttention:
         return attention_projections(module)
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
-        x, mask = _arguments(module, args, kwargs)
-        (first, *rest), windows = module.window_size, 1
-        if x.dim() != 3 or x.shape[1] != first * math.prod(rest):
-            return f"the input {tuple(x.shape)} is not of windows of {first * math.prod(rest)} tokens"
-        reason = flash_reason(module) or strange_mask(mask, x)
-        if reason is None and mask is not None:
-            windows = mask.shape[0]
-            if windows == 0 or x.shape[0] % windows:
-                reason = f"{x.shape[0]} windows do not divide into images of {windows}, as the mask has it"
-        geometry = Geometry((windows * first, *rest), (first, *rest))
-        return reason or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
+        x, mask = window_arguments(module, args, kwargs)
+        geometry = flash_reason(module) or stacked_geometry(x, mask, tuple(module.window_size))
+        return geometry if isinstance(geometry, str) else attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        x, mask = _arguments(module, args, kwargs)
-        first, *rest = module.window_size
-        windows = 1 if mask is None else mask.shape[0]
-        image = x.reshape(x.shape[0] // windows, windows * first, *rest, x.shape[2])
-        out = attend(image)
-        return out.reshape(*x.shape[:2], out.shape[-1])
+        return attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(module.window_size))
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        tokens = math.prod(module.window_size)
-        x = torch.Size((6, tokens, module.qkv.in_features))
-        return [(x, torch.Size((3, tokens, tokens))), (x, None)]
+        return window_examples(module, module.window_size, module.qkv.in_features)
 
 
-def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, ...]]:
+    """Return calls with a mask that images share, with one of all windows, and without."""
+    tokens, names = math.prod(window), argument_names(type(module)) or ()
+    between = (None,) * (names.index(_mask_name(names)) - 1)
+    masks = torch.Size((3, tokens, tokens)), torch.Size((6, tokens, tokens)), None
+    return [(torch.Size((6, tokens, channels)), *between, mask) for mask in masks]
+
+
+def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return windows and mask, under whatever names the forward gives them; what else it may take must be left out."""
     names = _NAMES.get(type(module))
     if names is None:
-        names = _NAMES[type(module)] = _names(type(module)) or ()
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+        names = _NAMES[type(module)] = argument_names(type(module)) or ()
+    given, mask = {**dict(zip(names, args, strict=False)), **kwargs}, _mask_name(names)
     if len(args) > len(names) or not given.keys() <= {*names} or names[0] not in given:
-        raise TypeError(f"its arguments are {' and '.join(names[:2])}")
-    for name in names[2:]:
-        if given.get(name) is not None:
+        raise TypeError(f"its arguments are {names[0]} and {mask}")
+    for name in names[1:]:
+        if name != mask and given.get(name) is not None and given[name] is not False:
             raise TypeError(f"it is given {name}, which no family knows")
-    return given[names[0]], given.get(names[1])
+    return given[names[0]], given.get(mask)
 
 
-def _names(cls: type) -> tuple[str, ...] | None:
-    """Return the names of a forward's arguments (windows, mask, others that default to None), or None."""
+def argument_names(cls: type) -> tuple[str, ...] | None:
+    """Return the names of a forward's arguments (windows, mask, others that default to None or False), or None."""
     names = positional_names(cls.forward)  # type: ignore[attr-defined]
-    parameters = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
-    return names if len(names) > 1 and all(parameters[name].default is None for name in names[2:]) else None
+    if len(names) < 2:
+        return None
+    parameters, mask = inspect.signature(cls.forward).parameters, _mask_name(names)  # type: ignore[attr-defined]
+    others = (parameters[name].default for name in names[1:] if name != mask)
+    return names if all(default is None or default is False for default in others) else None
+
+
+def _mask_name(names: tuple[str, ...]) -> str:
+    """Return which argument is the mask: the one of that name, or else the second."""
+    return "mask" if "mask" in names else names[1]
 
 
 _NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()

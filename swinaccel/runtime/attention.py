@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,21 @@ from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..spec.block import Product
 from ..spec.window import Section
+from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
-from ..trust.libraries import is_of_library
-from ..trust.probe import PADDED
+from ..trust.libraries import is_of_library, unsharded
 from ..trust.registry import Reading, attention_key, registry
 from .block import linear
 from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, Scope, State
-from .section import TritonSection
+from .section import TritonSection, form_of
+from .weights import later_weights, weights_reason
 
-_CHANGED = "its {} was changed after accelerate(), or a module came into it; call accelerate() again to look at it anew"
+_CHANGED = (
+    "its {} was changed after accelerate(), or came from a file or another process; call"
+    " swinaccel.accelerate(model) to look at it anew"
+)
 
 
 def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
@@ -38,7 +43,8 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
     root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
-    facts = parts_reason(parts, attention is root) or reading_of(family, module)
+    facts = reading_of(family, module)
+    facts = parts_reason(parts, attention is root, facts) or facts
     inside = [root, *(part for part in parts if part is not root)]
     if isinstance(facts, Reading):
         inside += [part for path in facts.unread_dropouts if (part := module.get_submodule(path)) not in inside]
@@ -62,22 +68,26 @@ def guarded(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | Non
         return None
 
 
-def parts_reason(parts: list[nn.Module], is_called: bool) -> str | None:
+def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str) -> str | None:
     """Return why modules that the section stands in for must be called: someone watches them or replaced a method.
 
     Args:
         parts: the attention first.
         is_called: the attention itself is called all the same, so that its own hooks run.
+        reading: of the attention, which may know a number to be a rate.
     """
+    known = reading.rate if isinstance(reading, Reading) else ""
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
+            if unsharded(type(part)) is not type(part):
+                return f"{name} inside the attention is sharded by itself; shard the whole block in its place"
             return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own; delete it to accelerate"
         for rate, value in () if is_of_library(part) else rates(part):
-            if value:
+            if value and (place or rate != known):
                 return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
     return None
 
@@ -112,7 +122,8 @@ def plan_attention(
         return section
     x = args[0] if args else next(iter(kwargs.values()))
     attention = family.attention(module)
-    bound = bind(section, attention, config, state, x)
+    reason = weights_reason(section, x) if reading.weights else None
+    bound = reason or bind(section, attention, config, state, x)
     if isinstance(bound, str):
         return bound
     attend, problem = bound
@@ -120,7 +131,18 @@ def plan_attention(
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
 
-    return Plan(run, problem, guard, section.index)
+    def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        images = []
+
+        def watched(image: Tensor) -> Tensor:
+            images.append(image)
+            return attend(image)
+
+        out = family.forward(module, watched, *args, **kwargs)
+        given = args[0] if args else next(iter(kwargs.values()))
+        return out, later_weights(section, images[0], family.attention(root), given)
+
+    return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
 
 
 def section_of(
@@ -131,7 +153,9 @@ def section_of(
         section = family.section(module, *args, **kwargs)
     except TypeError as error:
         return f"the call is not one that the {family.name} family knows ({error})"
-    return section if isinstance(section, str) or reading is None else reading.apply(section)
+    if isinstance(section, str) or reading is None:
+        return section
+    return reading.apply(section, family.attention(module), args[0] if args else next(iter(kwargs.values())))
 
 
 def bind(
@@ -145,7 +169,7 @@ def bind(
         reason = _torch_reason(section, attention, config, x) or index_reason(section)
         if reason is not None:
             return reason
-        state.bias = "table"
+        state.bias = form_of(section)
         in_parts = torch_backend.is_plain(attention)
         section.project, section.output = _directly(section.project), _directly(section.output)
         return lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts), None
@@ -169,13 +193,16 @@ def section_reason(section: Section, device: torch.device) -> str | None:
         return "the window is a single token, where attention has nothing to weigh"
     if not all(0 <= shift < window for shift, window in zip(geometry.shift, geometry.window, strict=True)):
         return f"the shift {geometry.shift} does not lie inside the window {geometry.window}"
-    if section.index.dtype not in (torch.int64, torch.int32):
-        return f"the bias index is of {section.index.dtype}"
-    if tuple(section.index.shape) != (tokens, tokens):
-        return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
-    shape = table_shape(section)
-    if len(shape) != 2 or shape[1] != heads:
-        return f"the bias table {shape} has not one column for each of {heads} heads"
+    if section.index is not None:
+        if section.index.dtype not in (torch.int64, torch.int32):
+            return f"the bias index is of {section.index.dtype}"
+        if tuple(section.index.shape) != (tokens, tokens):
+            return f"the bias index {tuple(section.index.shape)} does not belong to a window of {tokens} tokens"
+        shape = table_shape(section)
+        if len(shape) not in (2, 3) or shape[-1] != heads:
+            return f"the bias table {shape} has not one column for each of {heads} heads"
+        if len(shape) == 3 and (shape[1] < 1 or math.prod(geometry.grid[:-1]) % shape[1]):
+            return f"the bias table {shape} does not divide the rows of windows, {geometry.grid[:-1]}"
     if section.logit_scale is not None and section.logit_scale.numel() != heads:
         return f"logit_scale holds {section.logit_scale.numel()} numbers, and the attention has {heads} heads"
     mask = section.mask
@@ -194,7 +221,8 @@ def section_reason(section: Section, device: torch.device) -> str | None:
 
 
 def table_shape(section: Section) -> tuple[int, ...]:
-    """Return (rows, heads) of the bias table, without computing it."""
+    """Return the shape of the bias table, without computing it."""
+    assert section.table is not None
     return section.table_shape or tuple(section.table().shape)
 
 
@@ -236,7 +264,10 @@ def triton_reason(section: Section, x: Tensor, problem: tuple) -> str | None:
 
 def index_reason(section: Section) -> str | None:
     """Return why the kernels, which check no index, cannot take this one, or None."""
-    index, (rows, _) = section.index, table_shape(section)
+    index = section.index
+    if index is None:
+        return None
+    rows = table_shape(section)[0]
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return "its bias index was not looked through before a CUDA graph is captured; run the model once before"
     low, high = index.aminmax()

@@ -270,7 +270,7 @@ def _attention_of_block(
     if isinstance(reading, str) or reading.active(inner) is not None:
         return "its attention must run by itself"
     attention = family.attention(inner)
-    reason = parts_reason(list(attention.modules()), False)
+    reason = parts_reason(list(attention.modules()), False, reading)
     if reason is not None:
         return reason
     if inner is not module or hasattr(adapter, "block_method"):

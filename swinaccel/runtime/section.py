@@ -54,7 +54,7 @@ class TritonSection:
         factors = None
         if not trained and bias.wanted(self.config):
             factors = bias.factors(section, self.config, first.dtype)
-        self.state.bias = "table" if factors is None else factors.describe()
+        self.state.bias = form_of(section) if factors is None else factors.describe()
         table = table_of(section, trained)
         out = attend_triton(section, qkv, table, factors)
         if self._may_bind and self._bound is None:
@@ -82,7 +82,7 @@ class BoundSection:
         section: Section,
         first: Tensor,
         is_packed: bool,
-        table: Tensor,
+        table: Tensor | None,
         attention: window.BoundAttention,
         bound_position: position.BoundPosition | None,
     ) -> None:
@@ -90,7 +90,8 @@ class BoundSection:
         self._shape, self._dtype, self._is_packed = first.shape, first.dtype, is_packed
         # A parameter stays what it is while the plan's guard holds, and is read where it lies.
         self._table = table if any(table is one for one in section.sources) else None
-        self._layout, self._has_padding = (table.stride(), table.dtype), padding_of(section) is not None
+        self._layout = None if table is None else (table.stride(), table.dtype)
+        self._has_padding = padding_of(section) is not None
 
     def run(self, qkv: Any) -> Tensor | None:
         """Return the attention of a projection, or None where that, or the padding, is not as it was."""
@@ -106,7 +107,7 @@ class BoundSection:
         if self._has_padding and (padding is None or not padding.is_contiguous()):
             return None
         table, bound = self._table, self._position
-        if table is None:
+        if table is None and section.table is not None:
             table = None if bound is None else bound.run(*section.position)  # type: ignore[misc]
             table = section.table() if table is None else table
             if (table.stride(), table.dtype) != self._layout:
@@ -114,7 +115,7 @@ class BoundSection:
         return self._attention.run(*parts, table, section.index, padding, section.mask, section.logit_scale)
 
 
-def bind(section: Section, qkv: Any, table: Tensor) -> BoundSection | None:
+def bind(section: Section, qkv: Any, table: Tensor | None) -> BoundSection | None:
     """Return a section bound to the launches of such a projection, or None where it is not what launches take.
 
     Args:
@@ -138,7 +139,7 @@ def bind(section: Section, qkv: Any, table: Tensor) -> BoundSection | None:
             num_heads=section.num_heads,
             head_dim=section.head_dim,
             packed=is_packed,
-            table=(table.shape, table.stride()),
+            table=None if table is None else (table.shape, table.stride()),
             has_padding=padding_of(section) is not None,
             has_mask=section.mask is not None,
             mask_value=section.mask_value,
@@ -164,13 +165,20 @@ def padding_of(section: Section) -> Tensor | None:
     return padding
 
 
-def table_of(section: Section, trained: bool) -> Tensor:
+def table_of(section: Section, trained: bool) -> Tensor | None:
     """Return the bias table of a call: SwinV2's by one kernel where no gradient is recorded and that can be."""
+    if section.table is None:
+        return None
     table = None if trained or section.position is None else position.position_table(*section.position)
     return section.table() if table is None else table
 
 
-def attend_triton(section: Section, qkv: Any, table: Tensor, factors: Any = None) -> Tensor:
+def form_of(section: Section) -> str:
+    """Return how a report names the bias of a section without factors."""
+    return "none" if section.table is None else "table"
+
+
+def attend_triton(section: Section, qkv: Any, table: Tensor | None, factors: Any = None) -> Tensor:
     """Return what a section gives, by the Triton kernels, of its projections q, k and v and its table."""
     logit_scale = section.logit_scale
     return window.shifted_window_attention(

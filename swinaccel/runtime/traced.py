@@ -21,8 +21,10 @@ from ..ops import block as block_ops
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
+from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
-from .attention import problem_of, section_of, section_reason, triton_reason
+from ..trust.registry import mask_kind
+from .attention import problem_of, reading_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .neighbours import embedding_of, is_patchwise
@@ -31,19 +33,32 @@ from .section import attend_triton, table_of
 if TYPE_CHECKING:
     from .call import Entry
 
-ROLES = "_swinaccel_roles"  # of a class with a dispatcher: (type of parent, name, type) of what was proven inside
+# Of a class with a dispatcher: (type of parent, name, type) of what was proven inside, with rates of dropout as float.
+ROLES = "_swinaccel_roles"
 
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
 Role = tuple[type | None, str, type]
 
 
-def roles_of(module: nn.Module) -> frozenset[Role]:
-    """Return the places and types of a module and of all inside it."""
+def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
+    """Return the places and types of a module and of all inside it.
+
+    Of the module itself also, as a tuple, that it returns more; and as strings, which masks it refuses.
+    """
     found: list[Role] = [(None, "", type(module))]
     found += [
         (type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()
     ]
+    found += [
+        (type(part), name, float) for part in module.modules() if not is_of_library(part) for name, _ in rates(part)
+    ]
+    if hasattr(family, "section") and not is_of_library(module):
+        reading = reading_of(family, module)
+        if isinstance(reading, str) or reading.weights:
+            found.append((type(module), "", tuple))
+        else:
+            found += [(type(module), kind, str) for kind in reading.refused]
     return frozenset(found)
 
 
@@ -81,6 +96,8 @@ def call(
 def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Attend | str:
     """Return what runs the attention of a call, (B, H, W, C) to the same, or why the original must run."""
     attention = family.attention(module)
+    if (type(module), "", tuple) in getattr(module, ROLES):
+        return "it returns its attention weights as well, which a compiler is left to compute"
     reason = _dropout_reason(module, attention) or _parts_reason(
         getattr(module, ROLES), attention, attention is module, _root(module, attention)
     )
@@ -89,6 +106,9 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     section = section_of(family, module, None, args, kwargs)
     if isinstance(section, str):
         return section
+    refused = [kind for owner, kind, role in getattr(module, ROLES) if role is str and owner is type(module)]
+    if refused and mask_kind(section, x) in refused:
+        return "in a trial its own code raised an error for such a mask, or for none"
     if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_of_library(module):
         return "its code may take another scale than the one that it holds, which a compiler is not told"
     problem = problem_of(section, x)
@@ -124,6 +144,9 @@ def _parts_reason(
         return f"{type(part).__name__} inside the attention has a forward of its own"
     if (*place, type(part)) not in roles:
         return f"a {type(part).__name__} came into the attention after accelerate(); call it again"
+    for owner, name, kind in roles:
+        if kind is float and owner is type(part) and getattr(part, name):
+            return f"{name} is not zero, and only its own code says when that drops"
     for name, child in part._modules.items():
         if child is not None:
             reason = _parts_reason(roles, child, False, (type(part), name))

@@ -124,12 +124,19 @@ def check_mask(q: Tensor, mask: Any, tokens: int, instead: str, count: int | Non
     check_device("mask", mask, q, of)
 
 
-def check_bias(q: Tensor, bias: Any, heads: int, tokens: int, of: str = "q") -> None:
+def check_bias(q: Tensor, bias: Any, heads: int, tokens: int, of: str = "q", rows: int | None = None) -> None:
+    """Check a bias (heads, N, N), or (rows, heads, N, N) of so many rows where that is given."""
     check_tensor("bias", bias)
-    if bias.shape != (heads, tokens, tokens):
-        raise ValueError(
-            f"bias must have shape (heads, tokens, tokens), {(heads, tokens, tokens)}; got {tuple(bias.shape)}"
-        )
+    shape = (heads, tokens, tokens)
+    if bias.dim() == 4:
+        count = max(1, bias.shape[0] if rows is None else rows)
+        if bias.shape != (count, *shape):
+            raise ValueError(
+                f"bias must have shape (rows, heads, tokens, tokens), {(count, *shape)}, one for each row of windows; "
+                f"got {tuple(bias.shape)}"
+            )
+    elif bias.shape != shape:
+        raise ValueError(f"bias must have shape (heads, tokens, tokens), {shape}; got {tuple(bias.shape)}")
     check_device("bias", bias, q, of)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window import Geometry
+from .window import Geometry, Section
 
 
 def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str = "cpu") -> Tensor:
@@ -101,13 +101,29 @@ def attention(
 
     Args:
         q, k, v: (windows, heads, N, D).
-        bias: (heads, N, N), natural units.
+        bias: (heads, N, N), natural units; or (rows, heads, N, N), of which window i uses row i mod rows.
         mask: (M, N, N); window i uses row i mod M.
         scale: multiplies q kᵀ; unused with `logit_scale`.
         logit_scale: (heads,) before clamp and exp: scores are cos(q, k) · exp(min(logit_scale, ln 100)).
         dropout: probability at which an attention weight is dropped.
     Returns:
         (windows, heads, N, D).
+    """
+    weights = attention_weights(q, k, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale)
+    return F.dropout(weights, dropout).to(v.dtype) @ v
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    logit_scale: Tensor | None = None,
+) -> Tensor:
+    """Compute the weights of `attention`, (windows, heads, N, N).
+
     Source: arXiv:2103.14030, eq. 4; arXiv:2111.09883, eq. 2.
     """
     if logit_scale is None:
@@ -116,12 +132,12 @@ def attention(
         cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         scores = cosine * logit_scale.view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias if bias.dim() == 3 else (scores.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)
     if mask is not None:
         windows, heads, tokens, _ = scores.shape
         scores = scores.view(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None]
         scores = scores.view(windows, heads, tokens, tokens)
-    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+    return scores.softmax(-1)
 
 
 def split_heads(windows: Tensor, num_heads: int) -> Tensor:
@@ -130,8 +146,19 @@ def split_heads(windows: Tensor, num_heads: int) -> Tensor:
 
 
 def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
-    """Return the relative position bias (heads, N, N) from its table (T, heads) and index (N, N)."""
-    return table[index.reshape(-1)].view(*index.shape, -1).permute(2, 0, 1)
+    """Return the relative position bias (heads, N, N) from its table (T, heads) and index (N, N).
+
+    With biases of rows of windows it is (rows, heads, N, N), from a table (T, rows, heads).
+    """
+    return table[index.reshape(-1)].view(*index.shape, *table.shape[1:]).movedim((0, 1), (-2, -1))
+
+
+def bias_of_windows(bias: Tensor, geometry: Geometry) -> Tensor:
+    """Return what windows have of the biases (rows, heads, N, N) that their rows take in turn: (M, heads, N, N).
+
+    Rows of windows are numbered as windows are: those of an image from the top, those of a volume depth by depth.
+    """
+    return bias.repeat_interleave(geometry.grid[-1], 0).repeat(math.prod(geometry.grid[:-1]) // bias.shape[0], 1, 1, 1)
 
 
 def shifted_window_attention(
@@ -156,7 +183,8 @@ def shifted_window_attention(
         q, k, v: (B, H, W, heads * D), or (B, depth, H, W, heads * D).
         geometry: window, shift and their order.
         num_heads: heads.
-        table, index: (T, heads) and (N, N), the relative position bias; or (heads, N, N), the same, without index.
+        table, index: (T, heads) and (N, N), the relative position bias; or (heads, N, N), the same, without index. With
+            biases that rows of windows take in turn, (T, rows, heads) or (rows, heads, N, N): see `bias_of_windows`.
         padding: (3 * heads * D,), q, k and v of a padding token; zeros without.
         mask: (M, N, N), in place of the mask that the shift implies.
         mask_value: what the implied mask adds between regions.
@@ -168,9 +196,28 @@ def shifted_window_attention(
     q, k, v = (split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True))
     if mask is None and geometry.is_shifted and mask_value:
         mask = shift_mask(geometry, mask_value, device=q.device)
-    bias = table if table is None or index is None else bias_from_table(table, index)
+    bias = _bias(table, index, geometry)
     out = attention(q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout)
     return join(out.transpose(1, 2).flatten(2), geometry)
+
+
+def _bias(table: Tensor | None, index: Tensor | None, geometry: Geometry) -> Tensor | None:
+    """Return the bias of all windows of an image, from its table or as it comes without an index; None without one."""
+    bias = table if table is None or index is None else bias_from_table(table, index)
+    return bias_of_windows(bias, geometry) if bias is not None and bias.dim() == 4 else bias
+
+
+def section_weights(section: Section, image: Tensor) -> Tensor:
+    """Return the weights that a section gives the keys of an image (B, H, W, C), (B * M, heads, N, N)."""
+    qkv, geometry, mask = section.project(image), section.geometry, section.mask
+    parts = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
+    padding = section.padding() if section.padding is not None else None
+    pads = (None, None) if padding is None else padding.chunk(3)[:2]
+    q, k = (split_heads(cut(part, geometry, pad), section.num_heads) for part, pad in zip(parts[:2], pads, strict=True))
+    if mask is None and geometry.is_shifted and section.mask_value:
+        mask = shift_mask(geometry, section.mask_value, device=image.device)
+    bias = _bias(None if section.table is None else section.table(), section.index, geometry)
+    return attention_weights(q, k, bias=bias, mask=mask, scale=section.scale, logit_scale=section.logit_scale)
 
 
 def visible_keys(

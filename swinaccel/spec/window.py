@@ -105,9 +105,10 @@ class Section:
         output: (..., heads * D) to (..., C), projection and its dropout.
         padding: gives what `project` makes of a zero token, as a vector (3 * heads * D,) or None for zeros;
             None itself where that cannot be read off the projection.
-        table: gives the relative position bias table (T, heads), with every transform applied.
+        table: gives the relative position bias table (T, heads), with every transform applied; None for no bias. Or
+            (T, rows, heads), of biases that rows of windows take in turn: see `reference.bias_of_windows`.
         table_shape: the shape that this table will have, where it has to be computed.
-        index: (N, N), int64; row of the table for (query, key).
+        index: (N, N), int64; row of the table for (query, key). None for no bias.
         sources: the tensors that `table` is computed from.
         position: coordinates, hidden weight and bias, and weight, where `table` is SwinV2's 16 · sigmoid of a plain
             two-layer MLP, so that one kernel may compute it.
@@ -124,9 +125,9 @@ class Section:
     project: Callable[[Tensor], Tensor | tuple[Tensor, Tensor, Tensor]]
     output: Callable[[Tensor], Tensor]
     padding: Callable[[], Tensor | None] | None
-    table: Callable[[], Tensor]
-    index: Tensor
-    sources: tuple[Tensor, ...]
+    table: Callable[[], Tensor] | None = None
+    index: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
     table_shape: tuple[int, ...] = ()
     position: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     scale: float = 1.0

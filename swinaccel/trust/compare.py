@@ -11,6 +11,13 @@ from ..layers import OWN_ATTRIBUTES
 from ..spec.window import is_plain
 from .copies import Setting, tensors
 
+# Such calls run the original, and are not compared.
+PADDED = "the image is padded and the projection is not a plain nn.Linear; pad images to whole windows, or merge it"
+
+
+class NotNow(Exception):
+    """A module is not what its family takes it for at present; the message says why."""
+
 
 def reason(
     name: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from ..families import examples
 from ..spec.block import Block
+from .libraries import unsharded
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,25 @@ LOW_PRECISION = (
     Setting(dtype=torch.bfloat16),
     Setting(dtype=torch.float32, autocast=True),
 )
+
+
+_COMPOSABLE = "__composable_api"  # how the names begin under which FSDP2 keeps its state in a module
+
+
+class Widened(TorchFunctionMode):
+    """Let code that computes in float32 for itself stay in float64, where its arithmetic is looked at.
+
+    How it rounds is looked at in lower precision, without this.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave numbers as they are where they would become float32."""
+        asked = func is Tensor.float or (
+            func in (Tensor.to, Tensor.type) and len(args) == 2 and args[1] is torch.float32
+        )
+        if asked and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -97,14 +119,14 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
             if isinstance(one, Tensor) and one.is_floating_point() and id(one) not in memo:
                 value = one.detach().to("cpu", setting.dtype, copy=True)
                 memo[id(one)] = value + torch.rand_like(value)
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            memo[id(hooks)] = OrderedDict()
     places = [place for place, part in enumerate(module.modules()) if part in moved]
-    clone = copy.deepcopy(module, memo)
+    clone = _copied(module, memo)
     clone.to("cpu", setting.dtype)
     clone.train(setting.training)  # in detection backbones, neither returns the module
     parts = list(clone.modules())
     for part in parts:
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            hooks.clear()
         if isinstance(part, _DropoutNd):
             part.p = 0.0
     for part in (parts[place] for place in places):
@@ -113,6 +135,21 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
                 if type(number) is float:
                     vars(part)[name] = 0.0 if "drop" in name else 1.25 * number + 0.05
     return clone
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a deep copy; of what FSDP2 shards, which refuses to be copied, one of the class that it was made from.
+
+    Args:
+        memo: copies by the addresses of their originals; those of a module's forward hooks are in it.
+    """
+    sharded = [part for part in module.modules() if unsharded(type(part)) is not type(part)]
+    for part in sharded:
+        memo[id(part)] = object.__new__(unsharded(type(part)))
+    for part in sharded:
+        kept = {name: value for name, value in vars(part).items() if not name.startswith(_COMPOSABLE)}
+        memo[id(part)].__dict__ = copy.deepcopy(kept, memo)
+    return copy.deepcopy(module, memo)
 
 
 def calls(family: Any, clone: nn.Module, setting: Setting) -> list[tuple[Any, ...]]:

@@ -33,12 +33,20 @@ MODELS = {
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 
 
+def unsharded(cls: type) -> type:
+    """Return the class that FSDP2 made a class from, which is then its first base outside of torch.distributed."""
+    copies = getattr(vars(cls).get("__deepcopy__"), "__module__", None) or ""  # a function that refuses to
+    if not copies.startswith("torch.distributed."):
+        return cls
+    return next(base for base in cls.__mro__ if not base.__module__.startswith("torch.distributed."))
+
+
 def is_of_library(module: Any) -> bool:
     """Return True if all code of a module's class is a surveyed library's or PyTorch's.
 
-    A subclass without code of its own is what it was made from, as FSDP2 makes them.
+    A subclass without code of its own is what it was made from.
     """
-    for base in type(module).__mro__:
+    for base in unsharded(type(module)).__mro__:
         if base.__module__.startswith(LIBRARIES):
             if base.__module__.startswith("torch."):
                 return True

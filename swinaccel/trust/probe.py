@@ -17,11 +17,12 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..families import Family
 from ..layers import own_method, replaced_methods
@@ -30,23 +31,35 @@ from ..spec.block import Block, Merging
 from ..spec.reference_block import block_reference, embedding_reference, merging_reference
 from ..spec.window import Section, WindowSpec
 from . import compare, projections
-from .copies import EXACT, LOW_PRECISION, Setting, calls, isolated, random_copy, seed, set_drop_rates, set_path_rates
+from .compare import PADDED, NotNow
+from .copies import (
+    EXACT,
+    LOW_PRECISION,
+    Setting,
+    Widened,
+    calls,
+    isolated,
+    random_copy,
+    seed,
+    set_drop_rates,
+    set_path_rates,
+)
+from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library
-from .registry import Reading, attention_key, block_key, registry
+from .registry import Reading, attention_key, block_key, mask_kind, registry
 
-# Such calls run the original, and are not compared.
-PADDED = "the image is padded and the projection is not a plain nn.Linear; pad images to whole windows, or merge it"
+_BARE = (
+    "its forward adds neither the position bias nor the mask that it holds, as some code that calls"
+    " scaled_dot_product_attention does; where a setting chooses that, switch it off and call accelerate() again"
+    " (the results are others then)"
+)
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((
     "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cuda", "custom_fwd", "device_type",
     "get_autocast_dtype", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads", "initial_seed",
     "is_autocast_enabled", "is_cuda", "is_grad_enabled", "is_inference_mode_enabled",
 ))  # fmt: skip
-
-
-class _NotNow(Exception):
-    """A module is not what its family takes it for at present; the message says why."""
 
 
 def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
@@ -121,7 +134,7 @@ def _judge(
             registry.prove(proven_by(), verdict)
             return None
         return verdict
-    except (Untraceable, _NotNow) as reason:
+    except (Untraceable, NotNow) as reason:
         return str(reason)
 
 
@@ -136,6 +149,12 @@ def _replaced(parts: Iterable[nn.Module]) -> str | None:
 
 def _unseen(parts: Iterable[nn.Module]) -> str | None:
     """Return which code of modules may do on GPUs what a run on the CPU does not show, or None."""
+    found = _speaks_of(parts, _UNSEEN)
+    return None if found is None else f"{found[0]} has to do with {found[1]}, which no run of a copy shows"
+
+
+def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, str] | None:
+    """Return a method, outside of the surveyed libraries, whose code has one of the words, with the word; or None."""
     for part in parts:
         if is_of_library(part):
             continue
@@ -144,9 +163,9 @@ def _unseen(parts: Iterable[nn.Module]) -> str | None:
                 code = getattr(function, "__code__", None)
                 if code is None or is_library_function(function) or _NOT_RUN.intersection(name.split("_")):
                     continue
-                names = _UNSEEN.intersection(code.co_names)
+                names = set(words).intersection(code.co_names)
                 if names:
-                    return f"{type(part).__name__}.{name} has to do with {min(names)}, which no run of a copy shows"
+                    return f"{type(part).__name__}.{name}", min(names)
     return None
 
 
@@ -160,43 +179,64 @@ def _settings(module: nn.Module) -> tuple[Setting, ...]:
 def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> Reading | str:
     """Return how the attention of a module is to be read, or why its forward is not its family's."""
     inside = set(family.attention(module).modules()) | {module}
-    first = None
-    for reading in (Reading(), Reading(default_scale=True)):
-        compared = functools.partial(_compare, family=family, original=original, reading=reading)
-        reason = _run(module, family, inside, compared)
-        if reason is None:
-            return dataclasses.replace(reading, unread_dropouts=_unread_dropouts(module, family, inside, compared))
-        first = first or reason
+
+    def compared(reading: Reading) -> Callable[..., str | None]:
+        return functools.partial(_compare, family=family, original=original, reading=reading)
+
+    first, refused = None, _refused(module, family, inside, original)
+    for weights in (False, True):
+        if weights and not str(first).startswith("its forward gives 2 outputs"):
+            continue
+        for default_scale in (False, True):
+            reading = Reading(default_scale=default_scale, weights=weights, refused=refused)
+            reason = _run(module, family, inside, compared(reading))
+            if reason is None:
+                return with_dropouts(module, family, inside, original, reading, compared)
+            first = first or reason
+    for power in (0, 1, 2):
+        if _run(module, family, inside, compared(_Bare(power=power, refused=refused)), settings=EXACT[:1]) is None:
+            return _BARE
     assert first is not None
     return first
 
 
-def _unread_dropouts(
-    module: nn.Module, family: Family, moved: set[nn.Module], compared: Callable[..., str | None]
-) -> tuple[str, ...]:
-    """Return the paths of dropouts that a family neither reads nor calls where the original does.
-
-    One at a time drops everything, which no random number decides: dropouts of another kind, as Dropout2d, do that
-    like any other, and are told by their code.
-    """
-    drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
-    unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
+def _refused(module: nn.Module, family: Family, moved: set[nn.Module], original: Callable[..., Any]) -> frozenset[str]:
+    """Return the kinds of masks at which a module raises an error, where it takes calls of other kinds."""
+    taken, raised = set(), set()
     if all(map(is_of_library, module.modules())):
-        return tuple(unread)
-    with isolated(), torch.no_grad():
-        for path in [path for path in drops if path not in unread]:
+        return frozenset()
+    try:
+        with isolated(), torch.no_grad():
             clone = random_copy(module, moved, Setting())
-            arguments = calls(family, clone, Setting())
-            dropping = clone.get_submodule(path).train()
-            dropping.p = 1.0  # type: ignore[assignment]
-            try:
-                pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
-                reasons = {compared(*pair) for pair in pairs} - {None, PADDED}
-            except _NotNow:  # the family reads it, and leaves such calls to the original
-                continue
-            if reasons:
-                unread.append(path)
-    return tuple(unread)
+            for args in calls(family, clone, Setting()):
+                section = family.section(copy.deepcopy(clone), *args)
+                kind = section if isinstance(section, str) else mask_kind(section, args[0])
+                try:
+                    original(copy.deepcopy(clone), *args)
+                    taken.add(kind)
+                except Exception:
+                    raised.add(kind)
+    except Exception:  # which the comparison meets, too, and reports
+        return frozenset()
+    return frozenset(raised - taken) if taken else frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bare(Reading):
+    """Scores without position bias and mask, as some code by `scaled_dot_product_attention` has them.
+
+    Attributes:
+        power: how many of two factors scale them: the module's own, PyTorch's, or both.
+    """
+
+    power: int = 0
+
+    def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
+        found, default = super().apply(section, attention, x), section.head_dim**-0.5
+        if isinstance(found, str):
+            return found
+        scale = (section.scale, default, section.scale * default)[self.power]
+        return dataclasses.replace(found, table=None, position=None, mask=None, mask_value=0.0, scale=scale)
 
 
 def _probe_block(
@@ -210,13 +250,18 @@ def _probe_block(
 
 
 def _run(
-    module: nn.Module, family: Any, moved: set[nn.Module], compared: Callable[..., str | None], drops: bool = False
+    module: nn.Module,
+    family: Any,
+    moved: set[nn.Module],
+    compared: Callable[..., str | None],
+    drops: bool = False,
+    settings: tuple[Setting, ...] = (),
 ) -> str | None:
     """Return the first difference that two copies show in any setting and call, or None."""
-    empty = False
+    empty, narrows = False, _speaks_of(module.modules(), ("float", "float32", "type")) is not None
     try:
         with isolated():
-            for setting in _settings(module):
+            for setting in settings or _settings(module):
                 clone = random_copy(module, moved, setting)
                 arguments = calls(family, clone, setting)
                 compares = 0
@@ -227,6 +272,7 @@ def _run(
                     for args in arguments:
                         pair = copy.deepcopy(clone), copy.deepcopy(clone)
                         with (
+                            Widened() if narrows and setting in EXACT else nullcontext(),
                             torch.set_grad_enabled(setting.training),
                             torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast),
                         ):
@@ -237,10 +283,10 @@ def _run(
                         if reason is not None:
                             return reason
                 empty = empty or (setting in EXACT and not compares)
-    except _NotNow:
+    except NotNow:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _NotNow(f"there was no memory to probe its forward in ({_first_line(error)})") from None
+        raise NotNow(f"there was no memory to probe its forward in ({_first_line(error)})") from None
     except Exception as error:
         return f"the probe of its forward failed ({_first_line(error)})"
     return PADDED if empty else None
@@ -263,10 +309,12 @@ def _compare(
     """Return why one call of the original does not do what its family reads out of it, or None where it does."""
     section = family.section(other, *args)
     if isinstance(section, str):
-        raise _NotNow(section)
+        raise NotNow(section)
     if section.padding is None and section.geometry.is_padded:
         return PADDED
-    section = reading.apply(section)
+    section = reading.apply(section, family.attention(other), args[0])
+    if isinstance(section, str):
+        return PADDED
     reason = _unkept(family, other, section, args)
     if reason is not None:
         return reason
@@ -276,7 +324,15 @@ def _compare(
     if expected is None:
         return PADDED
     seed()
-    found = _parts(family.forward(other, lambda image: attend(section, image), inputs[1], *rest))
+    images = []
+
+    def attended(image: Tensor) -> Tensor:
+        images.append(image)
+        return attend(section, image)
+
+    found = _parts(family.forward(other, attended, inputs[1], *rest))
+    if reading.weights:
+        found = *found, F.dropout(reference.section_weights(section, images[0]), section.dropout)
     return compare.reason(family.name, expected, found, inputs, clone, other, setting)
 
 
@@ -291,7 +347,9 @@ def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any,
             continue
         held = {**part._buffers, **{name: one for name, one in vars(part).items() if isinstance(one, Tensor)}}
         for name, tensor in held.items():
-            if tensor is None or tensor.is_floating_point() or tensor.data_ptr() == section.index.data_ptr():
+            if tensor is None or tensor.is_floating_point():
+                continue
+            if section.index is not None and tensor.data_ptr() == section.index.data_ptr():
                 continue
             return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
     return None
@@ -309,6 +367,20 @@ def _compare_block(
 ) -> str | None:
     """Return why a module does not do around its attention what its family reads, or None where it does."""
     facts = family.block(other)
+    attended: Any = None
+    if isinstance(facts, Block):
+        if attention is not None:
+            attended = functools.partial(attention, other)
+        elif hasattr(family, "attend"):
+            attended = family.attend(other)
+        else:
+            section = family.section(other, *args)
+            if isinstance(section, str):
+                raise NotNow(section)
+            section = reading.apply(section, family.attention(other), args[0])
+            if isinstance(section, str):
+                return PADDED
+            attended = functools.partial(attend, section)
     inputs = [args[0].clone().requires_grad_(setting.training) for _ in range(2)]
     expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
     if expected is None:
@@ -321,15 +393,6 @@ def _compare_block(
     elif not isinstance(facts, Block):
         found = embedding_reference(facts, x)
     else:
-        if attention is not None:
-            attended: Any = functools.partial(attention, other)
-        elif hasattr(family, "attend"):
-            attended = family.attend(other)
-        else:
-            section = family.section(other, *args)
-            if isinstance(section, str):
-                raise _NotNow(section)
-            attended = functools.partial(attend, reading.apply(section))
         found = block_reference(facts, attended, x, size)
     return compare.reason(family.name, expected, _parts(found), inputs, clone, other, setting)
 
@@ -346,7 +409,7 @@ def attend(section: Section, x: Tensor) -> Tensor:
         v,
         section.geometry,
         num_heads=section.num_heads,
-        table=section.table(),
+        table=None if section.table is None else section.table(),
         index=section.index,
         padding=section.padding() if section.padding is not None else None,
         mask=section.mask,

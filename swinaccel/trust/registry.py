@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..spec.window import Section
 from .fingerprint import fingerprint, is_dead
@@ -23,10 +25,17 @@ class Reading:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
         unread_dropouts: paths of dropouts that no family reads or calls, or of another kind than elementwise; while
             one is active, the original must run.
+        rate: the name of a number of the attention, by which its weights are dropped in training, whatever dropouts
+            the module holds; empty where those count.
+        weights: it returns the attention weights as well.
+        refused: the kinds of masks (`mask_kind`) at which the original raises.
     """
 
     default_scale: bool = False
     unread_dropouts: tuple[str, ...] = ()
+    rate: str = ""
+    weights: bool = False
+    refused: frozenset[str] = frozenset()
 
     def active(self, module: nn.Module) -> str | None:
         """Return the path of a dropout that drops now and that is not read, or None."""
@@ -36,11 +45,35 @@ class Reading:
                 return path
         return None
 
-    def apply(self, section: Section) -> Section:
-        """Return a section as the code of its module computes it."""
+    def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
+        """Return a section as the code of its module computes it, or why the original must run.
+
+        Args:
+            x: what the call is given.
+        """
+        if self.refused and mask_kind(section, x) in self.refused:
+            return f"in a trial its own code raised an error for {mask_kind(section, x)}, which is left to it"
         if self.default_scale and section.logit_scale is None:
-            return dataclasses.replace(section, scale=section.head_dim**-0.5)
+            section = dataclasses.replace(section, scale=section.head_dim**-0.5)
+        if self.rate:
+            rate = attrgetter(self.rate)(attention) if attention.training else 0.0
+            section = dataclasses.replace(section, dropout=rate)
         return section
+
+
+def mask_kind(section: Section, x: Tensor) -> str:
+    """Return in words which mask a call is given: code by `scaled_dot_product_attention` may want one of its own."""
+    is_given, images = section.mask is not None, x.numel() // max(1, x.shape[-1] * math.prod(section.geometry.size))
+    return _KINDS[is_given, images > 1 if is_given else section.geometry.is_shifted]
+
+
+# By: there is a mask; images share it, or else windows are shifted.
+_KINDS = {
+    (False, False): "windows without a mask",
+    (False, True): "shifted windows without a mask",
+    (True, False): "a mask of all windows",
+    (True, True): "a mask of one image for several",
+}
 
 
 class Registry:
@@ -65,8 +98,11 @@ class Registry:
         self._verdicts[key] = verdict
 
     def prove(self, key: Hashable, reading: Reading) -> None:
-        """Let calls stand in for parts of this fingerprint."""
-        if self._readings.get(key) != reading:
+        """Let calls stand in for parts of this fingerprint, which blocks with a shift share with those without."""
+        known = self._readings.get(key)
+        if known is not None:
+            reading = dataclasses.replace(reading, refused=reading.refused | known.refused)
+        if known != reading:
             _make_room(self._readings)
             self._readings[key] = reading
             self.count += 1

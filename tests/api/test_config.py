@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import os
+import typing
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 from torch import nn
+from typing_extensions import Unpack
 
 import swinaccel
 from swinaccel import AccelConfig, config
@@ -21,6 +25,21 @@ def test_defaults_are_the_contract():
     options = AccelConfig()
     assert (options.backend, options.bias, options.bias_energy) == ("auto", "auto", None)
     assert (options.filter, options.strict, options.fuse) == (None, False, "auto")
+
+
+def test_options_are_named_in_signatures_and_types():
+    """The dataclass owns the list; what type checkers and notebooks are told agrees with it."""
+    owned = {field.name: field for field in dataclasses.fields(AccelConfig)}
+    types = typing.get_type_hints(config.Options)
+    assert types == typing.get_type_hints(AccelConfig)
+    for function in (swinaccel.accelerate, swinaccel.accelerated, swinaccel.plan, swinaccel.verify):
+        named = {
+            one.name: one.default
+            for one in inspect.signature(function).parameters.values()
+            if one.kind is one.KEYWORD_ONLY
+        }
+        assert named == {name: field.default for name, field in owned.items()}
+        assert typing.get_type_hints(inspect.unwrap(function))["options"] == Unpack[config.Options]
 
 
 def test_config_is_frozen():
@@ -78,7 +97,7 @@ def test_wrong_options_are_named(function, options, error, message):
         call()
 
 
-@pytest.mark.parametrize("name", ["SWINACCEL_DISABLE", "SWINACCEL_STRICT"])
+@pytest.mark.parametrize("name", ["SWINACCEL_DISABLE", "SWINACCEL_STRICT", "SWINACCEL_AUTO"])
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -94,8 +113,7 @@ def test_wrong_options_are_named(function, options, error, message):
 )
 def test_flags(monkeypatch, name, text, value):
     monkeypatch.setenv(name, text)
-    read = {"SWINACCEL_DISABLE": config.env_disabled, "SWINACCEL_STRICT": config.env_strict}[name]
-    assert read() is value
+    assert config._READERS[name]() is value
 
 
 @pytest.mark.parametrize("name", ["SWINACCEL_DISABLE", "SWINACCEL_STRICT"])

@@ -30,7 +30,19 @@ CASES = {
     ),
     "block_sliding_window.py": ((), ("3136 tokens", "with a dense mask", "the last 5 tokens look at 152 of 495")),
     "flash_bias.py": ((), ("'energy': 0.995", "ALiBi: rank 2", "squared distances: rank 5")),
+    "timm_training.py": ((), ("step 3: loss", "averaged weights: (2, 4)", "4 window attentions")),
+    "birefnet.py": ((), ("8 of 8 window attentions accelerated", "% foreground", "differs by")),
+    "upscaler.py": ((), ("4 of 4 window attentions accelerated", "(3, 256, 512)", "differs by")),
+    "trainer.py": ((), ("trained 4 steps", "4 of 4 window attentions accelerated")),
+    "lightning_module.py": ((), ("trained 4 steps", "4 of 4 window attentions accelerated")),
+    "swin_unetr.py": ((), ("segmented (1, 2, 96, 64, 64)", "8 of 8 window attentions accelerated")),
     "new_variant.py": ((), ("no window attention found", "its forward is not that of careless", "2 of 2", "differ by")),
+}
+NEEDED = {
+    "quickstart.py": "sklearn",
+    "trainer.py": "accelerate",
+    "lightning_module.py": "lightning",
+    "swin_unetr.py": "monai",
 }
 
 
@@ -72,8 +84,8 @@ for line in sys.stdin:
 @pytest.mark.parametrize("name", CASES)
 def test_example(name, tmp_path, parent):
     arguments, words = CASES[name]
-    if name == "quickstart.py":
-        pytest.importorskip("sklearn")
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     output = tmp_path / "output"
     parent.stdin.write(json.dumps([str(EXAMPLES / name), str(tmp_path), str(output), *arguments]) + "\n")
     parent.stdin.flush()
@@ -82,3 +94,17 @@ def test_example(name, tmp_path, parent):
     assert status == "0\n", printed
     for word in words:
         assert word in printed, printed
+
+
+def test_quickstart_without_its_extras_is_one_sentence(tmp_path, parent):
+    output = tmp_path / "output"
+    (tmp_path / "alone.py").write_text(
+        f"import runpy, sys\nsys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None\n"
+        f"runpy.run_path({str(EXAMPLES / 'quickstart.py')!r}, run_name='__main__')\n"
+    )
+    parent.stdin.write(json.dumps([str(tmp_path / "alone.py"), str(tmp_path), str(output)]) + "\n")
+    parent.stdin.flush()
+    assert parent.stdout.readline() == "2\n"
+    (sentence,) = output.read_text().splitlines()
+    assert "sklearn" in sentence
+    assert 'pip install "swinaccel[bench]"' in sentence

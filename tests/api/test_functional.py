@@ -14,12 +14,14 @@ import torch
 from helpers import TRITON_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from swinaccel.kernels import launch
 from torch import Tensor
 
 import swinaccel
 from swinaccel import functional, ops
 from swinaccel.backends.torch import windows as torch_windows
 from swinaccel.backends.triton import bias as bias_launches
+from swinaccel.backends.triton import launches
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.backends.triton import window_bwd as window_bwd_launches
 from swinaccel.config import env_interpret
@@ -73,9 +75,11 @@ class Case:
     has_bias: bool = True
     masks: int = 0
     scale: float | None = None
+    rows: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.windows}x{self.heads}x{self.tokens}x{self.dim}"]
+        parts += [f"rows{self.rows}"] if self.rows else []
         parts += ["cosine"] if self.cosine else []
         parts += [] if self.has_bias else ["nobias"]
         parts += [f"masks{self.masks}"] if self.masks else []
@@ -91,7 +95,8 @@ class Case:
         inputs: dict[str, Any] = {
             name: 1.5 * randn(self.windows, self.heads, self.tokens, self.dim) for name in ("q", "k", "v")
         }
-        inputs["bias"] = randn(self.heads, self.tokens, self.tokens) if self.has_bias else None
+        rows = (self.rows,) if self.rows else ()
+        inputs["bias"] = randn(*rows, self.heads, self.tokens, self.tokens) if self.has_bias else None
         inputs["logit_scale"] = 1 + randn(self.heads) if self.cosine else None
         mask = torch.rand(self.masks, self.tokens, self.tokens, generator=generator) < 0.3
         inputs["mask"] = -100.0 * mask.to(device, dtype) if self.masks else None
@@ -107,8 +112,11 @@ def call(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor | None = None, **o
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """`reference.attention` with a mask for every window."""
+    """`reference.attention` with a mask, and where there are rows of them a bias, for every window."""
     options.setdefault("scale", q.shape[-1] ** -0.5)
+    bias = options.get("bias")
+    if bias is not None and bias.dim() == 4:
+        options["bias"] = bias[torch.arange(q.shape[0], device=bias.device) % bias.shape[0]]
     if mask is not None:
         mask = mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]]
     return reference.attention(q, k, v, mask=mask, **options)
@@ -175,6 +183,11 @@ CASES = [
     Case(65, windows=3, masks=3),
     Case(256, windows=1, dim=8),
     Case(130, windows=1, cosine=True),
+    Case(16, windows=6, heads=2, rows=3),
+    Case(9, windows=5, heads=2, rows=2, cosine=True),
+    Case(20, windows=12, heads=2, rows=2, masks=3),
+    Case(66, windows=4, heads=2, rows=2),
+    Case(66, windows=6, heads=2, rows=6, masks=3, cosine=True),
 ]
 
 
@@ -502,7 +515,24 @@ def image_call(qkv: Any, geometry: Geometry, num_heads: int, **options: Any) -> 
     )
 
 
+def row_oracle(
+    qkv: Any, geometry: Geometry, bias: Tensor, num_heads: int, mask_value: float, padding: Any, **options: Any
+) -> Tensor:
+    """Each window with its own bias: that of the row of windows which it stands in."""
+    del options["table"], options["index"]
+    biases = torch.stack([bias[number // geometry.grid[-1]] for number in range(geometry.num_windows)])
+    pads = (None,) * 3 if padding is None else padding.chunk(3)
+    cut = [reference.cut(one, geometry, pad) for one, pad in zip(qkv.chunk(3, dim=-1), pads, strict=True)]
+    q, k, v = (reference.split_heads(one, num_heads) for one in cut)
+    if options.get("mask") is None and geometry.is_shifted and mask_value:
+        options["mask"] = reference.shift_mask(geometry, mask_value, device=qkv.device)
+    out = reference.attention(q, k, v, bias=biases, **options)
+    return reference.join(out.transpose(1, 2).flatten(2), geometry)
+
+
 def image_oracle(qkv: Any, geometry: Geometry, bias: Tensor | None = None, **options: Any) -> Tensor:
+    if bias is not None and bias.dim() == 4:
+        return row_oracle(qkv, geometry, bias, **options)
     if bias is not None:
         tokens = geometry.tokens
         options["table"] = bias.flatten(1).t()
@@ -526,28 +556,50 @@ GEOMETRIES = [
 @BOTH
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [(case, "table") for case in GEOMETRIES] + list(itertools.product(GEOMETRIES[1::5], ["bias", "no-bias"])),
+    [(case, "table") for case in GEOMETRIES] + list(itertools.product(GEOMETRIES[1::5], ["bias", "no-bias", "rows"])),
     ids=str,
 )
 def test_images(case, kind, backend):
     qkv, options = case.make(torch.float32, backend)
     if kind != "table":
         options["bias"] = None if kind == "no-bias" else reference.bias_from_table(options["table"], options["index"])
+        if kind == "rows":
+            factors = torch.linspace(-1, 2, case.geometry.grid[0]).view(-1, 1, 1, 1)
+            options["bias"] = options["bias"] * factors.to(backend)
         options["table"] = options["index"] = None
     compare({"qkv": qkv, "geometry": case.geometry, **options}, image_call, image_oracle, IMAGES)
 
 
 @BOTH
-def test_volumes(backend):
+@pytest.mark.parametrize("biases", [(), (4,)], ids=["one-bias", "rows"])
+def test_volumes(biases, backend):
     """A depth before the rows; along it windows are cut, shifted and padded as along the others."""
     geometry = Geometry((3, 4, 5), (2, 2, 3), (1, 0, 2))
     generator = torch.Generator().manual_seed(1)
     inputs: dict[str, Any] = {"geometry": geometry, "num_heads": 2}
     inputs["qkv"] = 1.5 * torch.randn(2, 3, 4, 5, 36, generator=generator).to(backend)
     inputs["padding"] = torch.randn(36, generator=generator).to(backend)
-    inputs["bias"] = torch.randn(2, 12, 12, generator=generator).to(backend)
+    inputs["bias"] = torch.randn(*biases, 2, 12, 12, generator=generator).to(backend)
     inputs["scale"] = 0.4
+    if biases:
+        inputs |= {"table": None, "index": None, "mask_value": -100.0}
     compare(inputs, image_call, image_oracle, IMAGES)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("programs", [1, 12])
+@SMALL_AND_LARGE
+def test_programs_of_the_backward_take_many_windows_of_a_row(tokens, programs, backend, monkeypatch):
+    """Of one bias: windows next to each other in an image, and apart where windows are cut already."""
+    monkeypatch.setattr(launch, "_BACKWARD_PROGRAMS", programs)
+    monkeypatch.setattr(launches, "launches", {})
+    compare(Case(tokens, windows=12, heads=1, dim=8, rows=2, masks=6).make(device=backend))
+    geometry = Geometry((3 * 3, 5 * tokens // 3), (3, tokens // 3), (1, 0))
+    generator = torch.Generator().manual_seed(2)
+    inputs: dict[str, Any] = {"geometry": geometry, "num_heads": 1, "table": None, "index": None, "mask_value": -100.0}
+    inputs["qkv"] = torch.randn(2, *geometry.size, 24, generator=generator).to(backend)
+    inputs["bias"] = torch.randn(3, 1, tokens, tokens, generator=generator).to(backend)
+    compare({**inputs, "padding": None, "scale": 0.4}, image_call, image_oracle, IMAGES)
 
 
 @BOTH
@@ -768,6 +820,10 @@ def bad(change: Any, kind: type, words: str, name: str) -> Any:
             "k must be on q's device, cpu; got meta", "k-meta"),
         bad({"bias": torch.zeros(1, 9, 9)}, ValueError,
             "bias must have shape (heads, tokens, tokens), (2, 9, 9); got (1, 9, 9)", "bias"),
+        bad({"bias": torch.zeros(3, 1, 9, 9)}, ValueError,
+            "bias must have shape (rows, heads, tokens, tokens), (3, 2, 9, 9), one for each row of windows; got"
+            " (3, 1, 9, 9)", "bias-rows"),
+        bad({"bias": torch.zeros(0, 2, 9, 9)}, ValueError, "(1, 2, 9, 9), one for each row of windows; got", "no-rows"),
         bad({"bias": 1.0}, TypeError, "bias must be a tensor; got float", "bias-float"),
         bad({"bias": torch.zeros(2, 9, 9, device="meta")}, ValueError,
             "bias must be on q's device, cpu; got meta", "bias-meta"),

@@ -21,6 +21,8 @@ from torch import nn
 
 import swinaccel
 from swinaccel import patching
+from swinaccel.runtime import call, traced
+from swinaccel.trust.registry import registry
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
@@ -611,21 +613,31 @@ def test_marker_of_another_process_with_options_not_seen_here():
     assert [entry.calls - entry.fallbacks for entry in swinaccel.report(other)] == [1, 1, 1]
 
 
-def test_loading_where_nothing_is_accelerated_yet():
-    """The marker alone means nothing: until accelerate() is called, a loaded model runs its originals."""
-    model = MODELS["timm"]()
+def test_loading_where_nothing_was_proven(monkeypatch):
+    """As in a spawned process: a loaded model runs its originals and says so, until accelerate() is called."""
+    model = MODELS["microsoft"]()
     expected = output(model)
     data = pickle.dumps(accelerate(model))
     swinaccel.restore(model)
     gc.collect()
     patching.unmark(())
+    registry.clear()
+    call.forget_warnings()
     twin = pickle.loads(data)
-    assert torch.equal(output(twin), expected)
-    assert swinaccel.report(twin).accelerated == []
+    assert getattr(type(twin.blocks[0]), traced.ROLES) == frozenset()  # compilers are told of no proof
+    with pytest.warns(UserWarning, match=r"call swinaccel\.accelerate\(model\)") as warned:
+        assert torch.equal(output(twin), expected)
+    assert len(warned) == 1
+    assert [(entry.calls, entry.fallbacks) for entry in swinaccel.report(twin)] == [(1, 1), (1, 1)]
+    monkeypatch.setenv("SWINACCEL_STRICT", "1")
+    with pytest.raises(swinaccel.FallbackError, match="another process"):
+        output(twin)
     accelerate(twin)
     assert is_accelerated(twin)
     assert swinaccel.restore(twin) is twin
     assert all(patching.MARKER not in vars(module) for module in twin.modules())
+    gc.collect()
+    assert not patching._installed
 
 
 def test_loading_without_swinaccel(tmp_path):

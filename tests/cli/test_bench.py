@@ -158,3 +158,18 @@ def test_training_steps():
     assert [entry.fallbacks for entry in result.report] == [0] * 3
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_is_called_accelerated_where_every_call_ran_the_original(monkeypatch):
+    """Of training on a CPU, and of models without window attention."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for model, words in (
+        (helpers.timm_v1(), "every call of 3 window attentions ran the original"),
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(4)), "no window attention found"),
+    ):
+        result = bench.run(model, [image.cpu() for image in IMAGES], rounds=2, train=True)
+        assert not any(line.strip().startswith("accelerated") for line in str(result).splitlines())
+        assert "swinaccel, originals" in str(result)
+        assert "Nothing ran accelerated" in str(result)
+        assert words in result.report.summary()
+        assert result.to_dict()["effective"] is False

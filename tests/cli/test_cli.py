@@ -103,6 +103,9 @@ def test_verify(tiny):
 def test_verify_fails_where_nothing_is_accelerated(plain):
     found = document("verify", plain, "--size", 8, "--device", "cpu", code=1)
     assert found["passed"] is False
+    result = call("verify", plain, "--size", 8, "--device", "cpu")
+    assert "no window attention was found" in result.stdout
+    assert "give the part of the model" in result.stdout
 
 
 def test_bench(tiny, tmp_path):
@@ -171,6 +174,15 @@ def test_plots_that_cannot_be_written_are_found_out_before_the_work(tiny, tmp_pa
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
     assert "give another path" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["plot", "plot.doc"])
+def test_plots_of_no_known_kind_are_found_out_before_the_work(tiny, tmp_path, monkeypatch, path):
+    monkeypatch.setattr(models, "load", None)
+    result = call("bench", f"{tiny}:swin", "--plot", tmp_path / path)
+    assert result.exit_code == 2
+    assert "end it in .png" in result.stderr
+    assert not list(tmp_path.glob("plot*"))
 
 
 def test_the_place_of_a_plot(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 SOURCES = ("families", "trust", "runtime", "backends", "ops", "api.py", "patching.py")
 WITH_CONSTANTS = ("trust", "runtime", "api.py")
-GIVEN_AS = {"Untraceable", "_NotNow", "NotFusable", "KernelError"}  # exceptions whose message becomes a reason
+GIVEN_AS = {"Untraceable", "NotNow", "NotFusable", "KernelError"}  # exceptions whose message becomes a reason
 
 
 def reasons() -> set[str]:

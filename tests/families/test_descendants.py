@@ -341,13 +341,6 @@ def test_unknown_block_is_accelerated_at_its_attention(shift, kind, backend):
         check(model, x, backend=backend, count=1)
 
 
-def test_trap_20_attention_that_returns_its_weights_stays_original():
-    model = randomize(models.WeightsToo(16, (4, 4), 2))
-    (entry,) = swinaccel.plan(model)
-    assert entry.status == "original"
-    assert "gives 2 outputs" in entry.reason
-
-
 class Unmasked(microsoft_models.WindowAttention):
     """The official one in all but a mask, which it counts twice."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 
-import descendant_models as descendants
+import changed_models
 import helpers
 import microsoft_models as official
 import pytest
@@ -55,7 +55,7 @@ def table(*shape):
 
 
 class Further(official.WindowAttention):
-    def forward(self, x, mask=None, prev_k=None, is_decoder=False):
+    def forward(self, x, mask=None, prev_k=None, gain=2):
         return super().forward(x, mask)
 
 
@@ -91,17 +91,17 @@ class Unbiased(nn.Module):
 
     def __init__(self, shift=2):
         super().__init__()
-        self.win_size, self.shift_size = SIDE, shift
+        self.win, self.shift_size = SIDE, shift
         self.attn = changed(relative_position_bias_table=None, relative_position_index=None, window_size=None)()
 
 
 OWN = "(a relative position bias table of 49 rows"
 KINDS = {
-    "projection": (renamed("qkv", "qkv_self"), OWN, "its projection is called qkv_self, which no family reads"),
+    "projection": (renamed("qkv", "qkv_proj"), OWN, "its projection is called qkv_proj, which no family reads"),
     "separate": (lambda: attention(Separate), OWN, "its projection is called to_"),
     "no-projection": (renamed("qkv", "features"), OWN, "it has no qkv"),
-    "parts": (changed(attn_drop=None, proj_drop=None), OWN, "it has no attn_drop and no proj_drop"),
-    "window": (renamed("window_size", "win_size"), OWN, "its window is called win_size"),
+    "parts": (changed(proj=None, proj_drop=None), OWN, "it has no proj and no proj_drop"),
+    "window": (renamed("window_size", "win"), OWN, "its window is called win"),
     "unheard-of-window": (renamed("window_size", "tile"), OWN, "it has no window_size"),
     "one-number": (changed(window_size=None, tile=SIDE), OWN, "it has no window_size"),
     "heads": (renamed("num_heads", "n_heads"), OWN, "its number of heads is not called num_heads"),
@@ -115,7 +115,7 @@ KINDS = {
     "overlapping": (changed(relative_position_bias_table=table(81, HEADS)), "", "81 rows, where its windows have 49"),
     "no-table": (changed(relative_position_bias_table=None), "relative_position_index", "no relative position bias"),
     "no-index": (changed(relative_position_index=None), OWN, "it has no relative_position_index"),
-    "arguments": (lambda: attention(Further), OWN, "its forward takes (x, mask, prev_k, is_decoder), and"),
+    "arguments": (lambda: attention(Further), OWN, "its forward takes (x, mask, prev_k, gain), and"),
     "shifts-itself": (lambda: attention(Whole), OWN, "it shifts and cuts its windows by itself"),
     "volume": (
         lambda: attention(Further, (2, 3, 4)), "relative position bias table of 105 rows", "its forward takes (x, mask"
@@ -140,7 +140,7 @@ def test_near_misses_are_listed_with_what_is_missing(kind):
         assert entry.window == ((2, 3, 4) if "volume" in kind else (SIDE, SIDE))
         assert entry.shift == ((2, 2) if kind in ("shifts-itself", "no-positions") else (0,) * len(entry.window))
         assert entry.num_heads == (0 if kind == "unheard-of-heads" else HEADS)
-        assert entry.head_dim == (0 if kind == "unheard-of-heads" else 8)
+        assert entry.head_dim == (0 if kind in ("unheard-of-heads", "parts") else 8)
         assert (entry.bias, entry.calls, entry.fallbacks) == (None, 0, 0)
         assert entry.reason.startswith("looks like window attention (")
         assert seen in entry.reason
@@ -160,13 +160,13 @@ def test_a_block_and_its_attention_are_listed_once():
 
     model = nn.ModuleList(Outer(16, (8, 8), HEADS, SIDE, shift) for shift in (0, 2))
     for block in model:
-        block.attn = renamed("qkv", "qkv_self")()
+        block.attn = renamed("qkv", "qkv_proj")()
     assert [(entry.name, entry.shift) for entry in swinaccel.plan(model)] == [("0.attn", (0, 0)), ("1.attn", (2, 2))]
 
 
 def test_near_misses_beside_what_is_accelerated():
     """They come last, and strict is about what a family knows."""
-    model = nn.ModuleList([renamed("qkv", "qkv_self")(), helpers.timm_block((8, 8), shift=2), attention()])
+    model = nn.ModuleList([renamed("qkv", "qkv_proj")(), helpers.timm_block((8, 8), shift=2), attention()])
     assert "Originals" not in str(swinaccel.plan(model[1]))
     swinaccel.accelerate(model, strict=True)
     report = swinaccel.report(model)
@@ -180,9 +180,9 @@ def test_parts_of_what_a_family_knows_are_none():
     """Accelerated, left out by a filter, refused, or marked and changed beyond recognition."""
     model = helpers.timm_block((8, 8), shift=2)
     assert [entry.family for entry in swinaccel.plan(model, filter=lambda *_: False)] == ["timm"]
-    assert [entry.family for entry in swinaccel.plan(descendants.WeightsToo(16, (4, 4), 2))] == ["window_attention"]
+    assert [entry.family for entry in swinaccel.plan(changed_models.WeightsToo(16, (4, 4), 2))] == ["window_attention"]
     swinaccel.accelerate(model)
-    model.attn.qkv_self = model.attn.qkv
+    model.attn.qkv_proj = model.attn.qkv
     del model.attn.qkv
     assert [entry.family for entry in swinaccel.report(model)] == ["timm"]
 
@@ -376,7 +376,7 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_modules_do_no_harm(kind):
     make, is_listed = ODD[kind]
-    report = swinaccel.plan(nn.ModuleList([make(), renamed("qkv", "qkv_self")()]))
+    report = swinaccel.plan(nn.ModuleList([make(), renamed("qkv", "qkv_proj")()]))
     assert [entry.name for entry in report] == (["0", "1"] if is_listed else ["1"])
 
 
@@ -390,15 +390,15 @@ class Around(nn.Module):
 
 
 def test_modules_around_one_another_are_listed_once():
-    assert [entry.name for entry in swinaccel.plan(Around(renamed("qkv", "qkv_self")()))] == [""]
+    assert [entry.name for entry in swinaccel.plan(Around(renamed("qkv", "qkv_proj")()))] == [""]
     assert [entry.name for entry in swinaccel.plan(Around(attention()))] == ["q_inner"]
 
 
 def test_no_numbers_are_read():
     """Tensors on the meta device have none."""
-    assert len(swinaccel.plan(renamed("qkv", "qkv_self")().to("meta"))) == 1
+    assert len(swinaccel.plan(renamed("qkv", "qkv_proj")().to("meta"))) == 1
 
 
 def test_a_module_that_is_shared_is_listed_once():
-    shared = renamed("qkv", "qkv_self")()
+    shared = renamed("qkv", "qkv_proj")()
     assert len(swinaccel.plan(nn.Sequential(shared, nn.Sequential(shared), copy.deepcopy(shared)))) == 2

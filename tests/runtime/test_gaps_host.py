@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import dataclasses
 import functools
 import gc
 import os
@@ -17,11 +18,13 @@ import helpers
 import microsoft_models
 import pytest
 import test_descendants
+import test_gaps
 import test_timm_cr
 import torch
 import torch.nn.functional as F
 from helpers import TRITON_DEVICE
 from test_verdicts import assert_like_the_original, block_of, statuses
+from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,12 +36,16 @@ from swinaccel.backends.triton import window as window_launches
 from swinaccel.bias import cache
 from swinaccel.cli import factory
 from swinaccel.config import AccelConfig
+from swinaccel.errors import KernelError
 from swinaccel.families.timm import Timm
 from swinaccel.ops.failures import Failures
+from swinaccel.ops.window_plain import is_readable, note_failure
+from swinaccel.runtime.block import NotFusable, common_reason, demand_unhooked, does_nothing
 from swinaccel.runtime.guard import Guard
 from swinaccel.runtime.plan import State, state_of
 from swinaccel.runtime.section import TritonSection, attend_triton
 from swinaccel.spec import arguments
+from swinaccel.spec.window import Geometry
 from swinaccel.trust import names
 from swinaccel.trust.fingerprint import Untraceable, fingerprint
 from swinaccel.trust.registry import registry
@@ -603,3 +610,93 @@ def test_copies_of_what_was_proven_are_told_from_it_when_their_types_change():
     assert_like_the_original(twin, X)
     twin.attn.__class__ = InAutocast
     assert_like_the_original(twin, X)
+
+
+def sections(**changes):
+    """Return a section of timm's, with changes, and an image."""
+    model, x = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE), X.view(2, 8, 8, 16).to(TRITON_DEVICE)
+    return dataclasses.replace(Timm().section(model, x), **changes), x
+
+
+@pytest.mark.parametrize("name", ["mask", "index"])
+def test_kernels_read_tensors_without_gaps(name):
+    given = {"mask": torch.randn(4, 16, 16), "index": helpers.position_index((4, 4)).long()}[name].to(TRITON_DEVICE)
+    given = given.transpose(-2, -1)
+    (section, x), (expected, _) = sections(**{name: given}), sections(**{name: given.contiguous()})
+    with torch.no_grad():
+        attend, own = (TritonSection(one, AccelConfig(backend="triton"), State()) for one in (section, expected))
+        for _ in range(2):
+            helpers.assert_close(attend(x), own(x))
+
+
+def test_dropout_is_bound_to_no_launch():
+    section, x = sections(dropout=0.5)
+    with torch.no_grad():
+        attend = TritonSection(section, AccelConfig(backend="triton"), State())
+        first, second = attend(x), attend(x)
+    assert not torch.equal(first, second)
+
+
+def test_rates_that_no_family_reads_are_watched():
+    model = helpers.microsoft_block((8, 8), shift=2)
+    model.attn = test_gaps.DroppingInput(16, (4, 4), 2)
+    helpers.randomize(model).train()
+    model.attn.input_drop.p = 0.0
+    twin = copy.deepcopy(model)
+    swinaccel.accelerate(model, backend="torch")
+    for rate in (0.0, 1.0):
+        for one in (model, twin):
+            one.attn.input_drop.p = rate
+        helpers.assert_close(model(X), twin(X))
+
+
+def test_what_kernels_around_an_attention_do_not_take():
+    class Own(torch.Tensor):
+        pass
+
+    class DropRows(nn.Module):
+        def forward(self, x):
+            return x[:1]
+
+    x, part = torch.randn(2, 4), nn.GELU()
+    assert common_reason(x, [torch.ones(4)]) is None
+    assert common_reason(x, [torch.ones(4).as_subclass(Own)]) is not None
+    assert does_nothing(DropPath())
+    assert not does_nothing(DropRows())
+    demand_unhooked([part])
+    part.forward = torch.tanh
+    with pytest.raises(NotFusable, match="was replaced"):
+        demand_unhooked([part])
+
+
+def test_coordinates_of_a_larger_window():
+    block = test_timm_cr.block((8, 8), shift=2)
+    attn = swinaccel.accelerate(block, backend="torch").attn
+    attn.relative_coordinates_log = torch.cat([attn.relative_coordinates_log] * 2)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        block(torch.randn(2, 8, 8, 16))
+
+
+def test_timm_drops_in_the_mode_of_its_attention():
+    model = helpers.timm_block((8, 8), shift=2)
+    model.attn.fused_attn, model.attn.attn_drop.p = True, 0.5
+    for inner, outer in ((True, False), (False, True)):
+        model.attn.train(outer)
+        model.attn.attn_drop.train(inner)
+        assert Timm().section(model, X.view(2, 8, 8, 16)).dropout == 0.5 * outer
+
+
+def test_tokens_that_kernels_find_by_their_strides():
+    geometry, x = Geometry((8, 8), (4, 4)), torch.randn(2, 8, 8, 32)
+    part, other = x[..., :16], torch.randn(2, 8, 8, 16)
+    assert is_readable(part, part, part, geometry)
+    assert not is_readable(part, other, part, geometry)
+    assert not is_readable(part, part, other, geometry)
+    assert not is_readable(x[..., ::2], None, None, geometry)
+
+
+def test_a_failure_of_what_was_dropped_is_raised():
+    failure = RuntimeError("no memory"), torch.zeros(1), Geometry((8, 8), (4, 4)), 8, False
+    note_failure(*failure, 0.0)
+    with pytest.raises(KernelError):
+        note_failure(*failure, 0.5)

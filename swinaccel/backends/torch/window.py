@@ -27,13 +27,13 @@ class _Order(NamedTuple):
 
     Attributes:
         gather: (windows * N,), row of the flattened image (B * H * W) for every window token; B * H * W itself,
-            one beyond the last, for padding.
-        scatter: (B * H * W,), row of the window tokens for every image token.
+            one beyond the last, for padding. None where tokens lie in this order already.
+        scatter: (B * H * W,), row of the window tokens for every image token; None likewise.
         groups: (windows, row of the shift mask or None) for each run of windows with one mask.
     """
 
-    gather: Tensor
-    scatter: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
     groups: tuple[tuple[int, int | None], ...]
 
 
@@ -45,6 +45,8 @@ def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -
 
 def _make_order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
     count = batch * math.prod(geometry.size)
+    if geometry.size[1:] == geometry.window[1:] and not (geometry.is_padded or geometry.is_shifted):
+        return _Order(None, None, ((batch * geometry.num_windows, None),))
     rows = torch.arange(count, device=device).view(batch, *geometry.size, 1)
     # Numbered from one, zero is what padding leaves behind.
     windows = reference.cut(rows + 1, geometry).view(batch, *geometry.grid, geometry.tokens)
@@ -103,11 +105,17 @@ def _is_implied(section: Section) -> bool:
     return all(bool((windows[kind.place] == implied[kind.row]).all()) for kind in _kinds(geometry))
 
 
-def _bias(section: Section) -> Tensor:
-    """Return (heads, N, N) from the live table; gathered head by head, which writes in order."""
-    table = section.table().t().contiguous()
+def _bias(section: Section, device: torch.device) -> Tensor:
+    """Return (heads, N, N), or (rows, heads, N, N), from the live table, gathered head by head, which writes in order.
+
+    Without a table it is zeros, (1, N, N).
+    """
     tokens = section.geometry.tokens
-    return table.index_select(1, section.index.reshape(-1)).view(-1, tokens, tokens)
+    if section.table is None or section.index is None:
+        return torch.zeros(1, tokens, tokens, device=device)
+    table = section.table()
+    columns = table.flatten(1).t().contiguous()
+    return columns.index_select(1, section.index.reshape(-1)).view(*table.shape[1:], tokens, tokens)
 
 
 def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,20 +143,31 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
     batch = x.shape[0]
     is_implied = _is_implied(section)
     masked = is_implied and section.geometry.is_shifted and bool(section.mask_value)
-    bias = _bias(section)
+    bias = _bias(section, x.device)
+    if bias.dim() == 4:  # of all windows, with the mask
+        bias = reference.bias_of_windows(bias, section.geometry)
+        if masked:
+            bias = bias + reference.shift_mask(section.geometry, section.mask_value, device=bias.device)[:, None]
+            masked = False
     parts = max(1, round(x.numel() / (x.shape[-1] * part_rows))) if in_parts and not torch.is_grad_enabled() else 1
     size = -(-batch // parts) if batch else 1
     starts = _Starts(section, bias, is_implied, {})
     if size >= batch:
         windows, order = _windows(section, x, fill, starts, masked)
-        return windows.index_select(0, order.scatter).view(*x.shape[:-1], windows.shape[-1])
+        if order.scatter is not None:
+            windows = windows.index_select(0, order.scatter)
+        return windows.view(*x.shape[:-1], windows.shape[-1])
     out = None
     for first in range(0, batch, size):
         part = x[first : first + size]
         windows, order = _windows(section, part, fill, starts, masked)
         if out is None:
             out = windows.new_empty(*x.shape[:-1], windows.shape[-1])
-        torch.index_select(windows, 0, order.scatter, out=out[first : first + size].view(-1, windows.shape[-1]))
+        place = out[first : first + size].view(-1, windows.shape[-1])
+        if order.scatter is None:
+            place.copy_(windows)
+        else:
+            torch.index_select(windows, 0, order.scatter, out=place)
     assert out is not None
     return out
 
@@ -169,7 +188,9 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Starts(NamedTuple):
-    """Biases and masks that scores start from, worked out once a call."""
+    """Biases (heads, N, N), (1, N, N) or of all windows of an image (M, heads, N, N), and masks that scores start from,
+    worked out once a call.
+    """
 
     section: Section
     bias: Tensor
@@ -177,7 +198,7 @@ class _Starts(NamedTuple):
     sums: dict[tuple[int, torch.dtype], Tensor]
 
     def of(self, order: _Order, dtype: torch.dtype) -> Tensor:
-        """Return (1 or windows, heads, N, N) for all windows of an order, with the masks of their groups."""
+        """Return (windows, 1 or heads, N, N) for all windows of an order, with the masks of their groups."""
         key = sum(count for count, _ in order.groups), dtype
         if key not in self.sums:
             bias, section = clamp_finite(self.bias, dtype), self.section
@@ -198,7 +219,9 @@ def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, 
     if geometry.is_padded:
         pad = x.new_zeros(1, x.shape[-1]) if fill is None else fill.to(x.dtype).view(1, -1)
         rows = torch.cat((rows, pad))
-    windows = rows.index_select(0, order.gather).view(-1, geometry.tokens, x.shape[-1])
+    if order.gather is not None:
+        rows = rows.index_select(0, order.gather)
+    windows = rows.view(-1, geometry.tokens, x.shape[-1])
 
     qkv = section.project(windows)
     if isinstance(qkv, Tensor):
@@ -211,13 +234,16 @@ def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, 
         scale = 1.0
 
     bias = clamp_finite(starts.bias, accurate(q.dtype))
-    if not starts.is_implied and batch:
-        assert section.mask is not None
-        start = bias + clamp_finite(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
+    if (bias.dim() == 4 or not starts.is_implied) and batch:
+        start = bias
+        if not starts.is_implied:
+            assert section.mask is not None
+            start = bias + clamp_finite(section.mask, bias.dtype)[:, None]  # (M, heads, N, N)
         images = zip(*(part.unflatten(0, (batch, -1)) for part in (q, k, v)), strict=True)
-        out = torch.cat([_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images])
+        outs = [_attend(q_image, k_image, v_image, start, scale) for q_image, k_image, v_image in images]
+        out = torch.cat(outs) if batch > 1 else outs[0]
     elif len(order.groups) == 1 and order.groups[0][1] is None:
-        out = _attend(q, k, v, bias[None], scale)
+        out = _attend(q, k, v, None if section.table is None else bias[None], scale)
     elif len(order.groups) > 1 and len(q) * bias.numel() <= few_scores:
         out = _attend(q, k, v, starts.of(order, bias.dtype), scale)
     else:
@@ -235,6 +261,6 @@ def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, 
 few_scores = 1 << 18  # of a group of windows, up to which masks written out cost less than calls for each group
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, scale: float) -> Tensor:
-    """Attend (windows, heads, N, D) to (windows, N, heads * D), scores starting from (1 or windows, heads, N, N)."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> Tensor:
+    """Attend (windows, heads, N, D) to (windows, N, heads * D); start is broadcast to (windows, heads, N, N)."""
     return attend(q, k, v, start, scale).transpose(1, 2).flatten(2)

@@ -23,7 +23,10 @@ def attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend as `reference.attention` does; on CPUs by `softmax.attend`, whose start is bias and mask together."""
+    """Attend as `reference.attention` does; on CPUs by `softmax.attend`, whose start is bias and mask together.
+
+    Where windows take both in turn, the rows of one divide those of the other.
+    """
     if q.numel() == 0:
         return nothing(q, k, v, bias, logit_scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round the bias
@@ -35,16 +38,28 @@ def attention(
             q, k = _cosine_operands(q, k, logit_scale)
             scale = 1.0
         dtype = accurate(q.dtype)
-        start = None if bias is None else clamp_finite(bias, dtype).unsqueeze(0)
-        if mask is None:
+        start = None if bias is None else clamp_finite(bias, dtype)
+        if start is not None and start.dim() == 3:
+            start = start.unsqueeze(0)
+        if mask is not None:
+            masks = clamp_finite(mask, dtype).unsqueeze(1)
+            start = masks if start is None else _sum_in_turn(start, masks)
+        if start is None or start.shape[0] == 1:
             return attend(q, k, v, start, scale, dropout)
-        start = clamp_finite(mask, dtype).unsqueeze(1) + (0 if start is None else start)
-        # (windows, heads) become (images, masks * heads), so that one start serves all images.
-        period, heads, count = mask.shape[0], q.shape[1], mask.shape[0] * q.shape[1]
-        start = start.expand(-1, heads, -1, -1).reshape(1, count, *mask.shape[1:])
+        # (windows, heads) become (images, period * heads), so that one start serves all images.
+        period, heads = start.shape[0], q.shape[1]
+        count = period * heads
+        start = start.expand(-1, heads, -1, -1).reshape(1, count, *start.shape[2:])
         q, k, v = (t.reshape(t.shape[0] // period, count, *t.shape[2:]) for t in (q, k, v))
         out = attend(q, k, v, start, scale, dropout)
         return out.reshape(-1, heads, *out.shape[2:])
+
+
+def _sum_in_turn(bias: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum of terms (period, ...) that windows take in turn, where one period divides the other."""
+    period = max(bias.shape[0], mask.shape[0])
+    one, other = (term.repeat(period // term.shape[0], 1, 1, 1) if term.shape[0] > 1 else term for term in (bias, mask))
+    return one + other
 
 
 def shifted_window_attention(
@@ -62,10 +77,11 @@ def shifted_window_attention(
     logit_scale: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend as `reference.shifted_window_attention` does, with the bias (heads, N, N).
+    """Attend as `reference.shifted_window_attention` does, with the bias (heads, N, N) or (rows, heads, N, N).
 
     Of the mask that a shift implies there are few different rows: the last windows along each shifted axis have
-    their own, and each kind of window goes through `attention` with its one.
+    their own, and each kind of window goes through `attention` with its one. Where rows of windows have biases of their
+    own, the bias and the mask of every window are written out.
     """
     if q.numel() == 0:
         return nothing(q, k, v, bias, padding, logit_scale)
@@ -74,6 +90,10 @@ def shifted_window_attention(
         reference.split_heads(reference.cut(image, geometry, pad), num_heads)
         for image, pad in zip((q, k, v), pads, strict=True)
     ]
+    if bias is not None and bias.dim() == 4:
+        bias = reference.bias_of_windows(bias, geometry)
+        if mask is None and geometry.is_shifted and mask_value:
+            mask = reference.shift_mask(geometry, mask_value, device=q.device)
     options = {"bias": bias, "scale": scale, "logit_scale": logit_scale, "dropout": dropout}
     if mask is None and geometry.is_shifted and mask_value:
         out = _attend_by_kind(

@@ -33,20 +33,28 @@ def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) ->
     )  # fmt: skip
 
 
-def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return a bias (heads, N, N), which has no index, as a table with a row for every query and key, and an index.
+def as_table(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return a bias of any form as a table (T, columns), its index, and how many biases rows of windows take in turn.
 
-    The index is made anew at each call: one that was kept might have been made inside a CUDA graph's memory.
+    A bias (heads, N, N), which has no index, becomes a table with a row for every query and key. That index is made
+    anew at each call: one that was kept might have been made inside a CUDA graph's memory.
     """
-    if table is None or index is not None or table.dim() != 3:
-        return table, index
+    if table is None:
+        return table, index, 1
+    if index is not None:
+        return (table, index, 1) if table.dim() != 3 else (table.flatten(1), index, table.shape[1])
+    rows = 1
+    if table.dim() == 4:
+        rows, table = table.shape[0], table.flatten(0, 1)
+    if table.dim() != 3:
+        return table, index, rows
     tokens = table.shape[-1]
     pairs = torch.arange(tokens * tokens, dtype=torch.int32, device=table.device)
-    return table.flatten(1).t(), pairs.view(tokens, tokens)
+    return table.flatten(1).t(), pairs.view(tokens, tokens), rows
 
 
 def reduce_bias(parts: Tensor, table: Tensor | None, index: Tensor | None, launch: Launch) -> Tensor:
-    """Return the table's gradient (T, heads) from all parts (parts, heads, N, N), or of a dense bias."""
+    """Return the table's gradient (T, columns) from all parts (parts, columns, N, N), or of a dense bias."""
     assert table is not None
     grad_bias = parts[0] if parts.shape[0] == 1 else parts.sum(0)
     if index is None:

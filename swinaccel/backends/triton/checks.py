@@ -5,6 +5,7 @@ Kernels read tensors by numbers that follow from a problem: of another shape, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,9 +45,13 @@ def check_shapes(problem: Any) -> None:
     for name, part in zip(("k", "v"), problem.parts or (), strict=False):
         _expect(name, part or (), problem.shape)
     if problem.is_dense:  # each of its numbers a row
-        _expect("bias, as rows of (heads, N, N),", problem.table_shape, (tokens**2, heads))
+        _expect("bias, as rows of (heads, N, N),", problem.table_shape, (tokens**2, problem.bias_rows * heads))
     elif problem.table_shape is not None:
-        _expect("table", problem.table_shape, (*problem.table_shape[:1], heads))
+        _expect("table", problem.table_shape, (*problem.table_shape[:1], problem.bias_rows * heads))
+    if problem.bias_rows < 1 or math.prod(geometry.grid[:-1]) % problem.bias_rows:
+        raise ArgumentError(f"biases in turn must divide the rows of windows, {geometry.grid}; got {problem.bias_rows}")
+    if problem.bias_rows > 1 and problem.factors:
+        raise ArgumentError("factors must be None where rows of windows have biases of their own; got some")
     _expect("index", problem.index_shape, (tokens, tokens))
     _expect("padding", problem.padding_shape, (3 * channels,))
     _expect("mask", problem.mask_shape, (geometry.num_windows, tokens, tokens))

@@ -76,6 +76,7 @@ class Problem(NamedTuple):
     Attributes:
         shape, strides: of qkv, which is packed, or of q, and then k and v have shapes; and so on, None for what is not.
         is_dense: whether table and index were made of a bias that has no index.
+        bias_rows: how many biases rows of windows take in turn; a table has bias_rows * heads columns.
         kept: shapes of the output's gradient, the output and what is kept of the softmax, where this is a backward.
     """
 
@@ -90,6 +91,7 @@ class Problem(NamedTuple):
     table_strides: tuple[int, ...] | None
     index_shape: torch.Size | None
     is_dense: bool
+    bias_rows: int
     padding_shape: torch.Size | None
     mask_shape: torch.Size | None
     logit_scale_shape: torch.Size | None
@@ -203,7 +205,7 @@ class Problem(NamedTuple):
     def constexprs(self) -> tuple[Any, ...]:
         flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
         shape = (self.window, self.is_volume, self.head_dim, self.packed, self.cosine)
-        return (*shape, self.bias_mode, self.mask_mode, *flags)
+        return (*shape, self.bias_mode, self.bias_rows, self.mask_mode, *flags)
 
     def dense(self, block_m: int, block_n: int) -> tuple[tuple[int, int, int], torch.dtype]:
         """Return shape and dtype of the dense bias: rows and columns of whole tiles; for 16-bit compute fp16, since
@@ -211,4 +213,5 @@ class Problem(NamedTuple):
         """
         tokens = self.geometry.tokens
         rows, cols = -(-tokens // block_m) * block_m, -(-tokens // block_n) * block_n
-        return (self.num_heads, rows, cols), torch.float32 if self.dtype == torch.float32 else torch.float16
+        shape = self.bias_rows * self.num_heads, rows, cols
+        return shape, torch.float32 if self.dtype == torch.float32 else torch.float16

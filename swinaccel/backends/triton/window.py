@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ...spec.window import Geometry
 from . import devices
 from .bias import as_table, compare, expand
@@ -182,11 +183,11 @@ def bind(
     width = 3 * channels if packed else channels
     shape = torch.Size((batch, *geometry.size, width))
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    table_shape, table_strides = (None, None) if table is None else table
+    table_shape, table_strides, rows = (None, None, 1) if table is None else _columns(*table)
     key = (
         geometry.window, geometry.shift, geometry.roll_first, device, dtype, shape, strides, num_heads,
         None if packed else (shape, shape), table_shape, table_strides,
-        None if table is None else torch.Size((tokens, tokens)), False,
+        None if table is None else torch.Size((tokens, tokens)), False, rows,
         torch.Size((3 * channels,)) if has_padding and geometry.is_padded else None,
         torch.Size((geometry.num_windows, tokens, tokens)) if has_mask else None,
         torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
@@ -194,6 +195,15 @@ def bind(
     )  # fmt: skip
     forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
     return forward.bound()
+
+
+def _columns(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, tuple[int, ...], int]:
+    """Return shape and strides of a table as (T, columns), and how many biases it holds; see `bias.as_table`."""
+    if len(shape) != 3:
+        return shape, strides, 1
+    if strides[1] != shape[2] * strides[2]:
+        raise ArgumentError(f"table must have biases that are neighbours in memory; got strides {strides}")
+    return torch.Size((shape[0], shape[1] * shape[2])), (strides[0], strides[2]), shape[1]
 
 
 def shifted_window_attention(
@@ -221,7 +231,8 @@ def shifted_window_attention(
         qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
             axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D; so has the output.
         index, mask, padding, logit_scale: contiguous.
-        table: (T, heads); without index the bias itself, (heads, N, N).
+        table: (T, heads), or (T, rows, heads) with biases that rows of windows take in turn; without index the bias
+            itself, (heads, N, N) or (rows, heads, N, N).
         factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias, and the table and index
             that they were computed from; where those differ from the live ones, the live table is used.
         dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
@@ -232,15 +243,16 @@ def shifted_window_attention(
     """
     device, dtype = qkv.device, qkv.dtype
     is_dense = index is None and table is not None
-    if is_dense:
-        table, index = as_table(table, index)
+    rows = 1
+    if table is not None and (is_dense or table.dim() != 2):
+        table, index, rows = as_table(table, index)
     if not geometry.is_padded:
         padding = None
     # Of a geometry its numbers, since tuples are compared in a fraction of a dataclass's time.
     key = (
         geometry.window, geometry.shift, geometry.roll_first, device, dtype, qkv.shape, qkv.stride(), num_heads,
         None if k is None else shapes_of(k, v), None if table is None else table.shape,
-        None if table is None else table.stride(), None if index is None else index.shape, is_dense,
+        None if table is None else table.stride(), None if index is None else index.shape, is_dense, rows,
         None if padding is None else padding.shape, None if mask is None else mask.shape,
         None if logit_scale is None else logit_scale.shape, mask_value, scale,
         None if factors is None else shapes_of(*factors[:2]), None if seed is None else seed.shape, dropout,

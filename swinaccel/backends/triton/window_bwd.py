@@ -31,14 +31,15 @@ class Backward:
 
         check_shapes(problem)
         geometry, heads, batch = problem.geometry, problem.num_heads, problem.batch
-        tokens, windows = geometry.tokens, geometry.num_windows
+        tokens, windows, biases = geometry.tokens, geometry.num_windows, problem.bias_rows
+        positions = windows // biases  # that share a bias
         self.is_small = problem.is_small
         self.expand: Any = None
         self.bias: Any = None
         self.reduce = Launch(
             bias_kernels._reduce_bias_kernel,
-            (math.prod(2 * side - 1 for side in geometry.window), heads),
-            (problem.table_rows, heads, problem.window, 64 if self.is_small else 256),
+            (math.prod(2 * side - 1 for side in geometry.window), biases * heads),
+            (problem.table_rows, biases * heads, problem.window, 64 if self.is_small else 256),
             ("", "", "index"),
             num_warps=2,
         )
@@ -48,11 +49,14 @@ class Backward:
             "shared_memory": devices.shared_memory(problem.device),
         }
         if self.is_small:
-            small = launch.small_backward(tokens=tokens, batch=batch, windows=windows, num_heads=heads, **options)
-            parts = -(-windows // small.windows) * -(-batch // small.images)
+            small = launch.small_backward(
+                tokens=tokens, batch=batch, windows=positions, num_heads=biases * heads, **options
+            )  # fmt: skip
+            groups = -(-positions // small.windows) * biases, -(-batch // small.images)
+            parts = groups[0] * groups[1]
             self.small: Any = Launch(
                 window_bwd._window_attention_bwd_small_kernel,
-                (-(-windows // small.windows) * heads, -(-batch // small.images)),
+                (groups[0] * heads, groups[1]),
                 (
                     *problem.image_strides, *(problem.table_strides or (0, 0)), problem.table_rows, batch, heads,
                     *problem.runtime_args, *problem.constexprs, grad_bias, problem.precision, small.block_n,
@@ -62,7 +66,7 @@ class Backward:
                 num_warps=small.num_warps,
                 num_stages=small.num_stages,
             )  # fmt: skip
-            self.bias_shape = (parts, heads, tokens, tokens)
+            self.bias_shape = (parts // biases, biases * heads, tokens, tokens)
             self.scale_shape: tuple[int, ...] = (parts, heads)
             self.padding_shape = (parts, 3 * problem.channels)
             return
@@ -104,13 +108,13 @@ class Backward:
         self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
         if grad_bias:
             tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
-            chunk = launch.bias_chunk(tiles=tiles, windows=windows, batch=batch)
-            groups = -(-windows // chunk.windows), -(-batch // chunk.images)
+            chunk = launch.bias_chunk(tiles=tiles * biases, windows=positions, batch=batch)
+            groups = -(-positions // chunk.windows) * biases, -(-batch // chunk.images)
             self.bias = plan(
                 window_bwd_bias._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups),
                 ("", "grad", "lse", "", "", ""), batch, images=(chunk.images, chunk.windows),
             )  # fmt: skip
-            self.bias_shape = (groups[0] * groups[1], heads, tokens, tokens)
+            self.bias_shape = (groups[0] * groups[1] // biases, biases * heads, tokens, tokens)
 
 
 class Gradients(NamedTuple):
@@ -156,12 +160,13 @@ def shifted_window_attention_backward(
     device = qkv.device
     pad = padding if geometry.is_padded else None
     is_dense = table is not None and index is None
-    table, index = as_table(table, index)
+    given = table
+    table, index, rows = as_table(table, index)
     grad_table = grad_table and table is not None
     problem = Problem(
         geometry, device, qkv.dtype, qkv.shape, qkv.stride(), num_heads, None if k is None else shapes_of(k, v),
         None if table is None else table.shape, None if table is None else table.stride(),
-        None if index is None else index.shape, is_dense, None if pad is None else pad.shape,
+        None if index is None else index.shape, is_dense, rows, None if pad is None else pad.shape,
         None if mask is None else mask.shape, None if logit_scale is None else logit_scale.shape, mask_value, scale,
         None, None if seed is None else seed.shape, dropout, True, devices.precision(qkv.dtype),
         devices.shared_memory_override, shapes_of(grad_out, out, lse),
@@ -200,7 +205,9 @@ def shifted_window_attention_backward(
         grad_qkv,
         grad_k,
         grad_v,
-        None if grad_bias is None else reduce_bias(grad_bias, table, None if is_dense else index, backward.reduce),
+        None
+        if grad_bias is None or given is None
+        else reduce_bias(grad_bias, table, None if is_dense else index, backward.reduce).view(given.shape),
         None if padding is None else _sum_parts(grad_pad, padding),
         None if grad_scale is None else grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype),  # type: ignore[union-attr]
     )

@@ -2,7 +2,8 @@
 
 V1 has a table of position biases and calls `qkv`. V2 has an MLP for the biases, cosine scores, and reads `qkv.weight`
 past the module (timm's calls it where its bias is absent or separate). Swin-MoE has V2's MLP without its sigmoid,
-and V1's scores. Libraries differ in the block: where height, width and mask come from, and what pads and clamps.
+and V1's scores. V2's first version (`rpe_mlp`, in Feature-Distillation and AiT) has any of these together. Libraries
+differ in the block: where height, width and mask come from, and what pads and clamps.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index:
     if has_index and not is_index(attn.relative_position_index, math.prod(window)):
         return None
     cosine = hasattr(attn, "logit_scale")
-    if hasattr(attn, "cpb_mlp"):
-        if not is_position_mlp(attn.cpb_mlp, heads):
+    if (mlp := _position_mlp(attn)) is not None:
+        if not is_position_mlp(mlp, heads) or getattr(attn, "rpe_output_type", "sigmoid") not in ("normal", "sigmoid"):
             return None
         if cosine and attn.logit_scale.numel() != heads:
             return None
@@ -81,32 +82,31 @@ def attention_section(
         "dropout": _dropout(attn),
     }
     if hasattr(attn, "logit_scale"):
-        return logit_scale_reason(attn.logit_scale, heads) or Section(
-            project=_project_v2(attn),
-            padding=_padding_v2(attn),
-            **position_bias(attn.cpb_mlp, attn.relative_coords_table, heads),
-            logit_scale=attn.logit_scale,
-            **common,
-        )
-    if not isinstance(attn.scale, (int, float)):
-        return "its scale is no number"
-    common |= {
-        "project": attn.qkv,
-        "padding": (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
+        reason, common["logit_scale"] = logit_scale_reason(attn.logit_scale, heads), attn.logit_scale
+    else:
+        reason = None if isinstance(attn.scale, (int, float)) else "its scale is no number"
         # timm's own fused path takes the default, whatever scale the module holds.
-        "scale": head_dim**-0.5 if getattr(attn, "fused_attn", False) else attn.scale,
-    }
-    if hasattr(attn, "cpb_mlp"):
-        mlp, coords = attn.cpb_mlp, attn.relative_coords_table
-        common |= {"table_shape": mlp_table_shape(coords, mlp[2], heads)}
-        return Section(table=lambda: mlp(coords).view(-1, heads), sources=(*mlp.parameters(), coords), **common)
-    table = attn.relative_position_bias_table
-    return Section(table=lambda: table, sources=(table,), **common)
+        common["scale"] = head_dim**-0.5 if getattr(attn, "fused_attn", False) else attn.scale
+    if reason is not None:
+        return reason
+    if hasattr(attn, "q_bias"):
+        common |= {"project": _project_v2(attn), "padding": _padding_v2(attn)}
+    else:
+        common["project"] = attn.qkv
+        common["padding"] = (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None
+    if (mlp := _position_mlp(attn)) is None:
+        table = attn.relative_position_bias_table
+        return Section(table=lambda: table, sources=(table,), **common)
+    coords = attn.relative_coords_table
+    if getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid":
+        return Section(**position_bias(mlp, coords, heads), **common)
+    common["table_shape"] = mlp_table_shape(coords, mlp[2], heads)
+    return Section(table=lambda: mlp(coords).view(-1, heads), sources=(*mlp.parameters(), coords), **common)
 
 
 def attention_projections(attn: Any) -> tuple[nn.Module, ...]:
     """Return the projections that a section calls: V2 reads its first one's weight past the module."""
-    return (attn.qkv, attn.proj) if not hasattr(attn, "logit_scale") or _calls_qkv(attn) else (attn.proj,)
+    return (attn.qkv, attn.proj) if not hasattr(attn, "q_bias") or _calls_qkv(attn) else (attn.proj,)
 
 
 def flash_reason(attn: Any) -> str | None:
@@ -114,6 +114,11 @@ def flash_reason(attn: Any) -> str | None:
     if getattr(attn, "use_flash_attention", False) and drop_rate(attn.attn_drop) > 0:
         return "dropout is active, and its flash path leaves it out"
     return None
+
+
+def _position_mlp(attn: Any) -> Any:
+    """Return the MLP from coordinates to biases, by the name that SwinV2 or its first version gives it, or None."""
+    return getattr(attn, "cpb_mlp", getattr(attn, "rpe_mlp", None))
 
 
 def _dropout(attn: Any) -> float:

@@ -1,0 +1,81 @@
+"""The official attention under other names, by itself: Uformer's (`win_size`, `to_q` and `to_kv`), VRT's (`qkv_self`).
+
+Dropouts may be missing. What VRT adds between frames (`qkv_mut`) is no window attention of this kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec.window import Section, WindowSpec
+from .shared.common import drop_rate, is_table, sides
+from .shared.stacked import attend_stacked, stacked_geometry
+from .window_attention import argument_names, window_arguments, window_examples
+
+
+class Renamed:
+    """Any module with a table of biases, projections of one of these kinds, and a forward of (windows, mask)."""
+
+    name = "renamed_attention"
+    method = "forward"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        window, heads, proj = sides(_window(module)), getattr(module, "num_heads", None), getattr(module, "proj", None)
+        if window is None or not isinstance(heads, int) or not isinstance(proj, nn.Module):
+            return None
+        if hasattr(module, "shift_size") or hasattr(module, "qkv_mut") or argument_names(type(module)) is None:
+            return None
+        if not all(isinstance(one, nn.Module) for one in _queries(module)):
+            return None
+        if not is_table(module.relative_position_bias_table, module.relative_position_index, window, heads):
+            return None
+        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
+
+    def attention(self, module: Any) -> nn.Module:
+        return module
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return *_queries(module), module.proj
+
+    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
+        x, mask = window_arguments(module, args, kwargs)
+        geometry = stacked_geometry(x, mask, tuple(_window(module)))
+        if isinstance(geometry, str):
+            return geometry
+        if not isinstance(module.scale, (int, float)):
+            return "its scale is no number"
+        table, queries, tokens = module.relative_position_bias_table, _queries(module), geometry.tokens
+        drops: Any = [getattr(module, name, None) for name in ("attn_drop", "proj_drop")]
+        return Section(
+            geometry=geometry,
+            num_heads=module.num_heads,
+            head_dim=module.proj.in_features // module.num_heads,
+            project=queries[0] if len(queries) == 1 else lambda x: torch.cat([one(x) for one in queries], -1),
+            output=module.proj if drops[1] is None else lambda y: drops[1](module.proj(y)),
+            padding=None,  # windows come whole
+            table=lambda: table,
+            index=module.relative_position_index.view(tokens, tokens),
+            sources=(table,),
+            scale=module.scale,
+            mask=mask,
+            dropout=0.0 if drops[0] is None else drop_rate(drops[0]),
+        )
+
+    def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(_window(module)))
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        return window_examples(module, _window(module), _queries(module)[0].in_features)
+
+
+def _window(module: Any) -> Any:
+    return getattr(module, "window_size", getattr(module, "win_size", None))
+
+
+def _queries(module: Any) -> tuple[Any, ...]:
+    """Return what gives q, k and v, one after the other."""
+    whole: Any = getattr(module, "qkv", getattr(module, "qkv_self", None))
+    return (whole.to_q, whole.to_kv) if hasattr(whole, "to_kv") else (whole,)

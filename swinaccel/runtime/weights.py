@@ -1,0 +1,160 @@
+"""Hand out attention weights that are computed when someone reads them, and not before.
+
+Some code returns the weights beside the output, and its callers hardly ever look at them. `Later` stands for such a
+tensor: what it is known by is there, and whatever else is asked of it computes the numbers first. What they are
+computed from is checked as autograd checks what it keeps: where it was written to in between, reading raises an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..spec.reference import section_weights
+from ..spec.window import Section
+from .context import has_dispatch_mode
+
+# Answered without the numbers.
+_FACTS = {
+    getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}
+# What collects the weights of several blocks is put off, too.
+_COLLECTS = {torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack, torch.mean, Tensor.mean}
+
+
+class Later(Tensor):
+    """A tensor whose numbers are computed when they are asked for.
+
+    Attributes:
+        family: all that were made of each other; they are computed together, before anything may write to one of them.
+    """
+
+    _compute: Callable[[], Tensor]
+    _value: Tensor | None
+    family: list[weakref.ref[Later]]
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]) -> Later:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+        )
+        made._compute, made._value, made.family = compute, None, []
+        made.family.append(weakref.ref(made))
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of PyTorch's that was given one of these."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _FACTS:
+                return func(*args, **(kwargs or {}))
+            if func in _COLLECTS and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+                made = _put_off(func, args, kwargs or {})
+                if made is not None:
+                    return made
+            args, kwargs = _read_all((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Run an operator, which other code than Python calls."""
+        args, kwargs = _read_all((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def read(self) -> Tensor:
+        """Return the numbers."""
+        if self._value is None:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                value = self._compute()
+            if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+                raise RuntimeError("swinaccel: attention weights came out in another shape or dtype than was expected")
+            self._value, self._compute = value, self.read
+        return self._value
+
+
+def _read_all(tree: Any) -> Any:
+    """Return arguments with numbers in the place of what is computed later."""
+    found: list[Later] = []
+    tree_map_only(Later, found.append, tree)
+    for one in found:
+        for reference in one.family:
+            if (other := reference()) is not None:
+                other.read()
+    return tree_map_only(Later, Later.read, tree)
+
+
+def _put_off(func: Any, args: Any, kwargs: Any) -> Later | None:
+    """Return what a function gives, computed when it is asked for; None where it is given other tensors as well."""
+    found: list[Any] = []
+    tree_map_only(Tensor, found.append, (args, kwargs))
+    if not all(type(one) is Later and one._value is None for one in found):
+        return None
+    likes = {id(one): torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta") for one in found}
+    like = func(*tree_map_only(Later, lambda one: likes[id(one)], args), **kwargs)
+    made = Later(like, found[0].device, lambda: func(*tree_map_only(Later, Later.read, args), **kwargs))
+    alive = {id(one): one for other in (*found, made) for reference in other.family if (one := reference()) is not None}
+    family = list(map(weakref.ref, alive.values()))
+    for one in alive.values():
+        one.family = family
+    return made
+
+
+def weights_reason(section: Section, x: Tensor) -> str | None:
+    """Return why code that returns attention weights must compute them at once, or None."""
+    if section.dropout > 0:
+        return "it returns its attention weights, which dropout changes at random now; call eval() to accelerate"
+    if torch.is_grad_enabled():
+        return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
+    if torch.is_autocast_enabled(x.device.type) or has_dispatch_mode():
+        return "it returns its attention weights, and autocast or another mode decides how they are computed"
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "it returns its attention weights, which nobody could read after a CUDA graph has run"
+    return None
+
+
+def later_weights(section: Section, image: Tensor, attention: nn.Module, x: Tensor) -> Tensor:
+    """Return the weights of a call, to be computed when they are read.
+
+    Args:
+        image: what the section was given.
+        attention: the module that it was read from.
+        x: what the call was given.
+    """
+
+    def kept() -> list[Tensor]:
+        optional = () if section.mask is None else (section.mask,)
+        return [*attention.parameters(), *attention.buffers(), *section.sources, section.index, *optional]
+
+    if any(one.is_inference() for one in kept()):
+        return section_weights(section, image)  # nobody would see that they are written to
+    if image.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        image = image.clone()  # the caller may write to it
+    sources = kept()
+    before = _state(sources)
+
+    def compute() -> Tensor:
+        now = kept()
+        is_same = len(now) == len(sources) and all(a is b for a, b in zip(now, sources, strict=True))
+        if not is_same or _state(now) != before:
+            raise RuntimeError(
+                "swinaccel: these attention weights are computed when they are read, and the model has "
+                "changed since the call; read them before, or call the model inside swinaccel.disabled()"
+            )
+        return section_weights(section, image)
+
+    geometry = section.geometry
+    tokens, windows = geometry.tokens, image.shape[0] * geometry.num_windows
+    dtype = image.dtype
+    for one in (*section.sources, *(() if section.mask is None else (section.mask,))):
+        dtype = torch.promote_types(dtype, one.dtype)
+    like = torch.empty(windows, section.num_heads, tokens, tokens, dtype=dtype, device="meta")
+    return Later(like, image.device, compute)
+
+
+def _state(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    return [(one._version, one.data_ptr()) for one in tensors]

@@ -1,0 +1,157 @@
+"""Find out, on copies of a module, which of its dropouts and rates its family's reading of it gets right.
+
+One at a time drops everything, which no random number decides: dropouts of another kind, as Dropout2d, do that like
+any other, and are told by their code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from ..families import Family
+from .compare import PADDED, NotNow
+from .copies import Setting, calls, isolated, random_copy
+from .fingerprint import rates
+from .libraries import is_of_library
+from .registry import Reading
+
+Compare = Callable[..., str | None]  # of (original, reading, arguments, setting): why they differ, or None
+
+
+def with_dropouts(
+    module: nn.Module,
+    family: Family,
+    moved: set[nn.Module],
+    original: Callable[..., Any],
+    reading: Reading,
+    compared: Callable[[Reading], Compare],
+) -> Reading:
+    """Return a proven reading that also holds what the module's dropouts and rates of dropout do.
+
+    Args:
+        moved: as for `random_copy`.
+        compared: what judges a reading.
+    """
+
+    def completed(reading: Reading) -> Reading:
+        paths = _unread(module, family, moved, compared(reading))
+        return dataclasses.replace(reading, unread_dropouts=paths)
+
+    found, attention = completed(reading), family.attention(module)
+    if all(map(is_of_library, module.modules())):
+        return found
+    unread = {module.get_submodule(path) for path in found.unread_dropouts}
+    names = [name for name, _ in rates(attention)]
+    names += [f"{name}.p" for name, part in attention.named_children() if part in unread]
+    for name in names:
+        candidate = dataclasses.replace(reading, rate=name)
+        if _is_rate(name, module, family, moved, original, compared(candidate)):
+            return completed(candidate)
+    return found
+
+
+def _unread(
+    module: nn.Module,
+    family: Family,
+    moved: set[nn.Module],
+    compared: Compare,
+) -> tuple[str, ...]:
+    """Return the paths of dropouts that a family neither reads nor calls where the original does."""
+    drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
+    unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
+    if all(map(is_of_library, module.modules())):
+        return tuple(unread)
+    with isolated(), torch.no_grad():
+        for path in [path for path in drops if path not in unread]:
+            clone = random_copy(module, moved, Setting())
+            arguments = calls(family, clone, Setting())
+            dropping = clone.get_submodule(path).train()
+            dropping.p = 1.0  # type: ignore[assignment]
+            try:
+                is_read = _is_alike(clone, arguments, compared)
+            except NotNow:  # the family reads it, and leaves such calls to the original
+                continue
+            if not is_read:
+                unread.append(path)
+    return tuple(unread)
+
+
+def _is_rate(
+    name: str,
+    module: nn.Module,
+    family: Family,
+    moved: set[nn.Module],
+    original: Callable[..., Any],
+    compared: Compare,
+) -> bool:
+    """Return True if a number of an attention is the rate at which weights are dropped, in the attention's training.
+
+    At 1 everything is dropped, which shows where; that a rate is taken as it is shows in what PyTorch is told.
+    """
+    with isolated(), torch.no_grad():
+        for is_training, rate in ((False, 1.0), (True, 1.0), (True, 0.25)):
+            clone = random_copy(module, moved, Setting())
+            arguments = calls(family, clone, Setting())
+            attention = family.attention(clone)
+            attention.training = is_training
+            holder, _, last = name.rpartition(".")
+            if holder:
+                attention.get_submodule(holder).training = True  # which must not matter
+            setattr(attention.get_submodule(holder), last, rate)
+            try:
+                if rate == 1.0:
+                    holds = _is_alike(clone, arguments, compared)
+                else:
+                    holds = _told(original, clone, arguments) == rate
+            except NotNow:
+                holds = False
+            if not holds:
+                return False
+    return True
+
+
+def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: Compare) -> bool:
+    pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
+    return not {compared(*pair) for pair in pairs} - {None, PADDED}
+
+
+def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:
+    """Return the one rate, but for 0, that calls of the original give to PyTorch's functions; None where it varies."""
+    found: set[float] = set()
+
+    class Listening(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in _PLACES:
+                place, name, default = _PLACES[func]
+                rate = float((kwargs or {}).get(name, args[place] if len(args) > place else default))
+                found.add(rate if func is F.scaled_dot_product_attention or _are_weights(*args[:1]) else -rate)
+            return func(*args, **(kwargs or {}))
+
+    for args in arguments:
+        with contextlib.suppress(Exception), Listening():  # calls that it refuses tell nothing
+            original(copy.deepcopy(clone), *args)
+    found.discard(0.0)
+    return found.pop() if len(found) == 1 else None
+
+
+def _are_weights(dropped: Any = None) -> bool:
+    """Return True of what a softmax gives, and False of what it weighs."""
+    return isinstance(dropped, torch.Tensor) and bool((dropped.sum(-1) - 1).abs().max() < 1e-6)
+
+
+# Where PyTorch's functions take a rate: its number among the arguments, its name and its default.
+_PLACES: dict[Any, tuple[int, str, float]] = {
+    F.scaled_dot_product_attention: (4, "dropout_p", 0.0),
+    F.dropout: (1, "p", 0.5),
+    torch.dropout: (1, "p", 0.5),
+}

@@ -1,0 +1,392 @@
+"""Copies of the official attention that projects have written in another way: BiRefNet, CLAP and others.
+
+Each is found, gives what the original gives, gradients too, and is left alone where its arithmetic is another.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import changed_models as models
+import descendant_models
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BACKENDS, check, check_fallback, randomize
+from torch import nn
+
+import swinaccel
+from swinaccel.runtime import weights
+from swinaccel.spec.reference import section_weights
+from swinaccel.trust.registry import registry
+
+KEEPS_VERDICTS = True
+
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def _sdpa(monkeypatch):
+    monkeypatch.setattr(models.CONFIG, "SDPA_enabled", True)
+
+
+def gradients(model, *inputs):
+    """What a model gives, and the gradients of its input and parameters."""
+    x = inputs[0].clone().requires_grad_()
+    out = helpers.tensors(model(x, *inputs[1:]))[0]
+    (out * torch.linspace(-1, 1, out.numel()).to(out).cos().view(out.shape)).sum().backward()
+    return [out.detach(), x.grad, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def check_training(model, *inputs, backend, count=None):
+    """Forward and gradients of an accelerated copy in fp32, each against the original's in fp64."""
+    device = helpers.DEVICES[backend]
+    exact = gradients(copy.deepcopy(model).double(), inputs[0].double(), *inputs[1:])
+    twin = swinaccel.accelerate(copy.deepcopy(model).to(device), backend=backend)
+    found = gradients(twin, inputs[0].to(device), *inputs[1:])
+    helpers.assert_accelerated(twin, count)
+    assert len(found) == len(exact)
+    largest = max(one.abs().max() for one in exact[2:])
+    for one, other in zip(found, exact, strict=True):
+        error = (one.cpu().double() - other).abs().max()  # of some, such as k's bias, all is rounding
+        assert error <= 5e-5 * (other.abs().max() + 1e-2 * largest), error
+
+
+# By scaled_dot_product_attention.
+
+
+def stage(kind="SdpaAttention", **options):
+    return randomize(models.SdpaStage(16, 2, 4, kind=getattr(models, kind), **options))
+
+
+@both_backends
+@pytest.mark.parametrize("enabled", [True, False], ids=["sdpa", "manual"])
+def test_birefnet(enabled, backend, monkeypatch):
+    """A mask of -inf for every window of the batch, a scale that is not read; and the branch where it is."""
+    monkeypatch.setattr(models.CONFIG, "SDPA_enabled", enabled)
+    model, x = stage(qk_scale=0.9), torch.randn(2, 90, 16)
+    check(model, x, 9, 10, backend=backend, count=2)
+    check_training(model, x, 9, 10, backend=backend, count=2)
+
+
+def test_a_branch_that_is_chosen_later_runs_the_original(monkeypatch):
+    registry.clear()
+    model, x = stage(qk_scale=0.9), torch.randn(2, 90, 16)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    for enabled, fallbacks in ((True, 0), (False, 1), (True, 1)):
+        monkeypatch.setattr(models.CONFIG, "SDPA_enabled", enabled)
+        with torch.no_grad():
+            helpers.assert_close(twin(x, 9, 10), model(x, 9, 10))
+        assert [entry.fallbacks for entry in swinaccel.report(twin)] == [fallbacks] * 2
+    monkeypatch.setattr(models.CONFIG, "SDPA_enabled", False)
+    swinaccel.accelerate(twin, backend="torch")
+    with torch.no_grad():
+        helpers.assert_close(twin(x, 9, 10), model(x, 9, 10))
+    assert [entry.fallbacks for entry in swinaccel.report(twin)] == [fallbacks] * 2
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["unshifted first", "shifted first"])
+def test_a_call_that_the_original_refuses_is_left_to_it(first):
+    """A shifted block without a mask; the unshifted one, of the same code, takes none."""
+    model = stage()
+    for block in (model.blocks[first], model.blocks[1 - first]):
+        swinaccel.accelerate(block, backend="torch")
+        block.H = block.W = 8
+    with torch.no_grad():
+        model.blocks[0](torch.randn(2, 64, 16), None)
+    assert [entry.fallbacks for entry in swinaccel.report(model)] == [0, 0]
+    with pytest.raises(AttributeError), torch.no_grad():
+        model.blocks[1](torch.randn(2, 64, 16), None)
+    assert "raised an error for shifted windows without a mask" in swinaccel.report(model).entries[1].reason
+
+
+def test_a_compiled_call_that_the_original_refuses_raises():
+    block, x = stage().blocks[1], torch.randn(2, 64, 16).to(helpers.TRITON_DEVICE)
+    block.H = block.W = 8
+    compiled = torch.compile(swinaccel.accelerate(block.to(x.device), backend="triton"), backend="eager")
+    mask = descendant_models.shift_mask(8, 8, 4, 2).to(x.device)
+    with torch.no_grad():
+        helpers.assert_close(compiled(x, mask), block(x, mask))
+        with pytest.raises(Exception, match="NoneType"):
+            compiled(x, None)
+
+
+def test_a_branch_without_bias_and_mask_is_refused_with_that_reason(monkeypatch):
+    model, x = stage("BareAttention"), torch.randn(2, 90, 16)
+    check_fallback(model, x, 9, 10, reason="adds neither the position bias nor the mask")
+    monkeypatch.setattr(models.CONFIG, "SDPA_enabled", False)
+    check(model, x, 9, 10, count=2)
+
+
+@both_backends
+@pytest.mark.parametrize("kind", ["SdpaAttention", "OwnScaleAttention"])
+def test_attention_that_takes_a_mask_of_all_windows(kind, backend):
+    """By itself. One that images share is an error of its own."""
+    model = randomize(getattr(models, kind)(16, (4, 4), 2, qk_scale=0.9))
+    x, mask = torch.randn(6, 16, 16), -100.0 * (torch.rand(6, 16, 16) < 0.3)
+    check(model, x, mask, backend=backend, count=1)
+    check(model, x, backend=backend, count=1)
+    twin = swinaccel.accelerate(model.to(helpers.DEVICES[backend]), backend=backend)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        twin(x.to(helpers.DEVICES[backend]), mask[:3].to(helpers.DEVICES[backend]))
+    assert "raised an error for a mask of one image for several" in swinaccel.report(twin).entries[0].reason
+
+
+@pytest.mark.parametrize("kind", ["SdpaAttention", "OwnScaleAttention"])
+def test_a_rate_that_is_a_number(kind):
+    """It drops in training and not in evaluation, and the dropout that the code does not call does nothing."""
+    model, x = stage(kind), torch.randn(2, 90, 16)
+    twin, x = swinaccel.accelerate(model.to(helpers.TRITON_DEVICE), backend="triton"), x.to(helpers.TRITON_DEVICE)
+    with torch.no_grad():
+        plain = twin(x, 9, 10)
+        for is_number in (True, False) if kind == "SdpaAttention" else (False,):
+            counts = is_number is (kind == "SdpaAttention")
+            for block in twin.blocks:
+                block.attn.attn_drop_prob, block.attn.attn_drop.p = (0.4, 0.0) if is_number else (0.0, 0.4)
+            twin.train()
+            first, second = twin(x, 9, 10), twin(x, 9, 10)
+            assert (helpers.difference(first, second) > 1e-2) is counts
+            twin.eval()
+            for block in twin.blocks:
+                block.attn.attn_drop.train()
+            helpers.assert_close(twin(x, 9, 10), plain)
+    helpers.assert_accelerated(twin, 2)
+
+
+@both_backends
+def test_gradients_of_timms_fused_path(backend):
+    model = helpers.timm_block((8, 8), shift=2)
+    model.attn.fused_attn, model.attn.scale = True, 0.9
+    check_training(model, torch.randn(2, 8, 8, 16), backend=backend, count=1)
+
+
+class Squared(models.SdpaAttention):
+    def rate(self):
+        return super().rate() ** 2
+
+
+class Elsewhere(models.SdpaAttention):
+    """It drops what the weights make of the values."""
+
+    def mixed(self, q, k, v, mask):
+        return F.dropout(F.scaled_dot_product_attention(q, k, v, self.start(mask)), self.rate())
+
+
+@pytest.mark.parametrize("kind", [Squared, Elsewhere])
+def test_a_rate_that_is_taken_otherwise_stays_with_the_original(kind):
+    model = randomize(kind(16, (4, 4), 2))
+    swinaccel.accelerate(model, backend="torch")
+    model.attn_drop_prob = 0.4
+    with torch.no_grad():
+        model(torch.randn(6, 16, 16))
+    assert f"attn_drop_prob of its {kind.__name__} is not zero" in swinaccel.report(model).entries[0].reason
+
+
+def test_a_number_that_is_a_rate_is_seen_while_a_compiler_traces():
+    (model, _), x = stage().blocks, torch.randn(2, 64, 16).to(helpers.TRITON_DEVICE)
+    model.H = model.W = 8
+    swinaccel.accelerate(model.to(x.device).train(), backend="triton")
+    model.attn.attn_drop_prob = 0.4
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert helpers.difference(compiled(x, None), compiled(x, None)) > 1e-2
+
+
+# Attention weights that are returned.
+
+
+def htsat(**options):
+    return randomize(models.WeightsStage(16, (8, 8), 2, 4, **options))
+
+
+@both_backends
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_trap_20_weights_that_nobody_reads_are_not_computed(inference, backend, monkeypatch):
+    """In layers that average them, too; where somebody reads them, they are the original's."""
+    calls = []
+    monkeypatch.setattr(weights, "section_weights", lambda *args: calls.append(1) or section_weights(*args))
+    model, x = htsat().to(helpers.DEVICES[backend]), torch.randn(2, 64, 16).to(helpers.DEVICES[backend])
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
+    with torch.inference_mode(inference), torch.no_grad():
+        expected, found = model(x), twin(x)
+        helpers.assert_close(found[0], expected[0])
+        assert not calls
+        assert found[1].shape == expected[1].shape
+        assert (found[1].dtype, found[1].device) == (expected[1].dtype, expected[1].device)
+        assert found[1].stride() == expected[1].stride()
+        helpers.assert_close(found[1] + 0, expected[1] + 0)
+        assert len(calls) == 2
+        helpers.assert_accelerated(twin, 2)
+        for heatmap in (False, True):
+            check(models.Unread(model, heatmap), x, backend=backend, count=2)
+
+
+READERS = {
+    "numpy": lambda one: torch.from_numpy(one.numpy().copy()),
+    "indexing": lambda one: one[0, 0],
+    "list": lambda one: torch.tensor(one.tolist()),
+    "copy": copy.deepcopy,
+    "file": lambda one: saved(one),
+    "operator": lambda one: torch.ops.aten.mul(one, 2),
+    "out": lambda one: torch.mul(one, 2, out=torch.empty(one.shape)),
+    "in place": lambda one: one.mul_(2) + one,
+    "view": lambda one: one.unsqueeze(0).mul_(2)[0] + one,
+    "earlier mean": lambda one: (one.mean(0), one.mul_(2))[0] + 0,
+    "earlier mean by a view": lambda one: (one.mean(0), one.unsqueeze(0).mul_(2))[0] + 0,
+    "mixed": lambda one: torch.cat([one, one * 2]),
+    "compiled": lambda one: torch.compile(lambda y: y * 2, backend="eager")(one),
+    "sum": lambda one: torch.tensor(float(one.sum())),
+    "words": lambda one: torch.tensor([float(len(str(one)) > 20)]),
+}
+
+
+def saved(one):
+    file = io.BytesIO()
+    torch.save(one, file)
+    return torch.load(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_weights_however_they_are_read(reader):
+    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    with torch.no_grad():
+        expected, found = model(x)[1], twin(x)[1]
+        assert type(found) is weights.Later
+        helpers.assert_close(READERS[reader](found), READERS[reader](expected))
+        helpers.assert_close(found + 0, expected)
+
+
+CHANGES = {
+    "weight": lambda block, x: block.attn.qkv.weight.mul_(2),
+    "table": lambda block, x: block.attn.relative_position_bias_table.add_(1),
+    "mask": lambda block, x: block.attn_mask.zero_(),
+    "parameter": lambda block, x: setattr(block.attn.qkv, "weight", nn.Parameter(2 * block.attn.qkv.weight)),
+    "dtype": lambda block, x: block.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_are_no_others_than_those_of_their_call(change):
+    twin, x = swinaccel.accelerate(htsat().blocks[1], backend="torch"), torch.randn(2, 64, 16)
+    with torch.no_grad():
+        _, found = twin(x)
+        CHANGES[change](twin, x)
+        with pytest.raises(RuntimeError, match="changed since the call"):
+            found.sum()
+
+
+@both_backends
+def test_attention_that_returns_its_weights(backend):
+    """By itself, where its input may be written to afterwards."""
+    model, x, mask = randomize(models.WeightsToo(16, (4, 4), 2)), torch.randn(6, 16, 16), torch.randn(3, 16, 16)
+    check(model, x, mask, backend=backend, count=1)
+    twin = swinaccel.accelerate(model, backend="torch")
+    with torch.inference_mode():
+        x, expected = x + 0, model(x, mask)[1]
+        found = twin(x, mask)[1]
+        x.zero_()
+        helpers.assert_close(found + 0, expected + 0)
+
+
+@pytest.mark.parametrize("why", ["gradients", "dropout", "autocast", "compiled"])
+def test_weights_that_are_left_to_the_original(why):
+    model, x = htsat(attn_drop=0.3), torch.randn(2, 64, 16).to(helpers.TRITON_DEVICE)
+    twin = swinaccel.accelerate(copy.deepcopy(model).to(x.device), backend="triton")
+    model.to(x.device)
+    if why == "compiled":
+        with torch.no_grad():
+            helpers.assert_close(torch.compile(twin, backend="eager")(x), model(x))
+        return
+    model.train(why == "dropout")
+    twin.train(why == "dropout")
+    with torch.set_grad_enabled(why == "gradients"), torch.autocast(x.device.type, enabled=why == "autocast"):
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        for one, other in zip(twin(x), expected, strict=True):
+            assert torch.equal(one, other)
+            assert one.requires_grad is other.requires_grad
+    assert "it returns its attention weights" in swinaccel.report(twin).entries[0].reason
+
+
+# Known attentions in blocks that are nobody's.
+
+
+@both_backends
+@pytest.mark.parametrize("shift", [0, 2])
+def test_unimer_is_accelerated_at_its_attention(shift, backend):
+    model, x = randomize(models.UnimerLayer(16, 2, 4, shift)), torch.randn(2, 90, 16)
+    assert [(entry.name, entry.family) for entry in swinaccel.plan(model)] == [("attention", "hf_attention")]
+    check(model, x, (9, 10), backend=backend, count=1)
+    check_training(model, x, (9, 10), backend=backend, count=1)
+    check_fallback(model, x, (9, 10), torch.rand(2, 1, 1), backend=backend, reason="it is given head_mask")
+
+
+NAMED = {
+    "Uformer": ("UformerAttention", {}, "renamed_attention"),
+    "VRT": ("VrtAttention", {}, "renamed_attention"),
+    "VRT, volumes": ("VrtAttention", {"window_size": (2, 3, 4)}, "renamed_attention"),
+    "cosine": ("FirstV2Attention", {}, "window_attention"),
+    "cosine, plain biases": ("FirstV2Attention", {"squashed": False}, "window_attention"),
+    "plain scores": ("FirstV2Attention", {"cosine": False, "squashed": False}, "window_attention"),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("name", NAMED)
+def test_attention_by_another_name(name, backend):
+    kind, options, family = NAMED[name]
+    model = randomize(getattr(models, kind)(16, num_heads=2, **{"window_size": (4, 4), **options}))
+    tokens = len(model.relative_position_index)
+    assert [entry.family for entry in swinaccel.plan(model)] == [family]
+    x, masks = torch.randn(6, tokens, 16), -100.0 * (torch.rand(3, tokens, tokens) < 0.3)
+    check(model, x, backend=backend, count=1)
+    check(model, backend=backend, count=1, arguments=on(backend, x=x, mask=masks))
+    check_training(model, x, backend=backend, count=1)
+
+
+def on(backend, **tensors):
+    return {name: one.to(helpers.DEVICES[backend]) for name, one in tensors.items()}
+
+
+def test_keys_of_another_input_are_left_to_the_original():
+    model, x = randomize(models.UformerAttention(16, (4, 4), 2)), torch.randn(6, 16, 16)
+    check_fallback(model, x, torch.randn(16, 16), reason="it is given attn_kv")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_inside(dtype):
+    model = randomize(models.FirstV2Attention(16, (4, 4), 2))
+    x = torch.randn(6, 16, 16)
+    exact = copy.deepcopy(model).double()(x.double()).detach()
+    model.to(dtype)
+    with torch.no_grad():
+        expected, found = model(x.to(dtype)), swinaccel.accelerate(model, backend="torch")(x.to(dtype))
+    assert found.dtype is dtype
+    helpers.assert_no_worse(found, expected, exact, dtype)
+    helpers.assert_accelerated(model, 1)
+
+
+@both_backends
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)], ids=str)
+@pytest.mark.parametrize("shift", [0, 2])
+def test_attention_that_rolls_for_itself(shift, size, backend):
+    """GRL's; at its own size it has the mask that it keeps."""
+    model, x = randomize(models.RollingAttention(16, (8, 8), 2, 4, shift)), torch.randn(2, size[0] * size[1], 16)
+    if shift:
+        model.attn_mask[0, 1, 2] = -3.0
+    assert [entry.family for entry in swinaccel.plan(model)] == ["rolling_attention"]
+    check(model, x, size, backend=backend, count=1)
+    check_training(model, x, size, backend=backend, count=1)
+
+
+@both_backends
+@pytest.mark.parametrize("shift", [0, 2])
+def test_cr_without_its_bias(shift, backend):
+    model, x = randomize(models.cr_without_bias(16, 2, (8, 12), 4, shift)), torch.randn(2, 8, 12, 16)
+    assert [entry.family for entry in swinaccel.plan(model)] == ["timm_cr"]
+    check(model, x, backend=backend, count=1)
+    check_training(model, x, backend=backend, count=1)
