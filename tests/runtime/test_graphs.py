@@ -18,9 +18,10 @@ from edits import EDITS, WAYS
 from test_states import MODELS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import swinaccel
+from swinaccel.ops.failures import failures
 from swinaccel.runtime import graphs
 from swinaccel.runtime.plan import state_of
 
@@ -32,7 +33,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.steps.append((function, args, kwargs or {}, out))
+        # A parameter's memory, and not the parameter, which may be given other memory.
+        held = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}))
+        self.steps.append((function, *held, out))
         return out
 
 
@@ -43,7 +46,7 @@ class Tape:
     lock = threading.RLock()
 
     def __init__(self, run, device):
-        self.steps, self.has_started = [], False
+        self.steps, self.has_started, self.replays = [], False, 0
         run()
         with Recorder(self.steps):
             self.output = run()
@@ -53,6 +56,7 @@ class Tape:
         self.has_started = True
 
     def replay(self):
+        self.replays += 1
         for function, args, kwargs, out in self.steps:
             for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
@@ -205,6 +209,61 @@ def test_autocast_is_captured_by_itself():
             for _ in range(graphs.FIRST + 1):
                 helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
     assert swinaccel.report(model).graphs[0].captured == 2
+
+
+def latest(model):
+    return next(reversed(state_of(model).graphs.captures.values()))
+
+
+@pytest.mark.parametrize("way", ["data", "index"])
+def test_memory_that_is_gone_is_not_even_read(way):
+    model, twin, x = captured()
+    engine = latest(model)._graph
+    for every in (model, twin):
+        index = every.layers[0].blocks[0].attn.relative_position_index
+        if way == "data":
+            every.norm.weight.data = torch.linspace(0.5, 2, 16)
+        else:
+            index.copy_(index.flip(0))
+    before = engine.replays
+    assert_alike(model, twin, x)
+    assert engine.replays == before
+
+
+def test_autocast_leaves_no_weights_that_are_freed():
+    model, twin, x = captured()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for _ in range(graphs.FIRST):
+            model(x)
+    for every in (model, twin):
+        every.head.fc.weight.data.mul_(-3)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
+    assert replays(model) == 4
+
+
+def test_inference_mode_has_graphs_of_its_own():
+    model, _, x = captured()
+    with torch.inference_mode():
+        assert all(model(x).is_inference() for _ in range(graphs.FIRST + 1))
+    assert not call(model, x).is_inference()
+    assert swinaccel.report(model).graphs[0].captured == 2
+
+
+def test_layouts_have_graphs_of_their_own():
+    model, _, x = captured()
+    for _ in range(graphs.FIRST):
+        call(model, x.contiguous(memory_format=torch.channels_last))
+    assert swinaccel.report(model).graphs[0].captured == 2
+
+
+def test_a_kernel_that_failed_ends_a_graph():
+    model, twin, x = captured()
+    before = replays(model)
+    failures.record(("window", "cpu"), "no memory")
+    assert_alike(model, twin, x)
+    assert replays(model) == before
 
 
 class Head(nn.Module):
