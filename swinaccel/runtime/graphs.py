@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -79,11 +79,11 @@ class CudaGraph:
                 _devices.pop(device, None)  # its memory may be left in the middle of a capture
                 raise
             self.nbytes = max(0, torch.cuda.memory_reserved() - before)
-        self._event, self.lock = shared.event, shared.lock
+        self._device, self._event, self.lock = device, shared.event, shared.lock
 
     def start(self) -> None:
         """Wait, on the current stream, for the latest replay of any graph that shares the memory."""
-        self._event.wait()
+        self._event.wait(torch.cuda.current_stream(self._device))
 
     def replay(self) -> None:
         """Run what was captured, on the current stream."""
@@ -91,7 +91,7 @@ class CudaGraph:
 
     def finish(self) -> None:
         """Note that the current stream needs nothing more of the memory."""
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(self._device))
 
 
 ENGINES: dict[str, Any] = {"cuda": CudaGraph}  # by type of device
@@ -116,7 +116,7 @@ class Capture:
             self._guard = Guard(modules)
         except NotGuardable:
             raise NotCapturable("a module in it holds a setting that cannot be compared") from None
-        self._tensors = self._guard.tensors()
+        self._tensors = self._guard.tensors() + self._guard.values
         self._counted = [one for one in self._tensors if not one.is_floating_point() and not one.is_inference()]
         self._held = [one.detach() for one in self._tensors]  # what a graph reads must stay where it is
         self._places, self._versions, self._failures = self._where(), self._counts(), failures.count
@@ -218,7 +218,8 @@ class Graphs:
         if capture.lies():
             result = capture.replay(x)
             if capture.holds(module):
-                self.captures.move_to_end(key)
+                with suppress(KeyError):  # another thread took it away
+                    self.captures.move_to_end(key)
                 capture.count()
                 self.replays += 1
                 return (result,)
