@@ -16,10 +16,11 @@ from .errors import FallbackError
 from .families import Family
 from .families.shared import near
 from .ops.failures import failures
-from .report import Entry, Report
+from .report import Entry, Graph, Report
+from .runtime.graphs import Graphs
 from .runtime.plan import state_of
 from .spec.window import WindowSpec
-from .trust import probe
+from .trust import libraries, probe
 
 _LEFT_OUT = "the filter left it out"
 _DISABLED = "SWINACCEL_DISABLE is set"
@@ -59,7 +60,8 @@ def accelerate(model: Model, **options: Unpack[Options]) -> Model:
                 chosen.add(module)
         # An earlier call may have accelerated others: before they were changed, or with another filter.
         patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_block_only(one))
-        around = dict(_blocks(model, config))
+        around: dict[nn.Module, Any] = dict(_blocks(model, config))
+        around |= dict.fromkeys(_captured(model, config), families.CAPTURED)
         for module, adapter in around.items():
             patching.mark(module, patching.encode(adapter, config))
         patching.unmark(one for one in _marked_modules(model) if one not in around and patching.is_block_only(one))
@@ -137,7 +139,15 @@ def report(model: nn.Module) -> Report:
                 fallbacks=state.fallbacks,
             )
         )
-    return Report([*entries, *_near_misses(model, found)])
+    return Report([*entries, *_near_misses(model, found)], _graphs(model))
+
+
+def _graphs(model: nn.Module) -> Iterator[Graph]:
+    """Yield an entry for each module whose calls are replayed as graphs."""
+    for name, module in model.named_modules():
+        if patching.is_captured(module):
+            graphs = state_of(module).graphs or Graphs()
+            yield Graph(name, len(graphs.captures), graphs.replays, graphs.nbytes, graphs.reason)
 
 
 def _near_misses(model: nn.Module, found: Iterable[nn.Module]) -> Iterator[Entry]:
@@ -265,6 +275,23 @@ def _blocks(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, 
             continue
         if _is_proven(module, adapter, adapter.method, None):
             yield module, adapter
+
+
+def _captured(model: nn.Module, config: AccelConfig) -> Iterator[nn.Module]:
+    """Yield the modules whose calls are replayed: the largest that are known to run the same at each call."""
+    if config.graphs is False:
+        return
+    inside = {module for module in model.modules() if patching.marked(module) is not None}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if not any(one in inside for one in module.modules()):
+            continue
+        is_free = module not in inside and patching.foreign_reason(module, families.CAPTURED.method) is None
+        if is_free and (config.graphs is True or libraries.is_steady(module)):
+            yield module
+        elif config.graphs == "auto":
+            waiting += module.children()
 
 
 def _is_proven(module: nn.Module, adapter: Any, method: str, attention: str | None) -> bool:

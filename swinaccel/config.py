@@ -3,6 +3,7 @@
 =====================  ==========================================================================================
 SWINACCEL_DISABLE      1 | true | yes | on: `accelerate` does nothing and accelerated models run their originals.
 SWINACCEL_STRICT       likewise: raise where an original would run in place of a kernel.
+SWINACCEL_GRAPHS       0 | false | no | off: no CUDA graphs, whatever `accelerate` was told.
 SWINACCEL_CACHE_DIR    folder of bias factors; default: $XDG_CACHE_HOME/swinaccel or ~/.cache/swinaccel.
 SWINACCEL_LOG          a level name of `logging` (debug, info, warning, error) for the logger "swinaccel".
 SWINACCEL_AUTO         1 | true | yes | on: importing swinaccel starts `swinaccel.auto`.
@@ -30,8 +31,14 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 Backend = Literal["auto", "triton", "torch"]
 Bias = Literal["auto", "table", "factors"]
 Fuse = Literal["auto", "attention"]
+Graphs = Literal["auto", True, False]
 Filter = Callable[[str, nn.Module], bool]
-_CHOICES = {"backend": get_args(Backend), "bias": get_args(Bias), "fuse": get_args(Fuse)}
+_CHOICES = {
+    "backend": get_args(Backend),
+    "bias": get_args(Bias),
+    "fuse": get_args(Fuse),
+    "graphs": get_args(Graphs),
+}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -45,6 +52,8 @@ class Options(TypedDict, total=False):
     filter: Filter | None
     strict: bool
     fuse: Fuse
+    graphs: Graphs
+    graphs_memory: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,10 @@ class AccelConfig:
         filter: callable(name, module) -> bool; modules for which it returns False stay original.
         strict: raise instead of running an original, and where a model holds nothing to accelerate.
         fuse: "attention" replaces the attention section only; "auto" may fuse plain layers around it too.
+        graphs: "auto" replays calls of surveyed models as CUDA graphs in inference, from the third of a signature on;
+            True those of the model itself, whoever wrote it: its control flow must not depend on values, as for
+            torch.compile with mode="reduce-overhead". False never.
+        graphs_memory: fraction in (0, 1] of the device's memory that the graphs of one model may take.
     Raises:
         ValueError, TypeError: for an option that is none of these; the message names it.
     """
@@ -73,12 +86,21 @@ class AccelConfig:
     filter: Filter | None = None
     strict: bool = False
     fuse: Fuse = "auto"
+    graphs: Graphs = False
+    graphs_memory: float = 0.5
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        if not isinstance(self.graphs, (str, bool)):  # 0 and 1 are equal to them
+            raise ValueError(f"graphs must be 'auto', True or False; got {self.graphs!r}")
+        share = self.graphs_memory
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(
+                f"graphs_memory must be a number in (0, 1], a fraction of the device's memory; got {share!r}"
+            )
         energy = self.bias_energy
         if energy is not None:
             if isinstance(energy, bool) or not isinstance(energy, (int, float)):
@@ -148,6 +170,11 @@ may_be_disabled = _look()  # Return False if SWINACCEL_DISABLE is not set: a ten
 def env_strict() -> bool:
     """Return True if SWINACCEL_STRICT is on, read now."""
     return _flag("SWINACCEL_STRICT")
+
+
+def env_graphs() -> bool:
+    """Return True unless SWINACCEL_GRAPHS is off, read now."""
+    return "SWINACCEL_GRAPHS" not in os.environ or _flag("SWINACCEL_GRAPHS")
 
 
 def env_auto() -> bool:

@@ -27,7 +27,7 @@ import wrapt
 from torch import nn
 
 from .config import AccelConfig, env_disabled, may_be_disabled
-from .families import BlockAdapter, Family, by_name
+from .families import CAPTURED, by_name
 from .layers import owner, standing_in, undispatched
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
@@ -122,7 +122,7 @@ def _is_off(compiling: bool) -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def encode(adapter: Family | BlockAdapter, config: AccelConfig) -> str:
+def encode(adapter: Any, config: AccelConfig) -> str:
     """Return the marker of an instance."""
     text = json.dumps({"family": adapter.name, "options": json.loads(config.to_json())}, sort_keys=True)
     decode(text)
@@ -170,6 +170,12 @@ def is_block_only(module: nn.Module) -> bool:
     """Return True if a module is marked for what is around an attention, or beside it, alone."""
     found = _read(module)
     return found is not None and not found.has_attention
+
+
+def is_captured(module: nn.Module) -> bool:
+    """Return True if a module is marked for calls that are replayed as graphs."""
+    found = _read(module)
+    return found is not None and found.adapter is CAPTURED
 
 
 def _read(module: nn.Module) -> Marked | None:

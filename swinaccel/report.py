@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
@@ -38,11 +38,39 @@ class Entry:
     fallbacks: int = 0
 
 
-class Report:
-    """Entries in the order of the model, unknown families last; iterates, counts and prints as a table."""
+@dataclass(frozen=True)
+class Graph:
+    """One module whose calls are replayed as CUDA graphs.
 
-    def __init__(self, entries: list[Entry]) -> None:
-        self.entries = tuple(entries)
+    Attributes:
+        name: its path in the model, "" for the model itself.
+        captured: signatures of calls (shapes, dtypes, modes) that are graphs now.
+        replays: calls that were replays.
+        nbytes: device memory that the graphs take, in bytes.
+        reason: why the latest signature that is no graph is none, or None.
+    """
+
+    name: str
+    captured: int
+    replays: int
+    nbytes: int
+    reason: str | None
+
+    def __str__(self) -> str:
+        """Return one line."""
+        size, why = f"{self.nbytes / 2**20:.0f} MiB", "" if self.reason is None else f"; not all, for {self.reason}"
+        return f"{self.name or '(model)'}: {self.captured} graphs of {size}, {self.replays} replays{why}"
+
+
+class Report:
+    """Entries in the order of the model, unknown families last; iterates, counts and prints as a table.
+
+    Attributes:
+        graphs: one `Graph` for each module whose calls are replayed.
+    """
+
+    def __init__(self, entries: list[Entry], graphs: Iterable[Graph] = ()) -> None:
+        self.entries, self.graphs = tuple(entries), tuple(graphs)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -64,11 +92,12 @@ class Report:
         return any(not entry.calls or entry.calls > entry.fallbacks for entry in self.accelerated)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: {"accelerated": count, "original": count, "entries": [...]}."""
+        """Return what JSON can hold: {"accelerated": count, "original": count, "entries": [...], "graphs": [...]}."""
         return {
             "accelerated": len(self.accelerated),
             "original": len(self.original),
             "entries": [asdict(entry) for entry in self.entries],
+            "graphs": [asdict(graph) for graph in self.graphs],
         }
 
     def summary(self) -> str:
@@ -98,8 +127,10 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left", caption_justify="left")
+        notes = [str(graph) for graph in self.graphs]
         if any(entry.status == "original" or entry.fallbacks for entry in self.entries):
-            table.caption = "Originals are the model's own code: results are right, and as fast as they were."
+            notes.append("Originals are the model's own code: results are right, and as fast as they were.")
+        table.caption = "\n".join(notes) or None
         for column in ("module", "family", "status", "window", "shift", "heads", "bias", "calls", "reason"):
             table.add_column(column, overflow="fold", no_wrap=column != "reason")
         for entry in self.entries:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers import is_wrapper
 from ..spec.window import WindowSpec
-from .adapters import PatchMerging, TorchvisionBlock
+from .adapters import Captured, PatchMerging, TorchvisionBlock
 from .aurora import Aurora
 from .detection import Detection, ShiftWindowMSA
 from .earth import Earth
@@ -56,6 +56,7 @@ FAMILIES: list[Family] = [
 
 
 BLOCK_ADAPTERS: list[BlockAdapter] = [TorchvisionBlock(), PatchMerging(), PatchEmbed(), Embeddings()]
+CAPTURED = Captured()
 
 
 def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
@@ -93,5 +94,5 @@ def block_adapter(module: nn.Module) -> BlockAdapter | None:
 
 def by_name(name: str) -> Any:
     """Return the family or block adapter of that name, or None (a marker may come from another version)."""
-    everything: list[Any] = [*FAMILIES, *BLOCK_ADAPTERS]
+    everything: list[Any] = [*FAMILIES, *BLOCK_ADAPTERS, CAPTURED]
     return next((family for family in everything if family.name == name), None)

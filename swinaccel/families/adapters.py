@@ -16,6 +16,14 @@ from .shared.common import pair, positional_names
 from .torchvision import Torchvision
 
 
+class Captured:
+    """A whole model, or a stage of one, whose calls are replayed as CUDA graphs."""
+
+    name = "graph"
+    method = "forward"
+    is_captured = True
+
+
 class TorchvisionBlock:
     """SwinTransformerBlock and SwinTransformerBlockV2."""
 

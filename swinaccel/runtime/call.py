@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.torch import block as torch_block
-from ..config import AccelConfig, env_strict
+from ..config import AccelConfig, env_graphs, env_strict
 from ..errors import FallbackError, KernelError
 from ..layers import alias
 from ..ops.failures import failures
@@ -19,7 +19,7 @@ from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
-from . import traced
+from . import graphs, traced
 from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
@@ -43,16 +43,18 @@ class Entry:
         adapter: the module's `families.Family` or block adapter.
         has_attention: the method runs the adapter's section.
         is_block: the method runs what may be fused as a whole: a block, a merging, an embedding.
+        is_captured: whole calls of the method are replayed as graphs.
         settings: names of attributes that callers set before each call.
     """
 
-    __slots__ = ("adapter", "config", "has_attention", "is_block", "settings")
+    __slots__ = ("adapter", "config", "has_attention", "is_block", "is_captured", "settings")
 
     def __init__(self, adapter: Any, config: AccelConfig, method: str) -> None:
         self.adapter, self.config = adapter, config
         self.has_attention = hasattr(adapter, "section") and method == adapter.method
         whole = getattr(adapter, "block_method", adapter.method)
         self.is_block = config.fuse == "auto" and hasattr(adapter, "block") and method == whole
+        self.is_captured = hasattr(adapter, "is_captured")
         self.settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
 
 
@@ -68,6 +70,10 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
             return original(module, *args, **kwargs)
         return traced.call(entry, module, original, x, args, kwargs)
     reason, key, names = context_reason(x), None, entry.settings
+    if entry.is_captured:
+        if reason is not None or not env_graphs():
+            return original(module, *args, **kwargs)
+        return graphs.call(state_of(module), module, original, x, args, kwargs, entry.config.graphs_memory)
     if reason is None:
         settings = tuple(map(module.__dict__.get, names)) if names else names
         key = call_key(entry, settings, x, args, kwargs)

@@ -40,8 +40,8 @@ class Guard:
 
     __slots__ = (
         "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_empty", "_fields", "_forwards",
-        "_ignored", "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_values", "_versions",
-        "_watched", "modules",
+        "_ignored", "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_versions",
+        "_watched", "modules", "values",
     )  # fmt: skip
 
     def __init__(
@@ -57,10 +57,10 @@ class Guard:
         self._forwards = list(map(_forward, self._classes))
         self._owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
         self._ignored = ignored
-        self._values: list[Tensor] = []  # tensors among the settings
-        settings = [_settings(one.__dict__, self._owners, self._values) for one in modules]
-        self._settings = settings + [_copied(one.__dict__, self._values) for one in self._owners[len(modules) :]]
-        self._versions = list(map(_version, self._values))
+        self.values: list[Tensor] = []  # tensors among the settings
+        settings = [_settings(one.__dict__, self._owners, self.values) for one in modules]
+        self._settings = settings + [_copied(one.__dict__, self.values) for one in self._owners[len(modules) :]]
+        self._versions = list(map(_version, self.values))
         # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
         places = [(one, name) for one in modules for name in (*HOOKS, *_CONTAINERS)]
         self._empty = [one.__dict__[name] for one, name in places if not one.__dict__[name]]
@@ -92,7 +92,7 @@ class Guard:
                 and self._has_settings()
                 and not any(self._empty)
                 and list(map(Tensor.data_ptr, self._buffers)) == self._pointers  # views of them may have been kept
-                and list(map(_version, self._values)) == self._versions
+                and list(map(_version, self.values)) == self._versions
                 and all(map(is_, map(getitem, *self._cells), self._watched))
                 and all(getattr(one, name, None) is value for one, name, value in self._fields)
                 and self._contents == self._copies

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..ops.failures import failures
 from ..trust.registry import registry
 from .guard import Guard, same_tensors
+
+if TYPE_CHECKING:
+    from .graphs import Graphs
 
 _MOST_PLANS = 16  # of one module; sizes that never come back
 _REBUILDS = 8  # guards to be made of a module that keeps changing, before one has paid for itself
@@ -114,9 +117,10 @@ class State:
         reason: why the last of those did.
         unfused: why what is around the attention runs by itself, or None.
         bias: the form of the bias in use.
+        graphs: of a model, its captured calls; None before the first.
     """
 
-    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "reason", "unfused")
+    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "graphs", "reason", "unfused")
 
     def __init__(self) -> None:
         self.calls = 0
@@ -125,6 +129,7 @@ class State:
         self.unfused: str | None = None
         self.bias: str | None = None
         self.attention, self.block = Scope(), Scope()
+        self.graphs: Graphs | None = None
 
 
 _states: dict[int, tuple[weakref.ref[nn.Module], State]] = {}
@@ -143,6 +148,12 @@ def state_of(module: nn.Module) -> State:
 
     _states[address] = weakref.ref(module, forget), state
     return state
+
+
+def known_states(modules: Iterable[nn.Module]) -> list[State]:
+    """Return the states of those of the modules that have one."""
+    found = (_states.get(id(one), (None, None)) for one in modules)
+    return [state for _, state in found if state is not None]
 
 
 def forget_state(module: nn.Module) -> None:

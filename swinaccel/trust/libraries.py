@@ -16,6 +16,20 @@ SURVEYED = (
 # Homes of those and of the layers that they use.
 LIBRARIES = (*SURVEYED, "torch.", "timm.layers.", "torchvision.ops.", "transformers.", "monai.networks.")
 
+_PARTS = "Model", "ForImageClassification", "Backbone", "Encoder", "Stage"
+# Whole models and stages that run the same operators at every call of one signature, whatever the values of tensors.
+MODELS = {
+    "timm.models.swin_transformer": ("SwinTransformer", "SwinTransformerStage"),
+    "timm.models.swin_transformer_v2": ("SwinTransformerV2", "SwinTransformerV2Stage"),
+    "timm.models.swin_transformer_v2_cr": ("SwinTransformerV2Cr", "SwinTransformerV2CrStage"),
+    "torchvision.models.swin_transformer": ("SwinTransformer",),
+    "torchvision.models.video.swin_transformer": ("SwinTransformer3d",),
+    "transformers.models.swin.modeling_swin": tuple(f"Swin{one}" for one in _PARTS),
+    "transformers.models.swinv2.modeling_swinv2": tuple(f"Swinv2{one}" for one in _PARTS),
+    "transformers.models.donut.modeling_donut_swin": tuple(f"DonutSwin{one}" for one in _PARTS),
+    "transformers.models.maskformer.modeling_maskformer_swin": tuple(f"MaskFormerSwin{one}" for one in _PARTS),
+}
+
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 
 
@@ -39,6 +53,12 @@ def is_of_library(module: Any) -> bool:
         elif base is not object and not all(is_library_function(one) for one in vars(base).values() if callable(one)):
             return False
     return True
+
+
+def is_steady(module: Any) -> bool:
+    """Return True if a module is one of `MODELS`, and all in it a surveyed library's or PyTorch's."""
+    cls = type(module)
+    return cls.__name__ in MODELS.get(cls.__module__, ()) and all(map(is_of_library, module.modules()))
 
 
 def is_library_function(function: Any) -> bool:

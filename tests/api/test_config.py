@@ -231,4 +231,7 @@ def test_markers_carry_the_options_as_text():
 
     options = AccelConfig(backend="torch", strict=True, bias_energy=0.9, filter=lambda name, module: True)
     text = json.loads(options.to_json())
-    assert text == {"backend": "torch", "bias": "auto", "bias_energy": 0.9, "strict": True, "fuse": "auto"}
+    assert text == {
+        **{"backend": "torch", "bias": "auto", "bias_energy": 0.9, "strict": True, "fuse": "auto"},
+        **{"graphs": False, "graphs_memory": 0.5},
+    }

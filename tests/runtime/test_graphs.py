@@ -1,0 +1,383 @@
+"""Graphs of whole models: never stale, results of the caller's own; on CPUs by a stand-in that replays operators.
+
+The stand-in is a graph in all that matters here: it runs what it recorded, on the memory that it recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import helpers
+import pytest
+import torch
+import zoo
+from edits import EDITS, WAYS
+from test_states import MODELS
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import swinaccel
+from swinaccel.ops.failures import failures
+from swinaccel.runtime import graphs
+from swinaccel.runtime.plan import state_of
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        # A parameter's memory, and not the parameter, which may be given other memory.
+        held = tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, (args, kwargs or {}))
+        self.steps.append((function, *held, out))
+        return out
+
+
+class Tape:
+    """A captured call on a CPU."""
+
+    nbytes, runs = 100, 2
+    lock = threading.RLock()
+
+    def __init__(self, run, device):
+        self.steps, self.has_started, self.replays = [], False, 0
+        run()
+        with Recorder(self.steps):
+            self.output = run()
+
+    def start(self):
+        assert not self.has_started
+        self.has_started = True
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, out in self.steps:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def finish(self):
+        self.has_started = False
+
+
+@pytest.fixture(autouse=True)
+def tapes(monkeypatch):
+    monkeypatch.setitem(graphs.ENGINES, "cpu", Tape)
+
+
+def call(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def captured(name="timm", **options):
+    """Return a model that is captured, its twin, and its input."""
+    make, shape = MODELS[name]
+    twin = helpers.randomize(make()).eval()
+    model = swinaccel.accelerate(copy.deepcopy(twin), backend="torch", graphs=True, **options)
+    x = torch.randn(shape)
+    for _ in range(graphs.FIRST):
+        call(model, x)
+    return model, twin, x
+
+
+def replays(model):
+    return sum(graph.replays for graph in swinaccel.report(model).graphs)
+
+
+def assert_alike(model, twin, *inputs):
+    for x in inputs:
+        helpers.assert_close(call(model, x), call(twin, x))
+
+
+@pytest.mark.parametrize("name", ["timm", "timm V2", "timm CR", "torchvision", "torchvision 3D", "Hugging Face"])
+def test_calls_from_the_third_on_are_replays(name):
+    model, twin, x = captured(name)
+    calls = [entry.calls for entry in swinaccel.report(model)]
+    (graph,) = swinaccel.report(model).graphs
+    assert (graph.name, graph.captured, graph.replays, graph.reason) == ("", 1, 1, None)
+    assert_alike(model, twin, x, x + 1, torch.randn_like(x))
+    assert replays(model) == 4
+    assert [entry.calls for entry in swinaccel.report(model)] == [one * 2 for one in calls]
+    assert "graph" in str(swinaccel.report(model))
+
+
+def test_results_are_the_callers_own():
+    model, twin, x = captured()
+    one, other = call(model, x), call(model, x + 1)
+    one.mul_(2)
+    helpers.assert_close(other, call(twin, x + 1))
+    helpers.assert_close(call(model, x), call(twin, x))
+    helpers.assert_close(one, 2 * call(twin, x))
+
+
+@pytest.mark.parametrize("name", ["timm", "Hugging Face"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_after_the_capture(edit, name):
+    for number in (3,):
+        model, twin, x = captured(name)
+        for one in range(2):
+            replayed = replays(model)
+            changed = [EDITS[edit](every, number + one) for every in (model, twin)]
+            model, twin = (new if new is not None else old for new, old in zip(changed, (model, twin), strict=True))
+            outcomes = []
+            for every in (model, twin):
+                torch.manual_seed(0)
+                try:
+                    outcomes.append([call(every, x.to(next(every.parameters()).dtype)) for _ in range(4)])
+                except Exception as error:
+                    outcomes.append(type(error))
+            if isinstance(outcomes[1], type):
+                assert outcomes[0] is outcomes[1]
+                break
+            for found, expected in zip(*outcomes, strict=True):
+                dtype = next(iter(helpers.tensors(expected))).dtype
+                tolerance = 1e-5 if dtype.itemsize > 2 else 5e-2
+                for ours, own in zip(helpers.tensors(found), helpers.tensors(expected), strict=True):
+                    torch.testing.assert_close(ours, own, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert replayed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_call_after_the_capture(way):
+    model, twin, x = captured()
+    found, expected = [], []
+    for every, outcomes in ((model, found), (twin, expected)):
+        for _ in range(2):
+            torch.manual_seed(0)
+            outcomes.append(WAYS[way](every, (x,)))
+    for ours, own in zip(helpers.tensors(found), helpers.tensors(expected), strict=True):
+        torch.testing.assert_close(ours.float(), own.float(), rtol=2e-2, atol=2e-2)
+    helpers.assert_close(call(model, x), call(twin, x), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.double().float()[:, :, :, :],
+        lambda x: torch.cat([x, x]),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3),
+        lambda x: x.expand(3, -1, -1, -1),
+    ],
+)
+def test_other_inputs_have_graphs_of_their_own_or_none(change):
+    model, twin, x = captured()
+    for _ in range(4):
+        assert_alike(model, twin, change(x), x)
+
+
+@pytest.mark.parametrize("way", ["precision", "deterministic", "autocast", "environment", "disabled", "off"])
+def test_what_surrounds_a_call_decides(monkeypatch, way):
+    model, twin, x = captured()
+    before = replays(model)
+    if way == "precision":
+        torch.set_float32_matmul_precision("high")
+        call(model, x)
+        torch.set_float32_matmul_precision("highest")
+    elif way == "deterministic":
+        torch.use_deterministic_algorithms(True)
+        call(model, x)
+        torch.use_deterministic_algorithms(False)
+    elif way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call(model, x).dtype == call(twin, x).dtype
+    elif way == "environment":
+        monkeypatch.setenv("SWINACCEL_GRAPHS", "0")
+        call(model, x)
+    elif way == "disabled":
+        with swinaccel.disabled():
+            call(model, x)
+    else:
+        swinaccel.accelerate(model, backend="torch", graphs=False)
+        call(model, x)
+        assert not swinaccel.report(model).graphs
+        return
+    assert replays(model) == before
+
+
+def test_autocast_is_captured_by_itself():
+    model, twin, x = captured()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            for _ in range(graphs.FIRST + 1):
+                helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
+    assert swinaccel.report(model).graphs[0].captured == 2
+
+
+def latest(model):
+    return next(reversed(state_of(model).graphs.captures.values()))
+
+
+@pytest.mark.parametrize("way", ["data", "index"])
+def test_memory_that_is_gone_is_not_even_read(way):
+    model, twin, x = captured()
+    engine = latest(model)._graph
+    for every in (model, twin):
+        index = every.layers[0].blocks[0].attn.relative_position_index
+        if way == "data":
+            every.norm.weight.data = torch.linspace(0.5, 2, 16)
+        else:
+            index.copy_(index.flip(0))
+    before = engine.replays
+    assert_alike(model, twin, x)
+    assert engine.replays == before
+
+
+def test_autocast_leaves_no_weights_that_are_freed():
+    model, twin, x = captured()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for _ in range(graphs.FIRST):
+            model(x)
+    for every in (model, twin):
+        every.head.fc.weight.data.mul_(-3)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
+    assert replays(model) == 4
+
+
+def test_inference_mode_has_graphs_of_its_own():
+    model, _, x = captured()
+    with torch.inference_mode():
+        assert all(model(x).is_inference() for _ in range(graphs.FIRST + 1))
+    assert not call(model, x).is_inference()
+    assert swinaccel.report(model).graphs[0].captured == 2
+
+
+def test_layouts_have_graphs_of_their_own():
+    model, _, x = captured()
+    for _ in range(graphs.FIRST):
+        call(model, x.contiguous(memory_format=torch.channels_last))
+    assert swinaccel.report(model).graphs[0].captured == 2
+
+
+def test_a_kernel_that_failed_ends_a_graph():
+    model, twin, x = captured()
+    before = replays(model)
+    failures.record(("window", "cpu"), "no memory")
+    assert_alike(model, twin, x)
+    assert replays(model) == before
+
+
+class Head(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.top = body, nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = self.top(self.body(x))
+        return y if y.sum() > 1e9 else -y
+
+
+def test_auto_is_about_code_that_is_known():
+    twin = helpers.randomize(Head(MODELS["timm"][0]())).eval()
+    model = swinaccel.accelerate(copy.deepcopy(twin), backend="torch", graphs="auto")
+    (graph,) = swinaccel.report(model).graphs
+    assert graph.name == "body"
+    x = torch.randn(MODELS["timm"][1])
+    for _ in range(5):
+        assert_alike(model, twin, x)
+    assert replays(model) == 3
+    blocks = swinaccel.accelerate(zoo.Blocks(helpers.microsoft_block((8, 8))), backend="torch", graphs="auto")
+    assert not swinaccel.report(blocks).graphs
+
+
+def test_a_part_of_another_class_leaves_the_stages():
+    model = MODELS["timm"][0]()
+    model.head = Head(nn.Identity())
+    swinaccel.accelerate(model, backend="torch", graphs="auto")
+    assert [graph.name for graph in swinaccel.report(model).graphs] == ["layers.0"]
+
+
+@pytest.mark.parametrize("kind", ["hooks", "training", "settings", "capture"])
+def test_what_cannot_be_captured_is_said_once_and_never_tried_again(monkeypatch, kind):
+    made = []
+    monkeypatch.setitem(graphs.ENGINES, "cpu", lambda *given: made.append(1) or Tape(*given))
+    model, shape = MODELS["timm"][0]().eval(), MODELS["timm"][1]
+    if kind == "hooks":
+        model.norm.register_forward_hook(lambda *_: None)
+    if kind == "training":
+        model.layers[0].train()
+    if kind == "settings":
+        own = type(model).forward_features
+
+        def counting(self, x):
+            self.count = getattr(self, "count", 0) + 1
+            return own(self, x)
+
+        monkeypatch.setattr(type(model), "forward_features", counting)
+    if kind == "capture":
+        monkeypatch.setitem(graphs.ENGINES, "cpu", lambda *given: made.append(1) or 1 / 0)
+    swinaccel.accelerate(model, backend="torch", graphs=True)
+    x = torch.randn(shape)
+    for _ in range(6):
+        call(model, x)
+    (graph,) = swinaccel.report(model).graphs
+    words = {"hooks": "has hooks", "training": "in training", "settings": "settings", "capture": "ZeroDivisionError"}
+    assert words[kind] in graph.reason
+    assert graph.replays == 0
+    assert len(made) <= 1
+
+
+def test_limits(monkeypatch):
+    model, twin, x = captured()
+    monkeypatch.setattr(graphs, "MOST", 2)
+    for batch in (2, 3, 4):
+        for _ in range(graphs.FIRST):
+            assert_alike(model, twin, torch.randn(batch, *x.shape[1:]))
+    graph = swinaccel.report(model).graphs[0]
+    assert (graph.captured, graph.nbytes) == (2, 200)
+    monkeypatch.setattr(graphs, "memory_of", lambda device: 50.0)
+    for _ in range(4):
+        assert_alike(model, twin, torch.randn(5, *x.shape[1:]))
+    assert "graphs_memory" in swinaccel.report(model).graphs[0].reason
+    for _ in range(3 * graphs.FIRST):
+        assert_alike(model, twin, x)
+
+
+def test_restore_and_copies_leave_graphs_behind():
+    model, twin, x = captured()
+    held = weakref.ref(next(iter(state_of(model).graphs.captures.values())))
+    other = copy.deepcopy(model)
+    assert not replays(other)
+    with torch.no_grad():
+        other.norm.weight.mul_(3)
+    helpers.assert_close(call(model, x), call(twin, x))
+    swinaccel.restore(model)
+    gc.collect()
+    assert held() is None
+    assert_alike(model, twin, x)
+
+
+def test_models_are_not_kept_alive():
+    model, _, _ = captured()
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_threads_at_once():
+    model, twin, x = captured()
+    inputs = [x + place for place in range(8)]
+    expected = [call(twin, one) for one in inputs]
+    found = [None] * 8
+
+    def run(place):
+        for _ in range(5):
+            found[place] = call(model, inputs[place])
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    for ours, own in zip(found, expected, strict=True):
+        helpers.assert_close(ours, own)
