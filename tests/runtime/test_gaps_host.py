@@ -31,12 +31,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import swinaccel
 from swinaccel import patching
+from swinaccel.backends.torch.softmax import clamp_finite
 from swinaccel.backends.triton import checks
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.bias import cache
 from swinaccel.cli import factory
 from swinaccel.config import AccelConfig
 from swinaccel.errors import KernelError
+from swinaccel.families.shared.blocks import strange_mask, undivided
+from swinaccel.families.shared.common import position_bias
+from swinaccel.families.shared.official import attention_projections, attention_section, flash_reason
 from swinaccel.families.timm import Timm
 from swinaccel.ops.failures import Failures
 from swinaccel.ops.window_plain import is_readable, note_failure
@@ -700,3 +704,31 @@ def test_a_failure_of_what_was_dropped_is_raised():
     note_failure(*failure, 0.0)
     with pytest.raises(KernelError):
         note_failure(*failure, 0.5)
+
+
+def test_facts_that_families_share():
+    mlp, coords = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2, bias=False)), torch.randn(1, 3, 3, 2)
+    assert position_bias(mlp, coords, 2)["position"] is not None
+    mlp[1] = nn.GELU()
+    assert position_bias(mlp, coords, 2)["position"] is None
+    drop = nn.Dropout(0.5)
+    assert flash_reason(types.SimpleNamespace(use_flash_attention=True, attn_drop=drop)) is not None
+    assert flash_reason(types.SimpleNamespace(use_flash_attention=False, attn_drop=drop)) is None
+    assert undivided(Geometry((7, 8), (4, 4))) is not None
+    assert undivided(Geometry((8, 8), (4, 4))) is None
+    x = torch.randn(4, 16, 8)
+    assert strange_mask(torch.randn(2, 16, 16), x) is None
+    assert strange_mask(torch.randn(1, 2, 16, 16), x) is not None
+    numbers = clamp_finite(torch.tensor([-1e300, 1e300, float("-inf")], dtype=torch.float64), torch.float32)
+    assert (2 * numbers[:2]).isfinite().all()
+    assert numbers[2] == float("-inf")
+
+
+def test_biases_of_timms_second_version():
+    attn = helpers.timm_block((8, 8), v2=True, qkv_bias=False).attn
+    assert attention_projections(attn) == (attn.qkv, attn.proj)
+    attn = helpers.timm_block((8, 8), v2=True).attn
+    assert attention_projections(attn) == (attn.proj,)
+    attn.qkv_bias_separate, attn.qkv.bias = True, nn.Parameter(torch.randn(48))
+    padding = attention_section(attn, Geometry((7, 8), (4, 4))).padding()
+    torch.testing.assert_close(padding, attn.qkv.bias + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
