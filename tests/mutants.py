@@ -44,7 +44,7 @@ class Mutant(NamedTuple):
 
 
 def under(folder: str, *mutants: tuple[str, str, str, str]) -> list[Mutant]:
-    return [Mutant(f"{folder}/{file}", *rest) for file, *rest in mutants]
+    return [Mutant(f"{folder}/{file}".rstrip("/"), *rest) for file, *rest in mutants]
 
 
 FUZZ = "tests/fuzz/test_fuzz_functions.py -k quick"
@@ -88,7 +88,7 @@ MUTANTS = [
             VERDICTS + " -k 'outside or nothing'",
         ),
         (
-            "probe.py",
+            "trial.py",
             "raise NotNow(section)\n    if section.padding",
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
@@ -163,9 +163,9 @@ MUTANTS = [
             "return None",
             HOST + " -k padded",
         ),
-        ("probe.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", HOST + " -k computed"),
+        ("trial.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", HOST + " -k computed"),
         (
-            "probe.py",
+            "trial.py",
             "if section.index is not None and tensor.data_ptr() ==",
             "if True or tensor.data_ptr() ==",
             "tests/runtime/test_switches.py -k counters",
@@ -321,7 +321,7 @@ MUTANTS = [
             "True",
             "tests/runtime/test_memory.py -k Guard",
         ),
-        ("guard.py", "list(map(_version, self._values)) == self._versions", "True", HOST + " -k guard"),
+        ("guard.py", "list(map(_version, self.values)) == self._versions", "True", HOST + " -k guard"),
         ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS + " -k outside"),
         ("guard.py", "and self._contents == self._copies", "", VERDICTS + " -k outside"),
         ("guard.py", "return value.copy()", "return value", HOST + " -k guard"),
@@ -488,6 +488,42 @@ MUTANTS = [
             "is_drop = is_of_library(part) and (",
             "is_drop = (",
             HOST + " -k around_an",
+        ),
+    ),
+    *under(
+        "swinaccel/runtime/graphs.py",  # replays
+        *(
+            ("", old, new, 'tests/runtime/test_graphs.py -k "not edits and not ways"')
+            for old, new in (
+                ("        if capture.lies():", "        if True:"),
+                ("            if capture.holds(module):", "            if True:"),
+                ("one.clone()) if", "one) if"),
+                ("return self._where() == self._places and", "return"),
+                ("self._where() == self._places and self._counts() == self._versions", "self._where() == self._places"),
+                ("        with without_autocast_cache():", "        if True:"),
+                ("modes = torch.is_inference_mode_enabled(), autocast,", "modes = autocast,"),
+                ("        with graph.lock:", "        if True:"),
+                ("len(args), rest, modes, _settings()", "len(args), rest, modes"),
+                ("x.shape, x.stride(), x.dtype", "x.shape, x.dtype"),
+                ("is_same and self._failures == failures.count and", "is_same and"),
+                ("self._guard.tensors() + self._guard.values", "self._guard.tensors()"),
+            )
+        ),
+    ),
+    *under(
+        "swinaccel/backends/torch/products.py",
+        *(
+            ("", old, new, "tests/backends/test_products.py")
+            for old, new in (
+                ('torch.get_float32_matmul_precision() == "highest"', "True"),
+                ("and torch._C._get_mkldnn_enabled()", ""),
+                ("and torch._C._len_torch_dispatch_stack() == 0", ""),
+                ('and not torch.is_autocast_enabled("cpu")', ""),
+                ("bias.shape == weight.shape[:1] and", ""),
+                (" or not weight.is_contiguous() or", " or"),
+                ("(x.requires_grad or weight.requires_grad)", "x.requires_grad"),
+                ("(torch.is_grad_enabled() and bias.requires_grad)", "False"),
+            )
         ),
     ),
     *under(

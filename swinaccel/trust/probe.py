@@ -21,16 +21,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families import Family
 from ..layers import own_method, replaced_methods
-from ..spec import reference
-from ..spec.block import Block, Merging
-from ..spec.reference_block import block_reference, embedding_reference, merging_reference
 from ..spec.window import Section, WindowSpec
-from . import compare, projections
+from . import projections
 from .compare import PADDED, NotNow
 from .copies import (
     EXACT,
@@ -40,7 +36,6 @@ from .copies import (
     calls,
     isolated,
     random_copy,
-    seed,
     set_drop_rates,
     set_path_rates,
 )
@@ -48,6 +43,7 @@ from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library
 from .registry import Reading, attention_key, block_key, mask_kind, registry
+from .trial import compare_attention, compare_block
 
 _BARE = (
     "its forward adds neither the position bias nor the mask that it holds, as some code that calls"
@@ -181,7 +177,7 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> R
     inside = set(family.attention(module).modules()) | {module}
 
     def compared(reading: Reading) -> Callable[..., str | None]:
-        return functools.partial(_compare, family=family, original=original, reading=reading)
+        return functools.partial(compare_attention, family=family, original=original, reading=reading)
 
     first, refused = None, _refused(module, family, inside, original)
     for weights in (False, True):
@@ -245,7 +241,7 @@ def _probe_block(
     """Return a reading if what a module does around its attention is what its family takes it for, else why not."""
     reading = (registry.reading(attention_key(family, module)) if hasattr(family, "section") else None) or Reading()
     moved = set(module.modules())
-    compared = functools.partial(_compare_block, family=family, original=original, attention=attention, reading=reading)
+    compared = functools.partial(compare_block, family=family, original=original, attention=attention, reading=reading)
     return _run(module, family, moved, compared, drops=True) or reading
 
 
@@ -295,143 +291,3 @@ def _run(
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _compare(
-    clone: nn.Module,
-    other: nn.Module,
-    args: tuple[Any, ...],
-    setting: Setting,
-    family: Family,
-    original: Callable[..., Any],
-    reading: Reading,
-) -> str | None:
-    """Return why one call of the original does not do what its family reads out of it, or None where it does."""
-    section = family.section(other, *args)
-    if isinstance(section, str):
-        raise NotNow(section)
-    if section.padding is None and section.geometry.is_padded:
-        return PADDED
-    section = reading.apply(section, family.attention(other), args[0])
-    if isinstance(section, str):
-        return PADDED
-    reason = _unkept(family, other, section, args)
-    if reason is not None:
-        return reason
-    x, *rest = args
-    inputs = [x.clone().requires_grad_(setting.training) for _ in range(2)]
-    expected = _expected(original, clone, (inputs[0], *rest), setting)
-    if expected is None:
-        return PADDED
-    seed()
-    images = []
-
-    def attended(image: Tensor) -> Tensor:
-        images.append(image)
-        return attend(section, image)
-
-    found = _parts(family.forward(other, attended, inputs[1], *rest))
-    if reading.weights:
-        found = *found, F.dropout(reference.section_weights(section, images[0]), section.dropout)
-    return compare.reason(family.name, expected, found, inputs, clone, other, setting)
-
-
-def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any, ...]) -> str | None:
-    """Return which tensor of a section, or of its module, may change without anyone seeing it, or None."""
-    known = {id(tensor) for tensor in (*other.parameters(), *other.buffers(), *args)}
-    for tensor in (*section.sources, section.logit_scale, section.mask):
-        if tensor is not None and id(tensor) not in known and id(tensor._base) not in known:
-            return "what its scores start from is computed anew at each call, and is no parameter or buffer"
-    for part in family.attention(other).modules():
-        if is_of_library(part):
-            continue
-        held = {**part._buffers, **{name: one for name, one in vars(part).items() if isinstance(one, Tensor)}}
-        for name, tensor in held.items():
-            if tensor is None or tensor.is_floating_point():
-                continue
-            if section.index is not None and tensor.data_ptr() == section.index.data_ptr():
-                continue
-            return f"the buffer {name} of whole numbers is not its bias's index, and may be a switch"
-    return None
-
-
-def _compare_block(
-    clone: nn.Module,
-    other: nn.Module,
-    args: tuple[Any, ...],
-    setting: Setting,
-    family: Any,
-    original: Callable[..., Any],
-    attention: Callable[..., Any] | None,
-    reading: Reading,
-) -> str | None:
-    """Return why a module does not do around its attention what its family reads, or None where it does."""
-    facts = family.block(other)
-    attended: Any = None
-    if isinstance(facts, Block):
-        if attention is not None:
-            attended = functools.partial(attention, other)
-        elif hasattr(family, "attend"):
-            attended = family.attend(other)
-        else:
-            section = family.section(other, *args)
-            if isinstance(section, str):
-                raise NotNow(section)
-            section = reading.apply(section, family.attention(other), args[0])
-            if isinstance(section, str):
-                return PADDED
-            attended = functools.partial(attend, section)
-    inputs = [args[0].clone().requires_grad_(setting.training) for _ in range(2)]
-    expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
-    if expected is None:
-        return PADDED
-    seed()
-    args = inputs[1], *args[1:]
-    x, size = family.tokens(other, *args)
-    if isinstance(facts, Merging):
-        found = merging_reference(facts, x, size)
-    elif not isinstance(facts, Block):
-        found = embedding_reference(facts, x)
-    else:
-        found = block_reference(facts, attended, x, size)
-    return compare.reason(family.name, expected, _parts(found), inputs, clone, other, setting)
-
-
-def attend(section: Section, x: Tensor) -> Tensor:
-    """Return what a section computes, in plain PyTorch: (B, H, W, C) to (B, H, W, C')."""
-    qkv = section.project(x)
-    q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
-    if section.dropout == 1.0:
-        return section.output(torch.zeros_like(v))
-    out = reference.shifted_window_attention(
-        q,
-        k,
-        v,
-        section.geometry,
-        num_heads=section.num_heads,
-        table=None if section.table is None else section.table(),
-        index=section.index,
-        padding=section.padding() if section.padding is not None else None,
-        mask=section.mask,
-        mask_value=section.mask_value,
-        scale=section.scale,
-        logit_scale=section.logit_scale,
-    )
-    return section.output(out)
-
-
-def _expected(
-    original: Callable[..., Any], clone: nn.Module, args: tuple[Any, ...], setting: Setting
-) -> tuple[Any, ...] | None:
-    """Return what the original gives, or None where it does not run in lower precision."""
-    seed()
-    try:
-        return _parts(original(clone, *args))
-    except Exception:
-        if setting in EXACT:
-            raise
-        return None
-
-
-def _parts(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
