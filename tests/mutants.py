@@ -1153,7 +1153,9 @@ def tried(mutant: Mutant, timeout: float, earlier: list[str]) -> Outcome:
         done = run_tests(tree, mutant.tests, timeout)
     if done.returncode is None:
         return Outcome(mutant, "timed out")
-    if done.returncode not in (0, 1):
+    if done.returncode < 0:
+        return Outcome(mutant, "caught", f"the tests ended by signal {-done.returncode}")
+    if done.returncode > 1:
         return Outcome(mutant, "out of date", done.output[-300:])
     failed = [line for line in done.output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return Outcome(mutant, "caught" if done.returncode else "survived", failed[0][:150] if failed else "")
