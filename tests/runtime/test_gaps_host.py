@@ -44,6 +44,7 @@ from swinaccel.families.timm import Timm
 from swinaccel.ops.failures import Failures
 from swinaccel.ops.window_plain import is_readable, note_failure
 from swinaccel.runtime.block import NotFusable, common_reason, demand_unhooked, does_nothing
+from swinaccel.runtime.call import tokens_of
 from swinaccel.runtime.guard import Guard
 from swinaccel.runtime.plan import State, state_of
 from swinaccel.runtime.section import TritonSection, attend_triton
@@ -738,3 +739,10 @@ def test_biases_of_timms_second_version():
     attn.qkv_bias_separate, attn.qkv.bias = True, nn.Parameter(torch.randn(48))
     padding = attention_section(attn, Geometry((7, 8), (4, 4))).padding()
     torch.testing.assert_close(padding, attn.qkv.bias + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+
+
+def test_calls_about_another_tensor_are_not_planned():
+    x, other = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8)
+    for given, tokens in ((x, (x, None)), (other, None)):
+        adapter = types.SimpleNamespace(tokens=lambda module, one, given=given: (given, None))
+        assert tokens_of(adapter, nn.Identity(), x, (x,), {}) == tokens
