@@ -520,6 +520,7 @@ MUTANTS = [
                 ("and torch._C._len_torch_dispatch_stack() == 0", ""),
                 ('and not torch.is_autocast_enabled("cpu")', ""),
                 ("bias.shape == weight.shape[:1] and", ""),
+                ("all(type(one) in PLAIN_TENSORS for one in given)", "True"),
                 (" or not weight.is_contiguous() or", " or"),
                 ("(x.requires_grad or weight.requires_grad)", "x.requires_grad"),
                 ("(torch.is_grad_enabled() and bias.requires_grad)", "False"),
@@ -727,7 +728,7 @@ MUTANTS = [
             "families/shared/official.py",
             "None if isinstance(attn.scale, (int, float)) else",
             "None if True else",
-            "tests/runtime/test_traps.py tests/trust/test_verdicts.py -k scale",
+            HOST + " -k second_version",
         ),
         (
             "families/shared/shrinking.py",
@@ -1067,7 +1068,12 @@ MUTANTS = [
             "tests/backends/test_backward.py -k clamped",
         ),
         ("window_bwd_large.py", "residual[:, None] * mean_key", "0.0 * mean_key", "tests/backends/test_backward.py"),
-        ("window_bwd_large.py", "delta + residual, mask", "delta, mask", "tests/backends/test_backward.py -k 'low or mean'"),
+        (
+            "window_bwd_large.py",
+            "delta + residual, mask",
+            "delta, mask",
+            "tests/backends/test_backward.py -k 'low or mean'",
+        ),
         ("sequence_fwd.py", "seen = total != 0", "seen = total >= 0", "tests/backends/test_sequence.py"),
         (
             "sequence_bwd.py",

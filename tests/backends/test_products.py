@@ -13,6 +13,10 @@ from swinaccel.backends.torch import products
 pytestmark = pytest.mark.skipif(not products.HAS_ONEDNN, reason="this PyTorch has no oneDNN for x86")
 
 
+class Quantized(torch.Tensor):
+    """A weight that has a product of its own, as quantised ones have."""
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """Return a list that grows with each product that oneDNN takes."""
@@ -51,6 +55,7 @@ def test_others_are_left_to_pytorch(taken):
     products.linear(x.t().contiguous().t(), weight, bias)
     products.linear(x, weight.t().contiguous().t(), bias)
     products.linear(x, weight, bias[:1])
+    products.linear(x, weight.as_subclass(Quantized), bias)
     products.linear(x, weight, bias.requires_grad_())
     products.linear_gelu(x, weight.requires_grad_(), bias)
     weight, bias = weight.detach(), bias.detach()

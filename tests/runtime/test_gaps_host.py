@@ -739,6 +739,9 @@ def test_biases_of_timms_second_version():
     attn.qkv_bias_separate, attn.qkv.bias = True, nn.Parameter(torch.randn(48))
     padding = attention_section(attn, Geometry((7, 8), (4, 4))).padding()
     torch.testing.assert_close(padding, attn.qkv.bias + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+    attn = helpers.timm_block((8, 8)).attn
+    attn.scale = torch.tensor(0.5)
+    assert attention_section(attn, Geometry((8, 8), (4, 4))) == "its scale is no number"
 
 
 def test_calls_about_another_tensor_are_not_planned():

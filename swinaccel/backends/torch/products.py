@@ -14,6 +14,8 @@ from torch import Tensor
 
 fewest = 1 << 16  # multiplications, below which the call itself is what takes time
 
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
 HAS_ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
@@ -39,6 +41,9 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, algori
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return True if a product is one of single precision on a CPU, of which no gradient is recorded."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not all(type(one) in PLAIN_TENSORS for one in given):
+        return False
     if not HAS_ONEDNN or x.dtype is not torch.float32 or x.device.type != "cpu" or weight.dtype is not torch.float32:
         return False
     if x.numel() * weight.shape[0] < fewest or not weight.is_contiguous() or not x.is_contiguous():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...spec import reference
 from ...spec.window import Geometry, Section
+from .products import PLAIN_TENSORS
 from .softmax import accurate, attend, clamp_finite
 
 
@@ -178,13 +179,10 @@ part_rows = 4096  # tokens walked at a time
 def is_plain(attention: nn.Module) -> bool:
     """Return True if all projections in a module treat each token by itself; some quantised ones do not."""
     return all(
-        type(module) is nn.Linear and type(module.weight) in _PLAIN_TENSORS
+        type(module) is nn.Linear and type(module.weight) in PLAIN_TENSORS
         for module in attention.modules()
         if hasattr(module, "in_features")
     )
-
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Starts(NamedTuple):
