@@ -266,6 +266,27 @@ def test_a_kernel_that_failed_ends_a_graph():
     assert replays(model) == before
 
 
+class Scaled(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.gain = body, torch.ones(())  # no buffer
+
+    def forward(self, x):
+        return self.body(x) * self.gain
+
+
+def test_tensors_that_are_no_buffers_are_followed():
+    twin = helpers.randomize(Scaled(MODELS["timm"][0]())).eval()
+    model, x = swinaccel.accelerate(copy.deepcopy(twin), backend="torch", graphs=True), torch.randn(MODELS["timm"][1])
+    for _ in range(graphs.FIRST + 1):
+        assert_alike(model, twin, x)
+    for change in (lambda one: one.gain.mul_(2), lambda one: setattr(one.gain, "data", torch.tensor(-3.0))):
+        change(model)
+        change(twin)
+        assert replays(model)
+        assert_alike(model, twin, x, x + 1)
+
+
 class Head(nn.Module):
     def __init__(self, body):
         super().__init__()
