@@ -275,16 +275,18 @@ class Scaled(nn.Module):
         return self.body(x) * self.gain
 
 
-def test_tensors_that_are_no_buffers_are_followed():
+@pytest.mark.parametrize(
+    "change", [lambda one: one.gain.mul_(2), lambda one: setattr(one.gain, "data", torch.tensor(-3.0))]
+)
+def test_tensors_that_are_no_buffers_are_followed(change):
     twin = helpers.randomize(Scaled(MODELS["timm"][0]())).eval()
     model, x = swinaccel.accelerate(copy.deepcopy(twin), backend="torch", graphs=True), torch.randn(MODELS["timm"][1])
     for _ in range(graphs.FIRST + 1):
         assert_alike(model, twin, x)
-    for change in (lambda one: one.gain.mul_(2), lambda one: setattr(one.gain, "data", torch.tensor(-3.0))):
-        change(model)
-        change(twin)
-        assert replays(model)
-        assert_alike(model, twin, x, x + 1)
+    assert replays(model) == 2
+    change(model)
+    change(twin)
+    assert_alike(model, twin, x, x + 1)
 
 
 class Head(nn.Module):
