@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 import os
 import sys
 import threading
@@ -32,6 +33,8 @@ from .layers import owner, standing_in, undispatched
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
 from .runtime.traced import ROLES, roles_of
+
+logger = logging.getLogger("swinaccel")
 
 MARKER = "_swinaccel"
 
@@ -237,7 +240,10 @@ def unmark(modules: Iterable[nn.Module]) -> None:
             forget_state(module)
         idle = {key for key in _installed if not any(map(marker, _known.get(key, ())))}
         for key in idle - _copied(idle):
-            remove(key)
+            try:
+                remove(key)
+            except ValueError as error:  # what stays runs originals, and goes when the wrapper on top has gone
+                logger.warning("swinaccel: %s.%s keeps a dispatcher that does nothing: %s", *_named(key), error)
 
 
 @contextmanager
@@ -276,6 +282,10 @@ def _install(cls: type, method: str) -> None:
     _installed[cls, method] = wrapt.wrap_object(cls, method, cast(Any, factory))
     setattr(cls, MARKER, None)
     setattr(cls, ROLES, getattr(cls, ROLES, frozenset()))
+
+
+def _named(key: tuple[type, str]) -> tuple[str, str]:
+    return key[0].__name__, key[1]
 
 
 def remove(key: tuple[type, str]) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import types
 import weakref
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -76,7 +77,8 @@ def stop() -> None:
         _is_on = False
         _seen.clear()
         for cls in list(_handles):
-            wrapt.unwrap_object(cls, "forward", _handles.pop(cls))
+            with suppress(ValueError):  # another wrapper came on top: what stays looks at no model
+                wrapt.unwrap_object(cls, "forward", _handles.pop(cls))
 
 
 def _follow(module: types.ModuleType) -> None:

@@ -320,11 +320,16 @@ def signature(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 def _settings() -> tuple[Any, ...]:
     """Return PyTorch's own settings that decide which kernels run."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    try:
+        precision: Any = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # the process configures precision through torch.backends.*.fp32_precision
+        parts: tuple[Any, ...] = torch.backends, cuda.matmul, *(getattr(cudnn, name, None) for name in ("conv", "rnn"))
+        precision = tuple(getattr(part, "fp32_precision", None) for part in parts)
     return (
-        torch.get_float32_matmul_precision(),
+        precision,
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
         (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
     )

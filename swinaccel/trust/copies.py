@@ -90,6 +90,11 @@ def seed() -> None:
     torch.default_generator.manual_seed(0)
 
 
+def drawn() -> bytes:
+    """Return the state of the generator that `seed` seeds, which tells how much was drawn since."""
+    return torch.default_generator.get_state().numpy().tobytes()
+
+
 def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> nn.Module:
     """Return a CPU copy, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
 

@@ -15,6 +15,7 @@ import collections
 import contextvars
 import enum
 import functools
+import math
 import threading
 import types
 import weakref
@@ -103,7 +104,7 @@ def is_dead(fingerprint: Hashable) -> bool:
 
 def rates(part: nn.Module) -> Iterator[tuple[str, float]]:
     """Yield the numbers of a module that are called rates of dropout, and that its code reads."""
-    found = [(name, value) for name, value in part.__dict__.items() if type(value) is float and "drop" in name]
+    found = [(name, value) for name, value in part.__dict__.items() if isinstance(value, float) and "drop" in name]
     if found:
         _, names = reached(type(part), ("forward",))
         yield from ((name, value) for name, value in found if name in names)
@@ -127,6 +128,7 @@ class Trace:
         self._count = 0
         parts = list(parts)
         self._modules = {part for _, part in parts}
+        self._has_own_code = not all(map(is_of_library, self._modules))
         found: list[Hashable] = []
         entries = (*methods, *_ANSWERS)
         for path, part in parts:
@@ -147,10 +149,19 @@ class Trace:
         has_sizes = is_library and bool(attributes["_parameters"] or attributes["_modules"])
         for name in sorted(attributes.keys() - OWN_ATTRIBUTES - LIVE - OURS - (_CHECKPOINTS if is_library else set())):
             value = attributes[name]
-            if isinstance(value, float) or (has_sizes and _is_size(value)):
+            if has_sizes and _is_size(value):
+                continue
+            if isinstance(value, float):
+                if not is_library and name in names and "drop" not in name:
+                    yield name, _kind_of(value)
                 continue
             if name in names or name in entries:  # read by the code, or put over what is called
                 yield name, self._value(value, names, 0)
+        if not is_library:
+            yield from ((name, _kind_of(one.item())) for name, one in sorted(_numbers(attributes["_buffers"])))
+        elif self._has_own_code:  # which may ask a layer for its bias and its sizes
+            held = attributes["_parameters"].items()
+            yield tuple((name, None if one is None else tuple(one.shape)) for name, one in held)
         # A library's families read at each call whether there is a bias or a mask.
         walks = isinstance(part, _CONTAINERS) or not names.isdisjoint(_WALKS)
         for kept in ("_modules",) if is_library else ("_parameters", "_buffers", "_modules"):
@@ -356,6 +367,19 @@ def _identity(value: Any) -> Hashable:
         return _Identity(value)
     except TypeError:
         raise Untraceable(f"its code reads a {type(value).__name__}, and whether that changes cannot be seen") from None
+
+
+def _kind_of(number: float) -> Hashable:
+    """Return what the probe, which moves numbers, does not move: sign, infinity, NaN; other types by value."""
+    if type(number) is not float:
+        return type(number), repr(number)
+    return number < 0, number == 0, math.isfinite(number), math.isnan(number)
+
+
+def _numbers(buffers: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the buffers that hold one floating-point number, which may be a switch."""
+    found = ((name, one) for name, one in buffers.items() if isinstance(one, Tensor) and one.numel() == 1)
+    return [(name, one) for name, one in found if one.is_floating_point() and not one.is_meta]
 
 
 def _is_size(value: Any) -> bool:

@@ -42,6 +42,7 @@ from .copies import (
 from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_library_function, is_of_library
+from .names import names_in
 from .registry import Reading, attention_key, block_key, mask_kind, registry
 from .trial import compare_attention, compare_block
 
@@ -54,7 +55,8 @@ _BARE = (
 _UNSEEN = frozenset((
     "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cuda", "custom_fwd", "device_type",
     "get_autocast_dtype", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads", "initial_seed",
-    "is_autocast_enabled", "is_cuda", "is_grad_enabled", "is_inference_mode_enabled",
+    "getenv", "is_autocast_enabled", "is_cuda", "is_grad_enabled", "is_inference", "is_inference_mode_enabled",
+    "random",
 ))  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, s
                 code = getattr(function, "__code__", None)
                 if code is None or is_library_function(function) or _NOT_RUN.intersection(name.split("_")):
                     continue
-                names = set(words).intersection(code.co_names)
+                names = set(words).intersection(names_in(code))
                 if names:
                     return f"{type(part).__name__}.{name}", min(names)
     return None

@@ -17,9 +17,11 @@ from ..spec.reference_block import block_reference, embedding_reference, merging
 from ..spec.window import Section
 from . import compare
 from .compare import PADDED, NotNow
-from .copies import EXACT, Setting, seed
+from .copies import EXACT, Setting, drawn, seed
 from .libraries import is_of_library
 from .registry import Reading
+
+_DRAWS = "its forward draws random numbers that its family does not; what it does by chance cannot be proven"
 
 
 def compare_attention(
@@ -48,6 +50,7 @@ def compare_attention(
     expected = _expected(original, clone, (inputs[0], *rest), setting)
     if expected is None:
         return PADDED
+    draws = drawn()
     seed()
     images = []
 
@@ -56,6 +59,8 @@ def compare_attention(
         return attend(section, image)
 
     found = _parts(family.forward(other, attended, inputs[1], *rest))
+    if drawn() != draws and not section.dropout:
+        return _DRAWS
     if reading.weights:
         found = *found, F.dropout(reference.section_weights(section, images[0]), section.dropout)
     return compare.reason(family.name, expected, found, inputs, clone, other, setting)
@@ -110,6 +115,7 @@ def compare_block(
     expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
     if expected is None:
         return PADDED
+    draws = drawn()
     seed()
     args = inputs[1], *args[1:]
     x, size = family.tokens(other, *args)
@@ -119,6 +125,8 @@ def compare_block(
         found = embedding_reference(facts, x)
     else:
         found = block_reference(facts, attended, x, size)
+    if drawn() != draws:
+        return _DRAWS
     return compare.reason(family.name, expected, _parts(found), inputs, clone, other, setting)
 
 

@@ -57,8 +57,16 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     return (
-        torch.get_float32_matmul_precision() == "highest"
+        _is_exact()
         and torch._C._get_mkldnn_enabled()
         and torch._C._len_torch_dispatch_stack() == 0  # which would see other operators
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_exact() -> bool:
+    """Return True if PyTorch computes products of single precision in it."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the process configures precision through torch.backends.*.fp32_precision
+        return False
