@@ -5,6 +5,8 @@ from __future__ import annotations
 import sysconfig
 from typing import Any
 
+import torch
+
 # Homes of the surveyed implementations of window attention.
 SURVEYED = (
     "timm.models.swin_transformer",
@@ -50,9 +52,13 @@ def is_of_library(module: Any) -> bool:
         if base.__module__.startswith(LIBRARIES):
             if base.__module__.startswith("torch."):
                 return True
-        elif base is not object and not all(is_library_function(one) for one in vars(base).values() if callable(one)):
-            return False
+        elif base is not object and (torch.compiler.is_compiling() or _has_code(base)):
+            return False  # dynamo of torch 2.11 cannot walk over a class
     return True
+
+
+def _has_code(cls: type) -> bool:
+    return not all(map(is_library_function, filter(callable, vars(cls).values())))
 
 
 def is_steady(module: Any) -> bool:

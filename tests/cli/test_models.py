@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 
+import helpers
 import pytest
 import torch
 from test_cli import call, document, tiny  # noqa: F401
@@ -164,7 +165,7 @@ def test_libraries_that_are_not_there_or_broken(monkeypatch, tmp_path):
 )
 def test_models_by_name(name):
     kind, _, rest = name.partition(":")
-    with torch.device("meta"):  # no memory and no time for the weights
+    with helpers.on_meta():  # no memory and no time for the weights
         model = models._LOADERS[kind](rest, False, None)
     (image,) = model.example_inputs(2)
     assert image.shape[:2] == (2, 3)

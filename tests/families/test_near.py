@@ -283,7 +283,7 @@ def test_models_without_window_attention_have_no_false_alarms(library):
     """As they come, without memory: shapes are all that is looked at."""
     known = importlib.import_module(library)
     for name in NONE[library]:
-        with torch.device("meta"):
+        with helpers.on_meta():
             if library == "timm":
                 model = known.create_model(name)
             elif library == "torchvision":
@@ -297,7 +297,7 @@ def test_models_without_window_attention_have_no_false_alarms(library):
 
 @pytest.mark.parametrize("name", ["maxvit_nano_rw_256", "gcvit_xxtiny", "tiny_vit_5m_224"])
 def test_windows_of_other_libraries_have_a_reason(name):
-    with torch.device("meta"):
+    with helpers.on_meta():
         model = importlib.import_module("timm").create_model(name)
     report = swinaccel.plan(model)
     assert len(report) > 5

@@ -17,11 +17,13 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 def block(resolution, window=4, shift=0, heads=2, dim=16, **options):
     from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 
-    return randomize(
-        SwinTransformerV2CrBlock(
-            dim, heads, feat_size=resolution, window_size=(window, window), shift_size=(shift, shift), **options
-        )
-    )
+    sides = {"window_size": (window, window), "shift_size": (shift, shift)}
+    try:
+        return randomize(SwinTransformerV2CrBlock(dim, heads, feat_size=resolution, **sides, **options))
+    except RuntimeError:
+        if all(side % min(side, window) == 0 for side in resolution):
+            raise
+        pytest.skip("this timm makes no masks of images that windows do not divide")
 
 
 def model(**options):
