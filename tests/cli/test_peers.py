@@ -77,6 +77,7 @@ def test_engines_run_the_original_in_processes_of_their_own(stand_in, monkeypatc
         return row(runner, *arguments)
 
     monkeypatch.setattr(peers.PeerRunner, "row", look)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a new process would take
     model = swinaccel.accelerate(helpers.timm_v1(), backend="torch")
     with timing.threads(1):
         result = bench.run(model, IMAGES, rounds=3, backend="torch", peers="right, wrong")
