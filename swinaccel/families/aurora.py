@@ -71,10 +71,10 @@ class Aurora:
         return attend(stacked_image(x, mask, _window(x))).reshape(x.shape)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        """Windows of other sizes than the module's, as it is given them, at the first and at a later step."""
+        """Windows of other sizes than the module's, as it is given them, at the first step and at later ones."""
         tokens, channels = 6, module.qkv.in_features
         windows, mask = torch.Size((6, tokens, channels)), torch.Size((3, tokens, tokens))
-        return [(windows, mask, 0), (windows, mask, 1), (windows,)]
+        return [*((windows, mask, step) for step in (0, 1, 7)), (windows,), (torch.Size((1, tokens, channels)),)]
 
 
 def _window(x: Tensor) -> Axes:
@@ -83,11 +83,12 @@ def _window(x: Tensor) -> Axes:
 
 
 def _hides_all(mask: Tensor) -> bool:
-    """Return True if a mask is -inf in a whole row. It is looked through once, until it is written to."""
+    """Return True if a mask is -inf in a whole row. On GPUs it is looked through once, until it is written to."""
     if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    version, known = 0 if mask.is_inference() else mask._version, _looked.get(mask)
-    if known is None or known[0] != version:
+    known = _looked.get(mask)
+    if known is None or mask.is_inference() or not mask.is_cuda or known[0] != mask._version:
+        version = 0 if mask.is_inference() else mask._version
         known = _looked[mask] = version, bool((mask == float("-inf")).all(-1).any())
     return known[1]
 

@@ -74,9 +74,9 @@ class Earth:
         return out.reshape(*x.shape[:3], out.shape[-1])
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        """Windows in two rows, since a globe has many."""
+        """Windows in three rows, since a globe has many."""
         table, tokens = module.earth_position_bias_table, math.prod(module.window_size)
-        few = table[:, :2].detach().clone()
+        few = table[:, :3].detach().clone()
         module.earth_position_bias_table = nn.Parameter(few, table.requires_grad)
         rows = module.type_of_windows = few.shape[1]
         windows = torch.Size((4, rows, tokens, module.qkv.in_features))

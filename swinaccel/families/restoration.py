@@ -43,9 +43,10 @@ def told_section(module: Any, attn: Any, x: Tensor, x_size: Any) -> Section | st
 
 
 def told_examples(module: Any, window: tuple[int, int]) -> list[tuple[Any, ...]]:
-    """Return calls of the size that a module was made for, and of another."""
-    sizes = module.input_resolution, (2 * window[0], 3 * window[1])
-    return [(torch.Size((2, size[0] * size[1], module.dim)), size) for size in sizes]
+    """Return calls of the size that a module was made for, of another, and of few windows, in one image and in two."""
+    rows, cols = window
+    sizes = (2, module.input_resolution), (2, (2 * rows, 3 * cols)), (1, (rows, 2 * cols)), (2, (rows, cols))
+    return [(torch.Size((batch, size[0] * size[1], module.dim)), size) for batch, size in sizes]
 
 
 class SwinIR:

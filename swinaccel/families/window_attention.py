@@ -49,11 +49,12 @@ class WindowAttention:
 
 
 def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, ...]]:
-    """Return calls with a mask that images share, with one of all windows, and without."""
+    """Return calls with a mask that images share, with one of all windows, and without; and of one window alone."""
     tokens, names = math.prod(window), argument_names(type(module)) or ()
     between = (None,) * (names.index(_mask_name(names)) - 1)
-    masks = torch.Size((3, tokens, tokens)), torch.Size((6, tokens, tokens)), None
-    return [(torch.Size((6, tokens, channels)), *between, mask) for mask in masks]
+    counts = (6, 3), (6, 6), (6, None), (1, 1), (1, None)
+    masks = [(windows, None if rows is None else torch.Size((rows, tokens, tokens))) for windows, rows in counts]
+    return [(torch.Size((windows, tokens, channels)), *between, mask) for windows, mask in masks]
 
 
 def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 
+import descendant_models
 import helpers
 import microsoft_models
 import numpy
@@ -151,3 +152,35 @@ def test_precision_by_names(monkeypatch):
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
     assert_alike(nn.Sequential(block(microsoft_models.WindowAttention, dim=16)), torch.randn(8, 64, 16))
+
+
+class FewWindows(microsoft_models.WindowAttention):
+    """Leaves out the mask of one window."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x, None if mask is not None and len(mask) == 1 else mask)
+
+
+class Squeezed(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask).squeeze(0)
+
+
+@pytest.mark.parametrize("kind", [FewWindows, Squeezed])
+def test_what_one_window_shows(kind):
+    (entry,) = swinaccel.plan(helpers.randomize(kind(16, (4, 4), 2)))
+    assert entry.status == "original"
+
+
+class ShiftingOnlyLarger(descendant_models.SwinIRBlock):
+    def forward(self, x, x_size):
+        own, self.shift_size = self.shift_size, 0 if min(x_size) <= self.window_size else self.shift_size
+        try:
+            return super().forward(x, x_size)
+        finally:
+            self.shift_size = own
+
+
+def test_what_an_image_of_one_window_shows():
+    (entry, *_) = swinaccel.plan(helpers.randomize(ShiftingOnlyLarger(16, (8, 8), 2, 4, 2)))
+    assert entry.status == "original" or entry.family == "window_attention"

@@ -21,7 +21,7 @@ def stacked_geometry(x: Tensor, mask: Any, window: Axes, count: int = 1) -> Geom
     Args:
         count: how many are an image without a mask.
     """
-    if x.dim() != 3 or x.shape[1] != math.prod(window):
+    if x.dim() != 3 or x.shape[1] != math.prod(window) or not x.shape[1]:
         return f"the input {tuple(x.shape)} is not of windows of {math.prod(window)} tokens"
     reason = strange_mask(mask, x)
     if reason is None:
