@@ -140,7 +140,7 @@ def plan_attention(
 
         out = family.forward(module, watched, *args, **kwargs)
         given = args[0] if args else next(iter(kwargs.values()))
-        return out, later_weights(section, images[0], family.attention(root), given)
+        return out, later_weights(section, images[0], given)
 
     return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
 
