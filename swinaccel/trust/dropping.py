@@ -44,7 +44,7 @@ def with_dropouts(
     """
 
     def completed(reading: Reading) -> Reading:
-        paths = _unread(module, family, moved, compared(reading))
+        paths = _unread(module, family, moved, original, reading, compared(reading))
         return dataclasses.replace(reading, unread_dropouts=paths)
 
     found, attention = completed(reading), family.attention(module)
@@ -64,9 +64,14 @@ def _unread(
     module: nn.Module,
     family: Family,
     moved: set[nn.Module],
+    original: Callable[..., Any],
+    reading: Reading,
     compared: Compare,
 ) -> tuple[str, ...]:
-    """Return the paths of dropouts that a family neither reads nor calls where the original does."""
+    """Return the paths of dropouts that a family neither reads nor calls as the original does.
+
+    Of the weights' dropout, which kernels draw for themselves, PyTorch must also be told the rate, once a call.
+    """
     drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
     unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
     if all(map(is_of_library, module.modules())):
@@ -81,9 +86,21 @@ def _unread(
                 is_read = _is_alike(clone, arguments, compared)
             except NotNow:  # the family reads it, and leaves such calls to the original
                 continue
+            if is_read:
+                dropping.p = 0.25  # type: ignore[assignment]
+                is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
+                is_read = not is_weights or _told(original, clone, arguments) == 0.25
             if not is_read:
                 unread.append(path)
     return tuple(unread)
+
+
+def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tuple[Any, ...]) -> bool:
+    """Return True if the section of a call drops weights."""
+    section: Any = family.section(copy.deepcopy(clone), *args)
+    if not isinstance(section, str):
+        section = reading.apply(section, family.attention(clone), args[0])
+    return not isinstance(section, str) and section.dropout > 0
 
 
 def _is_rate(
@@ -126,21 +143,26 @@ def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: 
 
 
 def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:
-    """Return the one rate, but for 0, that calls of the original give to PyTorch's functions; None where it varies."""
-    found: set[float] = set()
+    """Return the rate that calls of the original give to PyTorch's functions, once each; None where that varies."""
+    heard: list[float] = []
 
     class Listening(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in _PLACES:
                 place, name, default = _PLACES[func]
                 rate = float((kwargs or {}).get(name, args[place] if len(args) > place else default))
-                found.add(rate if func is F.scaled_dot_product_attention or _are_weights(*args[:1]) else -rate)
+                is_on = func is F.scaled_dot_product_attention or (kwargs or {}).get("training", (*args, True, True)[2])
+                if rate and is_on:
+                    is_weights = func is F.scaled_dot_product_attention or _are_weights(*args[:1])
+                    heard.append(rate if is_weights else -rate)
             return func(*args, **(kwargs or {}))
 
+    found: set[float] = set()
     for args in arguments:
+        heard.clear()
         with contextlib.suppress(Exception), Listening():  # calls that it refuses tell nothing
             original(copy.deepcopy(clone), *args)
-    found.discard(0.0)
+            found.add(heard[0] if len(heard) == 1 else 0.0)
     return found.pop() if len(found) == 1 else None
 
 

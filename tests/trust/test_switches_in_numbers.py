@@ -11,6 +11,7 @@ import microsoft_models
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import swinaccel
@@ -184,3 +185,49 @@ class ShiftingOnlyLarger(descendant_models.SwinIRBlock):
 def test_what_an_image_of_one_window_shows():
     (entry, *_) = swinaccel.plan(helpers.randomize(ShiftingOnlyLarger(16, (8, 8), 2, 4, 2)))
     assert entry.status == "original" or entry.family == "window_attention"
+
+
+class Wrapped(microsoft_models.WindowAttention):
+    """Drops its weights, and what else `drop` says."""
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = self.scores(q, k)
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
+        return self.proj(self.mix(self.softmax(scores), v).transpose(1, 2).flatten(2))
+
+    def mix(self, weights, v):
+        return self.attn_drop(weights) @ v
+
+
+class Twice(Wrapped):
+    def mix(self, weights, v):
+        return self.attn_drop(self.attn_drop(weights)) @ v
+
+
+class Harder(Wrapped):
+    def mix(self, weights, v):
+        return F.dropout(weights, min(1.0, 2 * self.attn_drop.p), self.attn_drop.training) @ v
+
+
+class OfValues(Wrapped):
+    def mix(self, weights, v):
+        return weights @ self.attn_drop(v)
+
+
+class ByRows(Wrapped):
+    def mix(self, weights, v):
+        return (weights * self.attn_drop(torch.ones_like(weights[..., :1, :]))) @ v
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Twice, Harder, OfValues, ByRows])
+def test_weights_are_dropped_at_their_rate(kind):
+    model = helpers.randomize(kind(16, (4, 4), 2)).to(helpers.TRITON_DEVICE)
+    swinaccel.accelerate(model, backend="triton")
+    assert swinaccel.report(model).accelerated
+    model.train()
+    model.attn_drop.p = 0.3
+    model(torch.randn(6, 16, 16).to(helpers.TRITON_DEVICE))
+    (entry,) = swinaccel.report(model)
+    assert entry.fallbacks == (kind is not Wrapped), entry.reason
