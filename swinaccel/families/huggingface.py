@@ -82,7 +82,7 @@ class HuggingFaceSwin:
             num_heads=attn.num_attention_heads,
             head_dim=attn.head_dim,
             project=separate_projections(attn.q_proj, attn.k_proj, attn.v_proj),
-            output=lambda y: module.dropout(attn.o_proj(y)),
+            output=attn.o_proj,
             padding=separate_padding(attn.q_proj, attn.k_proj, attn.v_proj),
             table=lambda: bias.relative_position_bias_table,
             sources=(bias.relative_position_bias_table,),
@@ -102,7 +102,7 @@ class HuggingFaceSwin:
     ) -> tuple[Tensor, None]:
         batch, _, channels = hidden_states.shape
         image = module.layernorm_before(hidden_states).view(batch, *input_dimensions, channels)
-        hidden_states = hidden_states + module.drop_path(attend(image).view(hidden_states.shape))
+        hidden_states = hidden_states + module.drop_path(module.dropout(attend(image)).view(hidden_states.shape))
         residual = hidden_states
         hidden_states = module.mlp(module.layernorm_after(hidden_states))
         return module.dropout(hidden_states) + residual, None

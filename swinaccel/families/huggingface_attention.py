@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_table, logit_scale_reason, pair, position_bias
+from .shared.common import drop_rate, is_idle, is_table, logit_scale_reason, pair, position_bias
 from .shared.separate import separate_padding, separate_projections
 from .shared.stacked import attend_stacked, stacked_geometry
 from .window_attention import argument_names, window_arguments, window_examples
@@ -75,10 +75,17 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
         num_heads=heads,
         head_dim=attn.attention_head_size,
         project=separate_projections(attn.query, attn.key, attn.value),
-        output=lambda y: outer.output(y, y),
+        output=_output(outer.output),
         padding=separate_padding(attn.query, attn.key, attn.value),
         index=attn.relative_position_index,
         mask=mask,
         dropout=drop_rate(attn.dropout),
         **bias,
     )
+
+
+def _output(output: Any) -> Any:
+    """Return what makes the output of the weighed values: the projection alone, where its dropout does nothing now."""
+    if output._modules.keys() == {"dense", "dropout"} and is_idle(output.dropout):
+        return output.dense
+    return lambda y: output(y, y)

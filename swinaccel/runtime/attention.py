@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,20 +13,20 @@ from torch import Tensor, nn
 from ..backends.torch import products
 from ..backends.torch import window as torch_backend
 from ..config import AccelConfig, env_interpret
-from ..layers import alias, has_hooks, is_builtin, replaced_methods
+from ..layers import alias, has_hooks, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
-from ..spec.block import Product
+from ..spec.block import Attend
+from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library, unsharded
 from ..trust.registry import Reading, attention_key, registry
-from .block import linear
-from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
+from .context import PATCHABLE, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, Scope, State
-from .section import TritonSection, form_of
+from .section import TritonSection, direct, form_of
 from .weights import later_weights, weights_reason
 
 _CHANGED = (
@@ -159,9 +158,18 @@ def section_of(
 
 
 def bind(
-    section: Section, attention: nn.Module, config: AccelConfig, state: State, x: Tensor
-) -> tuple[Callable[[Tensor], Tensor], tuple | None] | str:
-    """Return what runs a section, with the problem that its failures are kept under, or why nothing may."""
+    section: Section,
+    attention: nn.Module,
+    config: AccelConfig,
+    state: State,
+    x: Tensor,
+    size: tuple[int, int] | None = None,
+) -> tuple[Attend, tuple | None] | str:
+    """Return what runs a section, with the problem that its failures are kept under, or why nothing may.
+
+    Args:
+        size: height and width of the image, where the section is to be given tokens of one axis.
+    """
     reason = section_reason(section, x.device)
     if reason is not None:
         return reason
@@ -171,14 +179,23 @@ def bind(
             return reason
         state.bias = form_of(section)
         in_parts = torch_backend.is_plain(attention)
-        section.project, section.output = _directly(section.project), _directly(section.output)
-        return lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts), None
+        _bypass_layers(section, products.linear if x.is_cpu else F.linear)
+
+        def attend(image: Tensor) -> Tensor:
+            return torch_backend.shifted_window_attention(section, image, in_parts=in_parts)
+
+        return (attend if size is None else lambda y: attend_tokens(attend, y, size)), None
     problem = problem_of(section, x)
     reason = triton_reason(section, x, problem) or index_reason(section)
     if reason is not None:
         return reason
-    section.project, section.output = _directly(section.project), _directly(section.output)
-    return TritonSection(section, config, state), problem
+    _bypass_layers(section, F.linear)
+    return TritonSection(section, config, state, size), problem
+
+
+def _bypass_layers(section: Section, product: Callable[..., Tensor]) -> None:
+    """Let a section call a product in place of the plain layers that hold the weights; see `section.direct`."""
+    section.project, section.output = direct(section.project, product), direct(section.output, product)
 
 
 def section_reason(section: Section, device: torch.device) -> str | None:
@@ -274,16 +291,3 @@ def index_reason(section: Section) -> str | None:
     if low < 0 or high >= rows:
         return f"the bias index goes from {int(low)} to {int(high)}, and its table has {rows} rows"
     return None
-
-
-def _directly(call: Any) -> Callable[..., Any]:
-    """Return the product of a plain linear layer alone, for as long as a guard finds it the same and without hooks."""
-    if isinstance(call, Product):
-        return lambda x: linear(x, call.layer.weight, call.bias())
-    if not is_builtin(call, nn.Linear) or call._compiled_call_impl is not None or not are_functions_torchs():
-        return call
-    weight, bias = call.weight, call.bias
-    if not torch.is_grad_enabled():
-        product = products.linear if weight.is_cpu else F.linear
-        return functools.partial(product, weight=weight, bias=bias)
-    return lambda x: linear(x, weight, bias)

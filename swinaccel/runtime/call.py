@@ -239,7 +239,7 @@ def _plan_fused(
         if isinstance(bound, str):
             return bound
         attend, attention_problem, section, inner = bound
-        run = FusedBlock(facts, attend, x, size, backend, config).run
+        run = FusedBlock(facts, attend, x, None, backend, config).run
         if inner is not module or hasattr(adapter, "block_method"):
             counted = state_of(inner)
     else:
@@ -278,7 +278,7 @@ def _attention_of_block(
     section = section_of(family, root if inner is module else inner, reading, args, kwargs)
     if isinstance(section, str):
         return section
-    bound = bind(section, attention, config, state_of(inner), x)
+    bound = bind(section, attention, config, state_of(inner), x, size)
     return bound if isinstance(bound, str) else (*bound, section, inner)
 
 

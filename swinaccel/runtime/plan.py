@@ -99,7 +99,7 @@ class Scope:
     def plan(self, module: nn.Module, key: tuple | None) -> Plan | None:
         """Return the plan of a call, if it and the facts still hold."""
         found = None if key is None else self.plans.get(key)
-        return found if found is not None and self.holds(module) and found.holds() else None
+        return found if found is not None and found.holds() and self.holds(module) else None
 
     def keep(self, key: tuple | None, plan: Plan) -> None:
         """Keep the plan of a call for the next of its kind."""
