@@ -60,6 +60,7 @@ OPERATORS = "tests/api/test_arguments.py -k operator"
 COPIES = "tests/families/test_copies.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
+TRAPS = "tests/runtime/test_traps.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 
 MUTANTS = [
@@ -267,15 +268,15 @@ MUTANTS = [
         ),
         ("attention.py", "and section.padding is None:", "and False:", HOST + " -k padded"),
         (
-            "attention.py",
-            "call._compiled_call_impl is not None or not are_functions_torchs()",
-            "False",
+            "section.py",
+            "        or projection._compiled_call_impl is not None\n        or not are_functions_torchs()\n",
+            "",
             GAPS + " -k modules",
         ),
         (
             "section.py",
-            "not trained and bias.wanted(self.config)",
-            "bias.wanted(self.config)",
+            "not trained and biases.wanted(self.config)",
+            "biases.wanted(self.config)",
             "tests/bias/test_bias.py -k training",
         ),
         (
@@ -389,8 +390,8 @@ MUTANTS = [
         ),
         (
             "plan.py",
-            "if found is not None and self.holds(module) and",
-            "if found is not None and",
+            "found.holds() and self.holds(module) else",
+            "found.holds() else",
             "tests/runtime/test_memory.py -k edits",
         ),
         (
@@ -412,8 +413,8 @@ MUTANTS = [
             GAPS + " -k place",
         ),
         ("call.py", "fused.counted.calls += 1", "pass", "tests/runtime/test_dispatch.py -k counts"),
-        ("section.py", " or one.dtype is not dtype or", " or", HOST + " -k bound"),
-        ("section.py", "if (table.stride(), table.dtype) != self._layout:", "if False:", HOST + " -k bound"),
+        ("section.py", " or one.dtype is not bound.dtype or", " or", HOST + " -k bound"),
+        ("section.py", "if (table.stride(), table.dtype) != bound.layout:", "if False:", HOST + " -k bound"),
         (
             "section.py",
             "if (first.shape[-1] != 3 * width) if first is qkv else",
@@ -734,6 +735,8 @@ MUTANTS = [
             COPIES + " -k 'another or keys'",
         ),
         ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
+        ("families/huggingface.py", "module.dropout(attend(image))", "attend(image)", TRAPS + " -k places"),
+        ("families/huggingface_attention.py", " and is_idle(output.dropout)", "", TRAPS + " -k after"),
         ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
         ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),
         (
