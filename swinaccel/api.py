@@ -52,7 +52,7 @@ def accelerate(model: Model, **options: Unpack[Options]) -> Model:
     found = list(_survey(model, config))
     if config.strict or env_strict():
         _check_strict(model, found)
-    with patching.followed_by_compilers(model):
+    with patching.dropping_compiled_code(model):
         chosen: set[nn.Module] = set()
         for module, family, _, entry in found:
             if entry.status == "accelerated":
@@ -75,7 +75,7 @@ def restore(model: Model) -> Model:
         The same object.
     """
     _check_model(model)
-    with patching.followed_by_compilers(model):
+    with patching.dropping_compiled_code(model):
         patching.unmark(_marked_modules(model))
     return model
 
@@ -92,7 +92,7 @@ def accelerated(model: Model, **options: Unpack[Options]) -> Iterator[Model]:
     try:
         yield accelerate(model, **options)
     finally:
-        with patching.followed_by_compilers(model):
+        with patching.dropping_compiled_code(model):
             for module, text in before.items():
                 if text is not None and patching.marker(module) != text:
                     patching.mark(module, text)
@@ -123,7 +123,7 @@ def report(model: nn.Module) -> Report:
     entries, found = [], []
     for name, module, family, spec in _attentions(model, _is_marked):
         found.append(module)
-        if patching.marked(module) is None:
+        if patching.marking_of(module) is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue
@@ -204,11 +204,11 @@ def _attentions(model: nn.Module, judge: Judge) -> Iterator[tuple[str, nn.Module
 
 
 def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
-    return "no" if patching.marked(module) is None else "yes"
+    return "no" if patching.marking_of(module) is None else "yes"
 
 
 def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
-    found, marked = families.match(module), patching.marked(module)
+    found, marked = families.match(module), patching.marking_of(module)
     if found is None and marked is not None:
         family = marked.adapter
         return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
@@ -264,14 +264,14 @@ def _block_config(module: nn.Module, family: Any, config: AccelConfig) -> AccelC
 
 def _blocks(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, families.BlockAdapter]]:
     """Yield what gets a dispatcher around accelerated attention, or beside it; a filter is asked of attention only."""
-    if config.fuse != "auto" or not any(map(patching.marked, model.modules())):
+    if config.fuse != "auto" or not any(map(patching.marking_of, model.modules())):
         return
     for module in model.modules():
         adapter = families.block_adapter(module)
         if adapter is None:
             continue
         attention = getattr(adapter.block(module), "attention", None)
-        if config.filter is not None if attention is None else patching.marked(attention) is None:
+        if config.filter is not None if attention is None else patching.marking_of(attention) is None:
             continue
         if _is_proven(module, adapter, adapter.method, None):
             yield module, adapter
@@ -281,14 +281,14 @@ def _captured(model: nn.Module, config: AccelConfig) -> Iterator[nn.Module]:
     """Yield the modules whose calls are replayed: the largest that are known to run the same at each call."""
     if config.graphs is False:
         return
-    inside = {module for module in model.modules() if patching.marked(module) is not None}
+    inside = {module for module in model.modules() if patching.marking_of(module) is not None}
     waiting = [model]
     while waiting:
         module = waiting.pop()
         if not any(one in inside for one in module.modules()):
             continue
         is_free = module not in inside and patching.foreign_reason(module, families.CAPTURED.method) is None
-        if is_free and (config.graphs is True or libraries.is_steady(module)):
+        if is_free and (config.graphs is True or libraries.is_capturable(module)):
             yield module
         elif config.graphs == "auto":
             waiting += module.children()

@@ -1,4 +1,4 @@
-"""Look at a module's class and hooks: is it PyTorch's own layer, and does anyone watch or replace what it does?"""
+"""Look at a module's class and hooks: PyTorch's own layers, hooks on them, methods that were replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 DISPATCHER = "_swinaccel_dispatcher"  # attribute of a function that takes a method's place: itself
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN_TENSORS = (Tensor, nn.Parameter)
-OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
+BASE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
@@ -53,7 +53,7 @@ def replaced_methods(module: nn.Module) -> list[str]:
     cls = type(module)
     return [
         name
-        for name in module.__dict__.keys() - OWN_ATTRIBUTES
+        for name in module.__dict__.keys() - BASE_ATTRIBUTES
         if isinstance(getattr(cls, name, None), _FUNCTIONS) and name not in _IDLE_METHODS
     ]
 
@@ -65,10 +65,10 @@ def owner(cls: type, method: str) -> type:
 
 def own_method(cls: type, method: str) -> Callable[..., Any]:
     """Return the class's own method, unbound, without a dispatcher of ours."""
-    return undispatched(vars(owner(cls, method))[method])
+    return without_dispatcher(vars(owner(cls, method))[method])
 
 
-def standing_in(function: Any, method: Any) -> Callable[..., Any]:
+def as_replacement(function: Any, method: Any) -> Callable[..., Any]:
     """Return a function, which names nothing global, as one of ours that takes a method's place."""
     # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
     made = types.FunctionType(function.__code__, method.__globals__, closure=function.__closure__)
@@ -79,7 +79,7 @@ def standing_in(function: Any, method: Any) -> Callable[..., Any]:
     return made
 
 
-def undispatched(function: Any) -> Any:
+def without_dispatcher(function: Any) -> Any:
     """Return the method whose place a dispatcher of ours has taken, or what is none as it is."""
     # Itself: functools.wraps copies attributes, and what wraps a dispatcher is none.
     return vars(function)["__wrapped__"] if getattr(function, DISPATCHER, None) is function else function

@@ -1,4 +1,4 @@
-"""What is accelerated, what is not, and why: one entry for each module with window attention."""
+"""Reports: which modules with window attention are accelerated, which are not, and why."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ CAPTURED = Captured()
 
 
 def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
-    """Yield every call that shows what a module of this family does."""
+    """Return every example call of a module of this family."""
     found = family.example(module)
     return found if isinstance(found, list) else [found]
 

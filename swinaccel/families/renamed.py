@@ -1,6 +1,6 @@
 """The official attention under other names, by itself: Uformer's (`win_size`, `to_q` and `to_kv`), VRT's (`qkv_self`).
 
-Dropouts may be missing. What VRT adds between frames (`qkv_mut`) is no window attention of this kind.
+Dropouts may be missing. VRT's attention between frames (`qkv_mut`) is none of this kind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The block of Video Swin and of MONAI's SwinUNETR: images (B, H, W, C) or volumes (B, depth, H, W, C).
 
 Window and shift shrink to the image at run time, and the mask of the stage is an argument that unshifted blocks
-ignore. What is replaced is `forward_part1`, norm and attention, so that checkpointing goes on around it.
+ignore. Replaced is `forward_part1`, norm and attention, so that checkpointing goes on around it.
 """
 
 from __future__ import annotations

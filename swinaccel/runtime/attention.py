@@ -21,11 +21,11 @@ from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
-from ..trust.libraries import is_of_library, unsharded
+from ..trust.libraries import is_of_library, unsharded_class
 from ..trust.registry import Reading, attention_key, registry
 from .context import PATCHABLE, backend_of, product_dtype
 from .guard import Guard, NotGuardable
-from .plan import Plan, Scope, State
+from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
 from .weights import later_weights, weights_reason
 
@@ -35,10 +35,10 @@ _CHANGED = (
 )
 
 
-def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
+def proven_reading(family: Any, module: nn.Module, cache: PlanCache) -> Reading | str:
     """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
-    if scope.holds(module):
-        return scope.facts
+    if cache.holds(module):
+        return cache.facts
     root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
@@ -53,11 +53,11 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
                 f"its dropout {dropout} is active, and only its own code says where it drops; "
                 "call eval(), or set its rate to 0"
             )
-    scope.renew(facts, lambda: guarded(family, root, inside))
+    cache.renew(facts, lambda: guard_of(family, root, inside))
     return facts
 
 
-def guarded(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
+def guard_of(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
     """Return a guard of modules and of what their code reads elsewhere, or None where that cannot be compared."""
     try:
         trace = Trace([("", part) for part in parts], (family.method, getattr(family, "block_method", family.method)))
@@ -79,7 +79,7 @@ def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
-            if unsharded(type(part)) is not type(part):
+            if unsharded_class(type(part)) is not type(part):
                 return f"{name} inside the attention is sharded by itself; shard the whole block in its place"
             return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
         for method in replaced_methods(part):
@@ -122,7 +122,7 @@ def plan_attention(
     x = args[0] if args else next(iter(kwargs.values()))
     attention = family.attention(module)
     reason = weights_reason(section, x) if reading.weights else None
-    bound = reason or bind(section, attention, config, state, x)
+    bound = reason or bind_backend(section, attention, config, state, x)
     if isinstance(bound, str):
         return bound
     attend, problem = bound
@@ -157,7 +157,7 @@ def section_of(
     return reading.apply(section, family.attention(module), args[0] if args else next(iter(kwargs.values())))
 
 
-def bind(
+def bind_backend(
     section: Section,
     attention: nn.Module,
     config: AccelConfig,

@@ -20,11 +20,11 @@ from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
 from . import graphs, traced
-from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
+from .attention import bind_backend, guard_of, parts_reason, plan_attention, proven_reading, reading_of, section_of
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
-from .plan import Plan, Scope, State, state_of
+from .plan import Plan, PlanCache, State, state_of
 
 Original = Callable[..., Any]
 
@@ -83,7 +83,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
     if entry.is_block:
-        fused = state.block.plan(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
+        fused = state.block.find(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
         if fused is not None:
             try:
                 result = fused.run(x)
@@ -98,7 +98,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
                 return result
     if not has_attention:
         return original(module, *args, **kwargs)
-    plan = state.attention.plan(module, key) or _attention_plan(entry, module, state, key, args, kwargs)
+    plan = state.attention.find(module, key) or _attention_plan(entry, module, state, key, args, kwargs)
     if isinstance(plan, str):
         return _original(plan, entry, module, original, state, args, kwargs)
     try:
@@ -146,13 +146,13 @@ def _attention_plan(
     kwargs: dict[str, Any],
 ) -> Plan | str:
     """Return a new plan of a call of an attention, or why its original must run."""
-    scope = state.attention
-    reading = trusted(entry.adapter, module, scope)
+    cache = state.attention
+    reading = proven_reading(entry.adapter, module, cache)
     if isinstance(reading, str):
         return reading
-    plan = plan_attention(entry.adapter, module, reading, entry.config, state, scope.guard, args, kwargs)
+    plan = plan_attention(entry.adapter, module, reading, entry.config, state, cache.guard, args, kwargs)
     if not isinstance(plan, str):
-        scope.keep(key, plan)
+        cache.add(key, plan)
     return plan
 
 
@@ -166,39 +166,39 @@ def _fused_plan(
     kwargs: dict[str, Any],
 ) -> Plan | None:
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
-    adapter, config, scope = entry.adapter, entry.config, state.block
+    adapter, config, cache = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
     if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
         return None
-    facts = _facts(adapter, module, scope)
+    facts = _guarded_facts(adapter, module, cache)
     made = facts
     if not isinstance(facts, str):
-        made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, scope)
+        made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, cache)
     if isinstance(made, str):
         state.unfused = made
         return None
     state.unfused = None
-    scope.keep(key, made)
+    cache.add(key, made)
     return made
 
 
-def _facts(adapter: Any, module: nn.Module, scope: Scope) -> Any:
+def _guarded_facts(adapter: Any, module: nn.Module, cache: PlanCache) -> Any:
     """Return what a module consists of, or why it must not be stood in for; looked into anew when its guard fails."""
-    if scope.holds(module):
-        return scope.facts
+    if cache.holds(module):
+        return cache.facts
     root = alias(module)
     try:
-        facts = _look(adapter, module, root)
+        facts = _facts_of(adapter, module, root)
     except NotFusable as reason:
         facts = str(reason)
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable) as error:
         facts = f"it is not built as it was ({error})"
     parts = [root, *(part for part in module.modules() if part is not module)]
-    scope.renew(facts, lambda: guarded(adapter, root, parts))
+    cache.renew(facts, lambda: guard_of(adapter, root, parts))
     return facts
 
 
-def _look(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
+def _facts_of(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
     facts = adapter.block(root)
     if registry.reading(block_key(adapter, module)) is None:
         raise NotFusable("it was changed after accelerate(); call accelerate() again")
@@ -218,7 +218,7 @@ def _plan_fused(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     backend: str,
-    scope: Scope,
+    cache: PlanCache,
 ) -> Plan | str:
     """Return the plan of a call, or why its own forward must run."""
     reason = common_reason(x, facts.parameters())
@@ -234,7 +234,7 @@ def _plan_fused(
         problem = block_problem(facts, x, backend)
         if backend == "torch" and problem[-1]:
             return "gradients are recorded or dtypes mixed, which on CPUs are left to its own forward"
-        root = module if scope.guard is None else scope.guard.modules[0]  # which does not keep the module alive
+        root = module if cache.guard is None else cache.guard.modules[0]  # which does not keep the module alive
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
             return bound
@@ -251,7 +251,7 @@ def _plan_fused(
             raise FallbackError(f"{type(module).__name__} would run its own layers: {failure}")
         return failure
     index = None if section is None else section.index
-    return Plan(run, attention_problem, scope.guard, index, counted)
+    return Plan(run, attention_problem, cache.guard, index, counted)
 
 
 def _attention_of_block(
@@ -278,7 +278,7 @@ def _attention_of_block(
     section = section_of(family, root if inner is module else inner, reading, args, kwargs)
     if isinstance(section, str):
         return section
-    bound = bind(section, attention, config, state_of(inner), x, size)
+    bound = bind_backend(section, attention, config, state_of(inner), x, size)
     return bound if isinstance(bound, str) else (*bound, section, inner)
 
 

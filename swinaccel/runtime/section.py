@@ -22,7 +22,7 @@ from .plan import State
 
 
 class _Bound(NamedTuple):
-    """The launches of a section in inference, and the projections that they were bound for; see `bind`."""
+    """The launches of a section in inference, and the projections that they were bound for; see `bind_launches`."""
 
     attention: window.BoundAttention
     position: position.BoundPosition | None
@@ -102,11 +102,11 @@ class TritonSection:
         table = table_of(section, trained)
         out = attend_triton(section, qkv, table, factors)
         if self._may_bind and self._bound is None:
-            self._bound = bind(section, qkv, table)
+            self._bound = bind_launches(section, qkv, table)
         return out
 
 
-def bind(section: Section, qkv: Any, table: Tensor | None) -> _Bound | None:
+def bind_launches(section: Section, qkv: Any, table: Tensor | None) -> _Bound | None:
     """Return the launches of such a projection, or None where it is not what launches take.
 
     Args:

@@ -34,17 +34,17 @@ def with_dropouts(
     moved: set[nn.Module],
     original: Callable[..., Any],
     reading: Reading,
-    compared: Callable[[Reading], Compare],
+    comparison: Callable[[Reading], Compare],
 ) -> Reading:
     """Return a proven reading that also holds what the module's dropouts and rates of dropout do.
 
     Args:
         moved: as for `random_copy`.
-        compared: what judges a reading.
+        comparison: what judges a reading.
     """
 
     def completed(reading: Reading) -> Reading:
-        paths = _unread(module, family, moved, original, reading, compared(reading))
+        paths = _unread(module, family, moved, original, reading, comparison(reading))
         return dataclasses.replace(reading, unread_dropouts=paths)
 
     found, attention = completed(reading), family.attention(module)
@@ -55,7 +55,7 @@ def with_dropouts(
     names += [f"{name}.p" for name, part in attention.named_children() if part in unread]
     for name in names:
         candidate = dataclasses.replace(reading, rate=name)
-        if _is_rate(name, module, family, moved, original, compared(candidate)):
+        if _is_rate(name, module, family, moved, original, comparison(candidate)):
             return completed(candidate)
     return found
 
@@ -66,7 +66,7 @@ def _unread(
     moved: set[nn.Module],
     original: Callable[..., Any],
     reading: Reading,
-    compared: Compare,
+    comparison: Compare,
 ) -> tuple[str, ...]:
     """Return the paths of dropouts that a family neither reads nor calls as the original does.
 
@@ -83,13 +83,13 @@ def _unread(
             dropping = clone.get_submodule(path).train()
             dropping.p = 1.0  # type: ignore[assignment]
             try:
-                is_read = _is_alike(clone, arguments, compared)
+                is_read = _is_alike(clone, arguments, comparison)
             except NotNow:  # the family reads it, and leaves such calls to the original
                 continue
             if is_read:
                 dropping.p = 0.25  # type: ignore[assignment]
                 is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
-                is_read = not is_weights or _told(original, clone, arguments) == 0.25
+                is_read = not is_weights or _rate_told_to_torch(original, clone, arguments) == 0.25
             if not is_read:
                 unread.append(path)
     return tuple(unread)
@@ -109,7 +109,7 @@ def _is_rate(
     family: Family,
     moved: set[nn.Module],
     original: Callable[..., Any],
-    compared: Compare,
+    comparison: Compare,
 ) -> bool:
     """Return True if a number of an attention is the rate at which weights are dropped, in the attention's training.
 
@@ -127,9 +127,9 @@ def _is_rate(
             setattr(attention.get_submodule(holder), last, rate)
             try:
                 if rate == 1.0:
-                    holds = _is_alike(clone, arguments, compared)
+                    holds = _is_alike(clone, arguments, comparison)
                 else:
-                    holds = _told(original, clone, arguments) == rate
+                    holds = _rate_told_to_torch(original, clone, arguments) == rate
             except NotNow:
                 holds = False
             if not holds:
@@ -137,19 +137,21 @@ def _is_rate(
     return True
 
 
-def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: Compare) -> bool:
+def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], comparison: Compare) -> bool:
     pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
-    return not {compared(*pair) for pair in pairs} - {None, PADDED}
+    return not {comparison(*pair) for pair in pairs} - {None, PADDED}
 
 
-def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:
+def _rate_told_to_torch(
+    original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]
+) -> float | None:
     """Return the rate that calls of the original give to PyTorch's functions, once each; None where that varies."""
     heard: list[float] = []
 
-    class Listening(TorchFunctionMode):
+    class RateListener(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in _PLACES:
-                place, name, default = _PLACES[func]
+            if func in _RATE_ARGUMENTS:
+                place, name, default = _RATE_ARGUMENTS[func]
                 rate = float((kwargs or {}).get(name, args[place] if len(args) > place else default))
                 is_on = func is F.scaled_dot_product_attention or (kwargs or {}).get("training", (*args, True, True)[2])
                 if rate and is_on:
@@ -160,7 +162,7 @@ def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tu
     found: set[float] = set()
     for args in arguments:
         heard.clear()
-        with contextlib.suppress(Exception), Listening():  # calls that it refuses tell nothing
+        with contextlib.suppress(Exception), RateListener():  # calls that it refuses tell nothing
             original(copy.deepcopy(clone), *args)
             found.add(heard[0] if len(heard) == 1 else 0.0)
     return found.pop() if len(found) == 1 else None
@@ -172,7 +174,7 @@ def _are_weights(dropped: Any = None) -> bool:
 
 
 # Where PyTorch's functions take a rate: its number among the arguments, its name and its default.
-_PLACES: dict[Any, tuple[int, str, float]] = {
+_RATE_ARGUMENTS: dict[Any, tuple[int, str, float]] = {
     F.scaled_dot_product_attention: (4, "dropout_p", 0.0),
     F.dropout: (1, "p", 0.5),
     torch.dropout: (1, "p", 0.5),

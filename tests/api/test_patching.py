@@ -624,7 +624,7 @@ def test_loading_where_nothing_was_proven(monkeypatch):
     registry.clear()
     call.forget_warnings()
     twin = pickle.loads(data)
-    assert getattr(type(twin.blocks[0]), traced.ROLES) == frozenset()  # compilers are told of no proof
+    assert getattr(type(twin.blocks[0]), traced.PROVEN) == frozenset()  # compilers are told of no proof
     with pytest.warns(UserWarning, match=r"call swinaccel\.accelerate\(model\)") as warned:
         assert torch.equal(output(twin), expected)
     assert len(warned) == 1
@@ -766,7 +766,7 @@ def test_class_swapped_after_accelerate(name):
     model = MODELS[name]()
     expected = output(model)
     accelerate(model)
-    swapped = [module for module in model.modules() if patching.marked(module) and name != "torchvision"]
+    swapped = [module for module in model.modules() if patching.marking_of(module) and name != "torchvision"]
     for module in swapped:
         module.__class__ = type("FSDP" + type(module).__name__, (type(module),), {})
     helpers.assert_close(output(model), expected)
