@@ -19,6 +19,7 @@ from .ops.failures import failures
 from .report import Entry, Graph, Report
 from .runtime.graphs import Graphs
 from .runtime.plan import state_of
+from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe
 
@@ -209,8 +210,7 @@ def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
 
 def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
     found, marked = families.match(module), patching.marking_of(module)
-    if found is None and marked is not None:
-        family = marked.adapter
+    if found is None and marked is not None and is_family(family := marked.adapter):
         return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
     return found
 
@@ -253,11 +253,11 @@ def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **count
     return Entry(name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts)
 
 
-def _block_config(module: nn.Module, family: Any, config: AccelConfig) -> AccelConfig:
+def _block_config(module: nn.Module, family: Family, config: AccelConfig) -> AccelConfig:
     """Return the options of one instance: fuse="attention" where its block is not known to be what it looks like."""
-    if config.fuse == "auto" and hasattr(family, "block"):
-        method = getattr(family, "block_method", None)
-        if _is_proven(module, family, method or family.method, None if method is None else family.method):
+    if config.fuse == "auto" and reads_blocks(family):
+        method = block_method(family)
+        if _is_proven(module, family, method, None if method == family.method else family.method):
             return config
     return dataclasses.replace(config, fuse="attention")
 
@@ -294,7 +294,7 @@ def _captured(model: nn.Module, config: AccelConfig) -> Iterator[nn.Module]:
             waiting += module.children()
 
 
-def _is_proven(module: nn.Module, adapter: Any, method: str, attention: str | None) -> bool:
+def _is_proven(module: nn.Module, adapter: BlockReader, method: str, attention: str | None) -> bool:
     if patching.foreign_reason(module, method) is not None:
         return False
     with patching.switched_off():  # attention inside runs its own forward

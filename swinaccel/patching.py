@@ -33,6 +33,7 @@ from .layers import as_replacement, owner, without_dispatcher
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
 from .runtime.traced import PROVEN, proven_facts
+from .spec.adapters import Adapter, block_method, is_family
 
 logger = logging.getLogger("swinaccel")
 
@@ -70,20 +71,19 @@ if hasattr(os, "register_at_fork"):
 class Marking:
     """The content of a marker: an adapter (a family, or that of a block around or a neighbour), and options."""
 
-    adapter: Any
+    adapter: Adapter
     config: AccelConfig
     entries: dict[str, Entry] = field(init=False)  # how calls run, by the methods that a dispatcher is needed on
 
     def __post_init__(self) -> None:
-        whole = getattr(self.adapter, "block_method", None)
-        methods = [self.adapter.method, *([] if whole is None or self.config.fuse != "auto" else [whole])]
+        methods = [self.adapter.method, *([block_method(self.adapter)] if self.config.fuse == "auto" else [])]
         entries = {method: Entry(self.adapter, self.config, method) for method in methods}
         object.__setattr__(self, "entries", entries)
 
     @property
     def has_attention(self) -> bool:
         """Return True if the module is a window attention, or a block that holds its section."""
-        return hasattr(self.adapter, "section")
+        return is_family(self.adapter)
 
 
 _parsed: dict[str, Marking | None] = {}
@@ -125,7 +125,7 @@ def _is_off(compiling: bool) -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def encode(adapter: Any, config: AccelConfig) -> str:
+def encode(adapter: Adapter, config: AccelConfig) -> str:
     """Return the marker of an instance."""
     text = json.dumps({"family": adapter.name, "options": json.loads(config.to_json())}, sort_keys=True)
     decode(text)

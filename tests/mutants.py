@@ -384,7 +384,12 @@ MUTANTS = [
             HOST + " -k guard",
         ),
         ("guard.py", "owners.append(value)  # a configuration", "pass", "tests/runtime/test_memory.py -k Guard"),
-        ("plan.py", "(isinstance(self.facts, str) and self._proof_count != registry.count)", "False", HOST + " -k proven"),
+        (
+            "plan.py",
+            "(isinstance(self.facts, str) and self._proof_count != registry.count)",
+            "False",
+            HOST + " -k proven",
+        ),
         ("plan.py", "        if self._guards_left:", "        if True:", "tests/runtime/test_memory.py -k changing"),
         ("plan.py", " or type(root) is not type(module)", "", HOST + " -k hand"),
         (

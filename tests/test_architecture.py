@@ -20,7 +20,7 @@ ALLOWED = {
     "nn": {"functional", "spec"},
     "functional": {"backends", "bias", "ops", "spec"},
     "api": {"config", "errors", "families", "layers", "ops", "patching", "report", "runtime", "spec", "trust"},
-    "patching": {"config", "families", "layers", "runtime"},
+    "patching": {"config", "families", "layers", "runtime", "spec"},
     "report": {"spec"},
     "trust": {"families", "layers", "ops", "spec"},
     "runtime": {"backends", "bias", "config", "errors", "layers", "ops", "spec", "trust"},

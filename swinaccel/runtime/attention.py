@@ -16,6 +16,7 @@ from ..config import AccelConfig, env_interpret
 from ..layers import alias, has_hooks, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
+from ..spec.adapters import Adapter, Family, block_method, call_settings
 from ..spec.block import Attend
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
@@ -35,7 +36,7 @@ _CHANGED = (
 )
 
 
-def proven_reading(family: Any, module: nn.Module, cache: PlanCache) -> Reading | str:
+def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Reading | str:
     """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
     if cache.holds(module):
         return cache.facts
@@ -57,12 +58,12 @@ def proven_reading(family: Any, module: nn.Module, cache: PlanCache) -> Reading 
     return facts
 
 
-def guard_of(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
+def guard_of(adapter: Adapter, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
     """Return a guard of modules and of what their code reads elsewhere, or None where that cannot be compared."""
     try:
-        trace = Trace([("", part) for part in parts], (family.method, getattr(family, "block_method", family.method)))
+        trace = Trace([("", part) for part in parts], (adapter.method, block_method(adapter)))
         functions = [(namespace, name, namespace[name]) for namespace, name, _ in PATCHABLE]
-        return Guard(parts, [*trace.cells, *functions], trace.contents, getattr(family, "call_settings", ()))
+        return Guard(parts, [*trace.cells, *functions], trace.contents, call_settings(adapter))
     except (NotGuardable, Untraceable):
         return None
 
@@ -91,7 +92,7 @@ def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str
     return None
 
 
-def reading_of(family: Any, module: nn.Module) -> Reading | str:
+def reading_of(family: Family, module: nn.Module) -> Reading | str:
     """Return how the attention of a module was proven to be read, or why its original must run."""
     try:
         reading = registry.reading(attention_key(family, module))
@@ -101,7 +102,7 @@ def reading_of(family: Any, module: nn.Module) -> Reading | str:
 
 
 def plan_attention(
-    family: Any,
+    family: Family,
     module: nn.Module,
     reading: Reading,
     config: AccelConfig,
@@ -145,7 +146,7 @@ def plan_attention(
 
 
 def section_of(
-    family: Any, module: nn.Module, reading: Reading | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    family: Family, module: nn.Module, reading: Reading | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Section | str:
     """Return the section of a call, or why its original must run."""
     try:

@@ -15,6 +15,17 @@ from ..errors import FallbackError, KernelError
 from ..layers import alias
 from ..ops.failures import failures
 from ..ops.observed import is_onnx_export
+from ..spec.adapters import (
+    Adapter,
+    AttentionBlock,
+    BlockReader,
+    Family,
+    block_method,
+    call_settings,
+    is_family,
+    reads_attention_blocks,
+    reads_blocks,
+)
 from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
@@ -40,22 +51,23 @@ class Entry:
     """How calls of one method run, as a marker says.
 
     Attributes:
-        adapter: the module's `families.Family` or block adapter.
-        has_attention: the method runs the adapter's section.
-        is_block: the method runs what may be fused as a whole: a block, a merging, an embedding.
+        family: whose section the method runs, or None.
+        block: the adapter of a block, a merging or an embedding that the method runs, and that may be fused, or None.
         is_captured: whole calls of the method are replayed as graphs.
         settings: names of attributes that callers set before each call.
     """
 
-    __slots__ = ("adapter", "config", "has_attention", "is_block", "is_captured", "settings")
+    __slots__ = ("block", "config", "family", "is_captured", "settings")
 
-    def __init__(self, adapter: Any, config: AccelConfig, method: str) -> None:
-        self.adapter, self.config = adapter, config
-        self.has_attention = hasattr(adapter, "section") and method == adapter.method
-        whole = getattr(adapter, "block_method", adapter.method)
-        self.is_block = config.fuse == "auto" and hasattr(adapter, "block") and method == whole
-        self.is_captured = hasattr(adapter, "is_captured")
-        self.settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
+    def __init__(self, adapter: Adapter, config: AccelConfig, method: str) -> None:
+        self.config, self.is_captured = config, hasattr(adapter, "is_captured")
+        self.settings = call_settings(adapter)
+        self.family: Family | None = None
+        self.block: BlockReader | None = None
+        if is_family(adapter) and method == adapter.method:
+            self.family = adapter
+        if config.fuse == "auto" and reads_blocks(adapter) and method == block_method(adapter):
+            self.block = adapter
 
 
 def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,13 +89,15 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if reason is None:
         settings = tuple(map(module.__dict__.get, names)) if names else names
         key = call_key(entry, settings, x, args, kwargs)
-    state, has_attention = state_of(module), entry.has_attention
-    if has_attention:
+    state, family = state_of(module), entry.family
+    if family is not None:
         state.calls += 1
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
-    if entry.is_block:
-        fused = state.block.find(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
+    if entry.block is not None:
+        fused = state.block.find(module, key) or _fused_plan(
+            entry.block, entry.config, module, state, key, x, args, kwargs
+        )
         if fused is not None:
             try:
                 result = fused.run(x)
@@ -96,9 +110,9 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
                 if reason is not None:  # plain PyTorch has computed the same
                     _note_fallback(reason, module, entry.config, fused.counted or state)
                 return result
-    if not has_attention:
+    if family is None:
         return original(module, *args, **kwargs)
-    plan = state.attention.find(module, key) or _attention_plan(entry, module, state, key, args, kwargs)
+    plan = state.attention.find(module, key) or _attention_plan(family, entry.config, module, state, key, args, kwargs)
     if isinstance(plan, str):
         return _original(plan, entry, module, original, state, args, kwargs)
     try:
@@ -121,7 +135,7 @@ def _original(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the original, because of a reason that the report gives; of blocks, whose attention is asked, without one."""
-    if entry.has_attention:
+    if entry.family is not None:
         _note_fallback(reason, module, entry.config, state)
     return original(module, *args, **kwargs)
 
@@ -138,7 +152,8 @@ def _note_fallback(reason: str, module: nn.Module, config: AccelConfig, state: S
 
 
 def _attention_plan(
-    entry: Entry,
+    family: Family,
+    config: AccelConfig,
     module: nn.Module,
     state: State,
     key: tuple | None,
@@ -147,17 +162,18 @@ def _attention_plan(
 ) -> Plan | str:
     """Return a new plan of a call of an attention, or why its original must run."""
     cache = state.attention
-    reading = proven_reading(entry.adapter, module, cache)
+    reading = proven_reading(family, module, cache)
     if isinstance(reading, str):
         return reading
-    plan = plan_attention(entry.adapter, module, reading, entry.config, state, cache.guard, args, kwargs)
+    plan = plan_attention(family, module, reading, config, state, cache.guard, args, kwargs)
     if not isinstance(plan, str):
         cache.add(key, plan)
     return plan
 
 
 def _fused_plan(
-    entry: Entry,
+    adapter: BlockReader,
+    config: AccelConfig,
     module: nn.Module,
     state: State,
     key: tuple | None,
@@ -166,9 +182,8 @@ def _fused_plan(
     kwargs: dict[str, Any],
 ) -> Plan | None:
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
-    adapter, config, cache = entry.adapter, entry.config, state.block
-    backend = backend_of(config, x.device)
-    if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
+    cache, backend = state.block, backend_of(config, x.device)
+    if backend == "torch" and not (reads_attention_blocks(adapter) and torch_block.is_worth(x)):
         return None
     facts = _guarded_facts(adapter, module, cache)
     made = facts
@@ -182,7 +197,7 @@ def _fused_plan(
     return made
 
 
-def _guarded_facts(adapter: Any, module: nn.Module, cache: PlanCache) -> Any:
+def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) -> Any:
     """Return what a module consists of, or why it must not be stood in for; looked into anew when its guard fails."""
     if cache.holds(module):
         return cache.facts
@@ -198,7 +213,7 @@ def _guarded_facts(adapter: Any, module: nn.Module, cache: PlanCache) -> Any:
     return facts
 
 
-def _facts_of(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
+def _facts_of(adapter: BlockReader, module: nn.Module, root: nn.Module) -> Any:
     facts = adapter.block(root)
     if registry.reading(block_key(adapter, module)) is None:
         raise NotFusable("it was changed after accelerate(); call accelerate() again")
@@ -210,7 +225,7 @@ def _facts_of(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
 
 
 def _plan_fused(
-    adapter: Any,
+    adapter: BlockReader,
     module: nn.Module,
     facts: Any,
     config: AccelConfig,
@@ -230,7 +245,7 @@ def _plan_fused(
     size = tokens[1]
     section = counted = attention_problem = None
     run: Callable[..., Any]
-    if isinstance(facts, BlockFacts):
+    if isinstance(facts, BlockFacts) and reads_attention_blocks(adapter):
         problem = block_problem(facts, x, backend)
         if backend == "torch" and problem[-1]:
             return "gradients are recorded or dtypes mixed, which on CPUs are left to its own forward"
@@ -240,7 +255,7 @@ def _plan_fused(
             return bound
         attend, attention_problem, section, inner = bound
         run = FusedBlock(facts, attend, x, None, backend, config).run
-        if inner is not module or hasattr(adapter, "block_method"):
+        if inner is not module or block_method(adapter) != adapter.method:
             counted = state_of(inner)
     else:
         problem = facts.problem(x)
@@ -255,7 +270,7 @@ def _plan_fused(
 
 
 def _attention_of_block(
-    adapter: Any,
+    adapter: AttentionBlock,
     module: nn.Module,
     root: nn.Module,
     config: AccelConfig,
@@ -273,7 +288,7 @@ def _attention_of_block(
     reason = parts_reason(list(attention.modules()), False, reading)
     if reason is not None:
         return reason
-    if inner is not module or hasattr(adapter, "block_method"):
+    if inner is not module or block_method(adapter) != adapter.method:
         args, kwargs = (x if size is None else x.view(x.shape[0], *size, x.shape[2]),), {}
     section = section_of(family, root if inner is module else inner, reading, args, kwargs)
     if isinstance(section, str):
@@ -283,7 +298,7 @@ def _attention_of_block(
 
 
 def tokens_of(
-    adapter: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[int, int] | None] | None:
     """Return what a call is about, or None where it is not a call that the original would take."""
     try:

@@ -18,6 +18,7 @@ from ..config import env_strict
 from ..errors import FallbackError
 from ..layers import has_hooks, has_own_forward, is_builtin
 from ..ops import block as block_ops
+from ..spec.adapters import Adapter, BlockReader, Family, is_family, reads_attention_blocks
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
@@ -42,15 +43,15 @@ _CONV_FORWARD = nn.Conv2d._conv_forward
 Fact = tuple[Any, ...]
 
 
-def proven_facts(family: Any, module: nn.Module) -> frozenset[Fact]:
+def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
     """Return what was proven of a module and of all inside it, as code can look it up that a compiler traces."""
     found: list[Fact] = [("part", None, "", type(module))]
     for parent in module.modules():
         found += [("part", type(parent), name, type(child)) for name, child in parent.named_children()]
         if not is_of_library(parent):
             found += [("rate", type(parent), name) for name, _ in rates(parent)]
-    if hasattr(family, "section") and not is_of_library(module):
-        reading = reading_of(family, module)
+    if is_family(adapter) and not is_of_library(module):
+        reading = reading_of(adapter, module)
         if isinstance(reading, str) or reading.weights:
             found.append(("weights", type(module)))
         else:
@@ -67,29 +68,33 @@ def call(
     kwargs: dict[str, Any],
 ) -> Any:
     """Return what one call of an accelerated module's method returns, as `call.call` does."""
-    adapter, config = entry.adapter, entry.config
+    family, adapter, config = entry.family, entry.block, entry.config
     if not isinstance(x, Tensor) or _has_any_global_hook() or backend_of(config, x.device) == "torch":
         return original(module, *args, **kwargs)  # plain PyTorch: the compiler fuses it in its own way
     attend: Any = None
-    if entry.has_attention:
-        attend = _attend(adapter, module, args, kwargs, x)
+    if family is not None:
+        attend = _attend(family, module, args, kwargs, x)
         if isinstance(attend, str):
             if config.strict or env_strict():
                 raise FallbackError(f"{type(module).__name__} would run its original: {attend}")
             return original(module, *args, **kwargs)
-    if entry.is_block:
-        facts = _plain_block(adapter, module, x) if hasattr(adapter, "inner") else _plain_embedding(adapter, module, x)
-        tokens = None if facts is None else _tokens(adapter, module, x, args, kwargs)
-        if facts is not None and tokens is not None:
-            if isinstance(facts, Embedding):
-                return embedding_of(facts, x)
-            return _block(facts, adapter.attend(module) if attend is None else attend, *tokens)
-    if attend is None:
+    if adapter is not None and reads_attention_blocks(adapter):
+        block = _plain_block(adapter, module, x)
+        tokens = None if block is None else _tokens(adapter, module, x, args, kwargs)
+        if block is not None and tokens is not None:
+            return _block(block, adapter.attend(module) if attend is None else attend, *tokens)
+    elif adapter is not None:
+        embedding = _plain_embedding(adapter, module, x)
+        if embedding is not None and _tokens(adapter, module, x, args, kwargs) is not None:
+            return embedding_of(embedding, x)
+    if family is None:
         return original(module, *args, **kwargs)
-    return adapter.forward(module, attend, *args, **kwargs)
+    return family.forward(module, attend, *args, **kwargs)
 
 
-def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Attend | str:
+def _attend(
+    family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> Attend | str:
     """Return what runs the attention of a call, (B, H, W, C) to the same, or why the original must run."""
     attention = family.attention(module)
     proven = getattr(module, PROVEN)
@@ -161,7 +166,7 @@ def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
     return None
 
 
-def _tokens(adapter: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _tokens(adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from .call import tokens_of
 
     return tokens_of(adapter, module, x, args, kwargs)
