@@ -13,48 +13,63 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
+from ..spec.block import Attend
+from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .shared.common import positional_names
 from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
 from .shared.stacked import attend_stacked, stacked_geometry
 
 
-class WindowAttention:
+class StackedAttention:
+    """Members that families of attention by itself share: (windows, N, C) in and out, with the mask of its block."""
+
+    method = "forward"
+
+    def window(self, module: Any) -> Axes:
+        return tuple(module.window_size)
+
+    def channels(self, module: Any) -> int:
+        return module.qkv.in_features
+
+    def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
+        raise NotImplementedError
+
+    def attention(self, module: Any) -> nn.Module:
+        return module
+
+    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
+        x, mask = window_arguments(module, args, kwargs)
+        geometry = stacked_geometry(x, mask, self.window(module))
+        return geometry if isinstance(geometry, str) else self.read(module, geometry, mask)
+
+    def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        return attend_stacked(attend, *window_arguments(module, args, kwargs), self.window(module))
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        """Return calls with a mask that images share, with one of all windows, and without; and of one window alone."""
+        tokens, names = math.prod(self.window(module)), argument_names(type(module)) or ()
+        between = (None,) * (names.index(_mask_name(names)) - 1)
+        counts = (6, 3), (6, 6), (6, None), (1, 1), (1, None)
+        masks = [(windows, None if rows is None else torch.Size((rows, tokens, tokens))) for windows, rows in counts]
+        channels = self.channels(module)
+        return [(torch.Size((windows, tokens, channels)), *between, mask) for windows, mask in masks]
+
+
+class WindowAttention(StackedAttention):
     """Any module with the structure of the official attention and a forward of (windows, mask)."""
 
     name = "window_attention"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         if hasattr(module, "shift_size") or argument_names(type(module)) is None:
             return None
         return attention_spec(self.name, module)
 
-    def attention(self, module: Any) -> nn.Module:
-        return module
-
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return attention_projections(module)
 
-    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
-        x, mask = window_arguments(module, args, kwargs)
-        geometry = flash_reason(module) or stacked_geometry(x, mask, tuple(module.window_size))
-        return geometry if isinstance(geometry, str) else attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
-
-    def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(module.window_size))
-
-    def example(self, module: Any) -> list[tuple[Any, ...]]:
-        return window_examples(module, module.window_size, module.qkv.in_features)
-
-
-def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, ...]]:
-    """Return calls with a mask that images share, with one of all windows, and without; and of one window alone."""
-    tokens, names = math.prod(window), argument_names(type(module)) or ()
-    between = (None,) * (names.index(_mask_name(names)) - 1)
-    counts = (6, 3), (6, 6), (6, None), (1, 1), (1, None)
-    masks = [(windows, None if rows is None else torch.Size((rows, tokens, tokens))) for windows, rows in counts]
-    return [(torch.Size((windows, tokens, channels)), *between, mask) for windows, mask in masks]
+    def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
+        return flash_reason(module) or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
 
 
 def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
