@@ -739,7 +739,7 @@ MUTANTS = [
             COPIES + " -k another",
         ),
         (
-            "families/window_attention.py",
+            "families/shared/stacked.py",
             'return "mask" if "mask" in names else names[1]',
             "return names[1]",
             COPIES + " -k 'another or keys'",

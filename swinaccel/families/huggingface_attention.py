@@ -13,7 +13,7 @@ from ..spec.block import Attend
 from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_idle, is_table, logit_scale_reason, pair, position_bias
 from .shared.separate import separate_padding, separate_projections
-from .window_attention import StackedAttention, argument_names
+from .shared.stacked import StackedAttention, argument_names
 
 
 class HuggingFaceAttention(StackedAttention):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..spec.window import Axes, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_table, sides
-from .window_attention import StackedAttention, argument_names
+from .shared.stacked import StackedAttention, argument_names
 
 
 class Renamed(StackedAttention):
