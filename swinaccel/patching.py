@@ -93,8 +93,8 @@ _parsed: dict[str, Marking | None] = {}
 def switched_off() -> Iterator[None]:
     """Let dispatchers run the originals, in this thread and context.
 
-    In every thread, while a compiler traces, and in backwards: autograd has threads of its own, in which checkpointing
-    calls modules again. Whoever ends the block, and in whatever context, it is over for all.
+    Compilers and backwards heed it in every thread: autograd calls checkpointed modules from threads of its own. The
+    block ends for all of them at once, whatever context it is left in.
     """
     global _open_switches
     switch, counted = _Switch(_switch.get()), False
@@ -145,7 +145,7 @@ def decode(marker: str) -> Marking | None:
 
 
 def foreign_reason(module: nn.Module, method: str) -> str | None:
-    """Return why a module's method is not its class's to replace, or None."""
+    """Return why a module's method must not be replaced on its class, or None."""
     if method in module.__dict__:
         return f"{method} was replaced on this instance"
     function = vars(owner(type(module), method))[method]
@@ -233,7 +233,7 @@ def _keys(module: Any, found: Marking) -> list[tuple[type, str]]:
 
 
 def unmark(modules: Iterable[nn.Module]) -> None:
-    """Undo `mark`, and take the dispatcher from every class that no accelerated instance is left of."""
+    """Undo `mark`, and remove the dispatcher from every class without an accelerated instance."""
     with _lock:
         for module in modules:
             module.__dict__.pop(MARKER, None)
@@ -289,7 +289,7 @@ def _named(key: tuple[type, str]) -> tuple[str, str]:
 
 
 def remove(key: tuple[type, str]) -> None:
-    """Take the dispatcher from a method of a class; wrapt raises where another wrapper came on top of it since."""
+    """Remove the dispatcher from a method of a class; wrapt raises where another wrapper has been put on top of it."""
     cls, method = key
     wrapt.unwrap_object(cls, method, _installed[key])
     del _installed[key]

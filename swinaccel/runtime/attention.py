@@ -28,7 +28,7 @@ from .context import PATCHABLE, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
-from .weights import later_weights, weights_reason
+from .weights import lazy_weights, weights_reason
 
 _CHANGED = (
     "its {} was changed after accelerate(), or came from a file or another process; call"
@@ -37,7 +37,7 @@ _CHANGED = (
 
 
 def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Reading | str:
-    """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
+    """Return how a module's attention is read, or why its original must run; looked up anew when its guard fails."""
     if cache.holds(module):
         return cache.facts
     root = alias(module)
@@ -69,7 +69,7 @@ def guard_of(adapter: Adapter, root: nn.Module, parts: list[nn.Module]) -> Guard
 
 
 def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str) -> str | None:
-    """Return why modules that the section stands in for must be called: someone watches them or replaced a method.
+    """Return why modules that the section stands in for must be called: they have hooks or a replaced method; or None.
 
     Args:
         parts: the attention first.
@@ -140,7 +140,7 @@ def plan_attention(
 
         out = family.forward(module, watched, *args, **kwargs)
         given = args[0] if args else next(iter(kwargs.values()))
-        return out, later_weights(section, images[0], given)
+        return out, lazy_weights(section, images[0], given)
 
     return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
 

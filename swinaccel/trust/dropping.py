@@ -1,7 +1,7 @@
-"""Find out, on copies of a module, which of its dropouts and rates its family's reading of it gets right.
+"""Find out, on copies of a module, which of its dropouts and rates its family reads right.
 
-One at a time drops everything, which no random number decides: dropouts of another kind, as Dropout2d, do that like
-any other, and are told by their code.
+Each in turn drops everything (p = 1), so that no random number decides. Dropouts of another kind, as Dropout2d, do the
+same then, and are told apart by their code.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _rate_told_to_torch(
 
 
 def _are_weights(dropped: Any = None) -> bool:
-    """Return True of what a softmax gives, and False of what it weighs."""
+    """Return True if a tensor consists of attention weights, which sum to one, rather than of values."""
     return isinstance(dropped, torch.Tensor) and bool((dropped.sum(-1) - 1).abs().max() < 1e-6)
 
 

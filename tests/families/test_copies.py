@@ -233,7 +233,7 @@ def test_weights_however_they_are_read(reader):
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
     with torch.no_grad():
         expected, found = model(x)[1], twin(x)[1]
-        assert type(found) is weights.Later
+        assert type(found) is weights.LazyTensor
         helpers.assert_close(READERS[reader](found), READERS[reader](expected))
         helpers.assert_close(found + 0, expected)
 
@@ -256,7 +256,7 @@ def test_weights_are_no_others_than_those_of_their_call(change):
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
     with torch.no_grad():
         expected, found = model(x)[1], twin(x)[1]
-        assert type(found) is weights.Later
+        assert type(found) is weights.LazyTensor
         CHANGES[change](twin, x)
         helpers.assert_close(found + 0, expected)
 
