@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,20 @@ from .registry import Reading
 Compare = Callable[..., str | None]  # of (original, reading, arguments, setting): why they differ, or None
 
 
+class _Subject(NamedTuple):
+    """A module, its family, the modules whose numbers are moved in copies (see `random_copy`), and its own method."""
+
+    module: nn.Module
+    family: Family
+    moved: set[nn.Module]
+    original: Callable[..., Any]
+
+    def copy(self) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+        """Return a random copy, which drops nothing, and the arguments of its calls."""
+        clone = random_copy(self.module, self.moved, Setting())
+        return clone, calls(self.family, clone, Setting())
+
+
 def with_dropouts(
     module: nn.Module,
     family: Family,
@@ -40,14 +54,14 @@ def with_dropouts(
 
     Args:
         moved: as for `random_copy`.
-        comparison: what judges a reading.
+        comparison: of a reading with the original.
     """
+    subject, attention = _Subject(module, family, moved, original), family.attention(module)
 
     def completed(reading: Reading) -> Reading:
-        paths = _unread(module, family, moved, original, reading, comparison(reading))
-        return dataclasses.replace(reading, unread_dropouts=paths)
+        return dataclasses.replace(reading, unread_dropouts=_unread(subject, reading, comparison(reading)))
 
-    found, attention = completed(reading), family.attention(module)
+    found = completed(reading)
     if all(map(is_of_library, module.modules())):
         return found
     unread = {module.get_submodule(path) for path in found.unread_dropouts}
@@ -55,31 +69,24 @@ def with_dropouts(
     names += [f"{name}.p" for name, part in attention.named_children() if part in unread]
     for name in names:
         candidate = dataclasses.replace(reading, rate=name)
-        if _is_rate(name, module, family, moved, original, comparison(candidate)):
+        if _is_rate(name, subject, comparison(candidate)):
             return completed(candidate)
     return found
 
 
-def _unread(
-    module: nn.Module,
-    family: Family,
-    moved: set[nn.Module],
-    original: Callable[..., Any],
-    reading: Reading,
-    comparison: Compare,
-) -> tuple[str, ...]:
+def _unread(subject: _Subject, reading: Reading, comparison: Compare) -> tuple[str, ...]:
     """Return the paths of dropouts that a family neither reads nor calls as the original does.
 
     Of the weights' dropout, which kernels draw for themselves, PyTorch must also be told the rate, once a call.
     """
+    module, family, moved, original = subject
     drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
     unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
     if all(map(is_of_library, module.modules())):
         return tuple(unread)
     with isolated(), torch.no_grad():
         for path in [path for path in drops if path not in unread]:
-            clone = random_copy(module, moved, Setting())
-            arguments = calls(family, clone, Setting())
+            clone, arguments = subject.copy()
             dropping = clone.get_submodule(path).train()
             dropping.p = 1.0  # type: ignore[assignment]
             try:
@@ -103,25 +110,17 @@ def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tup
     return not isinstance(section, str) and section.dropout > 0
 
 
-def _is_rate(
-    name: str,
-    module: nn.Module,
-    family: Family,
-    moved: set[nn.Module],
-    original: Callable[..., Any],
-    comparison: Compare,
-) -> bool:
+def _is_rate(name: str, subject: _Subject, comparison: Compare) -> bool:
     """Return True if a number of an attention is the rate at which weights are dropped, in the attention's training.
 
     At 1 everything is dropped, which shows where; that a rate is taken as it is shows in what PyTorch is told.
     """
+    holder, _, last = name.rpartition(".")
     with isolated(), torch.no_grad():
         for is_training, rate in ((False, 1.0), (True, 1.0), (True, 0.25)):
-            clone = random_copy(module, moved, Setting())
-            arguments = calls(family, clone, Setting())
-            attention = family.attention(clone)
+            clone, arguments = subject.copy()
+            attention = subject.family.attention(clone)
             attention.training = is_training
-            holder, _, last = name.rpartition(".")
             if holder:
                 attention.get_submodule(holder).training = True  # which must not matter
             setattr(attention.get_submodule(holder), last, rate)
@@ -129,7 +128,7 @@ def _is_rate(
                 if rate == 1.0:
                     holds = _is_alike(clone, arguments, comparison)
                 else:
-                    holds = _rate_told_to_torch(original, clone, arguments) == rate
+                    holds = _rate_told_to_torch(subject.original, clone, arguments) == rate
             except NotNow:
                 holds = False
             if not holds:
