@@ -982,7 +982,7 @@ MUTANTS = [
             "patching.py",
             "_instances.setdefault(key, weakref.WeakSet()).add(module)",
             "pass",
-            "tests/api/test_patching.py -k nothing",
+            "tests/api/test_patching.py -k copies",
         ),
         ("patching.py", "    if run is None:\n", "    if False:\n", HOST + " -k pickled"),
     ),

@@ -126,6 +126,16 @@ def test_restore_of_a_part():
     assert statuses == ["original", "original", "accelerated"]
 
 
+def test_restoring_one_of_two_models_looks_for_no_copies(monkeypatch):
+    """That takes a walk over all objects of the process."""
+    model, other = accelerate(MODELS["timm"]()), accelerate(MODELS["timm"]())
+    searched = []
+    monkeypatch.setattr(patching, "_keys_of_copies", lambda keys: searched.append(keys) or set())
+    swinaccel.restore(model)
+    assert searched == [set()]
+    assert is_accelerated(other)
+
+
 def test_repeated_cycles_leave_nothing():
     model = MODELS["torchvision"]()
     before = snapshot(model)
