@@ -66,6 +66,7 @@ class TritonSection:
     def attend(self, image: Tensor) -> Tensor:
         """Return the attention of an image (B, H, W, C), by its launches where the projection is as it was."""
         section, bound = self.section, self._bound
+        padding = padding_of(section) if bound is not None and bound.has_padding else None
         qkv: Any = section.project(image)
         if bound is None:
             return section.output(self._first(qkv))
@@ -73,11 +74,8 @@ class TritonSection:
         for one in parts:
             if one.shape != bound.shape or one.dtype is not bound.dtype or not one.is_contiguous():
                 return section.output(self._first(qkv))
-        padding = None
-        if bound.has_padding:
-            padding = padding_of(section)
-            if padding is None or not padding.is_contiguous():
-                return section.output(self._first(qkv))
+        if bound.has_padding and (padding is None or not padding.is_contiguous()):
+            return section.output(self._first(qkv))
         table = bound.table
         if table is None and section.table is not None:
             table = None if bound.position is None else bound.position.run(*section.position)  # type: ignore[misc]
@@ -153,9 +151,8 @@ def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor]
     """
     if isinstance(projection, Product):
         layer, bias_of = projection.layer, projection.bias
-        if torch.is_grad_enabled():
-            return lambda x: linear(x, layer.weight, bias_of())
-        return lambda x: product(x, layer.weight, bias_of())
+        run = linear if torch.is_grad_enabled() else product
+        return lambda x: run(x, layer.weight, layer.bias if bias_of is None else bias_of())
     if (
         not is_builtin(projection, nn.Linear)
         or projection._compiled_call_impl is not None
