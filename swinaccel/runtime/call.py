@@ -73,7 +73,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if entry.is_captured:
         if reason is not None or not env_graphs():
             return original(module, *args, **kwargs)
-        return graphs.call(state_of(module), module, original, x, args, kwargs, entry.config.graphs_memory)
+        return graphs.call(state_of(module), module, original, args, kwargs, entry.config)
     if reason is None:
         settings = tuple(map(module.__dict__.get, names)) if names else names
         key = call_key(entry, settings, x, args, kwargs)
