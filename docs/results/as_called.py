@@ -74,7 +74,8 @@ def inference(name: str, compiles: bool) -> dict[str, Callable[[], Any]]:
     make, size = MODELS[name]
 
     def build(**options: Any) -> nn.Module:
-        model = randomize(make()).cuda().bfloat16().eval()
+        with torch.device("cuda"):
+            model = randomize(make()).bfloat16().eval()
         return swinaccel.accelerate(model, **options) if options else model
 
     models: dict[str, Any] = {

@@ -16,10 +16,10 @@ from .cuda_graph import CudaGraphs
 from .guard import Guard, NotGuardable
 from .plan import State, known_states
 
-Run = Callable[[list[Tensor]], Any]
+Run = Callable[[nn.Module, list[Tensor]], Any]
 
 ENGINES: dict[str, Any] = {"cuda": CudaGraphs}  # by type of device
-_RUNS = 2  # of a call, to capture it: libraries set themselves up in the first
+RUNS = 2  # of a call, to capture it: libraries set themselves up in the first
 
 
 class NotCapturable(Exception):
@@ -31,7 +31,7 @@ class Capture:
 
     Args:
         module: whose call it is.
-        run: the call, of other tensors.
+        run: the call, of a module that is as this one, and of other tensors.
         inputs: all tensors that the call was given.
 
     Attributes:
@@ -67,15 +67,9 @@ class Capture:
             own.copy_(one.detach())
         written = [one._version for one in self._inputs if not one.is_inference()]
         self._engine = ENGINES[self._device.type](self._device)
-        states = known_states(self._modules)
-        before = [(one, one.calls, one.fallbacks) for one in states]
+        self._calls: list[tuple[State, int, int]] = []
         with _without_autocast_cache():
             leaves, self._form = tree_flatten(self._capture(run, inputs))
-        # Of one call, which nobody has asked for.
-        self._calls: list[tuple[State, int, int]] = []
-        for state, calls, fallbacks in before:
-            self._calls.append((state, (state.calls - calls) // _RUNS, (state.fallbacks - fallbacks) // _RUNS))
-            state.calls, state.fallbacks = calls, fallbacks
         if [one._version for one in self._inputs if not one.is_inference()] != written:
             raise NotCapturable("it writes to its input")
         self._outputs, self._leaves = _split(leaves)
@@ -88,9 +82,14 @@ class Capture:
             raise NotCapturable("a module in it is in training, and no gradients are recorded; call eval()")
 
     def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
-        """Capture the call, and return its output."""
-        self._engine.warm_up(lambda: run(self._inputs))
-        self._forward, output = self._engine.capture(lambda: run(self._inputs))
+        """Capture the call, note whose calls it makes, and return its output."""
+        root, states = self._modules[0], known_states(self._modules)
+        before = [(one, one.calls, one.fallbacks) for one in states]
+        self._engine.warm_up(lambda: run(root, self._inputs))
+        self._forward, output = self._engine.capture(lambda: run(root, self._inputs))
+        for state, calls, fallbacks in before:
+            self._calls.append((state, (state.calls - calls) // RUNS, (state.fallbacks - fallbacks) // RUNS))
+            state.calls, state.fallbacks = calls, fallbacks  # nobody has asked for those
         return output
 
     def lies(self) -> bool:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..config import AccelConfig
-from ..layers import PLAIN_TENSORS, alias
+from ..layers import PLAIN_TENSORS
 from ..ops.observed import count_modes
 from .capture import ENGINES, Capture, NotCapturable, Run
 from .plan import State
+from .rehearsal import compile_ahead
 from .training_capture import TrainingCapture
 
 logger = logging.getLogger("swinaccel")
@@ -69,6 +70,10 @@ class Graphs:
         if not capture.replays:
             self.refuse(key, "something in it changes at every call")
         return None
+
+    def is_new(self, key: tuple) -> bool:
+        """Return True if no call of this signature came before."""
+        return key not in self._seen and key not in self._refused
 
     def is_due(self, key: tuple, first: int) -> bool:
         """Return True if a call of this signature, which is counted here, is the first that should be captured."""
@@ -125,32 +130,27 @@ def call(
     key, inputs = found
     graphs = state.graphs = state.graphs or Graphs()
     result = graphs.replay(module, key, inputs)
-    if result is None and graphs.is_due(key, FIRST - (config.graphs is True)):
-        graphs.capture(
-            module,
-            key,
-            _again(alias(module), run, args, kwargs),
-            inputs,
-            config.graphs_memory * memory_of(inputs[0].device),
-        )
+    if result is not None:
+        return result[0]
+    again = _again(run, args, kwargs)
+    if graphs.is_new(key):
+        compile_ahead(module, again, inputs)
+    if graphs.is_due(key, FIRST - (config.graphs is True)):
+        graphs.capture(module, key, again, inputs, config.graphs_memory * memory_of(inputs[0].device))
         result = graphs.replay(module, key, inputs)
     return run(module, *args, **kwargs) if result is None else result[0]
 
 
-def _again(root: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    """Return a function that makes a call anew, of other tensors.
-
-    Args:
-        root: an alias, which does not keep the module alive.
-    """
+def _again(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """Return a function that makes a call anew, of another module and other tensors."""
     leaves, form = tree_flatten((args, kwargs))
     places, _ = _distinct(leaves)
     others = [None if isinstance(one, Tensor) else one for one in leaves]  # which does not keep the tensors alive
 
-    def again(tensors: list[Tensor]) -> Any:
+    def again(module: nn.Module, tensors: list[Tensor]) -> Any:
         given = [one if place is None else tensors[place] for one, place in zip(others, places, strict=True)]
         args, kwargs = tree_unflatten(given, form)
-        return run(root, *args, **kwargs)
+        return run(module, *args, **kwargs)
 
     return again
 

@@ -5,15 +5,17 @@ Loss, clipping and optimizer stay outside, and so do the parameters' own gradien
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten
 
-from .capture import Capture, NotCapturable, Run
+from .capture import RUNS, Capture, NotCapturable, Run
+from .plan import known_states
+from .rehearsal import Buffers, drawing_apart, random_state, set_random_state
 
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
 
@@ -33,17 +35,14 @@ class TrainingCapture(Capture):
             raise NotCapturable("it checkpoints, and computes in its backward what a graph would keep")
 
     def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
-        root = self._modules[0]
-        parameters = [one for one in root.parameters() if one.requires_grad]
-        buffers = _Buffers(root)
-        # A parameter's node runs on the stream that it was made on: the user's, if it is made and kept here.
-        self._nodes = list(map(get_gradient_edge, parameters))
+        root, twin, parameters = self._modules[0], *self._twin()
+        buffers = Buffers(root)
         given = [own.detach().requires_grad_(one.requires_grad) for own, one in zip(self._inputs, inputs, strict=True)]
-        sources = [*given, *parameters]
+        sources = [*given, *parameters.values()]
         wanted = [place for place, one in enumerate(sources) if one.requires_grad]
 
         def forward() -> tuple[Any, list[Tensor]]:
-            output = run(given)
+            output = run(twin, given)
             leaves = {id(one): one for one in tree_flatten(output)[0] if isinstance(one, Tensor)}
             return output, [one for one in leaves.values() if one.requires_grad]
 
@@ -58,23 +57,46 @@ class TrainingCapture(Capture):
                 raise NotCapturable("nothing that it returns has a gradient")
             backward(outs, list(map(torch.ones_like, outs)))
 
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            before = _random_state(self._device)
+        with drawing_apart(self._device):
+            before = random_state(self._device)
             self._engine.warm_up(both)
-            self._draws = not torch.equal(before, _random_state(self._device))
+            self._draws = not torch.equal(before, random_state(self._device))
             self._forward, (output, self._differentiable) = self._engine.capture(forward)
+            if not _leaves_of(self._differentiable) <= set(map(id, sources)):
+                raise NotCapturable("its code reads parameters through something else than the modules inside")
             self._given_grads = list(map(torch.zeros_like, self._differentiable))
             self._backward, grads = self._engine.capture(lambda: backward(self._differentiable, self._given_grads))
+        for one, other in zip(self._modules, twin.modules(), strict=True):
+            for state, counted in zip(known_states([one]), known_states([other]), strict=False):
+                self._calls.append((state, counted.calls // RUNS, counted.fallbacks // RUNS))
         statistics = buffers.restore()
         self._counted = [one for one in self._counted if not any(one is other for other in statistics)]
         self._versions = self._counts()
         found = dict(zip(wanted, grads, strict=True))
         # A parameter that takes no part has no gradient, which DDP must see.
         used = [place for place in range(len(sources)) if place < len(given) or found.get(place) is not None]
-        self._parameters = [sources[place] for place in used[len(given) :]]
+        own = list(parameters)
+        self._parameters = [own[place - len(given)] for place in used[len(given) :]]
         self._grads = [found.get(place) for place in used]
         self._flags, self._run, self._turn = self._wanted(), run, weakref.ref(_Turn())
         return output
+
+    def _twin(self) -> tuple[nn.Module, dict[Tensor, Tensor]]:
+        """Return a copy of the module that shares its memory, and its parameters by those of the module.
+
+        The node that adds up a parameter's gradient runs on the stream that it was made on, which is not the one that
+        is captured; the copy's parameters get nodes of their own.
+        """
+        root, memo = self._modules[0], {id(one): one for one in self._tensors}
+        found: dict[Tensor, Tensor] = {}
+        for one in root.parameters():
+            memo[id(one)] = other = nn.Parameter(one.detach(), one.requires_grad)
+            if one.requires_grad:
+                found[one] = other
+        try:
+            return copy.deepcopy(root, memo), found
+        except Exception as error:
+            raise NotCapturable(f"it cannot be copied ({type(error).__name__})") from None
 
     def lies(self) -> bool:
         """Return True if the graphs read the module's memory, and the same parameters as ever want gradients."""
@@ -98,7 +120,7 @@ class TrainingCapture(Capture):
         turn, kind = _Turn(), self._device.type
         turn.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with self._engine.lock:
-            turn.random_state = _random_state(self._device) if self._draws else None
+            turn.random_state = random_state(self._device) if self._draws else None
             self._turn = weakref.ref(turn)
             return self.forward(list(given[: len(self._inputs)])), turn
 
@@ -138,16 +160,16 @@ class TrainingCapture(Capture):
     ) -> list[Tensor | None]:
         """Return the gradients of a forward by running it anew, as it was; they have gradients themselves."""
         kind, count, creates = self._device.type, len(self._inputs), torch.is_grad_enabled()
-        buffers = _Buffers(self._modules[0])
+        buffers = Buffers(self._modules[0])
         with (
-            torch.random.fork_rng([self._device] if kind == "cuda" else []),
+            drawing_apart(self._device),
             torch.enable_grad(),
             torch.autocast(kind, turn.autocast, enabled=turn.autocast is not None),
         ):
             if turn.random_state is not None:
-                _set_random_state(self._device, turn.random_state)
+                set_random_state(self._device, turn.random_state)
             inputs = [one if creates else one.detach().requires_grad_(one.requires_grad) for one in given[:count]]
-            leaves = tree_flatten(self._run(inputs))[0]
+            leaves = tree_flatten(self._run(self._modules[0], inputs))[0]
             outs = list({id(one): one for one in leaves if isinstance(one, Tensor) and one.requires_grad}.values())
         buffers.restore()
         pairs = [(out, grad) for out, grad in zip(outs, self._selected(grads), strict=True) if grad is not None]
@@ -193,24 +215,6 @@ class _Turn:
         self.random_state: Tensor | None = None
 
 
-class _Buffers:
-    """The buffers of a module, as they are now."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._kept = [(one, one.clone(), one._version) for one in module.buffers() if not one.is_inference()]
-
-    def restore(self) -> list[Tensor]:
-        """Give those that were written to the numbers that they had, and return them."""
-        found = [
-            (one, kept)
-            for one, kept, version in self._kept
-            if one._version != version or not torch.equal(one, kept)  # batch norm counts no versions
-        ]
-        for one, kept in found:
-            one.data.copy_(kept)  # without a new version, which who has saved the buffer would take for an error
-        return [one for one, _ in found]
-
-
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, capture: TrainingCapture, *given: Tensor) -> tuple[Tensor, ...]:
@@ -228,12 +232,16 @@ class _Replayed(torch.autograd.Function):
         return None, *ctx.capture.backward(ctx.turn, ctx.saved_tensors, grads)
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def _leaves_of(outputs: list[Tensor]) -> set[int]:
+    """Return the ids of all tensors whose gradients a backward from outputs would add up."""
+    waiting: list[Any] = [one.grad_fn for one in outputs]
+    seen, found = set(waiting), {id(one) for one in outputs if one.grad_fn is None}
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for other, _ in () if node is None else node.next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return found

@@ -374,3 +374,37 @@ def test_threads_at_once():
         one.join()
     for ours, own in zip(found, expected, strict=True):
         helpers.assert_close(ours, own)
+
+
+def test_a_capture_that_fails_leaves_the_process_as_it_was():
+    if DEVICE == "cpu":
+        pytest.skip("the stand-in captures what reads results, which a CUDA graph cannot")
+    twin = helpers.randomize(Head(MODELS["timm"][0]())).eval().to(DEVICE)
+    model = accelerate(copy.deepcopy(twin), graphs=True)
+    for _ in range(4):
+        x = torch.randn(MODELS["timm"][1], device=DEVICE)
+        assert_alike(model, twin, x)
+    (graph,) = swinaccel.report(model).graphs
+    assert "capturing failed" in graph.reason
+    assert not graph.replays
+    swinaccel.accelerate(model, graphs="auto")
+    for _ in range(4):
+        assert_alike(model, twin, x)
+    assert replays(model) == 2
+
+
+def test_memory_is_given_back():
+    model, _, _ = captured()
+    assert swinaccel.report(model).graphs[0].nbytes > 0
+    swinaccel.restore(model)
+    gc.collect()
+    if DEVICE == "cuda":
+        for _ in range(3):
+            del model
+            model, _, x = captured()
+            assert_alike(model, model, x)
+            swinaccel.restore(model)
+            gc.collect()
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved()
+        assert reserved - torch.cuda.memory_allocated() < 2**28

@@ -91,6 +91,7 @@ def test_steps_of_an_optimizer(name):
     for ours, own in zip(model.parameters(), twin.parameters(), strict=True):
         helpers.assert_close(ours.detach(), own.detach(), 1e-4)
     assert replays(model) == 11
+    assert {entry.calls for entry in swinaccel.report(model)} == {12}
 
 
 @pytest.mark.parametrize("edit", EDITS)

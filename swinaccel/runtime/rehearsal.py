@@ -1,0 +1,84 @@
+"""Run a call for its side effects on us alone: nothing of the model, its statistics and random numbers changes.
+
+The first call of a kind is rehearsed so that all its kernels are compiled at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..backends.triton.launches import compiled_ahead
+from .cuda_graph import CudaGraphs
+from .plan import known_states
+
+
+def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor]) -> None:
+    """Compile what a call of a module will launch, its backward too where gradients are recorded.
+
+    Args:
+        run: the call, of a module and of tensors.
+    """
+    device = inputs[0].device
+    if device.type != "cuda":
+        return
+    buffers, states = Buffers(module), known_states(module.modules())
+    before = [(one, one.calls, one.fallbacks) for one in states]
+    # What fails is raised again by the call itself.
+    with (
+        suppress(Exception),
+        drawing_apart(device),
+        CudaGraphs(device).aside() as stream,
+        compiled_ahead(stream),
+    ):
+        outs = [one for one in tree_leaves(run(module, inputs)) if isinstance(one, Tensor) and one.requires_grad]
+        if outs:
+            sources = [one for one in (*inputs, *module.parameters()) if one.requires_grad]
+            torch.autograd.grad(outs, sources, list(map(torch.ones_like, outs)), allow_unused=True)
+    buffers.restore()
+    torch.cuda.empty_cache()  # of that stream
+    for state, calls, fallbacks in before:
+        state.calls, state.fallbacks = calls, fallbacks
+
+
+class Buffers:
+    """The buffers of a module, as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept = [(one, one.clone(), one._version) for one in module.buffers() if not one.is_inference()]
+
+    def restore(self) -> list[Tensor]:
+        """Give those that were written to the numbers that they had, and return them."""
+        found = [
+            (one, kept)
+            for one, kept, version in self._kept
+            if one._version != version or not torch.equal(one, kept)  # batch norm counts no versions
+        ]
+        for one, kept in found:
+            one.data.copy_(kept)  # without a new version, which who has saved the buffer would take for an error
+        return [one for one, _ in found]
+
+
+@contextmanager
+def drawing_apart(device: torch.device) -> Iterator[None]:
+    """Give the generators of a device, and of the CPU, their states back in the end."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of the generator of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Set the state of the generator of a device."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
