@@ -86,7 +86,7 @@ class AccelConfig:
     filter: Filter | None = None
     strict: bool = False
     fuse: Fuse = "auto"
-    graphs: Graphs = False
+    graphs: Graphs = "auto"
     graphs_memory: float = 0.5
 
     def __post_init__(self) -> None:

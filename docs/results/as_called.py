@@ -1,6 +1,6 @@
 """Time calls as users make them: wall time of one call with its synchronisation, of each variant, on one GPU.
 
-    python docs/results/as_called.py [--only WORD] [--no-compile] [--json FILE]
+    python docs/results/as_called.py [--only WORD] [--modes default,reduce-overhead] [--json FILE]
 
 Each model is a process of its own. All compile at the same time, and then are timed one after the other.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def tensor_of(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def inference(name: str, compiles: bool) -> dict[str, Callable[[], Any]]:
+def inference(name: str, modes: list[str]) -> dict[str, Callable[[], Any]]:
     """Return the calls of one model, warmed up, by "variant, B batch"."""
     import swinaccel
 
@@ -83,9 +84,8 @@ def inference(name: str, compiles: bool) -> dict[str, Callable[[], Any]]:
         "accelerate, graphs=False": build(graphs=False),
         "accelerate": build(graphs="auto"),
     }
-    if compiles:
-        models["torch.compile"] = torch.compile(build(), dynamic=False)
-        models["torch.compile reduce-overhead"] = torch.compile(build(), mode="reduce-overhead", dynamic=False)
+    for mode in modes:
+        models[f"torch.compile {mode}"] = torch.compile(build(), mode=mode, dynamic=False)
     calls: dict[str, Callable[[], Any]] = {}
     for batch in BATCHES:
         x = torch.randn(batch, 3, size, size, device="cuda", dtype=torch.bfloat16)
@@ -103,6 +103,7 @@ def inference(name: str, compiles: bool) -> dict[str, Callable[[], Any]]:
             error = ((out - outs["original"]).norm() / outs["original"].norm()).item()
             assert error < 0.05, (name, variant, batch, error)
         calls[f"replayed by hand, B{batch}"] = by_hand(calls[f"accelerate, graphs=False, B{batch}"])
+        torch.cuda.empty_cache()
     return calls
 
 
@@ -118,7 +119,7 @@ def by_hand(call: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: (graph.replay(), kept)
 
 
-def training(compiles: bool) -> dict[str, Callable[[], Any]]:
+def training(modes: list[str]) -> dict[str, Callable[[], Any]]:
     """Return training steps of swin_tiny, B128, drop-path 0.2, autocast to bf16, fused AdamW."""
     import timm
 
@@ -143,18 +144,19 @@ def training(compiles: bool) -> dict[str, Callable[[], Any]]:
         for _ in range(5):
             loss = call()
         assert loss.isfinite(), variant
+        torch.cuda.empty_cache()
         calls[f"{variant}, B128"] = call
 
     build("original", lambda model: model)
     build("accelerate, graphs=False", lambda model: swinaccel.accelerate(model, graphs=False))
     build("accelerate, graphs=True", lambda model: swinaccel.accelerate(model, graphs=True))
-    if compiles:
+    if modes:
         build("torch.compile", torch.compile)
         build("accelerate + torch.compile", lambda model: torch.compile(swinaccel.accelerate(model, graphs=False)))
     return calls
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int = 25) -> dict[str, dict[str, float]]:
+def measure(calls: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, dict[str, float]]:
     """Return milliseconds of a call, median and least, and the peak of memory above what lay there, in MiB."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     peaks = {}
@@ -183,19 +185,21 @@ def main() -> None:
     """Run all models, or in a child of this script one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--modes", default="default,reduce-overhead", help="of torch.compile; empty: without it")
+    parser.add_argument("--wait", help="a file whose appearance means that nothing else runs any more")
     parser.add_argument("--json")
     parser.add_argument("--child")
     options = parser.parse_args()
     if options.child:
         is_training = options.child == TRAINING
-        calls = training(not options.no_compile) if is_training else inference(options.child, not options.no_compile)
+        modes = [one for one in options.modes.split(",") if one]
+        calls = training(modes) if is_training else inference(options.child, modes)
         print("ready", flush=True)
         sys.stdin.readline()
         print(json.dumps(measure(calls)), flush=True)
         return
     names = [name for name in (*MODELS, TRAINING) if options.only in name]
-    extra = ["--no-compile"] if options.no_compile else []
+    extra = ["--modes", options.modes]
     children = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--child", name, *extra],
@@ -206,6 +210,8 @@ def main() -> None:
         for name in names
     }
     is_ready = {name: child.stdout.readline().strip() == "ready" for name, child in children.items()}  # type: ignore[union-attr]
+    while options.wait and not os.path.exists(options.wait):
+        time.sleep(0.1)
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": {}}
     for name, child in children.items():
         if not is_ready[name]:

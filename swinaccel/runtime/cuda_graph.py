@@ -36,8 +36,11 @@ class _Shared:
         self._pool: weakref.ref[_Pool] | None = None
         self.workspaces = torch.cuda.graph_pool_handle()
         self.kept: list[Any] = []  # in that pool
-        factors = [torch.zeros(_WIDTH, _WIDTH, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.float16)]
-        self.factors: list[Tensor] = [one.requires_grad_() for one in factors]
+        with torch.inference_mode(False):
+            self.factors: list[Tensor] = [
+                torch.zeros(_WIDTH, _WIDTH, device="cuda", dtype=dtype, requires_grad=True)
+                for dtype in (torch.float32, torch.float16)
+            ]
 
     def pool(self) -> _Pool:
         """Return the pool of the graphs that live now; it is given back when the last of them has gone."""
@@ -98,7 +101,7 @@ class CudaGraphs:
     def _make_workspaces(self) -> None:
         """Make the workspaces of this thread, and of the one that runs its backwards, if they are not there."""
         graph, shared = torch.cuda.CUDAGraph(), self._shared
-        with self.lock, self._captured(graph, shared.workspaces), torch.enable_grad():
+        with self.lock, self._captured(graph, shared.workspaces), torch.inference_mode(False), torch.enable_grad():
             outs = [torch.nn.functional.linear(one, one, one[0]) @ one for one in shared.factors]
             torch.autograd.grad([one.sum() for one in outs], shared.factors)
         if not shared.kept:

@@ -27,8 +27,8 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
     device = inputs[0].device
     if device.type != "cuda":
         return
-    buffers, states = Buffers(module), known_states(module.modules())
-    before = [(one, one.calls, one.fallbacks) for one in states]
+    buffers = Buffers(module)
+    before = {one: (one.calls, one.fallbacks) for one in known_states(module.modules())}
     # What fails is raised again by the call itself.
     with (
         suppress(Exception),
@@ -42,8 +42,8 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
             torch.autograd.grad(outs, sources, list(map(torch.ones_like, outs)), allow_unused=True)
     buffers.restore()
     torch.cuda.empty_cache()  # of that stream
-    for state, calls, fallbacks in before:
-        state.calls, state.fallbacks = calls, fallbacks
+    for state in known_states(module.modules()):
+        state.calls, state.fallbacks = before.get(state, (0, 0))
 
 
 class Buffers:

@@ -83,13 +83,13 @@ def test_steps_of_an_optimizer(name):
         for every, optimizer in zip((model, twin), optimizers, strict=True):
             optimizer.zero_grad(set_to_none=number % 2 == 0)
             out = step(every, x + number)
-        helpers.assert_close(step(model, x - number), step(twin, x - number), 1e-4)  # gradients add up
-        assert_alike(model, twin)
+        helpers.assert_close(step(model, x - number), step(twin, x - number), 1e-3)  # gradients add up
+        assert_alike(model, twin, 1e-3)  # what differs grows from step to step
         assert out is not None
         for optimizer in optimizers:
             optimizer.step()
     for ours, own in zip(model.parameters(), twin.parameters(), strict=True):
-        helpers.assert_close(ours.detach(), own.detach(), 1e-4)
+        helpers.assert_close(ours.detach(), own.detach(), 1e-3)
     assert replays(model) == 11
     assert {entry.calls for entry in swinaccel.report(model)} == {12}
 
