@@ -56,6 +56,9 @@ class Options(TypedDict, total=False):
     graphs_memory: float
 
 
+CAPTURED_CALL = 3  # of a signature: the first two compile kernels and make plans; a call earlier for graphs=True
+
+
 @dataclass(frozen=True)
 class AccelConfig:
     """Options of `accelerate` and `accelerated`.
@@ -73,8 +76,8 @@ class AccelConfig:
         strict: raise instead of running an original, and where a model holds nothing to accelerate.
         fuse: "attention" replaces the attention section only; "auto" may fuse plain layers around it too.
         graphs: "auto" replays calls of surveyed models as CUDA graphs in inference, from the third of a signature on;
-            True those of the model itself, whoever wrote it: its control flow must not depend on values, as for
-            torch.compile with mode="reduce-overhead". False never.
+            True those of the model itself, whoever wrote it, and in training, from the second on: its control flow must
+            not depend on values, as for torch.compile with mode="reduce-overhead". False never. On CPUs nothing is.
         graphs_memory: fraction in (0, 1] of the device's memory that the graphs of one model may take.
     Raises:
         ValueError, TypeError: for an option that is none of these; the message names it.

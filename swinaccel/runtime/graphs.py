@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..config import AccelConfig
+from ..config import CAPTURED_CALL, AccelConfig
 from ..layers import PLAIN_TENSORS
 from ..ops.observed import count_modes
 from .capture import ENGINES, Capture, NotCapturable, Run
@@ -28,7 +28,6 @@ from .training_capture import TrainingCapture
 
 logger = logging.getLogger("swinaccel")
 
-FIRST = 3  # the call of a signature that is captured: kernels are compiled, and blocks have their plans
 MOST = 8  # signatures of one module
 
 
@@ -135,7 +134,7 @@ def call(
     again = _again(run, args, kwargs)
     if graphs.is_new(key):
         compile_ahead(module, again, inputs)
-    if graphs.is_due(key, FIRST - (config.graphs is True)):
+    if graphs.is_due(key, CAPTURED_CALL - (config.graphs is True)):
         graphs.capture(module, key, again, inputs, config.graphs_memory * memory_of(inputs[0].device))
         result = graphs.replay(module, key, inputs)
     return run(module, *args, **kwargs) if result is None else result[0]

@@ -5,7 +5,8 @@ The first call of a kind is rehearsed so that all its kernels are compiled at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,14 +37,37 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
         CudaGraphs(device).aside() as stream,
         compiled_ahead(stream),
     ):
-        outs = [one for one in tree_leaves(run(module, inputs)) if isinstance(one, Tensor) and one.requires_grad]
-        if outs:
-            sources = [one for one in (*inputs, *module.parameters()) if one.requires_grad]
-            torch.autograd.grad(outs, sources, list(map(torch.ones_like, outs)), allow_unused=True)
+        _rehearse(module, run, inputs)
     buffers.restore()
     torch.cuda.empty_cache()  # of that stream
     for state in known_states(module.modules()):
         state.calls, state.fallbacks = before.get(state, (0, 0))
+
+
+def _rehearse(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor]) -> None:
+    twin, parameters = twin_of(module) if torch.is_grad_enabled() else (module, {})
+    outs = [one for one in tree_leaves(run(twin, inputs)) if isinstance(one, Tensor) and one.requires_grad]
+    if outs:
+        sources = [*(one for one in inputs if one.requires_grad), *parameters.values()]
+        torch.autograd.grad(outs, sources, list(map(torch.ones_like, outs)), allow_unused=True)
+
+
+def twin_of(module: nn.Module, shared: Iterable[Tensor] = ()) -> tuple[nn.Module, dict[Tensor, Tensor]]:
+    """Return a copy of a module that shares its memory, and its parameters that want gradients, by the module's.
+
+    The node that adds up a parameter's gradient runs on the stream that it was made on, and may be alive. The copy's
+    parameters have nodes of their own.
+
+    Args:
+        shared: further tensors that are not to be copied.
+    """
+    memo: dict[int, Any] = {id(one): one for one in (*module.buffers(), *shared)}
+    found: dict[Tensor, Tensor] = {}
+    for one in module.parameters():
+        memo[id(one)] = other = nn.Parameter(one.detach(), one.requires_grad)
+        if one.requires_grad:
+            found[one] = other
+    return copy.deepcopy(module, memo), found
 
 
 class Buffers:

@@ -5,7 +5,6 @@ Loss, clipping and optimizer stay outside, and so do the parameters' own gradien
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from .capture import RUNS, Capture, NotCapturable, Run
 from .plan import known_states
-from .rehearsal import Buffers, drawing_apart, random_state, set_random_state
+from .rehearsal import Buffers, drawing_apart, random_state, set_random_state, twin_of
 
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
 
@@ -35,7 +34,8 @@ class TrainingCapture(Capture):
             raise NotCapturable("it checkpoints, and computes in its backward what a graph would keep")
 
     def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
-        root, twin, parameters = self._modules[0], *self._twin()
+        root = self._modules[0]
+        twin, parameters = self._copied(root)
         buffers = Buffers(root)
         given = [own.detach().requires_grad_(one.requires_grad) for own, one in zip(self._inputs, inputs, strict=True)]
         sources = [*given, *parameters.values()]
@@ -81,20 +81,9 @@ class TrainingCapture(Capture):
         self._flags, self._run, self._turn = self._wanted(), run, weakref.ref(_Turn())
         return output
 
-    def _twin(self) -> tuple[nn.Module, dict[Tensor, Tensor]]:
-        """Return a copy of the module that shares its memory, and its parameters by those of the module.
-
-        The node that adds up a parameter's gradient runs on the stream that it was made on, which is not the one that
-        is captured; the copy's parameters get nodes of their own.
-        """
-        root, memo = self._modules[0], {id(one): one for one in self._tensors}
-        found: dict[Tensor, Tensor] = {}
-        for one in root.parameters():
-            memo[id(one)] = other = nn.Parameter(one.detach(), one.requires_grad)
-            if one.requires_grad:
-                found[one] = other
+    def _copied(self, root: nn.Module) -> tuple[nn.Module, dict[Tensor, Tensor]]:
         try:
-            return copy.deepcopy(root, memo), found
+            return twin_of(root, self._tensors)
         except Exception as error:
             raise NotCapturable(f"it cannot be copied ({type(error).__name__})") from None
 

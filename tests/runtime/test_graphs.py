@@ -18,6 +18,7 @@ from test_states import MODELS
 from torch import nn
 
 import swinaccel
+from swinaccel.config import CAPTURED_CALL
 from swinaccel.ops.failures import failures
 from swinaccel.runtime import capture, graphs
 from swinaccel.runtime.plan import state_of
@@ -52,7 +53,7 @@ def captured(name="timm", **options):
     twin = helpers.randomize(make()).eval().to(DEVICE)
     model = accelerate(copy.deepcopy(twin), graphs=True, **options)
     x = torch.randn(shape, device=DEVICE)
-    for _ in range(graphs.FIRST - 1):
+    for _ in range(CAPTURED_CALL - 1):
         call(model, x)
     return model, twin, x
 
@@ -176,7 +177,7 @@ def test_autocast_is_captured_by_itself():
     model, twin, x = captured()
     for _ in range(2):
         with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
-            for _ in range(graphs.FIRST + 1):
+            for _ in range(CAPTURED_CALL + 1):
                 helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
     assert swinaccel.report(model).graphs[0].captured == 2
 
@@ -203,7 +204,7 @@ def test_memory_that_is_gone_is_not_even_read(way, tapes):
 def test_autocast_leaves_no_weights_that_are_freed():
     model, twin, x = captured()
     with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
-        for _ in range(graphs.FIRST):
+        for _ in range(CAPTURED_CALL):
             model(x)
     for every in (model, twin):
         every.head.fc.weight.data.mul_(-3)
@@ -216,14 +217,14 @@ def test_autocast_leaves_no_weights_that_are_freed():
 def test_inference_mode_has_graphs_of_its_own():
     model, _, x = captured()
     with torch.inference_mode():
-        assert all(model(x).is_inference() for _ in range(graphs.FIRST + 1))
+        assert all(model(x).is_inference() for _ in range(CAPTURED_CALL + 1))
     assert not call(model, x).is_inference()
     assert swinaccel.report(model).graphs[0].captured == 2
 
 
 def test_layouts_have_graphs_of_their_own():
     model, _, x = captured()
-    for _ in range(graphs.FIRST):
+    for _ in range(CAPTURED_CALL):
         call(model, x.contiguous(memory_format=torch.channels_last))
     assert swinaccel.report(model).graphs[0].captured == 2
 
@@ -251,7 +252,7 @@ class Scaled(nn.Module):
 def test_tensors_that_are_no_buffers_are_followed(change):
     twin = helpers.randomize(Scaled(MODELS["timm"][0]())).eval().to(DEVICE)
     model, x = accelerate(copy.deepcopy(twin), graphs=True), torch.randn(MODELS["timm"][1], device=DEVICE)
-    for _ in range(graphs.FIRST):
+    for _ in range(CAPTURED_CALL):
         assert_alike(model, twin, x)
     assert replays(model) == 2
     change(model)
@@ -323,7 +324,7 @@ def test_limits(monkeypatch, tapes):
     model, twin, x = captured()
     monkeypatch.setattr(graphs, "MOST", 2)
     for batch in (2, 3, 4):
-        for _ in range(graphs.FIRST):
+        for _ in range(CAPTURED_CALL):
             assert_alike(model, twin, torch.randn(batch, *x.shape[1:], device=DEVICE))
     graph = swinaccel.report(model).graphs[0]
     assert (graph.captured, graph.nbytes) == (2, 200)
@@ -331,7 +332,7 @@ def test_limits(monkeypatch, tapes):
     for _ in range(4):
         assert_alike(model, twin, torch.randn(5, *x.shape[1:], device=DEVICE))
     assert "graphs_memory" in swinaccel.report(model).graphs[0].reason
-    for _ in range(3 * graphs.FIRST):
+    for _ in range(3 * CAPTURED_CALL):
         assert_alike(model, twin, x)
 
 
@@ -408,3 +409,10 @@ def test_memory_is_given_back():
             torch.cuda.empty_cache()
             reserved = torch.cuda.memory_reserved()
         assert reserved - torch.cuda.memory_allocated() < 2**28
+
+
+def test_verify_compares_a_replay():
+    model, _, x = captured()
+    result = swinaccel.verify(model, x)
+    assert result, str(result)
+    assert replays(model) >= 3
