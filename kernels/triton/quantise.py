@@ -97,9 +97,9 @@ def _quantise_weights_kernel(
 
     ROWS_C rows of C numbers, in BLOCK_C, and likewise WIDTH and HIDDEN.
     """
-    END_QKV: tl.constexpr = tl.cdiv(QKV, ROWS_C)
-    END_PROJ: tl.constexpr = END_QKV + tl.cdiv(C, ROWS_W)
-    END_FC1: tl.constexpr = END_PROJ + tl.cdiv(HIDDEN, ROWS_C)
+    END_QKV: tl.constexpr = (QKV + ROWS_C - 1) // ROWS_C
+    END_PROJ: tl.constexpr = END_QKV + (C + ROWS_W - 1) // ROWS_W
+    END_FC1: tl.constexpr = END_PROJ + (HIDDEN + ROWS_C - 1) // ROWS_C
     pid = tl.program_id(0)
     if pid < END_QKV:
         _store_weight(out_ptr, scale_ptr, qkv_ptr, pid, QKV, C, BLOCK_C, ROWS_C)

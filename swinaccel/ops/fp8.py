@@ -23,6 +23,8 @@ EIGHT = torch.float8_e4m3fn
 MULTIPLE = 16  # of which both sides of a product of 8 bits must be
 WIDE = torch.bfloat16  # what products come out in: of rows with scales they come out in no other
 
+fast_accumulation = True  # within the tensor cores for longer, whose sums hold fewer bits than fp32, more than e4m3
+
 Operand = tuple[Tensor, Tensor]  # numbers of 8 bits (rows, K), and scales (rows, 1)
 
 
@@ -120,9 +122,15 @@ class BoundBlock:
 
 
 def _product(x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
-    """Return x weightᵀ + bias, (rows, N), summed in fp32."""
+    """Return x weightᵀ + bias, (rows, N)."""
     (left, left_scale), (right, right_scale) = x, weight
     bias = None if bias is None else bias.to(WIDE)
     return torch._scaled_mm(
-        left, right, scale_a=left_scale, scale_b=right_scale, bias=bias, out_dtype=WIDE, use_fast_accum=True
+        left,
+        right,
+        scale_a=left_scale,
+        scale_b=right_scale,
+        bias=bias,
+        out_dtype=WIDE,
+        use_fast_accum=fast_accumulation,
     )

@@ -169,6 +169,7 @@ def _fused_plan(
     adapter, config, scope = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
     if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
+        precision.note(adapter, module, config, None)
         return None
     facts = _facts(adapter, module, scope)
     made = facts
@@ -176,6 +177,7 @@ def _fused_plan(
         made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, scope)
     if isinstance(made, str):
         state.unfused = made
+        precision.note(adapter, module, config, made)
         return None
     state.unfused = None
     scope.keep(key, made)

@@ -25,12 +25,14 @@ from ..spec.block import Product
 from ..spec.window import Section
 from .block import DTYPES, HALVES, BlockFacts, FusedBlock, norm_dtype
 from .context import product_dtype
-from .plan import State
+from .plan import State, state_of
 from .section import TritonSection
 
 logger = logging.getLogger("swinaccel")
 
-fewest_channels = 256  # of a block: with fewer, what fp8 saves is less than what quantising costs (docs/notes.md)
+fewest_channels = 129  # of a block: with fewer, all that follows its attention is one kernel without
+
+_OTHER_DEVICE = "products of 8 bits run by Triton kernels, on NVIDIA GPUs of compute capability 8.9 or newer"
 
 Read = Callable[[], tuple[Tensor, Tensor | None]]  # weight and bias of now
 Run = Callable[[Tensor], Any]
@@ -59,6 +61,18 @@ class Precision:
         if self.reason is not None or self.error is None:
             return "the model's"
         return f"fp8, error {self.error:.1e}"
+
+
+def note(adapter: Any, module: nn.Module, config: AccelConfig, reason: str | None) -> None:
+    """Note why a block does not run as a whole, and so without products of 8 bits, where these were asked for.
+
+    Args:
+        reason: None where it is that the device has no kernels.
+    """
+    if config.precision == "fp8" and hasattr(adapter, "inner"):
+        state = state_of(adapter.inner(module)[1])
+        known = state.precision = state.precision or Precision()
+        known.reason = reason or _OTHER_DEVICE
 
 
 def run_of(
@@ -125,7 +139,7 @@ def _version(tensor: Tensor) -> tuple[int, int, int]:
 def _reason(facts: BlockFacts, section: Section, reads: list[Read] | str, x: Tensor, backend: str) -> str | None:
     """Return why a call runs without products of 8 bits, or None."""
     if backend != "triton":
-        return "products of 8 bits run on NVIDIA GPUs of compute capability 8.9 or newer"
+        return _OTHER_DEVICE
     reason = device_reason(x.device)
     if reason is not None:
         return reason
@@ -157,7 +171,7 @@ def _reason(facts: BlockFacts, section: Section, reads: list[Read] | str, x: Ten
     if any(side % fp8.MULTIPLE for side in (facts.channels, width, facts.hidden)) or not x.numel():
         return f"its channels are no multiples of {fp8.MULTIPLE}, which products of 8 bits ask for"
     if facts.channels < fewest_channels:
-        return f"it has fewer than {fewest_channels} channels, where products of 8 bits are no faster"
+        return f"with fewer than {fewest_channels} channels it is few kernels, which products of 8 bits take apart"
     return None
 
 
@@ -167,7 +181,7 @@ def device_reason(device: torch.device) -> str | None:
     is_new = device.type == "cuda" and torch.version.hip is None and hasattr(torch, "_scaled_mm")
     if is_new and torch.cuda.get_device_capability(device) >= (8, 9):
         return None
-    return "products of 8 bits run on NVIDIA GPUs of compute capability 8.9 or newer"
+    return _OTHER_DEVICE
 
 
 class _Block:
