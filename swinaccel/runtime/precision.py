@@ -184,6 +184,11 @@ def device_reason(device: torch.device) -> str | None:
     return _OTHER_DEVICE
 
 
+def is_captured(x: Tensor) -> bool:
+    """Return True if a CUDA graph is being captured, where nothing can be measured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _Block:
     """A block that can multiply in 8 bits, for one kind of calls."""
 
@@ -216,7 +221,7 @@ class _Block:
         """Return what the block gives, and note how far products of 8 bits are from it."""
         known = self._known
         expected = self._plain.bare(x)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(x):
             known.reason = "its error was not measured before a CUDA graph is captured; run the model once before"
             return expected
         known.error, known.failure = None, None
