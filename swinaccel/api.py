@@ -153,7 +153,7 @@ def _precision(config: AccelConfig, state: State) -> tuple[str | None, str | Non
     if known is not None:
         return str(known), None if known.reason is None else f"without fp8, because {known.reason}"
     reason = "without fp8, because only whole blocks multiply in 8 bits, and this attention runs by itself"
-    return "the model's", reason if state.calls else None
+    return "model", reason if state.calls else None
 
 
 def _graphs(model: nn.Module) -> Iterator[Graph]:

@@ -24,7 +24,7 @@ class Entry:
         bias: the form in use, such as "table" or "factors, rank 16, error 1.2e-03"; None before the first call.
         calls, fallbacks: calls so far, and how many of them ran the original. Compiled calls are not counted.
         precision: of its block's products in the latest call, where `precision="fp8"` was asked for: "fp8, error
-            2.5e-02" (relative, of the block's output, against the block without), or "the model's"; None otherwise.
+            2.5e-02" (relative, of the block's output, against the block without), or "model"; None otherwise.
     """
 
     name: str

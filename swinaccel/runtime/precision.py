@@ -59,7 +59,7 @@ class Precision:
     def __str__(self) -> str:
         """Return the cell of a report."""
         if self.reason is not None or self.error is None:
-            return "the model's"
+            return "model"
         return f"fp8, error {self.error:.1e}"
 
 
@@ -219,24 +219,25 @@ class _Block:
 
     def _measured(self, x: Tensor, layers: list[Layer], versions: list[tuple[int, int, int]]) -> Tensor:
         """Return what the block gives, and note how far products of 8 bits are from it."""
-        known = self._known
+        known, reason = self._known, None
         expected = self._plain.bare(x)
         if is_captured(x):
-            known.reason = "its error was not measured before a CUDA graph is captured; run the model once before"
+            reason = "its error was not measured before a CUDA graph is captured; run the model once before"
+            known.reason = reason
             return expected
         known.error, known.failure = None, None
         out = self._in_eight(x, layers)
-        if out is None:
+        if out is not None and (out.shape, out.dtype) != (expected.shape, expected.dtype):
+            reason = "products of 8 bits gave another shape or dtype than the block does"
+            known.reason = known.failure = reason
+        if out is None or reason is not None:
             known.versions = versions
-            return expected
-        if (out.shape, out.dtype) != (expected.shape, expected.dtype):
-            known.versions, known.reason = versions, "products of 8 bits gave another dtype than the block does"
-            known.failure = known.reason
             return expected
         wide = expected.float()
         error = ((out.float() - wide).norm() / wide.norm()).item()
         if not math.isfinite(error):
-            known.reason = "its error could not be measured on an output that is zero or not finite"
+            reason = "its error could not be measured on an output that is zero or not finite"
+            known.reason = reason
             return expected
         known.versions, known.error = versions, error
         known.reason = self._excess()
@@ -259,8 +260,9 @@ class _Block:
         except (torch.OutOfMemoryError, KernelError):
             raise
         except Exception as error:
-            self._known.failure = self._known.reason = f"products of 8 bits failed: {first_line(error)}"
-            logger.warning("%s; the block runs without them", self._known.reason)
+            reason = f"products of 8 bits failed: {first_line(error)}"
+            self._known.failure = self._known.reason = reason
+            logger.warning("%s; the block runs without them", reason)
             return None
 
     def _bind(self, x: Tensor) -> fp8.BoundBlock:
