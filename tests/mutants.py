@@ -61,8 +61,35 @@ COPIES = "tests/families/test_copies.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
+FP8 = "tests/runtime/test_fp8.py"
 
 MUTANTS = [
+    *under(
+        "kernels/triton",  # products of 8 bits
+        ("quantise.py", "tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)", "tl.max(tl.abs(tile), axis=1)", FP8),
+        ("quantise.py", "largest / 448.0, mask", "largest / 449.0, mask", FP8),
+        ("quantise.py", "proj_ptr, pid - END_QKV", "proj_ptr, pid - END_QKV - 1", FP8),
+        ("quantise.py", "scale_ptr + QKV + C + HIDDEN", "scale_ptr + QKV + C", FP8),
+    ),
+    *under(
+        "swinaccel",
+        ("ops/fp8.py", "before if self._post_norm else after)", "after)", FP8),
+        ("ops/fp8.py", "self._row(self._active, _product(y, fc1", "self._row(self._attended, _product(y, fc1", FP8),
+        ("runtime/precision.py", "if versions != known.versions:", "if not known.versions:", FP8),
+        ("runtime/precision.py", "known.reason = known.failure or self._excess()", "known.reason = known.failure", FP8),
+        ("runtime/precision.py", "return out if known.reason is None else expected", "return out", FP8),
+        ("runtime/precision.py", "if not math.isfinite(error):", "if False:", FP8),
+        ("runtime/precision.py", "if is_captured(x):", "if False:", FP8),
+        (
+            "runtime/precision.py",
+            "            known.reason = reason\n            return plain",
+            "            return plain",
+            FP8,
+        ),
+        ("runtime/call.py", "precision.note(adapter, module, config, made)", "pass", FP8),
+        ("runtime/call.py", "precision.note(adapter, module, config, None)", "pass", FP8),
+        ("verify.py", '"precision": "model"}', '"precision": "fp8"}', FP8),
+    ),
     *under(
         "swinaccel/trust",  # what is proven of a kind of module
         ("copies.py", "Setting(factor=1e3), ", "", REFUSED),

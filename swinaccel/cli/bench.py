@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,14 @@ from typing_extensions import Unpack
 from .. import api
 from ..config import Options
 from ..report import Report
+from ..runtime.block import HALVES
+from ..runtime.precision import device_reason
 from ..verify import _flat
 from .models import library
 from .terminal import number
 from .timing import Progress, Runner, Variant, compiler_room, device_name, dtype_name, measure, version
 
+_FP8 = "accelerated, fp8"  # in half-precision inference, where the GPU has such products
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they make CUDA graphs, whose memory stays
 
 
@@ -180,7 +183,7 @@ def run(
         starters: dict[str, Callable[[], Runner]] = {}
         for name, make in makers.items():
             starters[name] = partial(start, make, counts=not name.endswith(_GRAPH_MODES))
-            if name in ("original", "accelerated") and device.type == "cuda" and not train:
+            if name in ("original", "accelerated", _FP8) and device.type == "cuda" and not train:
                 starters[f"{name}, CUDA graph"] = partial(start, make, graph=True)
         variants, rounds = measure(starters, rounds, batch, progress, deadline)
         report = api.report(accelerated)
@@ -206,6 +209,10 @@ def _variants(
     copied = partial(_copy, model, train)
     # Accelerated first: a dispatcher that comes onto a class after a compiled run makes that compile again.
     accelerated, *both = (api.accelerate(copied(), **options) for _ in range(1 + len(modes)))
+    tensor = next(model.parameters(), None)
+    eighth: Any = None
+    if not train and tensor is not None and tensor.dtype in HALVES and device_reason(tensor.device) is None:
+        eighth = api.accelerate(copied(), **cast(Options, {**options, "precision": "fp8"}))
     makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": copied}
     other = _other_attention(model)
     if other is not None:
@@ -218,6 +225,8 @@ def _variants(
     for mode, label in zip(modes, labels, strict=True):
         makers[f"torch.compile{label}"] = partial(compiled, mode)
     makers["accelerated"] = lambda: accelerated
+    if eighth is not None:
+        makers[_FP8] = lambda: eighth
     for mode, label, fast in zip(modes, labels, both, strict=True):
         makers[f"accelerated + torch.compile{label}"] = partial(compiled, mode, fast)
     return makers, accelerated

@@ -97,11 +97,14 @@ def verify(
     backend: Backend = "auto",
     bias: Bias = "auto",
     bias_energy: BiasEnergy = None,
+    precision: Annotated[
+        str, typer.Option(help="fp8: show what products of 8 bits err by, beside the rest.")
+    ] = "model",
     as_json: Json = False,
 ) -> None:
     """Compare a model, accelerated and as it was, with an fp64 reference. Exits with 1 if it did not pass."""
     with terminal.work(as_json) as out:
-        options = _options(backend, bias, bias_energy)
+        options = _options(backend, bias, bias_energy, precision)
         loaded = _load(model, pretrained, dtype, device, size)
         inputs = loaded.example_inputs(batch)
         with terminal.status("running it accelerated, as it was, and in fp64"), terminal.running(loaded.model, inputs):
@@ -203,9 +206,9 @@ def doctor(as_json: Json = False) -> None:
         out.code = 1 if found.problems else 0
 
 
-def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
+def _options(backend: str, bias: str, bias_energy: float | None, precision: str = "model") -> dict[str, Any]:
     """Return the options of `accelerate`, checked before anything slow begins."""
-    options: dict[str, Any] = {"backend": backend, "bias": bias, "bias_energy": bias_energy}
+    options: dict[str, Any] = {"backend": backend, "bias": bias, "bias_energy": bias_energy, "precision": precision}
     AccelConfig(**options)
     return options
 

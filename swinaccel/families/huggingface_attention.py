@@ -70,6 +70,7 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
     else:
         table, scale = attn.relative_position_bias_table, attn.attention_head_size**-0.5
         bias = {"table": lambda: attn.relative_position_bias_table, "sources": (table,), "scale": scale}
+    is_dense = type(outer.output).__module__.startswith("transformers.") and [*outer.output._modules][:1] == ["dense"]
     return Section(
         geometry=geometry,
         num_heads=heads,
@@ -80,5 +81,6 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
         index=attn.relative_position_index,
         mask=mask,
         dropout=drop_rate(attn.dropout),
+        layers=(attn.query, attn.key, attn.value, outer.output.dense) if is_dense else (),
         **bias,
     )

@@ -19,7 +19,7 @@ from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
-from . import graphs, traced
+from . import graphs, precision, traced
 from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
@@ -169,6 +169,7 @@ def _fused_plan(
     adapter, config, scope = entry.adapter, entry.config, state.block
     backend = backend_of(config, x.device)
     if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
+        precision.note(adapter, module, config, None)
         return None
     facts = _facts(adapter, module, scope)
     made = facts
@@ -176,6 +177,7 @@ def _fused_plan(
         made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, scope)
     if isinstance(made, str):
         state.unfused = made
+        precision.note(adapter, module, config, made)
         return None
     state.unfused = None
     scope.keep(key, made)
@@ -238,8 +240,11 @@ def _plan_fused(
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
             return bound
-        attend, attention_problem, section, inner = bound
-        run = FusedBlock(facts, attend, x, size, backend, config).run
+        attend, attention_problem, section, inner, products = bound
+        fused = FusedBlock(facts, attend, x, size, backend, config)
+        run = fused.run
+        if config.precision == "fp8":
+            run = precision.run_of(fused, facts, section, products, x, config, state_of(inner), backend)
         if inner is not module or hasattr(adapter, "block_method"):
             counted = state_of(inner)
     else:
@@ -263,8 +268,11 @@ def _attention_of_block(
     size: tuple[int, int] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Callable[[Tensor], Tensor], tuple | None, Section, nn.Module] | str:
-    """Return what runs the attention of a block, with its problem, section and module, or why it must run itself."""
+) -> tuple[Callable[[Tensor], Tensor], tuple | None, Section, nn.Module, Any] | str:
+    """Return what runs the attention of a block, with its problem, section, module and products (see `precision`).
+
+    Or why it must run itself.
+    """
     family, inner = adapter.inner(module)
     reading = reading_of(family, inner)
     if isinstance(reading, str) or reading.active(inner) is not None:
@@ -278,8 +286,9 @@ def _attention_of_block(
     section = section_of(family, root if inner is module else inner, reading, args, kwargs)
     if isinstance(section, str):
         return section
+    products = precision.products_of(section)  # before they are bound
     bound = bind(section, attention, config, state_of(inner), x)
-    return bound if isinstance(bound, str) else (*bound, section, inner)
+    return bound if isinstance(bound, str) else (*bound, section, inner, products)
 
 
 def tokens_of(

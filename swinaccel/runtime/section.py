@@ -37,12 +37,13 @@ class TritonSection:
 
     def __call__(self, image: Tensor) -> Tensor:
         section = self.section
-        qkv = section.project(image)
+        return section.output(self.attended(section.project(image)))
+
+    def attended(self, qkv: Any) -> Tensor:
+        """Return the attention of a projection, (..., heads * D)."""
         bound = self._bound
         out = None if bound is None else bound.run(qkv)
-        if out is None:
-            out = self._attend(qkv)
-        return section.output(out)
+        return self._attend(qkv) if out is None else out
 
     def _attend(self, qkv: Any) -> Tensor:
         """Return the attention of a projection about which nothing is known yet."""
