@@ -177,8 +177,8 @@ def run(
         raise ValueError(f"rounds must be at least 1; got {rounds}")
     if autocast is not None and not train:
         raise ValueError("autocast is for train=True")
-    names = engines.chosen(peers)
-    if names and train:
+    asked = engines.chosen(peers)
+    if asked and train:
         raise ValueError("peers run inference; leave them out of training")
     device, batch = tensors[0].device, tensors[0].shape[0] if tensors[0].dim() else 1
     compile = device.type == "cuda" if compile is None else compile
@@ -191,8 +191,8 @@ def run(
         return Runner(call, inputs, device, own_bytes if counts else None, graph=graph)
 
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)
-    obstacles = {name: engines.PEERS[name].obstacle(device, dtype) for name in names}
-    measured = [name for name in names if obstacles[name] is None]
+    obstacles = {peer: peer.obstacle(device, dtype) for peer in asked}
+    measured = [peer for peer in asked if obstacles[peer] is None]
     with compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train), ExitStack() as stack:
         makers, accelerated = _variants(model, modes if compile else (), options, train)
         starters: dict[str, Callable[[], Runner]] = {}
@@ -201,7 +201,13 @@ def run(
             if name in ("original", "accelerated") and device.type == "cuda" and not train:
                 starters[f"{name}, CUDA graph"] = partial(start, make, graph=True)
         folder = stack.enter_context(TemporaryDirectory())
-        starters |= engines.starters(measured, partial(_copy, model, train), inputs, folder, stack)
+
+        def begin(peer: engines.Peer) -> Runner:
+            runner = engines.PeerRunner(peer, _copy(model, train), inputs, Path(folder, peer.title))
+            stack.callback(runner.end)
+            return runner
+
+        starters |= {peer.title: partial(begin, peer) for peer in measured}
         variants, rounds = measure(starters, rounds, batch, progress, deadline, engines.REST_S if measured else 0.0)
         report = api.report(accelerated)
     return BenchResult(
@@ -215,8 +221,8 @@ def run(
         threads=torch.get_num_threads(),
         rounds=rounds,
         report=report,
-        peers={engines.PEERS[name].title: version(engines.PEERS[name].modules[0]) for name in measured},
-        skipped={engines.PEERS[name].title: reason for name, reason in obstacles.items() if reason is not None},
+        peers={peer.title: version(peer.modules[0]) for peer in measured},
+        skipped={peer.title: reason for peer, reason in obstacles.items() if reason is not None},
     )
 
 

@@ -149,7 +149,8 @@ def bench(
     """Measure inference or training: original, its library's other attention, torch.compile, accelerated, and both."""
     with terminal.work(as_json) as out, timing.threads(threads):
         options = _options(backend, bias, bias_energy)
-        names = engines.chosen(peers) if peers is not None else ()
+        names = () if peers is None else peers
+        engines.chosen(names)
         picture = terminal.image_path("--plot", plot)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         options |= {"train": train, "autocast": _autocast(dtype, loaded) if train else None}

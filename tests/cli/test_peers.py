@@ -19,49 +19,54 @@ from swinaccel.cli import bench, main, peers, timing
 IMAGES = (torch.randn(2, 3, 56, 56),)
 
 STAND_IN = """
-    import os, torch
+import os
+from functools import wraps
+import torch
 
-    def load(folder, inputs, threads):
+def engine(kind):
+    @wraps(kind)
+    def load(program, folder):
         print("an engine may print")
-        assert torch.get_num_threads() == threads
-        program = torch.export.load(folder / "model.pt2").module()
-        kind = (folder / "kind").read_text()
-        if kind == "missing":
-            import a_part_that_is_missing
-        calls = []
+        program, calls = program.module(), []
 
         def call(*inputs):
             calls.append(None)
-            if kind == "ends":
-                os._exit(3)
-            outputs = program(*inputs)
-            (folder / "calls").write_text(f"{os.getpid()} {threads} {len(calls)}")
-            return [2 * output if kind == "wrong" else output for output in outputs]
+            (folder / "calls").write_text(f"{os.getpid()} {torch.get_num_threads()} {len(calls)}")
+            return [kind(output) for output in program(*inputs)]
 
         return call
+    return load
+
+@engine
+def right(output):
+    return output
+
+@engine
+def wrong(output):
+    return 2 * output
+
+@engine
+def ends(output):
+    os._exit(3)
+
+def missing(program, folder):
+    import a_part_that_is_missing
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Return a function that makes an engine out of a file, which its process imports by name."""
-    (tmp_path / "stand_in_engine.py").write_text("\n".join(line[4:] for line in STAND_IN.splitlines()))
+    (tmp_path / "stand_in_engine.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(tmp_path)
-    folders = []
 
     def make(kind):
         import stand_in_engine
 
-        def export(model, inputs, folder):
-            assert not swinaccel.report(model).accelerated
-            peers.PEERS["tensorrt"].export(model, inputs, folder)
-            (folder / "kind").write_text(kind)
-            folders.append(folder)
-
-        peer = peers.Peer(kind, ("stand_in_engine",), "nothing", "cpu", export, stand_in_engine.load)
+        peer = peers.Peer(kind, ("stand_in_engine",), "cpu", getattr(stand_in_engine, kind))
         monkeypatch.setitem(peers.PEERS, kind, peer)
+        return peer
 
-    make.folders = folders
     yield make
     sys.modules.pop("stand_in_engine", None)
 
@@ -69,14 +74,19 @@ def stand_in(tmp_path, monkeypatch):
 def test_engines_run_the_original_in_processes_of_their_own(stand_in, monkeypatch):
     stand_in("right")
     stand_in("wrong")
-    seen = []
-    row = peers.PeerRunner.row
+    seen, folders = [], []
 
-    def look(runner, *arguments):
-        seen.append((stand_in.folders[len(seen)] / "calls").read_text().split())
-        return row(runner, *arguments)
+    class Watched(peers.PeerRunner):
+        def __init__(self, peer, model, inputs, folder):
+            assert not swinaccel.report(model).accelerated
+            super().__init__(peer, model, inputs, folder)
+            folders.append(folder)
 
-    monkeypatch.setattr(peers.PeerRunner, "row", look)
+        def row(self, *arguments):
+            seen.append((self.folder / "calls").read_text().split())
+            return super().row(*arguments)
+
+    monkeypatch.setattr(peers, "PeerRunner", Watched)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a new process would take
     model = swinaccel.accelerate(helpers.timm_v1(), backend="torch")
     with timing.threads(1):
@@ -96,7 +106,8 @@ def test_engines_run_the_original_in_processes_of_their_own(stand_in, monkeypatc
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
-    assert not any(folder.exists() for folder in stand_in.folders)
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +118,21 @@ def test_engines_run_the_original_in_processes_of_their_own(stand_in, monkeypatc
     ],
 )
 def test_an_engine_that_fails_says_why(stand_in, tmp_path, kind, words):
-    stand_in(kind)
-    job = (peers.PEERS[kind], lambda: nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "job")
-    with pytest.raises(RuntimeError, match=words), peers.PeerRunner(*job) as runner:
-        runner.warm_up()
+    runner = peers.PeerRunner(stand_in(kind), nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "job")
+    try:
+        with pytest.raises(RuntimeError, match=words):
+            runner.warm_up()
+    finally:
+        runner.end()
 
 
 def test_what_cannot_be_measured_is_said_and_is_no_error(monkeypatch):
-    for name in ("onnx", "openvino"):
+    for name in ("onnxscript", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
     result = bench.run(helpers.timm_v1(), IMAGES, rounds=1, backend="torch", peers="all")
     assert [row.name for row in result.variants] == ["original", "SDPA", "accelerated"]
     assert "OpenVINO was not measured: openvino must be installed first; pip install openvino does" in str(result)
-    assert "pip install onnxruntime onnx" in result.to_dict()["skipped"]["ONNX Runtime"]
+    assert "pip install onnxruntime onnxscript does that" in result.to_dict()["skipped"]["ONNX Runtime"]
     assert "measured on cuda devices, and this one is cpu" in result.skipped["TensorRT"]
     assert "float32 on CPUs, and the inputs are bfloat16" in peers.PEERS["openvino"].obstacle(
         torch.device("cpu"), torch.bfloat16
