@@ -97,7 +97,8 @@ MUTANTS = [
         ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
         ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
         ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
-        ("registry.py", "reading.refused | known.refused", "reading.refused", COPIES + " -k refuses"),
+        ("registry.py", "self.refused | other.refused", "self.refused", COPIES + " -k refuses"),
+        ("registry.py", "return both if same else _TWO_WAYS", "return both", VERDICTS + " -k two_scales"),
         (
             "registry.py",
             "self.rate)(attention) if attention.training else",

@@ -242,6 +242,8 @@ def _probe_block(
 ) -> Reading | str:
     """Return a reading if what a module does around its attention is what its family takes it for, else why not."""
     reading = (registry.reading(attention_key(family, module)) if hasattr(family, "section") else None) or Reading()
+    if isinstance(reading, str):
+        return reading
     moved = set(module.modules())
     compared = functools.partial(compare_block, family=family, original=original, attention=attention, reading=reading)
     return _run(module, family, moved, compared, drops=True) or reading

@@ -117,6 +117,25 @@ def test_the_scale_that_the_code_takes(scaled, backend, monkeypatch):
     helpers.assert_accelerated(model)
 
 
+class SdpaByWindow(Sdpa):
+    @property
+    def scaled(self):
+        return self.window_size[0] > 2
+
+
+@pytest.mark.parametrize("windows", [(2, 4), (4, 2)])
+def test_two_scales_that_one_code_takes(windows):
+    """Neither of two proofs of one fingerprint speaks for the other's module."""
+    model = nn.ModuleList(helpers.randomize(SdpaByWindow(16, (side, side), 2)) for side in windows)
+    swinaccel.accelerate(model, backend="torch")
+    for side, part in zip(windows, model, strict=True):
+        part.scale = 2.0
+        assert_like_the_original(part, torch.randn(8, side**2, 16))
+    for entry in swinaccel.report(model):
+        assert entry.fallbacks == entry.calls == 1
+        assert "scale or drop in two ways" in entry.reason
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_timms_fused_attention(fused, backend):
