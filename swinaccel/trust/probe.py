@@ -152,7 +152,10 @@ def _unseen(parts: Iterable[nn.Module]) -> str | None:
 
 
 def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, str] | None:
-    """Return a method, outside of the surveyed libraries, whose code has one of the words, with the word; or None."""
+    """Return a method, or a function that one calls, that has one of the words, with the word; or None.
+
+    Code of the surveyed libraries is not looked at.
+    """
     for part in parts:
         if is_of_library(part):
             continue
@@ -163,17 +166,18 @@ def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, s
                 for one in _with_helpers(function):
                     found = set(words).intersection(names_in(one.__code__))
                     if found:
-                        where = f"{type(part).__name__}.{name}"
-                        return where if one is function else f"{one.__name__}, which {where} calls,", min(found)
+                        where = type(part).__name__ if one is function else one.__module__
+                        return f"{where}.{one.__name__}", min(found)
     return None
 
 
 def _with_helpers(function: Any) -> list[Any]:
-    """Return a function and those that run where it does: of no package that is installed, and known by their names."""
+    """Return a function and those that it and they call by name, but for those of packages that are installed."""
     found = [function]
     for one in found:  # which grows
         for helper in helpers_of(one):
-            if helper not in found and _is_run(helper.__name__) and not is_installed(helper):
+            is_known = is_library_function(helper) or is_installed(helper)
+            if helper not in found and not is_known and _is_run(helper.__name__):
                 found.append(helper)
     return found
 

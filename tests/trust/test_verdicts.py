@@ -375,7 +375,7 @@ class Moving(microsoft_models.WindowAttention):
         (Autocasting, "has to do with"),
         (ByDeviceType, "ByDeviceType.forward has to do with device.type, "),
         (ByDevice, "ByDevice.forward has to do with cpu, "),
-        (ByAFunction, "is_halved, which ByAFunction.forward calls, has to do with is_cuda, "),
+        (ByAFunction, "test_verdicts.is_halved has to do with is_cuda, "),
     ],
 )
 def test_what_a_cpu_does_not_show(kind, words):
