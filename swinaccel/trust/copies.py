@@ -24,28 +24,37 @@ class Setting:
     """How a probe runs: in training or not, how large its numbers are, and in which dtype.
 
     Attributes:
+        grad: gradients are recorded.
         factor: what input and parameters are multiplied by; code that limits values shows where they are 1e9 apart.
         dtype: of the copy; under autocast products are computed in bfloat16.
         odd: one number of the input is infinite and one is NaN.
     """
 
     training: bool = False
+    grad: bool = False
     factor: float = 1.0
     dtype: torch.dtype = torch.float64
     autocast: bool = False
     odd: bool = False
 
     @property
+    def is_exact(self) -> bool:
+        """Return True if rounding hides nothing."""
+        return self.dtype == torch.float64
+
+    @property
     def tolerance(self) -> float:
         """Return the difference, relative to the largest number, that two orders of the same arithmetic may have."""
-        if self.dtype == torch.float64:
+        if self.is_exact:
             return 1e-6
         return 0.1 if self.autocast or self.dtype == torch.bfloat16 else 0.02
 
 
-EXACT = (Setting(), Setting(factor=1e3), Setting(factor=1e-3), Setting(training=True))
-# What code outside of the surveyed libraries may do to dtypes and to numbers that are not finite.
-LOW_PRECISION = (
+EXACT = (Setting(), Setting(factor=1e3), Setting(factor=1e-3), Setting(training=True, grad=True))
+# What code outside of the surveyed libraries may do in other modes, to dtypes and to numbers that are not finite.
+OTHERS = (
+    Setting(grad=True),
+    Setting(training=True),
     Setting(dtype=torch.float32, odd=True),
     Setting(dtype=torch.float16, odd=True),
     Setting(dtype=torch.float16),
@@ -100,7 +109,7 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
 
     In fp64, the first of several heads has a table whose spread lets tokens see past the shift mask's -100, which is
     not -inf, and scales of cosine attention lie above their clamp as well as below it. In lower precision scores are
-    moderate, or rounding would be all that is seen.
+    moderate, or rounding would be all that is seen, and parameters are frozen.
 
     Args:
         moved: the modules whose floating-point attributes are moved. Rates of dropout become 0.
@@ -111,11 +120,11 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
         value = torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5)
         if name.endswith("logit_scale"):
-            largest = 5.5 if setting.dtype == torch.float64 else 0.5
+            largest = 5.5 if setting.is_exact else 0.5
             value = torch.linspace(largest, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
-        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1 and setting.dtype == torch.float64:
+        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1 and setting.is_exact:
             value[:, 0] *= 200
-        memo[id(parameter)] = nn.Parameter((value * setting.factor).to(setting.dtype), setting.training)
+        memo[id(parameter)] = nn.Parameter((value * setting.factor).to(setting.dtype), setting.is_exact)
     for buffer in module.buffers():
         value = buffer.detach().to("cpu", copy=True)
         memo[id(buffer)] = value + torch.rand_like(value) if value.is_floating_point() else value

@@ -15,6 +15,10 @@ from ..spec.window import Section
 from .fingerprint import fingerprint, is_dead
 
 _MOST = 1024
+_TWO_WAYS = (
+    "modules of its code were proven that scale or drop in two ways, as their windows or shifts decide; no call tells"
+    " which of them it is"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,13 @@ class Reading:
     rate: str = ""
     weights: bool = False
     refused: frozenset[str] = frozenset()
+
+    def joined(self, other: Reading) -> Reading | str:
+        """Return a reading for modules that this one or another holds for, or why there is none."""
+        unread = tuple(dict.fromkeys(self.unread_dropouts + other.unread_dropouts))
+        both = dataclasses.replace(self, unread_dropouts=unread, refused=self.refused | other.refused)
+        same = dataclasses.replace(other, unread_dropouts=unread, refused=both.refused) == both
+        return both if same else _TWO_WAYS
 
     def active(self, module: nn.Module) -> str | None:
         """Return the path of a dropout that drops now and that is not read, or None."""
@@ -81,15 +92,15 @@ class Registry:
 
     def __init__(self) -> None:
         self._verdicts: dict[Hashable, Reading | str] = {}
-        self._readings: dict[Hashable, Reading] = {}
+        self._readings: dict[Hashable, Reading | str] = {}
         self.count = 0  # goes up with every proof: what was refused before may be proven now
 
     def verdict(self, key: Hashable) -> Reading | str | None:
         """Return how a module of this fingerprint is read, why it is not, or None if it was not judged yet."""
         return self._verdicts.get(key)
 
-    def reading(self, key: Hashable) -> Reading | None:
-        """Return the reading that was proven for parts of this fingerprint, or None."""
+    def reading(self, key: Hashable) -> Reading | str | None:
+        """Return the reading that was proven for parts of this fingerprint, why there is not one, or None."""
         return self._readings.get(key)
 
     def record(self, key: Hashable, verdict: Reading | str) -> None:
@@ -100,11 +111,10 @@ class Registry:
     def prove(self, key: Hashable, reading: Reading) -> None:
         """Let calls stand in for parts of this fingerprint, which blocks with a shift share with those without."""
         known = self._readings.get(key)
-        if known is not None:
-            reading = dataclasses.replace(reading, refused=reading.refused | known.refused)
-        if known != reading:
+        both = reading if known is None else known if isinstance(known, str) else reading.joined(known)
+        if known != both:
             _make_room(self._readings)
-            self._readings[key] = reading
+            self._readings[key] = both
             self.count += 1
 
     def clear(self) -> None:
