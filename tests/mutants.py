@@ -58,6 +58,7 @@ SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
 COPIES = "tests/families/test_copies.py"
+FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
@@ -96,6 +97,8 @@ MUTANTS = [
         ("probe.py", "for default_scale in (False, True):", "for default_scale in (False,):", VERDICTS + " -k scale"),
         ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
         ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
+        ("probe.py", 'if "bias" in self.without:', "if True:", FORMS),
+        ("probe.py", 'if "mask" in self.without else found', "", FORMS),
         ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
         ("registry.py", "reading.refused | known.refused", "reading.refused", COPIES + " -k refuses"),
         (
@@ -225,7 +228,8 @@ MUTANTS = [
             "            self._readings[key] = reading",
             HOST + " -k proven",
         ),
-        ("registry.py", "if part.training and part.p:", "if False:", REFUSED),
+        ("registry.py", "if part.p and (part.training or path in self.always):", "if False:", REFUSED),
+        ("registry.py", "(part.training or path in self.always)", "part.training", FORMS),
         (
             "registry.py",
             "        _make_room(self._verdicts)",
@@ -450,6 +454,8 @@ MUTANTS = [
         ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
         ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
+        ("traced.py", "not is_sure:", "not is_of_library(module):", FORMS),
+        ("traced.py", "part.training or (type(holder)", "part.training and (type(holder)", FORMS),
         (
             "attention.py",
             "if value and (place or rate != known):",
@@ -729,10 +735,13 @@ MUTANTS = [
         ),
         (
             "families/window_attention.py",
-            'return "mask" if "mask" in names else names[1]',
-            "return names[1]",
+            'name for name in names[1:] if "mask" in name',
+            'name for name in names[1:2] if "mask" in name',
             COPIES + " -k 'another or keys'",
         ),
+        ("families/window_attention.py", "not _is_same(value, others[name])", "value", FORMS),
+        ("families/window_attention.py", "type(value) is type(default) and", "", FORMS),
+        ("families/window_attention.py", "{**others, mask:", "{**dict.fromkeys(others), mask:", FORMS),
         ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
         ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
         ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..spec.window import Section, WindowSpec
 from .shared.common import drop_rate, is_table, sides
 from .shared.stacked import attend_stacked, stacked_geometry
-from .window_attention import argument_names, window_arguments, window_examples
+from .window_attention import takes_windows, window_arguments, window_examples
 
 
 class Renamed:
@@ -26,7 +26,7 @@ class Renamed:
         window, heads, proj = sides(_window(module)), getattr(module, "num_heads", None), getattr(module, "proj", None)
         if window is None or not isinstance(heads, int) or not isinstance(proj, nn.Module):
             return None
-        if hasattr(module, "shift_size") or hasattr(module, "qkv_mut") or argument_names(type(module)) is None:
+        if hasattr(module, "shift_size") or hasattr(module, "qkv_mut") or not takes_windows(type(module)):
             return None
         if not all(isinstance(one, nn.Module) for one in _queries(module)):
             return None

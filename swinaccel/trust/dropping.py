@@ -45,8 +45,9 @@ def with_dropouts(
 
     def completed(reading: Reading) -> Reading:
         paths = _unread(module, family, moved, original, reading, compared(reading))
-        return dataclasses.replace(reading, unread_dropouts=paths)
+        return dataclasses.replace(reading, unread_dropouts=(*paths, *sorted(always.difference(paths))), always=always)
 
+    always = _always(module, family, moved, compared(reading))
     found, attention = completed(reading), family.attention(module)
     if all(map(is_of_library, module.modules())):
         return found
@@ -95,6 +96,26 @@ def _unread(
     return tuple(unread)
 
 
+def _always(module: nn.Module, family: Family, moved: set[nn.Module], compared: Compare) -> frozenset[str]:
+    """Return the paths of dropouts whose rate code reads without looking if they are in training."""
+    paths = [path for path, part in module.named_modules() if isinstance(part, _DropoutNd)]
+    if all(map(is_of_library, module.modules())):
+        return frozenset()
+
+    def is_alike(*paths: str) -> bool:
+        clone = random_copy(module, moved, Setting())
+        arguments = calls(family, clone, Setting())
+        for path in paths:
+            clone.get_submodule(path).p = 1.0  # type: ignore[assignment]
+        try:
+            return _is_alike(clone, arguments, compared)
+        except NotNow:
+            return True
+
+    with isolated(), torch.no_grad():
+        return frozenset() if is_alike(*paths) else frozenset(path for path in paths if not is_alike(path))
+
+
 def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tuple[Any, ...]) -> bool:
     """Return True if the section of a call drops weights."""
     section: Any = family.section(copy.deepcopy(clone), *args)
@@ -139,7 +160,12 @@ def _is_rate(
 
 def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: Compare) -> bool:
     pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
-    return not {compared(*pair) for pair in pairs} - {None, PADDED}
+    try:
+        return not {compared(*pair) for pair in pairs} - {None, PADDED}
+    except NotNow:
+        raise
+    except Exception:  # of code that does not take such a rate
+        return False
 
 
 def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:

@@ -25,6 +25,7 @@ class Reading:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
         unread_dropouts: paths of dropouts that no family reads or calls, or of another kind than elementwise; while
             one is active, the original must run.
+        always: those of them that drop in evaluation, too.
         rate: the name of a number of the attention, by which its weights are dropped in training, whatever dropouts
             the module holds; empty where those count.
         weights: it returns the attention weights as well.
@@ -33,6 +34,7 @@ class Reading:
 
     default_scale: bool = False
     unread_dropouts: tuple[str, ...] = ()
+    always: frozenset[str] = frozenset()
     rate: str = ""
     weights: bool = False
     refused: frozenset[str] = frozenset()
@@ -41,7 +43,7 @@ class Reading:
         """Return the path of a dropout that drops now and that is not read, or None."""
         for path in self.unread_dropouts:
             part = module.get_submodule(path)
-            if part.training and part.p:
+            if part.p and (part.training or path in self.always):
                 return path
         return None
 

@@ -116,7 +116,7 @@ def test_a_compiled_call_that_the_original_refuses_raises():
 
 def test_a_branch_without_bias_and_mask_is_refused_with_that_reason(monkeypatch):
     model, x = stage("BareAttention"), torch.randn(2, 90, 16)
-    check_fallback(model, x, 9, 10, reason="adds neither the position bias nor the mask")
+    check_fallback(model, x, 9, 10, reason="leaves out the position bias and the mask")
     monkeypatch.setattr(models.CONFIG, "SDPA_enabled", False)
     check(model, x, 9, 10, count=2)
 
