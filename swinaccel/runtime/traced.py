@@ -60,9 +60,9 @@ def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
             found.append((type(module), "", tuple))
         else:
             found += [(type(module), kind, str) for kind in reading.refused]
-            for path in reading.always:
-                holder, _, name = path.rpartition(".")
-                found.append((type(module.get_submodule(holder)), name, _DropoutNd))
+            for path in (name.removesuffix(".p") for name in reading.always if name.endswith(".p")):
+                parent, _, name = path.rpartition(".")
+                found.append((type(module.get_submodule(parent)), name, _DropoutNd))
     return frozenset(found)
 
 
@@ -163,12 +163,16 @@ def _parts_reason(
 def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
     """Return why code that no library holds may drop what no family reads, or None."""
     if not is_of_library(module) or not is_of_library(attention):
+        roles = getattr(module, ROLES)
         for holder in (module, attention):
             for name, part in holder._modules.items():
                 if not isinstance(part, _DropoutNd) or not part.p:
                     continue
-                if part.training or (type(holder), name, _DropoutNd) in getattr(module, ROLES):
+                if part.training or module.training or (type(holder), name, _DropoutNd) in roles:
                     return "dropout is active in code that no library holds"
+        for owner, name, kind in roles:
+            if kind is float and owner is type(module) and getattr(module, name):
+                return f"{name} is not zero, and only its own code says when that drops"
     return None
 
 

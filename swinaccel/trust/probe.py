@@ -37,6 +37,7 @@ from .copies import (
     isolated,
     random_copy,
     set_drop_rates,
+    set_idle_rates,
     set_path_rates,
 )
 from .dropping import with_dropouts
@@ -268,6 +269,8 @@ def _run(
             for setting in settings or _settings(module):
                 clone = random_copy(module, moved, setting)
                 arguments = calls(family, clone, setting)
+                if drops and not setting.training:
+                    set_idle_rates(clone, family)
                 compares = 0
                 for rate in (0.0, 0.2) if setting.training else (0.0,):
                     set_path_rates(clone, rate)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import BACKENDS, DEVICES, assert_close, check, check_fallback, randomize, timm_block
 from test_copies import check_training
+from torch import nn
 
 import swinaccel
 
@@ -151,6 +152,57 @@ def test_a_dropout_that_drops_in_evaluation(compiled):
         assert_close(run(x, mask), plain)
         model.attn_drop.p = 0.999
         assert torch.equal(run(x, mask)[0, 0], model.proj.bias)
+
+
+class Around(official.SwinTransformerBlock):
+    """It drops around its attention by a number of its own, and by a dropout that it does not call."""
+
+    def __init__(self, *args, always=False, **options):
+        super().__init__(*args, **options)
+        self.always, self.drop_rate, self.spare = always, 0.0, nn.Dropout(0.0)
+
+    def forward(self, x):
+        drops = self.training or self.always
+        x = x + F.dropout(self.attend(self.norm1(x)), self.spare.p, drops)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.drop_rate, drops)
+
+
+class DroppingMlp(official.Mlp):
+    always, drop_rate = False, 0.0
+
+    def __init__(self, *args, always=False):
+        super().__init__(*args)
+        self.always, self.drop_rate = always, 0.0
+
+    def forward(self, x):
+        return self.fc2(F.dropout(self.act(self.fc1(x)), self.drop_rate, self.training or self.always))
+
+
+def dropping_block(name, always):
+    if name != "mlp.drop_rate":
+        return Around(16, (4, 4), 2, 2, 1, always=always)
+    block = official.SwinTransformerBlock(16, (4, 4), 2, 2, 1)
+    block.mlp = DroppingMlp(16, 32, always=always)
+    return block
+
+
+@pytest.mark.parametrize(("always", "compiled"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("name", ["drop_rate", "spare.p", "mlp.drop_rate"])
+def test_rates_around_an_attention(name, always, compiled):
+    x = torch.randn(2, 16, 16).to(DEVICES["triton"])
+    model = swinaccel.accelerate(randomize(dropping_block(name, always)).to(x.device), backend="triton")
+    run = torch.compile(model, backend="eager") if compiled else model
+    path, _, last = name.rpartition(".")
+
+    def drops(rate, training):
+        setattr(model.get_submodule(path), last, rate)
+        model.train(training)
+        with torch.no_grad():
+            return not torch.equal(run(x), run(x))
+
+    assert [drops(*case) for case in ((0.0, False), (0.0, True), (0.5, True), (0.5, False))] == [0, 0, 1, always]
+    calls = sum(entry.calls - entry.fallbacks for entry in swinaccel.report(model))
+    assert calls or compiled
 
 
 # Other arguments.
