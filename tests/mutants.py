@@ -489,7 +489,7 @@ MUTANTS = [
             "if False and not all(0 <= shift < window",
             "tests/runtime/test_dispatch.py -k shift_outside",
         ),
-        ("attention.py", "inside += [part for part in", "inside += [] and [part for path in", HOST + " -k watched"),
+        ("attention.py", "inside += [part for part in", "inside += [] and [part for part in", HOST + " -k watched"),
         (
             "block.py",
             "if type(tensor) not in PLAIN_TENSORS or not fits",
