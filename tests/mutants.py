@@ -463,6 +463,7 @@ MUTANTS = [
         ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
         ("traced.py", "not is_sure:", "not is_of_library(module):", FORMS),
+        ("call.py", "kwargs = _input_first(original, kwargs)", "pass", FORMS + " -k order"),
         ("traced.py", " or (type(holder), name, _DropoutNd) in roles", "", FORMS),
         ("traced.py", "if kind is float and owner is type(module) and", "if False and", FORMS),
         (

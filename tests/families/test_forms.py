@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import descendant_models as descendants
 import microsoft_models as official
 import pytest
 import torch
@@ -268,3 +269,14 @@ def test_further_arguments_of_other_values_run_the_original(kind):
                 model(*args)
             continue
         check_fallback(model, *args, arguments=named, reason="the call is not one that")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_by_name_in_any_order(backend):
+    """The first of them is not always the input."""
+    model = randomize(official.WindowAttention(16, (2, 2), 2))
+    for mask in (MASK, None):
+        mask = mask if mask is None else mask.to(DEVICES[backend])
+        check(model, arguments={"mask": mask, "x": X.to(DEVICES[backend])}, backend=backend, count=1)
+    block, size = randomize(descendants.SwinIRBlock(16, (4, 4), 2, 2, 1, 2)), (4, 4)
+    check(block, arguments={"x_size": size, "x": torch.randn(2, 16, 16)}, count=1)
