@@ -50,7 +50,7 @@ class WindowAttention:
 
 def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, ...]]:
     """Return calls with a mask that images share, with one of all windows, and without; and of one window alone."""
-    tokens, (names, mask, others) = math.prod(window), _arguments(type(module))
+    tokens, (names, _, mask, others) = math.prod(window), _arguments(type(module))
     calls = []
     for windows, rows in ((6, 3), (6, 6), (6, None), (1, 1), (1, None)):
         given = {**others, mask: None if rows is None else torch.Size((rows, tokens, tokens))}
@@ -60,9 +60,9 @@ def window_examples(module: Any, window: Any, channels: int) -> list[tuple[Any, 
 
 def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return windows and mask, under whatever names the forward gives them; all else must be as it is by default."""
-    names, mask, others = _arguments(type(module))
+    names, needed, mask, others = _arguments(type(module))
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or names[0] not in given:
+    if len(args) > len(names) or len(given) < len(args) + len(kwargs) or not needed <= given.keys():
         raise TypeError(f"its arguments are {', '.join(names)}")
     if len(given) > 1 + (mask in given):
         for name, value in given.items():
@@ -75,32 +75,37 @@ def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def takes_windows(cls: type) -> bool:
     """Return True if a forward takes windows, perhaps a mask, and else what need not be given."""
-    names, mask, others = _arguments(cls)
-    defaults = [others[name] for name in names[1:] if name != mask]
-    return bool(names) and all(is_plain(one) and one is not inspect.Parameter.empty for one in defaults)
+    names, needed, mask, others = _arguments(cls)
+    return bool(names) and needed <= {names[0], mask} and all(map(is_plain, others.values()))
 
 
-def _arguments(cls: type) -> tuple[tuple[str, ...], str, dict[str, Any]]:
-    """Return the names of a forward's positional arguments, that of its mask, and the defaults of what is neither.
+def _arguments(cls: type) -> _Arguments:
+    """Return the names of a forward's positional arguments, of those that must be given, and of its mask.
 
-    The mask is the argument that is called so, or else the second; "" where that is by default something else.
+    The mask is the argument that is called so, or else the second; "" where that is by default something else. With
+    them come the defaults of all others.
     """
     known = _ARGUMENTS.get(cls)
     if known is None:
         names = positional_names(cls.forward)  # type: ignore[attr-defined]
         _, *parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
-        defaults = {
-            one.name: one.default for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-        }
-        called = sorted((name for name in names[1:] if "mask" in name), key=lambda name: name != "mask")
-        mask = [*called, *(name for name in names[1:2] if defaults[name] in (None, inspect.Parameter.empty)), ""][0]
-        others = {name: one for name, one in defaults.items() if name not in (mask, *names[:1])}
-        known = _ARGUMENTS[cls] = names, mask, others
+        stars, empty = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD), inspect.Parameter.empty
+        defaults = {one.name: one.default for one in parameters if one.kind not in stars}
+        needed = frozenset(name for name, one in defaults.items() if one is empty)
+        masks = [name for name in names[1:] if defaults[name] is None or name in needed]
+        masks = sorted((name for name in masks if "mask" in name or name == names[1]), key=_likeness, reverse=True)
+        others = {name: one for name, one in defaults.items() if name not in (*masks[:1], *names[:1])}
+        known = _ARGUMENTS[cls] = names, needed, "".join(masks[:1]), others
     return known
+
+
+def _likeness(name: str) -> int:
+    return 2 * (name == "mask") + ("mask" in name)
 
 
 def _is_same(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and is_plain(value) and value == default)
 
 
-_ARGUMENTS: WeakKeyDictionary[type, tuple[tuple[str, ...], str, dict[str, Any]]] = WeakKeyDictionary()
+_Arguments = tuple[tuple[str, ...], frozenset[str], str, dict[str, Any]]
+_ARGUMENTS: WeakKeyDictionary[type, _Arguments] = WeakKeyDictionary()

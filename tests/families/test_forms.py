@@ -233,17 +233,32 @@ class Alone(official.WindowAttention):
         return super().forward(x)
 
 
+class Needed(official.WindowAttention):
+    def forward(self, x, mask):
+        return super().forward(x, mask)
+
+
+class Ratio(official.WindowAttention):
+    """What is called a mask, and is none."""
+
+    def forward(self, x, mask_ratio=0.0, shift_mask=None):
+        return super().forward(x, shift_mask) * (2 if mask_ratio is None else 1)
+
+
 X, MASK = windows()
 GIVEN = {
     Further: [(X,), (X, MASK), (X, MASK, True), {"mask": MASK, "temperature": 1.0}],
     Named: [(X,), (X, None, MASK), (X, None, MASK, False), {"attn_mask": MASK}, {"pos_embed": None}],
     Unshifted: [(X,), (X, False), {"return_attention": False}],
     Alone: [(X,), {}],
+    Needed: [(X, MASK), (X, None)],
+    Ratio: [(X,), (X, 0.0, MASK), {"shift_mask": MASK}],
 }
 OTHERS = {
     Further: [(X, MASK, False), (X, MASK, 1), {"temperature": 2.0}, {"temperature": 1}, {"bias": None}],
     Named: [(X, X), (X, X, MASK), (X, None, None, True), {"return_attention": None}],
     Unshifted: [(X, True), (X, None), {"return_attention": 1}],
+    Ratio: [(X, None), (X, None, MASK)],
 }
 
 
@@ -256,7 +271,8 @@ def test_further_arguments_as_they_are_by_default(kind):
     model = randomize(kind(16, (2, 2), 2))
     for args, named in map(split, GIVEN[kind]):
         check(model, *args, arguments=named, count=1)
-    mask = [] if kind in (Unshifted, Alone) else [None, MASK] if kind is Named else [MASK]
+    mask = [] if kind in (Unshifted, Alone) else [0.0, MASK] if kind is Ratio else [MASK]
+    mask = [None, MASK] if kind is Named else mask
     check_training(model, X, *mask, backend="torch", count=1)
 
 
@@ -264,11 +280,18 @@ def test_further_arguments_as_they_are_by_default(kind):
 def test_further_arguments_of_other_values_run_the_original(kind):
     model = randomize(kind(16, (2, 2), 2))
     for args, named in map(split, OTHERS[kind]):
-        if args[1:] == (None,):
+        if kind is Unshifted and args[1:] == (None,):
             with pytest.raises(TypeError):
-                model(*args)
+                swinaccel.accelerate(model)(*args)
             continue
         check_fallback(model, *args, arguments=named, reason="the call is not one that")
+
+
+@pytest.mark.parametrize(("args", "named"), [((X,), {}), ((X, MASK), {"mask": MASK}), ((X, MASK, 1), {})])
+def test_calls_that_nobody_takes(args, named):
+    model = swinaccel.accelerate(Needed(16, (2, 2), 2), backend="torch")
+    with pytest.raises(TypeError):
+        model(*args, **named)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
