@@ -758,6 +758,12 @@ MUTANTS = [
         ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
         ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
         ("trust/compare.py", "(place or setting.drops) and", "place and", COPIES + " -k halves"),
+        (
+            "families/rectangles.py",
+            "if any(isinstance(part, _DropoutNd)",
+            "if False and any(isinstance(part, _DropoutNd)",
+            COPIES + " -k halves",
+        ),
         ("families/rectangles.py", "mask=mask,", "", COPIES + " -k halves"),
         ("families/rectangles.py", "dropout=drop_rate(module.attn_drop),", "", COPIES + " -k halves"),
         ("families/rectangles.py", "qkv.permute(1, 2, 0, 3)", "qkv.permute(1, 2, 3, 0)", COPIES + " -k halves"),

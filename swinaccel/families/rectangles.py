@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import strange_mask, undivided
@@ -28,6 +29,8 @@ class Rectangles:
             return None
         if set(module._modules) != {"pos", "attn_drop"} or not isinstance(module.pos, nn.Module):
             return None
+        if any(isinstance(part, _DropoutNd) for part in module.pos.modules()):
+            return None  # biases are kept, and would not be drawn anew
         rows, cols = window
         if tuple(module.rpe_biases.shape) != ((2 * rows - 1) * (2 * cols - 1), 2):
             return None

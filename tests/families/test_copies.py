@@ -428,6 +428,12 @@ def test_two_halves_in_windows_that_stand_and_lie(shifted, backend):
     check_training(model, x, 7, 9, backend=backend, count=2)
 
 
+def test_biases_of_halves_that_are_drawn_are_the_originals():
+    model = models.SpatialAttention(8, (2, 4), 2)
+    model.pos.pos3.append(nn.Dropout(0.5))
+    assert not swinaccel.plan(model).accelerated
+
+
 def test_dropout_and_sizes_of_halves():
     model, qkv = randomize(models.SpatialAttention(8, (2, 4), 2)), torch.randn(3, 2, 64, 8)
     check_fallback(model, qkv, torch.tensor(8), torch.tensor(8), reason="not there as numbers")
