@@ -58,6 +58,7 @@ SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
 COPIES = "tests/families/test_copies.py"
+FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
@@ -134,6 +135,16 @@ MUTANTS = [
         ("probe.py", "for default_scale in (False, True):", "for default_scale in (False,):", VERDICTS + " -k scale"),
         ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
         ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
+        ("probe.py", 'if "bias" in self.without:', "if True:", FORMS),
+        ("probe.py", "if drops and not setting.training:", "if False:", FORMS),
+        ("dropping.py", '("itself", "all") if', '("itself",) if', FORMS),
+        (
+            "dropping.py",
+            "for name in (*drops, *numbers):\n            settings",
+            "for name in drops:\n            settings",
+            FORMS,
+        ),
+        ("probe.py", 'if "mask" in self.without else found', "", FORMS),
         ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
         ("registry.py", "self.refused | other.refused", "self.refused", COPIES + " -k refuses"),
         ("registry.py", "return both if same else _TWO_WAYS", "return both", VERDICTS + " -k two_scales"),
@@ -264,7 +275,8 @@ MUTANTS = [
             "            self._readings[key] = reading",
             HOST + " -k proven",
         ),
-        ("registry.py", "if part.training and part.p:", "if False:", REFUSED),
+        ("registry.py", "if getattr(part, last) and (", "if False and (", REFUSED),
+        ("registry.py", " or name in self.always", "", FORMS),
         (
             "registry.py",
             "        _make_room(self._verdicts)",
@@ -489,6 +501,10 @@ MUTANTS = [
         ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
         ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
+        ("traced.py", "not is_sure:", "not is_of_library(module):", FORMS),
+        ("call.py", "kwargs = _input_first(original, kwargs)", "pass", FORMS + " -k order"),
+        ("traced.py", " or (type(holder), name, _DropoutNd) in roles", "", FORMS),
+        ("traced.py", "if kind is float and owner is type(module) and", "if False and", FORMS),
         (
             "attention.py",
             "if value and (place or rate != known):",
@@ -513,7 +529,7 @@ MUTANTS = [
             "if False and not all(0 <= shift < window",
             "tests/runtime/test_dispatch.py -k shift_outside",
         ),
-        ("attention.py", "inside += [part for path in", "inside += [] and [part for path in", HOST + " -k watched"),
+        ("attention.py", "inside += [part for part in", "inside += [] and [part for part in", HOST + " -k watched"),
         (
             "block.py",
             "if type(tensor) not in PLAIN_TENSORS or not fits",
@@ -768,12 +784,35 @@ MUTANTS = [
         ),
         (
             "families/window_attention.py",
-            'return "mask" if "mask" in names else names[1]',
-            "return names[1]",
+            'if "mask" in name or name == names[1]',
+            "if name == names[1]",
             COPIES + " -k 'another or keys'",
         ),
+        ("families/window_attention.py", "not _is_same(value, others[name])", "value", FORMS),
+        ("families/window_attention.py", "type(value) is type(default) and", "", FORMS),
+        ("families/window_attention.py", "defaults[name] is None or name in needed", "True", FORMS),
+        ("families/window_attention.py", "or not needed <= given.keys()", "", FORMS),
+        ("families/window_attention.py", "or len(given) < len(args) + len(kwargs)", "", FORMS),
+        ("families/window_attention.py", "{**others, mask:", "{**dict.fromkeys(others), mask:", FORMS),
         ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
         ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
+        ("trust/compare.py", "(place or setting.drops) and", "place and", COPIES + " -k halves"),
+        (
+            "families/rectangles.py",
+            "if any(isinstance(part, _DropoutNd)",
+            "if False and any(isinstance(part, _DropoutNd)",
+            COPIES + " -k halves",
+        ),
+        ("families/rectangles.py", "mask=mask,", "", COPIES + " -k halves"),
+        ("families/rectangles.py", "dropout=drop_rate(module.attn_drop),", "", COPIES + " -k halves"),
+        ("families/rectangles.py", "qkv.permute(1, 2, 0, 3)", "qkv.permute(1, 2, 3, 0)", COPIES + " -k halves"),
+        ("families/mutual.py", "(q2, k1, v1), (q1, k2, v2)", "(q1, k1, v1), (q2, k2, v2)", COPIES + " -k another"),
+        (
+            "families/mutual.py",
+            "F.scaled_dot_product_attention(q, k, v, mask,",
+            "F.scaled_dot_product_attention(q, k, v,",
+            COPIES + " -k another",
+        ),
         ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),
         (
             "families/shared/official.py",

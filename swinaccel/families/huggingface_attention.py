@@ -13,7 +13,7 @@ from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_table, logit_scale_reason, pair, position_bias
 from .shared.separate import separate_padding, separate_projections
 from .shared.stacked import attend_stacked, stacked_geometry
-from .window_attention import argument_names, window_arguments, window_examples
+from .window_attention import takes_windows, window_arguments, window_examples
 
 
 class HuggingFaceAttention:
@@ -28,7 +28,7 @@ class HuggingFaceAttention:
             return None
         attn = module.self
         window, heads = pair(tuple(attn.window_size)), attn.num_attention_heads
-        if window is None or hasattr(attn, "logit_scale") or argument_names(type(module)) is None:
+        if window is None or hasattr(attn, "logit_scale") or not takes_windows(type(module)):
             return None
         if not is_table(attn.relative_position_bias_table, attn.relative_position_index, window, heads):
             return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,8 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     Args:
         original: its own method, unbound.
     """
+    if not args and len(kwargs) > 1 and not torch.compiler.is_compiling():
+        kwargs = _input_first(original, kwargs)
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if torch.compiler.is_compiling():
         if is_onnx_export():
@@ -109,6 +113,17 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
     return result
+
+
+def _input_first(original: Original, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments that were all given by name, that of the input before the others."""
+    name = _FIRST.get(original)
+    if name is None:
+        name = _FIRST[original] = [*inspect.signature(original).parameters, ""][1]
+    return {name: kwargs[name], **kwargs} if name in kwargs else kwargs
+
+
+_FIRST: WeakKeyDictionary[Original, str] = WeakKeyDictionary()
 
 
 def _original(

@@ -44,7 +44,8 @@ Role = tuple[type | None, str, type]
 def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
     """Return the places and types of a module and of all inside it.
 
-    Of the module itself also, as a tuple, that it returns more; and as strings, which masks it refuses.
+    Of the module itself also, as a tuple, that it returns more; and as strings, which masks it refuses. Dropouts that
+    drop in evaluation as well are there a second time, by their base class.
     """
     found: list[Role] = [(None, "", type(module))]
     found += [
@@ -59,6 +60,9 @@ def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
             found.append((type(module), "", tuple))
         else:
             found += [(type(module), kind, str) for kind in reading.refused]
+            for path in (name.removesuffix(".p") for name in reading.always if name.endswith(".p")):
+                parent, _, name = path.rpartition(".")
+                found.append((type(module.get_submodule(parent)), name, _DropoutNd))
     return frozenset(found)
 
 
@@ -109,7 +113,8 @@ def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     refused = [kind for owner, kind, role in getattr(module, ROLES) if role is str and owner is type(module)]
     if refused and mask_kind(section, x) in refused:
         return "in a trial its own code raised an error for such a mask, or for none"
-    if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_of_library(module):
+    is_sure = is_of_library(module) and not getattr(attention, "fused_attn", False)
+    if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_sure:
         return "its code may take another scale than the one that it holds, which a compiler is not told"
     problem = problem_of(section, x)
     reason = section_reason(section, x.device) or triton_reason(section, x, problem)
@@ -158,9 +163,16 @@ def _parts_reason(
 def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
     """Return why code that no library holds may drop what no family reads, or None."""
     if not is_of_library(module) or not is_of_library(attention):
-        for part in (*module._modules.values(), *attention._modules.values()):
-            if isinstance(part, _DropoutNd) and part.training and part.p:
-                return "dropout is active in code that no library holds"
+        roles = getattr(module, ROLES)
+        for holder in (module, attention):
+            for name, part in holder._modules.items():
+                if not isinstance(part, _DropoutNd) or not part.p:
+                    continue
+                if part.training or module.training or (type(holder), name, _DropoutNd) in roles:
+                    return "dropout is active in code that no library holds"
+        for owner, name, kind in roles:
+            if kind is float and owner is type(module) and getattr(module, name):
+                return f"{name} is not zero, and only its own code says when that drops"
     return None
 
 

@@ -55,7 +55,7 @@ def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...], se
             if one is not other and not (isinstance(one, tuple) and one == other):
                 return f"its forward gives other outputs than {name}"
             continue
-        if place and torch.equal(one, other):  # a loss may be zero; where the output is, nothing is shown
+        if (place or setting.drops) and torch.equal(one, other):  # a loss may be zero; an output shows nothing then
             continue
         if one.shape != other.shape:
             return f"its forward gives {tuple(one.shape)} where {name} gives {tuple(other.shape)}"

@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..families import examples
 from ..spec.block import Block
-from .libraries import unsharded
+from .fingerprint import rates
+from .libraries import is_of_library, unsharded
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Setting:
         factor: what input and parameters are multiplied by; code that limits values shows where they are 1e9 apart.
         dtype: of the copy; under autocast products are computed in bfloat16.
         odd: one number of the input is infinite and one is NaN.
+        drops: a rate of dropout is on trial, and outputs may be zero.
     """
 
     training: bool = False
@@ -36,6 +38,7 @@ class Setting:
     dtype: torch.dtype = torch.float64
     autocast: bool = False
     odd: bool = False
+    drops: bool = field(default=False, compare=False)
 
     @property
     def is_exact(self) -> bool:
@@ -192,6 +195,18 @@ def set_drop_rates(facts: Any, rate: float) -> None:
         for name in ("p", "drop_prob"):
             if drop is not None and name in vars(drop) and type(drop) is not nn.Dropout:
                 setattr(drop, name, own)
+
+
+def set_idle_rates(clone: nn.Module, adapter: Any) -> None:
+    """Set all rates of dropout around an attention, which must not count in evaluation."""
+    attention = getattr(adapter.block(clone), "attention", None)
+    inside = set() if attention is None else set(attention.modules())
+    for part in clone.modules():
+        if part not in inside and not is_of_library(part):
+            for name, _ in rates(part):
+                setattr(part, name, 0.5)
+        if part not in inside and isinstance(part, _DropoutNd):
+            part.p = 0.5
 
 
 def set_path_rates(clone: nn.Module, rate: float) -> None:

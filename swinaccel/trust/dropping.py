@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..families import Family
 from .compare import PADDED, NotNow
-from .copies import Setting, calls, isolated, random_copy
+from .copies import Setting, calls, isolated, random_copy, set_path_rates
 from .fingerprint import rates
 from .libraries import is_of_library
 from .registry import Reading
@@ -44,13 +44,13 @@ def with_dropouts(
     """
 
     def completed(reading: Reading) -> Reading:
-        paths = _unread(module, family, moved, original, reading, compared(reading))
-        return dataclasses.replace(reading, unread_dropouts=paths)
+        unread, always = _unread(module, family, moved, original, reading, compared(reading))
+        return dataclasses.replace(reading, unread=unread, always=always)
 
     found, attention = completed(reading), family.attention(module)
     if all(map(is_of_library, module.modules())):
         return found
-    unread = {module.get_submodule(path) for path in found.unread_dropouts}
+    unread = {module.get_submodule(name.rpartition(".")[0]) for name in found.unread}
     names = [name for name, _ in rates(attention)]
     names += [f"{name}.p" for name, part in attention.named_children() if part in unread]
     for name in names:
@@ -67,32 +67,52 @@ def _unread(
     original: Callable[..., Any],
     reading: Reading,
     compared: Compare,
-) -> tuple[str, ...]:
-    """Return the paths of dropouts that a family neither reads nor calls as the original does.
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the names of rates of which a family does not do what the original does; and those that count always.
 
-    Of the weights' dropout, which kernels draw for themselves, PyTorch must also be told the rate, once a call.
+    They are those of dropouts, and numbers around the attention. Of the weights' dropout, which kernels draw for
+    themselves, PyTorch must also be told the rate, once a call.
     """
-    drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
-    unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
+    parts = dict(module.named_modules())
+    drops = {f"{path}.p": part for path, part in parts.items() if isinstance(part, _DropoutNd)}
+    others = [name for name, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
     if all(map(is_of_library, module.modules())):
-        return tuple(unread)
+        return tuple(others), frozenset()
+    inside = set(family.attention(module).modules())
+    around = [(path, part) for path, part in parts.items() if part not in inside and not is_of_library(part)]
+    numbers = [f"{path}.{name}".lstrip(".") for path, part in around for name, _ in rates(part)]
+
+    def prepared(name: str, trains: str, rate: float) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+        clone = random_copy(module, moved, Setting())
+        arguments = calls(family, clone, Setting())
+        set_path_rates(clone, 0.0)
+        path, _, last = name.rpartition(".")
+        dropping = clone.get_submodule(path)
+        setattr(dropping, last, rate)
+        if trains:
+            (dropping if trains == "itself" else clone).train()
+        return clone, arguments
+
+    def is_read(name: str, trains: str) -> bool:
+        clone, arguments = prepared(name, trains, 1.0 if name in drops else 0.5)  # drop-paths cannot drop everything
+        try:
+            if not _is_alike(clone, arguments, compared):
+                return False
+        except NotNow:  # the family reads it, and leaves such calls to the original
+            return True
+        if trains != "itself":
+            return True
+        clone, arguments = prepared(name, trains, 0.25)
+        is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
+        return not is_weights or _told(original, clone, arguments) == 0.25
+
     with isolated(), torch.no_grad():
-        for path in [path for path in drops if path not in unread]:
-            clone = random_copy(module, moved, Setting())
-            arguments = calls(family, clone, Setting())
-            dropping = clone.get_submodule(path).train()
-            dropping.p = 1.0  # type: ignore[assignment]
-            try:
-                is_read = _is_alike(clone, arguments, compared)
-            except NotNow:  # the family reads it, and leaves such calls to the original
-                continue
-            if is_read:
-                dropping.p = 0.25  # type: ignore[assignment]
-                is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
-                is_read = not is_weights or _told(original, clone, arguments) == 0.25
-            if not is_read:
-                unread.append(path)
-    return tuple(unread)
+        always = frozenset(name for name in (*drops, *numbers) if not is_read(name, ""))
+        for name in (*drops, *numbers):
+            settings = ("itself", "all") if name in drops else ("all",)
+            if name not in others and not (name not in always and all(is_read(name, trains) for trains in settings)):
+                others.append(name)
+    return tuple(others), always
 
 
 def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tuple[Any, ...]) -> bool:
@@ -138,8 +158,13 @@ def _is_rate(
 
 
 def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: Compare) -> bool:
-    pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
-    return not {compared(*pair) for pair in pairs} - {None, PADDED}
+    pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting(drops=True)) for args in arguments]
+    try:
+        return not {compared(*pair) for pair in pairs} - {None, PADDED}
+    except NotNow:
+        raise
+    except Exception:  # of code that does not take such a rate
+        return False
 
 
 def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:

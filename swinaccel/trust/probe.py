@@ -37,6 +37,7 @@ from .copies import (
     isolated,
     random_copy,
     set_drop_rates,
+    set_idle_rates,
     set_path_rates,
 )
 from .dropping import with_dropouts
@@ -47,9 +48,8 @@ from .registry import Reading, attention_key, block_key, mask_kind, registry
 from .trial import compare_attention, compare_block
 
 _BARE = (
-    "its forward adds neither the position bias nor the mask that it holds, as some code that calls"
-    " scaled_dot_product_attention does; where a setting chooses that, switch it off and call accelerate() again"
-    " (the results are others then)"
+    "its forward leaves out the {}, as some code that calls scaled_dot_product_attention does; where a setting chooses"
+    " that, switch it off and call accelerate() again (the results are others then)"
 )
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((
@@ -210,9 +210,11 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> R
             if reason is None:
                 return with_dropouts(module, family, inside, original, reading, compared)
             first = first or reason
-    for power in (0, 1, 2):
-        if _run(module, family, inside, compared(_Bare(power=power, refused=refused)), settings=EXACT[:1]) is None:
-            return _BARE
+    for without in ("position bias and the mask", "position bias", "mask"):
+        for power in (0, 1, 2):
+            bare = _Bare(power=power, without=without, refused=refused)
+            if _run(module, family, inside, compared(bare), settings=EXACT[:1]) is None:
+                return _BARE.format(without)
     assert first is not None
     return first
 
@@ -240,20 +242,25 @@ def _refused(module: nn.Module, family: Family, moved: set[nn.Module], original:
 
 @dataclasses.dataclass(frozen=True)
 class _Bare(Reading):
-    """Scores without position bias and mask, as some code by `scaled_dot_product_attention` has them.
+    """Scores without position bias, mask or both, as some code by `scaled_dot_product_attention` has them.
 
     Attributes:
         power: how many of two factors scale them: the module's own, PyTorch's, or both.
+        without: what they leave out.
     """
 
     power: int = 0
+    without: str = ""
 
     def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
         found, default = super().apply(section, attention, x), section.head_dim**-0.5
         if isinstance(found, str):
             return found
         scale = (section.scale, default, section.scale * default)[self.power]
-        return dataclasses.replace(found, table=None, position=None, mask=None, mask_value=0.0, scale=scale)
+        found = dataclasses.replace(found, scale=scale)
+        if "bias" in self.without:
+            found = dataclasses.replace(found, table=None, position=None)
+        return dataclasses.replace(found, mask=None, mask_value=0.0) if "mask" in self.without else found
 
 
 def _probe_block(
@@ -283,6 +290,8 @@ def _run(
             for setting in settings or _settings(module):
                 clone = random_copy(module, moved, setting)
                 arguments = calls(family, clone, setting)
+                if drops and not setting.training:
+                    set_idle_rates(clone, family)
                 compares = 0
                 for rate in (0.0, 0.2) if setting.training and setting.grad else (0.0,):
                     set_path_rates(clone, rate)

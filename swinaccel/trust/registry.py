@@ -27,8 +27,9 @@ class Reading:
 
     Attributes:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
-        unread_dropouts: paths of dropouts that no family reads or calls, or of another kind than elementwise; while
-            one is active, the original must run.
+        unread: names of rates that no family reads: of dropouts that it does not call, or of another kind than
+            elementwise, and numbers around the attention; while one is active, the original must run.
+        always: those of them by which something is dropped in evaluation, too.
         rate: the name of a number of the attention, by which its weights are dropped in training, whatever dropouts
             the module holds; empty where those count.
         weights: it returns the attention weights as well.
@@ -36,7 +37,8 @@ class Reading:
     """
 
     default_scale: bool = False
-    unread_dropouts: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    always: frozenset[str] = frozenset()
     rate: str = ""
     weights: bool = False
     refused: frozenset[str] = frozenset()
@@ -49,12 +51,17 @@ class Reading:
         return both if same else _TWO_WAYS
 
     def active(self, module: nn.Module) -> str | None:
-        """Return the path of a dropout that drops now and that is not read, or None."""
-        for path in self.unread_dropouts:
+        """Return the name of a rate by which something may be dropped now and that is not read, or None."""
+        for name in self.unread:
+            path, _, last = name.rpartition(".")
             part = module.get_submodule(path)
-            if part.training and part.p:
-                return path
+            if getattr(part, last) and (part.training or module.training or name in self.always):
+                return name
         return None
+
+    def holders(self, module: nn.Module) -> list[nn.Module]:
+        """Return the modules that hold the rates which are not read."""
+        return [module.get_submodule(name.rpartition(".")[0]) for name in self.unread]
 
     def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
         """Return a section as the code of its module computes it, or why the original must run.
