@@ -45,9 +45,10 @@ class Reading:
 
     def joined(self, other: Reading) -> Reading | str:
         """Return a reading for modules that this one or another holds for, or why there is none."""
-        unread = tuple(dict.fromkeys(self.unread_dropouts + other.unread_dropouts))
-        both = dataclasses.replace(self, unread_dropouts=unread, refused=self.refused | other.refused)
-        same = dataclasses.replace(other, unread_dropouts=unread, refused=both.refused) == both
+        unread = tuple(dict.fromkeys(self.unread + other.unread))
+        always = self.always | other.always
+        both = dataclasses.replace(self, unread=unread, always=always, refused=self.refused | other.refused)
+        same = dataclasses.replace(other, unread=unread, always=always, refused=both.refused) == both
         return both if same else _TWO_WAYS
 
     def active(self, module: nn.Module) -> str | None:
