@@ -57,6 +57,8 @@ FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
+TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits and not optimizer"'
 COPIES = "tests/families/test_copies.py"
 FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
@@ -557,25 +559,37 @@ MUTANTS = [
             HOST + " -k around_an",
         ),
     ),
-    *under(
-        "swinaccel/runtime/graphs.py",  # replays
-        *(
-            ("", old, new, 'tests/runtime/test_graphs.py -k "not edits and not ways"')
-            for old, new in (
-                ("        if capture.lies():", "        if True:"),
-                ("            if capture.holds(module):", "            if True:"),
-                ("one.clone()) if", "one) if"),
-                ("return self._where() == self._places and", "return"),
-                ("self._where() == self._places and self._counts() == self._versions", "self._where() == self._places"),
-                ("        with without_autocast_cache():", "        if True:"),
-                ("modes = torch.is_inference_mode_enabled(), autocast,", "modes = autocast,"),
-                ("        with graph.lock:", "        if True:"),
-                ("len(args), rest, modes, _settings()", "len(args), rest, modes"),
-                ("x.shape, x.stride(), x.dtype", "x.shape, x.dtype"),
-                ("is_same and self._failures == failures.count and", "is_same and"),
-                ("self._guard.tensors() + self._guard.values", "self._guard.tensors()"),
-            )
-        ),
+    *(
+        Mutant(f"swinaccel/runtime/{file}.py", old, new, tests)
+        for file, old, new, tests in (
+            ("graphs", "if capture.is_safe() and (", "if (", GRAPHS),
+            ("graphs", "if not capture.looks_after or capture.holds(module):", "if True:", GRAPHS),
+            ("graphs", "or not capture.is_free()", "", TRAINING_GRAPHS),
+            ("graphs", "torch.is_inference_mode_enabled(), autocast", "autocast", GRAPHS),
+            ("graphs", "(kinds, form, rest, modes, _settings())", "(kinds, form, rest, modes)", GRAPHS),
+            ("graphs", "(one.shape, one.stride(), one.dtype", "(one.shape, one.dtype", GRAPHS),
+            ("graphs", "torch._C._current_graph_task_id() == -1", "True", TRAINING_GRAPHS),
+            ("graphs", "torch._C._autograd._top_saved_tensors_default_hooks(False) is None", "True", TRAINING_GRAPHS),
+            ("capture", "[one.clone() for one in self._outputs]", "list(self._outputs)", GRAPHS),
+            ("capture", "self._where() == self._places and self._counts()", "self._counts()", GRAPHS),
+            ("capture", "with _without_autocast_cache():", "if True:", GRAPHS),
+            ("capture", "        with engine.lock:", "        if True:", GRAPHS),
+            ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
+            ("capture", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),
+            ("training_capture", "if self._turn() is not turn:", "if False:", TRAINING_GRAPHS),
+            ("training_capture", "looks_after = False", "looks_after = True", TRAINING_GRAPHS),
+            (
+                "training_capture",
+                "else one.clone() for one in self._grads",
+                "else one for one in self._grads",
+                TRAINING_GRAPHS,
+            ),
+            ("training_capture", "retain_graph=True", "retain_graph=False", TRAINING_GRAPHS),
+            ("training_capture", "super().lies() and self._wanted() == self._flags", "super().lies()", TRAINING_GRAPHS),
+            ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
+            ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
+            ("rehearsal", "one.data.copy_(kept)", "pass", TRAINING_GRAPHS),
+        )
     ),
     *under(
         "swinaccel/backends/torch/products.py",

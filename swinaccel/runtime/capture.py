@@ -92,8 +92,15 @@ class Capture:
             state.calls, state.fallbacks = calls, fallbacks  # nobody has asked for those
         return output
 
+    def is_safe(self) -> bool:
+        """Return True if indices hold what they did; through others a kernel might read anywhere.
+
+        All other memory that the graph reads is kept alive, whatever became of the module.
+        """
+        return self._counts() == self._versions
+
     def lies(self) -> bool:
-        """Return True if all memory that the graph reads is still that of the module; else it must not be replayed."""
+        """Return True if all memory that the graph reads is still that of the module."""
         return self._where() == self._places and self._counts() == self._versions
 
     def holds(self, module: nn.Module) -> bool:

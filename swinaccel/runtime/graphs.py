@@ -56,7 +56,7 @@ class Graphs:
         capture = self.captures.get(key)
         if capture is None or not capture.is_free():
             return None
-        if capture.lies() and (capture.looks_after or capture.holds(module)):
+        if capture.is_safe() and (capture.looks_after or capture.holds(module)):
             result = capture.replay(inputs)
             if not capture.looks_after or capture.holds(module):
                 with suppress(KeyError):  # another thread took it away

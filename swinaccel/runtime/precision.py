@@ -30,7 +30,7 @@ from .section import TritonSection
 
 logger = logging.getLogger("swinaccel")
 
-fewest_channels = 129  # of a block: with fewer, all that follows its attention is one kernel without
+fewest_channels = 512  # of a block: with fewer, quantising takes what products save (docs/notes.md)
 
 _OTHER_DEVICE = "products of 8 bits run by Triton kernels, on NVIDIA GPUs of compute capability 8.9 or newer"
 
@@ -171,7 +171,7 @@ def _reason(facts: BlockFacts, section: Section, reads: list[Read] | str, x: Ten
     if any(side % fp8.MULTIPLE for side in (facts.channels, width, facts.hidden)) or not x.numel():
         return f"its channels are no multiples of {fp8.MULTIPLE}, which products of 8 bits ask for"
     if facts.channels < fewest_channels:
-        return f"with fewer than {fewest_channels} channels it is few kernels, which products of 8 bits take apart"
+        return f"with fewer than {fewest_channels} channels products of 8 bits take longer"
     return None
 
 
