@@ -19,6 +19,7 @@ from .ops.failures import failures
 from .report import Entry, Graph, Report
 from .runtime.graphs import Graphs
 from .runtime.plan import State, state_of
+from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe
 
@@ -52,7 +53,7 @@ def accelerate(model: Model, **options: Unpack[Options]) -> Model:
     found = list(_survey(model, config))
     if config.strict or env_strict():
         _check_strict(model, found)
-    with patching.followed_by_compilers(model):
+    with patching.dropping_compiled_code(model):
         chosen: set[nn.Module] = set()
         for module, family, _, entry in found:
             if entry.status == "accelerated":
@@ -75,7 +76,7 @@ def restore(model: Model) -> Model:
         The same object.
     """
     _check_model(model)
-    with patching.followed_by_compilers(model):
+    with patching.dropping_compiled_code(model):
         patching.unmark(_marked_modules(model))
     return model
 
@@ -92,7 +93,7 @@ def accelerated(model: Model, **options: Unpack[Options]) -> Iterator[Model]:
     try:
         yield accelerate(model, **options)
     finally:
-        with patching.followed_by_compilers(model):
+        with patching.dropping_compiled_code(model):
             for module, text in before.items():
                 if text is not None and patching.marker(module) != text:
                     patching.mark(module, text)
@@ -123,7 +124,7 @@ def report(model: nn.Module) -> Report:
     entries, found = [], []
     for name, module, family, spec in _attentions(model, _is_marked):
         found.append(module)
-        marked = patching.marked(module)
+        marked = patching.marking_of(module)
         if marked is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
@@ -218,13 +219,12 @@ def _attentions(model: nn.Module, judge: Judge) -> Iterator[tuple[str, nn.Module
 
 
 def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
-    return "no" if patching.marked(module) is None else "yes"
+    return "no" if patching.marking_of(module) is None else "yes"
 
 
 def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
-    found, marked = families.match(module), patching.marked(module)
-    if found is None and marked is not None:
-        family = marked.adapter
+    found, marked = families.match(module), patching.marking_of(module)
+    if found is None and marked is not None and is_family(family := marked.adapter):
         return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
     return found
 
@@ -267,25 +267,25 @@ def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **count
     return Entry(name, spec.family, status, reason, spec.window, spec.shift, spec.num_heads, spec.head_dim, **counts)
 
 
-def _block_config(module: nn.Module, family: Any, config: AccelConfig) -> AccelConfig:
+def _block_config(module: nn.Module, family: Family, config: AccelConfig) -> AccelConfig:
     """Return the options of one instance: fuse="attention" where its block is not known to be what it looks like."""
-    if config.fuse == "auto" and hasattr(family, "block"):
-        method = getattr(family, "block_method", None)
-        if _is_proven(module, family, method or family.method, None if method is None else family.method):
+    if config.fuse == "auto" and reads_blocks(family):
+        method = block_method(family)
+        if _is_proven(module, family, method, None if method == family.method else family.method):
             return config
     return dataclasses.replace(config, fuse="attention")
 
 
 def _blocks(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, families.BlockAdapter]]:
     """Yield what gets a dispatcher around accelerated attention, or beside it; a filter is asked of attention only."""
-    if config.fuse != "auto" or not any(map(patching.marked, model.modules())):
+    if config.fuse != "auto" or not any(map(patching.marking_of, model.modules())):
         return
     for module in model.modules():
         adapter = families.block_adapter(module)
         if adapter is None:
             continue
         attention = getattr(adapter.block(module), "attention", None)
-        if config.filter is not None if attention is None else patching.marked(attention) is None:
+        if config.filter is not None if attention is None else patching.marking_of(attention) is None:
             continue
         if _is_proven(module, adapter, adapter.method, None):
             yield module, adapter
@@ -295,20 +295,20 @@ def _captured(model: nn.Module, config: AccelConfig) -> Iterator[nn.Module]:
     """Yield the modules whose calls are replayed: the largest that are known to run the same at each call."""
     if config.graphs is False:
         return
-    inside = {module for module in model.modules() if patching.marked(module) is not None}
+    inside = {module for module in model.modules() if patching.marking_of(module) is not None}
     waiting = [model]
     while waiting:
         module = waiting.pop()
         if not any(one in inside for one in module.modules()):
             continue
         is_free = module not in inside and patching.foreign_reason(module, families.CAPTURED.method) is None
-        if is_free and (config.graphs is True or libraries.is_steady(module)):
+        if is_free and (config.graphs is True or libraries.is_capturable(module)):
             yield module
         elif config.graphs == "auto":
             waiting += module.children()
 
 
-def _is_proven(module: nn.Module, adapter: Any, method: str, attention: str | None) -> bool:
+def _is_proven(module: nn.Module, adapter: BlockReader, method: str, attention: str | None) -> bool:
     if patching.foreign_reason(module, method) is not None:
         return False
     with patching.switched_off():  # attention inside runs its own forward

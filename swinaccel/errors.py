@@ -8,7 +8,7 @@ class FallbackError(RuntimeError):
 
 
 class KernelError(RuntimeError):
-    """A kernel of ours failed, and plain PyTorch must not or cannot stand in for it."""
+    """A kernel failed, and plain PyTorch must not or cannot stand in for it."""
 
 
 class ArgumentError(KernelError, ValueError):

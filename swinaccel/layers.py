@@ -1,4 +1,4 @@
-"""Look at a module's class and hooks: is it PyTorch's own layer, and does anyone watch or replace what it does?"""
+"""Look at a module's class and hooks: PyTorch's own layers, hooks on them, methods that were replaced."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DISPATCHER = "_swinaccel_dispatcher"  # attribute of a function that takes a method's place: itself
+DISPATCHER = "_swinaccel_dispatcher"  # attribute of a dispatcher: itself
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN_TENSORS = (Tensor, nn.Parameter)
-OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
+BASE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
@@ -32,12 +32,12 @@ _FORWARDS = {cls: cls.forward if is_torch_function(cls.forward) else None for cl
 
 
 def is_builtin(module: Any, cls: type) -> bool:
-    """Return True if a module is exactly PyTorch's layer, one of those named above, whose class nobody has patched."""
+    """Return True if a module is exactly PyTorch's layer, one of `_LAYERS`, and its class is not patched."""
     return type(module) is cls and cls.forward is _FORWARDS[cls]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if hooks want to see what a module is given or gives, or the gradients of that."""
+    """Return True if a module has hooks of its own, on its forward or its backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -53,7 +53,7 @@ def replaced_methods(module: nn.Module) -> list[str]:
     cls = type(module)
     return [
         name
-        for name in module.__dict__.keys() - OWN_ATTRIBUTES
+        for name in module.__dict__.keys() - BASE_ATTRIBUTES
         if isinstance(getattr(cls, name, None), _FUNCTIONS) and name not in _IDLE_METHODS
     ]
 
@@ -64,12 +64,12 @@ def owner(cls: type, method: str) -> type:
 
 
 def own_method(cls: type, method: str) -> Callable[..., Any]:
-    """Return the class's own method, unbound, without a dispatcher of ours."""
-    return undispatched(vars(owner(cls, method))[method])
+    """Return the class's own method, unbound, without swinaccel's dispatcher."""
+    return without_dispatcher(vars(owner(cls, method))[method])
 
 
-def standing_in(function: Any, method: Any) -> Callable[..., Any]:
-    """Return a function, which names nothing global, as one of ours that takes a method's place."""
+def as_replacement(function: Any, method: Any) -> Callable[..., Any]:
+    """Return a function, which names nothing global, marked as swinaccel's and with a method's name and globals."""
     # torch.jit.script compiles the source of what functools.wraps names, in the globals of what it was given.
     made = types.FunctionType(function.__code__, method.__globals__, closure=function.__closure__)
     functools.update_wrapper(made, method)
@@ -79,14 +79,14 @@ def standing_in(function: Any, method: Any) -> Callable[..., Any]:
     return made
 
 
-def undispatched(function: Any) -> Any:
-    """Return the method whose place a dispatcher of ours has taken, or what is none as it is."""
+def without_dispatcher(function: Any) -> Any:
+    """Return the method behind a dispatcher of swinaccel's; any other function as it is."""
     # Itself: functools.wraps copies attributes, and what wraps a dispatcher is none.
     return vars(function)["__wrapped__"] if getattr(function, DISPATCHER, None) is function else function
 
 
 def alias(module: nn.Module) -> nn.Module:
-    """Return a second object with the very attributes of a module: what keeps it does not keep the module alive."""
+    """Return an object that shares a module's attributes: a reference to it does not keep the module alive."""
     other = object.__new__(type(module))
     other.__dict__ = module.__dict__
     return other

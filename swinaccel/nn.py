@@ -30,7 +30,7 @@ __all__ = ["ShiftedWindowAttention", "ShiftedWindowAttentionV2", "WindowAttentio
 
 
 class _Attention(nn.Module):
-    """What the modules share: projections, a bias from positions, and how state dicts are read."""
+    """Base of the modules: projections, a bias from positions, and how state dicts are read."""
 
     relative_position_index: Tensor
 

@@ -29,10 +29,11 @@ from torch import nn
 
 from .config import AccelConfig, env_disabled, may_be_disabled
 from .families import CAPTURED, by_name
-from .layers import owner, standing_in, undispatched
+from .layers import as_replacement, owner, without_dispatcher
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
-from .runtime.traced import ROLES, roles_of
+from .runtime.traced import PROVEN, proven_facts
+from .spec.adapters import Adapter, block_method, is_family
 
 logger = logging.getLogger("swinaccel")
 
@@ -48,12 +49,12 @@ class _Switch:
         self.is_open, self.outer = True, outer
 
 
-_off: ContextVar[_Switch | None] = ContextVar("swinaccel_off", default=None)
-_off_anywhere = 0  # blocks of `disabled` open in any thread: dynamo of torch 2.11 cannot trace a ContextVar
+_switch: ContextVar[_Switch | None] = ContextVar("swinaccel_off", default=None)
+_open_switches = 0  # blocks of `disabled` open in any thread: dynamo of torch 2.11 cannot trace a ContextVar
 
 _lock = threading.RLock()
 _installed: dict[tuple[type, str], Any] = {}  # (class, method): wrapt's handle
-_known: dict[tuple[type, str], weakref.WeakSet[nn.Module]] = {}  # instances that we marked ourselves
+_instances: dict[tuple[type, str], weakref.WeakSet[nn.Module]] = {}  # instances that we marked ourselves
 
 
 def _renew_lock() -> None:
@@ -67,57 +68,56 @@ if hasattr(os, "register_at_fork"):
 
 
 @dataclass(frozen=True)
-class Marked:
-    """What a marker says: an adapter (a family, or that of a block around or a neighbour), and options."""
+class Marking:
+    """The content of a marker: an adapter (a family, or that of a block around or a neighbour), and options."""
 
-    adapter: Any
+    adapter: Adapter
     config: AccelConfig
     entries: dict[str, Entry] = field(init=False)  # how calls run, by the methods that a dispatcher is needed on
 
     def __post_init__(self) -> None:
-        whole = getattr(self.adapter, "block_method", None)
-        methods = [self.adapter.method, *([] if whole is None or self.config.fuse != "auto" else [whole])]
+        methods = [self.adapter.method, *([block_method(self.adapter)] if self.config.fuse == "auto" else [])]
         entries = {method: Entry(self.adapter, self.config, method) for method in methods}
         object.__setattr__(self, "entries", entries)
 
     @property
     def has_attention(self) -> bool:
         """Return True if the module is a window attention, or a block that holds its section."""
-        return hasattr(self.adapter, "section")
+        return is_family(self.adapter)
 
 
-_parsed: dict[str, Marked | None] = {}
+_parsed: dict[str, Marking | None] = {}
 
 
 @contextmanager
 def switched_off() -> Iterator[None]:
     """Let dispatchers run the originals, in this thread and context.
 
-    In every thread, while a compiler traces, and in backwards: autograd has threads of its own, in which checkpointing
-    calls modules again. Whoever ends the block, and in whatever context, it is over for all.
+    Compilers and backwards heed it in every thread: autograd calls checkpointed modules from threads of its own. The
+    block ends for all of them at once, whatever context it is left in.
     """
-    global _off_anywhere
-    switch, counted = _Switch(_off.get()), False
+    global _open_switches
+    switch, counted = _Switch(_switch.get()), False
     try:
         with _lock:
-            _off_anywhere, counted = _off_anywhere + 1, True
-        token = _off.set(switch)
+            _open_switches, counted = _open_switches + 1, True
+        token = _switch.set(switch)
         yield
     finally:
         switch.is_open = False
         if counted:
             with _lock:
-                _off_anywhere -= 1
+                _open_switches -= 1
         with suppress(ValueError, UnboundLocalError):  # another context closes a generator; an interrupt at the start
-            _off.reset(token)
+            _switch.reset(token)
 
 
 def _is_off(compiling: bool) -> bool:
     if compiling:
-        return _off_anywhere > 0
-    if not _off_anywhere:
+        return _open_switches > 0
+    if not _open_switches:
         return False
-    switch = _off.get()
+    switch = _switch.get()
     while switch is not None:
         if switch.is_open:
             return True
@@ -125,27 +125,27 @@ def _is_off(compiling: bool) -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def encode(adapter: Any, config: AccelConfig) -> str:
+def encode(adapter: Adapter, config: AccelConfig) -> str:
     """Return the marker of an instance."""
     text = json.dumps({"family": adapter.name, "options": json.loads(config.to_json())}, sort_keys=True)
     decode(text)
     return text
 
 
-def decode(marker: str) -> Marked | None:
-    """Return what a marker says, or None if it was written by another version."""
+def decode(marker: str) -> Marking | None:
+    """Return the content of a marker, or None if it was written by another version."""
     if marker not in _parsed:
         try:
             content = json.loads(marker)
             adapter = by_name(content["family"])
-            _parsed[marker] = None if adapter is None else Marked(adapter, AccelConfig(**content["options"]))
+            _parsed[marker] = None if adapter is None else Marking(adapter, AccelConfig(**content["options"]))
         except (ValueError, TypeError, KeyError):
             _parsed[marker] = None
     return _parsed[marker]
 
 
 def foreign_reason(module: nn.Module, method: str) -> str | None:
-    """Return why a module's method is not its class's to replace, or None."""
+    """Return why a module's method must not be replaced on its class, or None."""
     if method in module.__dict__:
         return f"{method} was replaced on this instance"
     function = vars(owner(type(module), method))[method]
@@ -159,9 +159,9 @@ def marker(module: nn.Module) -> str | None:
     return module.__dict__.get(MARKER)
 
 
-def marked(module: nn.Module) -> Marked | None:
-    """Return what the marker of an accelerated window attention says; None for any other module."""
-    found = _read(module)
+def marking_of(module: nn.Module) -> Marking | None:
+    """Return the content of an accelerated window attention's marker; None for any other module."""
+    found = _content(module)
     if found is None or not found.has_attention:
         return None
     # Not only its owner: transformers wraps the inherited forward anew in every subclass, as FSDP2 makes them.
@@ -171,17 +171,17 @@ def marked(module: nn.Module) -> Marked | None:
 
 def is_block_only(module: nn.Module) -> bool:
     """Return True if a module is marked for what is around an attention, or beside it, alone."""
-    found = _read(module)
+    found = _content(module)
     return found is not None and not found.has_attention
 
 
 def is_captured(module: nn.Module) -> bool:
     """Return True if a module is marked for calls that are replayed as graphs."""
-    found = _read(module)
+    found = _content(module)
     return found is not None and found.adapter is CAPTURED
 
 
-def _read(module: nn.Module) -> Marked | None:
+def _content(module: nn.Module) -> Marking | None:
     text = marker(module)
     return None if text is None else decode(text)
 
@@ -194,17 +194,17 @@ def mark(module: nn.Module, text: str) -> None:
     with _lock:
         for key in _keys(module, found):
             _install(*key)
-            _known.setdefault(key, weakref.WeakSet()).add(module)
-            setattr(key[0], ROLES, getattr(key[0], ROLES) | roles_of(found.adapter, module))
+            _instances.setdefault(key, weakref.WeakSet()).add(module)
+            setattr(key[0], PROVEN, getattr(key[0], PROVEN) | proven_facts(found.adapter, module))
         module.__dict__[MARKER] = text
 
 
-def _loaded(module: nn.Module) -> None:
-    """Put dispatchers under a module that came with a marker, from a file or another process, so that its calls tell.
+def _install_on_loaded(module: nn.Module) -> None:
+    """Install dispatchers on a module that came with a marker, from a file or another process.
 
     Nothing is proven of it here: it runs its originals until `accelerate` is called, and a warning says so.
     """
-    found = _read(module)
+    found = _content(module)
     with _lock:
         for method in () if found is None else found.entries:
             with suppress(Exception):  # it is not built as the marker says
@@ -212,34 +212,34 @@ def _loaded(module: nn.Module) -> None:
                     _install(owner(type(module), method), method)
 
 
-def _follow_loading() -> None:
-    """Let modules that are unpickled or copied with a marker be seen."""
+def _watch_loading() -> None:
+    """Wrap `nn.Module.__setstate__`, to notice modules that are unpickled or copied with a marker."""
     restore = nn.Module.__setstate__
 
     @functools.wraps(restore)
     def setstate(self: nn.Module, state: Any) -> None:
         restore(self, state)
         if MARKER in self.__dict__:
-            _loaded(self)
+            _install_on_loaded(self)
 
     nn.Module.__setstate__ = setstate  # type: ignore[method-assign]
 
 
-_follow_loading()
+_watch_loading()
 
 
-def _keys(module: Any, found: Marked) -> list[tuple[type, str]]:
+def _keys(module: Any, found: Marking) -> list[tuple[type, str]]:
     return [(owner(type(module), method), method) for method in found.entries]
 
 
 def unmark(modules: Iterable[nn.Module]) -> None:
-    """Undo `mark`, and take the dispatcher from every class that no accelerated instance is left of."""
+    """Undo `mark`, and remove the dispatcher from every class without an accelerated instance."""
     with _lock:
         for module in modules:
             module.__dict__.pop(MARKER, None)
             forget_state(module)
-        idle = {key for key in _installed if not any(map(marker, _known.get(key, ())))}
-        for key in idle - _copied(idle):
+        idle = {key for key in _installed if not any(map(marker, _instances.get(key, ())))}
+        for key in idle - _keys_of_copies(idle):
             try:
                 remove(key)
             except ValueError as error:  # what stays runs originals, and goes when the wrapper on top has gone
@@ -247,8 +247,8 @@ def unmark(modules: Iterable[nn.Module]) -> None:
 
 
 @contextmanager
-def followed_by_compilers(model: nn.Module) -> Iterator[None]:
-    """Drop what `torch.compile` made of a model's forwards where markers change inside: it would run on."""
+def dropping_compiled_code(model: nn.Module) -> Iterator[None]:
+    """Drop the code that `torch.compile` made of a model's forwards where markers change inside: it would run on."""
     before = list(map(marker, model.modules()))
     try:
         yield
@@ -257,12 +257,12 @@ def followed_by_compilers(model: nn.Module) -> Iterator[None]:
         if dynamo is not None and list(map(marker, model.modules())) != before:
             bases = {base for module in model.modules() for base in type(module).__mro__}
             for function in (vars(base).get("forward") for base in bases):
-                for one in (function, undispatched(function)) if isinstance(function, types.FunctionType) else ():
+                for one in (function, without_dispatcher(function)) if isinstance(function, types.FunctionType) else ():
                     dynamo.eval_frame.reset_code(one.__code__)
 
 
-def _copied(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
-    """Return those of the keys that a marked copy is left of; copies are made unseen, so they are looked for."""
+def _keys_of_copies(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
+    """Return those of the keys that a marked copy still needs; nobody is told of copies, so they are looked for."""
     found: set[tuple[type, str]] = set()
     if not keys:
         return found
@@ -281,7 +281,7 @@ def _install(cls: type, method: str) -> None:
     factory = functools.partial(_dispatcher, name=method)
     _installed[cls, method] = wrapt.wrap_object(cls, method, cast(Any, factory))
     setattr(cls, MARKER, None)
-    setattr(cls, ROLES, getattr(cls, ROLES, frozenset()))
+    setattr(cls, PROVEN, getattr(cls, PROVEN, frozenset()))
 
 
 def _named(key: tuple[type, str]) -> tuple[str, str]:
@@ -289,19 +289,19 @@ def _named(key: tuple[type, str]) -> tuple[str, str]:
 
 
 def remove(key: tuple[type, str]) -> None:
-    """Take the dispatcher from a method of a class; wrapt raises where another wrapper came on top of it since."""
+    """Remove the dispatcher from a method of a class; wrapt raises where another wrapper has been put on top of it."""
     cls, method = key
     wrapt.unwrap_object(cls, method, _installed[key])
     del _installed[key]
-    _known.pop(key, None)
+    _instances.pop(key, None)
     if not any(other == cls for other, _ in _installed):
-        for name in (MARKER, ROLES):
+        for name in (MARKER, PROVEN):
             if name in vars(cls):
                 delattr(cls, name)
 
 
 class _Runtime:
-    """What a dispatcher runs marked instances by; pickled (by value, with classes of `__main__`) it is an empty one."""
+    """The way from a dispatcher to `_run`; pickled (by value, with classes of `__main__`) it is an empty object."""
 
     def __init__(self) -> None:
         self.run = _run
@@ -345,4 +345,4 @@ def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             return self._gradient_checkpointing_func(inner, *args)
         return run(method, name, self, args, kwargs)
 
-    return standing_in(dispatcher, method)
+    return as_replacement(dispatcher, method)

@@ -1,4 +1,4 @@
-"""What is accelerated, what is not, and why: one entry for each module with window attention."""
+"""Reports: which modules with window attention are accelerated, which are not, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Entry:
 
     Attributes:
         name: its path in the model, "" for the model itself.
-        family: who recognised it; "unknown" where nobody did, although it looks like window attention.
+        family: that recognised it; "unknown" where none did, although it looks like window attention.
         status: "accelerated" or "original".
         reason: why it, or its last call that did so, runs the original, or what is around it does; None otherwise.
         window, shift: (rows, columns) or (depth, rows, columns), now.

@@ -1,4 +1,4 @@
-"""Is the accelerated model as right as the original, on this machine, for these inputs?"""
+"""Compare an accelerated model with the original, on this machine, for these inputs."""
 
 from __future__ import annotations
 

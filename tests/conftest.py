@@ -96,7 +96,7 @@ def _clean_slate(request, monkeypatch, tmp_path_factory):
         # Fallbacks are expected in many tests; those about warnings record them by themselves.
         warnings.filterwarnings("ignore", message="swinaccel: the original runs", category=UserWarning)
         yield
-    assert not patching._off_anywhere, "a disabled() block was left open"
+    assert not patching._open_switches, "a disabled() block was left open"
     if patching._installed:
         gc.collect()  # accelerated models of this test are gone, and with them the last reason for a dispatcher
         patching.unmark(())

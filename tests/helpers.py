@@ -144,6 +144,28 @@ def check(
     return found
 
 
+def check_gradients(model: nn.Module, *inputs: Any, backend: str = "torch", count: int | None = None) -> None:
+    """Output and gradients of an accelerated copy err no more than the model's own; what gets none there gets none."""
+    found, model = [], copy.deepcopy(model).to(DEVICES[backend])
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
+    for one in (copy.deepcopy(model).double(), model, twin):
+        dtype = next(one.parameters()).dtype
+        given = [v.detach().to(DEVICES[backend], dtype, copy=True) if isinstance(v, Tensor) else v for v in inputs]
+        given[0].requires_grad_()
+        out = tensors(one(*given))[0]
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype, device=out.device).view_as(out))
+        found.append([out.detach(), given[0].grad, *(parameter.grad for parameter in one.parameters())])
+    assert_accelerated(twin, count)
+    names = ["output", "input", *(name for name, _ in model.named_parameters())]
+    largest = max(one.abs().max() for one in found[0][1:] if one is not None)
+    for name, exact, own, ours in zip(names, *found, strict=True):
+        assert (exact is None) == (ours is None), name
+        if exact is not None:
+            errors = [(one - exact).abs().max() for one in (own, ours)]
+            # Some gradients are rounding and nothing else, such as that of k's bias.
+            assert errors[1] <= max(2 * errors[0], 2e-6 * exact.abs().max(), 5e-7 * largest), (name, errors)
+
+
 def check_fallback(
     model: nn.Module,
     *inputs: Any,

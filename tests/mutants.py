@@ -63,6 +63,7 @@ COPIES = "tests/families/test_copies.py"
 FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
+TRAPS = "tests/runtime/test_traps.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 FP8 = "tests/runtime/test_fp8.py"
 
@@ -102,7 +103,7 @@ MUTANTS = [
         ("copies.py", "value + torch.rand_like(value) if", "value if", REFUSED),
         ("copies.py", "memo[id(hooks)] = OrderedDict()", "pass", GAPS + " -k hooks"),
         ("copies.py", "if not name.startswith(_COMPOSABLE)", "", SHARDING),
-        ("libraries.py", "in unsharded(type(module)).__mro__:", "in type(module).__mro__:", SHARDING),
+        ("libraries.py", "in unsharded_class(type(module)).__mro__:", "in type(module).__mro__:", SHARDING),
         ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/api/test_patching.py -k random"),
         ("copies.py", "    Setting(dtype=torch.float16),\n", "", HOST + " -k refused"),
         ("copies.py", "autocast=True)", "autocast=False)", HOST + " -k refused"),
@@ -165,12 +166,17 @@ MUTANTS = [
             "tests/trust/test_switches_in_numbers.py",
         ),
         ("dropping.py", "if len(heard) == 1 else 0.0", "if heard else 0.0", "tests/trust/test_switches_in_numbers.py"),
-        ("dropping.py", "holds = _told(original, clone, arguments) == rate", "holds = True", COPIES + " -k taken"),
+        (
+            "dropping.py",
+            "holds = _rate_told_to_torch(subject.original, clone, arguments) == rate",
+            "holds = True",
+            COPIES + " -k taken",
+        ),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
         ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps.py -k scale"),
         ("fingerprint.py", "watched=not is_library)", "watched=False)", FINGERPRINT),
-        ("fingerprint.py", "yield name, _kind_of(value)", "pass", "tests/trust/test_switches_in_numbers.py"),
+        ("fingerprint.py", "yield name, _sign_and_kind(value)", "pass", "tests/trust/test_switches_in_numbers.py"),
         (
             "fingerprint.py",
             "number < 0, number == 0, math.isfinite(number)",
@@ -195,7 +201,7 @@ MUTANTS = [
             "            if False:\n                raise",
             SETTINGS,
         ),
-        ("fingerprint.py", "if isinstance(value, _FOREIGN):", "if False:", HOST + " -k thread"),
+        ("fingerprint.py", "if isinstance(value, _PER_THREAD):", "if False:", HOST + " -k thread"),
         ("fingerprint.py", "if value not in self._modules and not is_of_library(value):", "if False:", FINGERPRINT),
         ("fingerprint.py", "            self._watch_all(value, extra)", "            pass", SETTINGS),
         ("fingerprint.py", "                self.cells.append((value, name, one))", "                pass", SETTINGS),
@@ -267,7 +273,7 @@ MUTANTS = [
         ),
         (
             "compare.py",
-            " or _plainly(left.get(name)) != _plainly(right.get(name))",
+            " or _plain_part(left.get(name)) != _plain_part(right.get(name))",
             "",
             "tests/runtime/test_switches.py -k counters",
         ),
@@ -320,15 +326,15 @@ MUTANTS = [
         ),
         ("attention.py", "and section.padding is None:", "and False:", HOST + " -k padded"),
         (
-            "attention.py",
-            "call._compiled_call_impl is not None or not are_functions_torchs()",
-            "False",
+            "section.py",
+            "        or projection._compiled_call_impl is not None\n        or not are_functions_torchs()\n",
+            "",
             GAPS + " -k modules",
         ),
         (
             "section.py",
-            "not trained and bias.wanted(self.config)",
-            "bias.wanted(self.config)",
+            "not trained and biases.wanted(self.config)",
+            "biases.wanted(self.config)",
             "tests/bias/test_bias.py -k training",
         ),
         (
@@ -431,8 +437,13 @@ MUTANTS = [
             HOST + " -k guard",
         ),
         ("guard.py", "owners.append(value)  # a configuration", "pass", "tests/runtime/test_memory.py -k Guard"),
-        ("plan.py", "(isinstance(self.facts, str) and self._proofs != registry.count)", "False", HOST + " -k proven"),
-        ("plan.py", "        if self._rebuilds:", "        if True:", "tests/runtime/test_memory.py -k changing"),
+        (
+            "plan.py",
+            "(isinstance(self.facts, str) and self._proof_count != registry.count)",
+            "False",
+            HOST + " -k proven",
+        ),
+        ("plan.py", "        if self._guards_left:", "        if True:", "tests/runtime/test_memory.py -k changing"),
         ("plan.py", " or type(root) is not type(module)", "", HOST + " -k hand"),
         (
             "plan.py",
@@ -442,8 +453,8 @@ MUTANTS = [
         ),
         (
             "plan.py",
-            "if found is not None and self.holds(module) and",
-            "if found is not None and",
+            "found.holds() and self.holds(module) else",
+            "found.holds() else",
             "tests/runtime/test_memory.py -k edits",
         ),
         (
@@ -465,8 +476,8 @@ MUTANTS = [
             GAPS + " -k place",
         ),
         ("call.py", "fused.counted.calls += 1", "pass", "tests/runtime/test_dispatch.py -k counts"),
-        ("section.py", " or one.dtype is not dtype or", " or", HOST + " -k bound"),
-        ("section.py", "if (table.stride(), table.dtype) != self._layout:", "if False:", HOST + " -k bound"),
+        ("section.py", " or one.dtype is not bound.dtype or", " or", HOST + " -k bound"),
+        ("section.py", "if (table.stride(), table.dtype) != bound.layout:", "if False:", HOST + " -k bound"),
         (
             "section.py",
             "if (first.shape[-1] != 3 * width) if first is qkv else",
@@ -633,7 +644,7 @@ MUTANTS = [
             "return False",
             "tests/api/test_patching.py -k disabled",
         ),
-        ("patching.py", "idle - _copied(idle)", "idle", "tests/api/test_patching.py -k copies"),
+        ("patching.py", "idle - _keys_of_copies(idle)", "idle", "tests/api/test_patching.py -k copies"),
         (
             "patching.py",
             "if method in module.__dict__:",
@@ -797,18 +808,20 @@ MUTANTS = [
             COPIES + " -k another",
         ),
         (
-            "families/window_attention.py",
+            "families/shared/stacked.py",
             'if "mask" in name or name == names[1]',
             "if name == names[1]",
             COPIES + " -k 'another or keys'",
         ),
-        ("families/window_attention.py", "not _is_same(value, others[name])", "value", FORMS),
-        ("families/window_attention.py", "type(value) is type(default) and", "", FORMS),
-        ("families/window_attention.py", "defaults[name] is None or name in needed", "True", FORMS),
-        ("families/window_attention.py", "or not needed <= given.keys()", "", FORMS),
-        ("families/window_attention.py", "or len(given) < len(args) + len(kwargs)", "", FORMS),
-        ("families/window_attention.py", "{**others, mask:", "{**dict.fromkeys(others), mask:", FORMS),
+        ("families/shared/stacked.py", "not _is_same(value, others[name])", "value", FORMS),
+        ("families/shared/stacked.py", "type(value) is type(default) and", "", FORMS),
+        ("families/shared/stacked.py", "defaults[name] is None or name in needed", "True", FORMS),
+        ("families/shared/stacked.py", "or not needed <= given.keys()", "", FORMS),
+        ("families/shared/stacked.py", "or len(given) < len(args) + len(kwargs)", "", FORMS),
+        ("families/shared/stacked.py", "{**others, mask:", "{**dict.fromkeys(others), mask:", FORMS),
         ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
+        ("families/huggingface.py", "module.dropout(attend(image))", "attend(image)", TRAPS + " -k places"),
+        ("families/huggingface_attention.py", " and is_idle(output.dropout)", "", TRAPS + " -k after"),
         ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
         ("trust/compare.py", "(place or setting.drops) and", "place and", COPIES + " -k halves"),
         (
@@ -1059,9 +1072,9 @@ MUTANTS = [
         ),
         (
             "patching.py",
-            "_known.setdefault(key, weakref.WeakSet()).add(module)",
+            "_instances.setdefault(key, weakref.WeakSet()).add(module)",
             "pass",
-            "tests/api/test_patching.py -k nothing",
+            "tests/api/test_patching.py -k copies",
         ),
         ("patching.py", "    if run is None:\n", "    if False:\n", HOST + " -k pickled"),
     ),

@@ -20,7 +20,7 @@ ALLOWED = {
     "nn": {"functional", "spec"},
     "functional": {"backends", "bias", "ops", "spec"},
     "api": {"config", "errors", "families", "layers", "ops", "patching", "report", "runtime", "spec", "trust"},
-    "patching": {"config", "families", "layers", "runtime"},
+    "patching": {"config", "families", "layers", "runtime", "spec"},
     "report": {"spec"},
     "trust": {"families", "layers", "ops", "spec"},
     "runtime": {"backends", "bias", "config", "errors", "layers", "ops", "spec", "trust"},
@@ -225,3 +225,13 @@ def test_public_names():
     assert wanted <= set(swinaccel.__all__)
     assert all(hasattr(swinaccel, name) for name in swinaccel.__all__)
     assert all(getattr(swinaccel, name).__doc__ for name in swinaccel.__all__)
+
+
+def test_one_call_moves_between_few_files():
+    """A reader who follows one inference call of a block, in whatever family, opens another file 15 times at most."""
+    command = [sys.executable, str(ROOT / "tests" / "host_time.py"), "--profile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    moves = {line[:22].strip(): int(line.split()[-2]) for line in done.stdout.splitlines()}
+    assert len(moves) == 5
+    assert max(moves.values()) <= 15, moves

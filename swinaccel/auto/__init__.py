@@ -23,7 +23,7 @@ import wrapt
 from torch import Tensor, nn
 
 from ..api import accelerate, report
-from ..layers import standing_in
+from ..layers import as_replacement
 from ..patching import marker
 from ..runtime.context import context_reason
 
@@ -103,7 +103,7 @@ def _watched(forward: Any) -> Any:
             first_call(self, args, kwargs)
         return forward(self, *args, **kwargs)
 
-    return standing_in(watched, forward)
+    return as_replacement(watched, forward)
 
 
 def _first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import is_wrapper
+from ..spec.adapters import Adapter, BlockAdapter, BlockReader, Family
 from ..spec.window import WindowSpec
 from .adapters import Captured, PatchMerging, TorchvisionBlock
 from .aurora import Aurora
@@ -23,7 +24,6 @@ from .huggingface_attention import HuggingFaceAttention
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
 from .mutual import Mutual
-from .protocols import BlockAdapter, Family
 from .rectangles import Rectangles
 from .renamed import Renamed
 from .restoration import Hat, SwinIR
@@ -63,8 +63,8 @@ BLOCK_ADAPTERS: list[BlockAdapter] = [TorchvisionBlock(), PatchMerging(), PatchE
 CAPTURED = Captured()
 
 
-def examples(family: Any, module: nn.Module) -> list[tuple[Any, ...]]:
-    """Yield every call that shows what a module of this family does."""
+def examples(family: Family | BlockReader, module: nn.Module) -> list[tuple[Any, ...]]:
+    """Return every example call of a module of this family."""
     found = family.example(module)
     return found if isinstance(found, list) else [found]
 
@@ -96,7 +96,7 @@ def block_adapter(module: nn.Module) -> BlockAdapter | None:
     return None
 
 
-def by_name(name: str) -> Any:
+def by_name(name: str) -> Adapter | None:
     """Return the family or block adapter of that name, or None (a marker may come from another version)."""
-    everything: list[Any] = [*FAMILIES, *BLOCK_ADAPTERS, CAPTURED]
+    everything: list[Adapter] = [*FAMILIES, *BLOCK_ADAPTERS, CAPTURED]
     return next((family for family in everything if family.name == name), None)

@@ -71,7 +71,7 @@ class Aurora:
         return attend(stacked_image(x, mask, _window(x))).reshape(x.shape)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        """Windows of other sizes than the module's, as it is given them, at the first step and at later ones."""
+        """Return calls with windows of other sizes than the module's, at the first step and at later ones."""
         tokens, channels = 6, module.qkv.in_features
         windows, mask = torch.Size((6, tokens, channels)), torch.Size((3, tokens, tokens))
         return [*((windows, mask, step) for step in (0, 1, 7)), (windows,), (torch.Size((1, tokens, channels)),)]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec.block import Block, Tokens
+from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import block_facts, block_forward, block_spec, strange_mask
+from .shared.blocks import OfficialBlock, block_spec, strange_mask
 from .shared.common import pair, positional_names
 from .shared.official import attention_projections, attention_section, attention_spec
 
@@ -28,23 +28,16 @@ def padded_geometry(module: Any, x: Tensor, size: Any, shift: int) -> Geometry |
     return Geometry(sides, (module.window_size,) * 2, (shift, shift))
 
 
-class Detection:
+class Detection(OfficialBlock):
     """The block of Swin-Transformer-Object-Detection, Semantic-Segmentation, Mask2Former and others."""
 
     name = "detection"
-    method = "forward"
     call_settings = ("H", "W")
 
     def match(self, module: Any) -> WindowSpec | None:
         if "H" not in vars(module) or "W" not in vars(module):
             return None
         return block_spec(self.name, module, 2)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module.attn
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, mask_matrix: Any) -> Section | str:
         geometry = padded_geometry(module, x, (module.H, module.W), module.shift_size)
@@ -53,15 +46,6 @@ class Detection:
         mask = mask_matrix if module.shift_size > 0 else None
         value = 0.0 if mask is None else SHIFT_MASK_VALUE
         return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value)
-
-    def forward(self, module: Any, attend: Any, x: Tensor, mask_matrix: Any) -> Tensor:
-        return block_forward(module, attend, x, (module.H, module.W))
-
-    def block(self, module: Any) -> Block:
-        return block_facts(module)
-
-    def inner(self, module: Any) -> tuple[Any, nn.Module]:
-        return self, module
 
     def tokens(self, module: Any, x: Tensor, mask_matrix: Any) -> Tokens:
         return x, (module.H, module.W)

@@ -74,7 +74,7 @@ class Earth:
         return out.reshape(*x.shape[:3], out.shape[-1])
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        """Windows in three rows, since a globe has many."""
+        """Return calls with windows in three rows, since a globe has many."""
         table, tokens = module.earth_position_bias_table, math.prod(module.window_size)
         few = table[:, :3].detach().clone()
         module.earth_position_bias_table = nn.Parameter(few, table.requires_grad)

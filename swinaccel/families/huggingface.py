@@ -24,11 +24,31 @@ def square_geometry(module: Any, dimensions: Any) -> Geometry | str:
     return Geometry((dimensions[0], dimensions[1]), (window, window), (shift, shift))
 
 
-class HuggingFaceSwin:
+class HuggingFaceLayer:
+    """Members that families of Hugging Face layers share."""
+
+    method = "forward"
+
+    def attention(self, module: Any) -> nn.Module:
+        return module.attention
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        raise NotImplementedError
+
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        """Return a call that is padded on one axis, and one that is not."""
+        channels: Any = self.projections(module)[-1].out_features
+        height, *widths = (2 * module.window_size + extra for extra in (0, 1, 0))
+        return [(torch.Size((2, height * width, channels)), (height, width)) for width in widths]
+
+
+class HuggingFaceSwin(HuggingFaceLayer):
     """SwinLayer of transformers 5."""
 
     name = "hf_swin"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         attn, size = getattr(module, "attention", None), getattr(module, "window_size", None)
@@ -43,9 +63,6 @@ class HuggingFaceSwin:
         if not hasattr(module, "set_shift_and_window_size") or not hasattr(attn, "o_proj"):
             return None
         return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.head_dim, False)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module.attention
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         attn = module.attention
@@ -82,7 +99,7 @@ class HuggingFaceSwin:
             num_heads=attn.num_attention_heads,
             head_dim=attn.head_dim,
             project=separate_projections(attn.q_proj, attn.k_proj, attn.v_proj),
-            output=lambda y: module.dropout(attn.o_proj(y)),
+            output=attn.o_proj,
             padding=separate_padding(attn.q_proj, attn.k_proj, attn.v_proj),
             table=lambda: bias.relative_position_bias_table,
             sources=(bias.relative_position_bias_table,),
@@ -103,7 +120,7 @@ class HuggingFaceSwin:
     ) -> tuple[Tensor, None]:
         batch, _, channels = hidden_states.shape
         image = module.layernorm_before(hidden_states).view(batch, *input_dimensions, channels)
-        hidden_states = hidden_states + module.drop_path(attend(image).view(hidden_states.shape))
+        hidden_states = hidden_states + module.drop_path(module.dropout(attend(image)).view(hidden_states.shape))
         residual = hidden_states
         hidden_states = module.mlp(module.layernorm_after(hidden_states))
         return module.dropout(hidden_states) + residual, None
@@ -116,16 +133,5 @@ class HuggingFaceSwin:
             module.attention, *norms, (mlp,), *parts, False, module.drop_path, as_output=lambda out: (out, None)
         )
 
-    def inner(self, module: Any) -> tuple[Any, nn.Module]:
-        return self, module
-
     def tokens(self, module: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any) -> Tokens:
         return hidden_states, tuple(input_dimensions)
-
-    def example(self, module: Any) -> list[tuple[Any, ...]]:
-        return layer_examples(module, module.attention.o_proj.out_features)
-
-
-def layer_examples(module: Any, channels: int) -> list[tuple[Any, ...]]:
-    height, *widths = (2 * module.window_size + extra for extra in (0, 1, 0))  # padded on one axis; and not at all
-    return [(torch.Size((2, height * width, channels)), (height, width)) for width in widths]

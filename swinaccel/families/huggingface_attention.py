@@ -9,18 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_table, logit_scale_reason, pair, position_bias
+from ..spec.block import Attend
+from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
+from .shared.common import drop_rate, is_idle, is_table, logit_scale_reason, pair, position_bias
 from .shared.separate import separate_padding, separate_projections
-from .shared.stacked import attend_stacked, stacked_geometry
-from .window_attention import takes_windows, window_arguments, window_examples
+from .shared.stacked import StackedAttention, takes_windows
 
 
-class HuggingFaceAttention:
+class HuggingFaceAttention(StackedAttention):
     """`self` with query, key and value, and `output` with a dense layer; of V1, whose mask is added once."""
 
     name = "hf_attention"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         parts = getattr(module, "self", None), getattr(getattr(module, "output", None), "dense", None)
@@ -34,23 +33,21 @@ class HuggingFaceAttention:
             return None
         return WindowSpec(self.name, window, (0, 0), heads, attn.attention_head_size, False)
 
-    def attention(self, module: Any) -> nn.Module:
-        return module
+    def window(self, module: Any) -> Axes:
+        return tuple(module.self.window_size)
+
+    def channels(self, module: Any) -> int:
+        return module.self.query.in_features
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         attn = module.self
         return attn.query, attn.key, attn.value, module.output.dense
 
-    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
-        x, mask = window_arguments(module, args, kwargs)
-        geometry = stacked_geometry(x, mask, tuple(module.self.window_size))
-        return geometry if isinstance(geometry, str) else outer_section(module, geometry, mask)
+    def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
+        return outer_section(module, geometry, mask)
 
-    def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        return (attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(module.self.window_size)),)
-
-    def example(self, module: Any) -> list[tuple[Any, ...]]:
-        return window_examples(module, module.self.window_size, module.self.query.in_features)
+    def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        return (super().forward(module, attend, *args, **kwargs),)
 
 
 def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) -> Section | str:
@@ -76,7 +73,7 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
         num_heads=heads,
         head_dim=attn.attention_head_size,
         project=separate_projections(attn.query, attn.key, attn.value),
-        output=lambda y: outer.output(y, y),
+        output=_output(outer.output),
         padding=separate_padding(attn.query, attn.key, attn.value),
         index=attn.relative_position_index,
         mask=mask,
@@ -84,3 +81,10 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
         layers=(attn.query, attn.key, attn.value, outer.output.dense) if is_dense else (),
         **bias,
     )
+
+
+def _output(output: Any) -> Any:
+    """Return what makes the output of the weighed values: the projection alone, where its dropout does nothing now."""
+    if output._modules.keys() == {"dense", "dropout"} and is_idle(output.dropout):
+        return output.dense
+    return lambda y: output(y, y)

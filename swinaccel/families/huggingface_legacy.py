@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..spec.block import Block, Tokens
 from ..spec.window import Section, WindowSpec
-from .huggingface import layer_examples, square_geometry
+from .huggingface import HuggingFaceLayer, square_geometry
 from .huggingface_attention import outer_section
 from .shared.common import (
     is_index,
@@ -23,11 +23,10 @@ from .shared.common import (
 )
 
 
-class HuggingFaceSwinLegacy:
+class HuggingFaceSwinLegacy(HuggingFaceLayer):
     """SwinLayer of transformers 4 and its siblings of that layout, and Swinv2Layer of both."""
 
     name = "hf_swin_legacy"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         outer, size = getattr(module, "attention", None), getattr(module, "window_size", None)
@@ -52,9 +51,6 @@ class HuggingFaceSwinLegacy:
         ] != (2 * window[0] - 1) * (2 * window[1] - 1):
             return None
         return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module.attention
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         attn = module.attention.self
@@ -99,15 +95,9 @@ class HuggingFaceSwinLegacy:
         drops = module.drop_path, module.drop_path if post_norm else None
         return Block(attention, *norms, (first, last), *parts, post_norm, *drops, as_output=lambda out: (out,))
 
-    def inner(self, module: Any) -> tuple[Any, nn.Module]:
-        return self, module
-
     def tokens(self, module: Any, *args: Any, **kwargs: Any) -> Tokens:
         arguments = _named(module, args, kwargs)
         return arguments["hidden_states"], tuple(arguments["input_dimensions"])
-
-    def example(self, module: Any) -> list[tuple[Any, ...]]:
-        return layer_examples(module, module.attention.self.query.in_features)
 
 
 # Positional parameters of the layers' forwards: they differ between models and versions of transformers.

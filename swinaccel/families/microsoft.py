@@ -9,31 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..spec.block import Block, Tokens
+from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import block_facts, block_forward, block_spec, undivided
+from .shared.blocks import OfficialBlock, block_spec, undivided
 from .shared.common import pair
-from .shared.official import attention_projections, attention_section
+from .shared.official import attention_section
 
 
-class Microsoft:
+class Microsoft(OfficialBlock):
     """The official block."""
 
     name = "microsoft"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         if pair(getattr(module, "input_resolution", None)) is None or "attn_mask" not in module._buffers:
             return None
         return block_spec(self.name, module, 1)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module.attn
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor) -> Section | str:
         size, window, shift = module.input_resolution, (module.window_size,) * 2, (module.shift_size,) * 2
@@ -43,15 +36,6 @@ class Microsoft:
         value = 0.0 if mask is None else SHIFT_MASK_VALUE
         geometry = Geometry((size[0], size[1]), window, shift)
         return undivided(geometry) or attention_section(module.attn, geometry, mask, value)
-
-    def forward(self, module: Any, attend: Any, x: Tensor) -> Any:
-        return block_forward(module, attend, x, module.input_resolution)
-
-    def block(self, module: Any) -> Block:
-        return block_facts(module)
-
-    def inner(self, module: Any) -> tuple[Any, nn.Module]:
-        return self, module
 
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, tuple(module.input_resolution)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
 from .renamed import Renamed
-from .window_attention import window_arguments
+from .shared.stacked import window_arguments
 
 
 class Mutual(Renamed):

@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import Section, WindowSpec
+from ..spec.window import Axes, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_table, sides
-from .shared.stacked import attend_stacked, stacked_geometry
-from .window_attention import takes_windows, window_arguments, window_examples
+from .shared.stacked import StackedAttention, takes_windows
 
 
-class Renamed:
+class Renamed(StackedAttention):
     """Any module with a table of biases, projections of one of these kinds, and a forward of (windows, mask)."""
 
     name = "renamed_attention"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         return None if hasattr(module, "qkv_mut") else self.named(module)
@@ -38,17 +36,16 @@ class Renamed:
             return None
         return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
 
-    def attention(self, module: Any) -> nn.Module:
-        return module
+    def window(self, module: Any) -> Axes:
+        return tuple(_window(module))
+
+    def channels(self, module: Any) -> int:
+        return _queries(module)[0].in_features
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return *_queries(module), module.proj
 
-    def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
-        x, mask = window_arguments(module, args, kwargs)
-        geometry = stacked_geometry(x, mask, tuple(_window(module)))
-        if isinstance(geometry, str):
-            return geometry
+    def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
         if not isinstance(module.scale, (int, float)):
             return "its scale is no number"
         table, queries, tokens = module.relative_position_bias_table, _queries(module), geometry.tokens
@@ -67,12 +64,6 @@ class Renamed:
             mask=mask,
             dropout=0.0 if drops[0] is None else drop_rate(drops[0]),
         )
-
-    def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return attend_stacked(attend, *window_arguments(module, args, kwargs), tuple(_window(module)))
-
-    def example(self, module: Any) -> list[tuple[Any, ...]]:
-        return window_examples(module, _window(module), _queries(module)[0].in_features)
 
 
 def _window(module: Any) -> Any:

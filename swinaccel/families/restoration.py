@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec.block import Block, Tokens
+from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import block_facts, block_forward, block_spec, strange_mask, undivided
+from .shared.blocks import OfficialAttention, OfficialBlock, block_spec, strange_mask, undivided
 from .shared.common import is_index, pair
-from .shared.official import attention_projections, attention_section
+from .shared.official import attention_section
 
 
 def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
@@ -49,34 +49,18 @@ def told_examples(module: Any, window: tuple[int, int]) -> list[tuple[Any, ...]]
     return [(torch.Size((batch, size[0] * size[1], module.dim)), size) for batch, size in sizes]
 
 
-class SwinIR:
+class SwinIR(OfficialBlock):
     """SwinIR's block, and those of its descendants with V2's attention."""
 
     name = "swinir"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         if not callable(getattr(module, "calculate_mask", None)) or "attn_mask" not in module._buffers:
             return None
         return block_spec(self.name, module, 2)
 
-    def attention(self, module: Any) -> nn.Module:
-        return module.attn
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return attention_projections(module.attn)
-
     def section(self, module: Any, x: Tensor, x_size: Any) -> Section | str:
         return told_section(module, module.attn, x, x_size)
-
-    def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any) -> Tensor:
-        return block_forward(module, attend, x, x_size)
-
-    def block(self, module: Any) -> Block:
-        return block_facts(module)
-
-    def inner(self, module: Any) -> tuple[Any, nn.Module]:
-        return self, module
 
     def tokens(self, module: Any, x: Tensor, x_size: Any) -> Tokens:
         return x, tuple(x_size)
@@ -85,22 +69,15 @@ class SwinIR:
         return told_examples(module, (module.window_size,) * 2)
 
 
-class Hat:
+class Hat(OfficialAttention):
     """HAT's hybrid attention block. Its overlapping cross-attention is no window attention of this kind."""
 
     name = "hat"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         if not isinstance(getattr(module, "conv_block", None), nn.Module) or not hasattr(module, "conv_scale"):
             return None
         return block_spec(self.name, module, 4, has_index=False)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module.attn
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, x_size: Any, rpi_sa: Tensor, attn_mask: Any) -> Section | str:
         geometry = told_geometry(module, x, x_size)

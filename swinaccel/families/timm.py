@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..spec.block import Block, Tokens
+from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
-from .shared.blocks import block_facts
+from .shared.blocks import OfficialBlock
 from .shared.common import pair
-from .shared.official import attention_projections, attention_section, attention_spec
+from .shared.official import attention_section, attention_spec
 
 
-class Timm:
+class Timm(OfficialBlock):
     """SwinTransformerBlock and SwinTransformerV2Block."""
 
     name = "timm"
@@ -37,12 +37,6 @@ class Timm:
     def attention_spec(self, attn: Any, shift: Axes) -> WindowSpec | None:
         return attention_spec(self.name, attn, shift)
 
-    def attention(self, module: Any) -> nn.Module:
-        return module.attn
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return attention_projections(module.attn)
-
     def section(self, module: Any, x: Tensor) -> Section | str:
         dynamic = getattr(module, "dynamic_mask", False)
         mask = None if dynamic else module.attn_mask
@@ -59,14 +53,8 @@ class Timm:
     def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)
 
-    def block(self, module: Any) -> Block:
-        return block_facts(module)
-
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, None
-
-    def inner(self, module: Any) -> tuple[Any, nn.Module]:
-        return self, module
 
     def attend(self, module: Any) -> Any:
         return getattr(module, self.method)

@@ -1,7 +1,7 @@
 """The block of Video Swin and of MONAI's SwinUNETR: images (B, H, W, C) or volumes (B, depth, H, W, C).
 
 Window and shift shrink to the image at run time, and the mask of the stage is an argument that unshifted blocks
-ignore. What is replaced is `forward_part1`, norm and attention, so that checkpointing goes on around it.
+ignore. Replaced is `forward_part1`, norm and attention, so that checkpointing goes on around it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import strange_mask
+from .shared.blocks import OfficialAttention, strange_mask
 from .shared.common import positional_names, sides
-from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
+from .shared.official import attention_section, attention_spec, flash_reason
 from .shared.shrinking import example_sizes, prefix, shrinking_geometry
 
 
-class Video:
+class Video(OfficialAttention):
     name = "video"
     method = "forward_part1"
 
@@ -35,12 +35,6 @@ class Video:
             return None
         spec = attention_spec(self.name, module.attn, shift)
         return spec if spec is not None and spec.window == window else None
-
-    def attention(self, module: Any) -> nn.Module:
-        return module.attn
-
-    def projections(self, module: Any) -> tuple[nn.Module, ...]:
-        return attention_projections(module.attn)
 
     def section(self, module: Any, x: Tensor, mask_matrix: Any) -> Section | str:
         axes, attn = len(module.window_size), module.attn

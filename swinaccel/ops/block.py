@@ -81,7 +81,7 @@ class BoundRest:
             self._gelu = bound(kernels.gelu_launch(device, rows * hidden))
         mode = NORM_ADD if post_norm else ADD_NORM
         self._last = bound(kernels.norm_launch(mode, device, rows, channels, eps[1]))
-        self._run = BoundRest._post_norm if post_norm else BoundRest._pre_norm
+        self._run = BoundRest._in_parts
 
     def run(
         self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
@@ -105,26 +105,36 @@ class BoundRest:
     def _nothing(self, x: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(x)
 
-    def _pre_norm(
+    def _in_parts(
         self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
     ) -> Tensor:
         (weight, bias, _), (fc1, (weight2, bias2)) = norms[1], linears
-        total, y = torch.empty_like(x), torch.empty_like(x)
-        self._last(x, y, total, None, branch, None, weight, bias, bias2)
+        post_norm = self._add is not None
+        if post_norm:
+            y = total = self._added(x, branch, norms[0])
+        else:
+            total, y = torch.empty_like(x), torch.empty_like(x)
+            self._last(x, y, total, None, branch, None, weight, bias, bias2)
+        if self._active is not None and kernels.are_describable(y, fc1[0]):
+            hidden = x.new_empty((*x.shape[:-1], self._hidden))
+            self._active(hidden, y, *fc1)
+        else:
+            hidden = F.linear(y, *fc1)
+            if self._is_half:
+                self._gelu(hidden, hidden)  # in its place
+            else:
+                torch.ops.aten.gelu_(hidden)
+        if post_norm:
+            out = torch.empty_like(x)
+            self._last(total, out, None, None, F.linear(hidden, weight2, bias2), None, weight, bias, None)
+            return out
         # The second product adds to the sum, which holds its bias already, where it lies.
-        total.view(-1, self._channels).addmm_(self._activated(y, *fc1).view(-1, self._hidden), weight2.t())
+        total.view(-1, self._channels).addmm_(hidden.view(-1, self._hidden), weight2.t())
         return total
 
     def _pre_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
         out, (weight, bias, _), (fc1, fc2) = torch.empty_like(x), norms[1], linears
         self._in_one(out, x, branch, weight, bias, *fc1, *fc2)
-        return out
-
-    def _post_norm(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
-        total, (weight, bias, _), (fc1, fc2) = self._added(x, branch, norms[0]), norms[1], linears
-        out = torch.empty_like(x)
-        added = F.linear(self._activated(total, *fc1), *fc2)
-        self._last(total, out, None, None, added, None, weight, bias, None)
         return out
 
     def _post_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
@@ -135,18 +145,6 @@ class BoundRest:
         total = torch.empty_like(x)
         self._add(x, total, None, None, branch, None, *affine[:2], None)
         return total
-
-    def _activated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return GELU(x weightᵀ + bias)."""
-        if self._active is not None and kernels.are_describable(x, weight):
-            out = x.new_empty((*x.shape[:-1], self._hidden))
-            self._active(out, x, weight, bias)
-            return out
-        hidden = F.linear(x, weight, bias)
-        if not self._is_half:
-            return torch.ops.aten.gelu_(hidden)
-        self._gelu(hidden, hidden)  # in its place
-        return hidden
 
 
 def bind_rest(

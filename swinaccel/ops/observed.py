@@ -1,4 +1,4 @@
-"""Tell who looks at operators beside the device: compilers, modes, profilers, exporters."""
+"""Tell whether operators are observed: by compilers, modes, profilers, exporters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ count_modes, is_profiled = torch._C._len_torch_dispatch_stack, torch.autograd._p
 
 
 def is_observed() -> bool:
-    """Return True if anyone but the device looks at operators now: a compiler, a mode, a profiler."""
+    """Return True if a compiler, a mode or a profiler observes operators now."""
     return torch.compiler.is_compiling() or count_modes() > 0 or is_profiled()
 
 

@@ -9,7 +9,7 @@ from ..backends.triton import bias as backend
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
 from ..errors import ArgumentError
 from .failures import failures
-from .observed import is_observed
+from .observed import count_modes, is_observed, is_profiled
 
 _PROBLEM = ("position_table",)
 
@@ -36,7 +36,7 @@ class BoundPosition:
 
     def run(self, coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
         """Return what `position_table` gives; the tensors are contiguous and of the shapes that were bound."""
-        if failures.get(_PROBLEM) is None and not is_observed():
+        if not count_modes() and not is_profiled():  # `is_observed`, of a call that no compiler traces
             try:
                 table = coords.new_empty(self._shape, dtype=torch.float32)
                 self._launch(table, coords, hidden_weight, hidden_bias, weight)
@@ -50,12 +50,14 @@ class BoundPosition:
 
 def bind(
     device: torch.device, coords: torch.Size, hidden_weight: torch.Size, hidden_bias: torch.Size, weight: torch.Size
-) -> BoundPosition:
-    """Bind the table of a position MLP, given by the shapes of its tensors, to its launch.
+) -> BoundPosition | None:
+    """Bind the table of a position MLP, by the shapes of its tensors, to its launch; None where that failed before.
 
     Raises:
         ArgumentError: the shapes do not fit together.
     """
+    if failures.get(_PROBLEM) is not None:
+        return None
     return BoundPosition(*backend.position_launch(device, coords, hidden_weight, hidden_bias, weight))
 
 

@@ -50,19 +50,10 @@ def sequence_attention(
     return _Direct.apply(q, k, v, q_factor, k_factor, mask, *problem)[0]
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    block_size: int,
-    window_blocks: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(causal, block_size, window_blocks, scale)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run the forward of the operator, whose schema names the arguments."""
+    q, k, v, q_factor, k_factor, mask, *numbers = arguments
+    problem = Problem(*numbers)
     key = _failure_key(q, q_factor, mask, problem)
     if failures.get(key) is None:
         try:
@@ -75,23 +66,10 @@ def _forward(
     return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
 
 
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    block_size: int,
-    window_blocks: int,
-    scale: float,
-    factor_grad: bool,
-) -> list[Tensor]:
-    problem = Problem(causal, block_size, window_blocks, scale)
+def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """Run the backward of the operator, whose schema names the arguments."""
+    q, k, v, q_factor, k_factor, mask, out, lse, *numbers, factor_grad = arguments
+    problem = Problem(*numbers)
     key = _failure_key(q, q_factor, mask, problem)
     if failures.get(key) is None:
         try:
@@ -155,22 +133,8 @@ def _fake(
     return backend.empty_like(q), _fake_lse(q, mask)
 
 
-def _fake_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    block_size: int,
-    window_blocks: int,
-    scale: float,
-    factor_grad: bool,
-) -> list[Tensor]:
+def _fake_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    q, k, v, q_factor, k_factor, *_, factor_grad = arguments
     factors = [torch.empty(f.shape, dtype=f.dtype, device=f.device) for f in (q_factor, k_factor) if f is not None]
     return [backend.empty_like(tensor) for tensor in (q, k, v)] + (factors if factor_grad else [])
 

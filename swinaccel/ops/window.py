@@ -181,31 +181,16 @@ def bind(
     return BoundAttention(forward, geometry, dtype, options)
 
 
-def _forward(
-    qkv: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    table: Tensor | None,
-    index: Tensor | None,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    logit_scale: Tensor | None,
-    seed: Tensor | None,
-    num_heads: int,
-    window: Sequence[int],
-    shift: Sequence[int],
-    roll_first: bool,
-    mask_value: float,
-    scale: float,
-    dropout: float,
-    for_backward: bool,
-    factors: Sequence[Tensor] | None,
-    geometry: Geometry | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def _forward(*arguments: Any, geometry: Geometry | None = None) -> tuple[Tensor, Any]:
+    """Run the forward of the operator, whose schema names the arguments."""
+    (
+        qkv, k, v, table, index, padding, mask, logit_scale, seed,
+        num_heads, window, shift, roll_first, mask_value, scale, dropout, for_backward, factors,
+    ) = arguments  # fmt: skip
     if geometry is None:
         geometry = geometry_of(qkv, window, shift, roll_first)
     if not is_readable(qkv, k, v, geometry):
-        qkv, k, v = (None if t is None else dense(t, geometry) for t in (qkv, k, v))  # type: ignore[assignment]
+        qkv, k, v = (None if t is None else dense(t, geometry) for t in (qkv, k, v))
     try:
         return forward_launches.shifted_window_attention(
             qkv,
@@ -236,29 +221,12 @@ def _forward(
         return out, torch.empty(shape, device=qkv.device)
 
 
-def _backward(
-    grad: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    qkv: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    table: Tensor | None,
-    index: Tensor | None,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    logit_scale: Tensor | None,
-    seed: Tensor | None,
-    num_heads: int,
-    window: Sequence[int],
-    shift: Sequence[int],
-    roll_first: bool,
-    mask_value: float,
-    scale: float,
-    dropout: float,
-    grad_table: bool,
-    geometry: Geometry | None = None,
-) -> tuple[Tensor, ...]:
+def _backward(grad: Tensor, *arguments: Any, geometry: Geometry | None = None) -> tuple[Tensor, ...]:
+    """Run the backward of the operator, whose schema names the arguments."""
+    (
+        out, lse, qkv, k, v, table, index, padding, mask, logit_scale, seed,
+        num_heads, window, shift, roll_first, mask_value, scale, dropout, grad_table,
+    ) = arguments  # fmt: skip
     if geometry is None:
         geometry = geometry_of(qkv, window, shift, roll_first)
     options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
@@ -289,12 +257,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
 
 
 class _Attention(torch.autograd.Function):
-    """The operator with its gradients, where nobody looks on: a call costs half the time of the operator's."""
+    """The operator with its gradients, for calls that are not observed: half the time of PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, geometry: Geometry, *arguments: Any) -> Tensor:
-        run: Any = _forward
-        out, lse = run(*arguments, geometry=geometry)
+        out, lse = _forward(*arguments, geometry=geometry)
         _save(ctx, arguments, out, lse)
         ctx.geometry = geometry
         return out
@@ -331,8 +298,7 @@ def _gradients(
         if geometry is None or is_observed():
             found = torch.ops.swinaccel.shifted_window_attention_backward(*arguments)
         else:
-            run: Any = _backward
-            found = run(*arguments, geometry)
+            found = _backward(*arguments, geometry=geometry)
     grad_qkv, grad_k, grad_v, grad_table, grad_padding, grad_logit_scale = found
     gradients = (grad_qkv, grad_k, grad_v, grad_table, None, grad_padding, None, grad_logit_scale)
     needed = [gradient if needs else None for gradient, needs in zip(gradients, needs_grad, strict=False)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +13,22 @@ from torch import Tensor, nn
 from ..backends.torch import products
 from ..backends.torch import window as torch_backend
 from ..config import AccelConfig, env_interpret
-from ..layers import alias, has_hooks, is_builtin, replaced_methods
+from ..layers import alias, has_hooks, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
-from ..spec.block import Product
+from ..spec.adapters import Adapter, Family, block_method, call_settings
+from ..spec.block import Attend
+from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
 from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
-from ..trust.libraries import is_of_library, unsharded
+from ..trust.libraries import is_of_library, unsharded_class
 from ..trust.registry import Reading, attention_key, registry
-from .block import linear
-from .context import PATCHABLE, are_functions_torchs, backend_of, product_dtype
+from .context import PATCHABLE, backend_of, product_dtype
 from .guard import Guard, NotGuardable
-from .plan import Plan, Scope, State
-from .section import TritonSection, form_of
-from .weights import later_weights, weights_reason
+from .plan import Plan, PlanCache, State
+from .section import TritonSection, direct, form_of
+from .weights import lazy_weights, weights_reason
 
 _CHANGED = (
     "its {} was changed after accelerate(), or came from a file or another process; call"
@@ -36,10 +36,10 @@ _CHANGED = (
 )
 
 
-def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
-    """Return how a module's attention is read, or why its original must run; looked into anew when its guard fails."""
-    if scope.holds(module):
-        return scope.facts
+def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Reading | str:
+    """Return how a module's attention is read, or why its original must run; looked up anew when its guard fails."""
+    if cache.holds(module):
+        return cache.facts
     root = alias(module)
     attention = family.attention(root)
     parts = list(attention.modules())
@@ -54,22 +54,22 @@ def trusted(family: Any, module: nn.Module, scope: Scope) -> Reading | str:
                 f"its dropout {dropout.removesuffix('.p')} is active, and only its own code says where it drops; "
                 "call eval(), or set its rate to 0"
             )
-    scope.renew(facts, lambda: guarded(family, root, inside))
+    cache.renew(facts, lambda: guard_of(family, root, inside))
     return facts
 
 
-def guarded(family: Any, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
+def guard_of(adapter: Adapter, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
     """Return a guard of modules and of what their code reads elsewhere, or None where that cannot be compared."""
     try:
-        trace = Trace([("", part) for part in parts], (family.method, getattr(family, "block_method", family.method)))
+        trace = Trace([("", part) for part in parts], (adapter.method, block_method(adapter)))
         functions = [(namespace, name, namespace[name]) for namespace, name, _ in PATCHABLE]
-        return Guard(parts, [*trace.cells, *functions], trace.contents, getattr(family, "call_settings", ()))
+        return Guard(parts, [*trace.cells, *functions], trace.contents, call_settings(adapter))
     except (NotGuardable, Untraceable):
         return None
 
 
 def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str) -> str | None:
-    """Return why modules that the section stands in for must be called: someone watches them or replaced a method.
+    """Return why modules that the section stands in for must be called: they have hooks or a replaced method; or None.
 
     Args:
         parts: the attention first.
@@ -80,7 +80,7 @@ def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str
     for place, part in enumerate(parts):
         name = type(part).__name__
         if has_hooks(part) and (place or not is_called):
-            if unsharded(type(part)) is not type(part):
+            if unsharded_class(type(part)) is not type(part):
                 return f"{name} inside the attention is sharded by itself; shard the whole block in its place"
             return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
         for method in replaced_methods(part):
@@ -92,7 +92,7 @@ def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str
     return None
 
 
-def reading_of(family: Any, module: nn.Module) -> Reading | str:
+def reading_of(family: Family, module: nn.Module) -> Reading | str:
     """Return how the attention of a module was proven to be read, or why its original must run."""
     try:
         reading = registry.reading(attention_key(family, module))
@@ -102,7 +102,7 @@ def reading_of(family: Any, module: nn.Module) -> Reading | str:
 
 
 def plan_attention(
-    family: Any,
+    family: Family,
     module: nn.Module,
     reading: Reading,
     config: AccelConfig,
@@ -123,7 +123,7 @@ def plan_attention(
     x = args[0] if args else next(iter(kwargs.values()))
     attention = family.attention(module)
     reason = weights_reason(section, x) if reading.weights else None
-    bound = reason or bind(section, attention, config, state, x)
+    bound = reason or bind_backend(section, attention, config, state, x)
     if isinstance(bound, str):
         return bound
     attend, problem = bound
@@ -140,13 +140,13 @@ def plan_attention(
 
         out = family.forward(module, watched, *args, **kwargs)
         given = args[0] if args else next(iter(kwargs.values()))
-        return out, later_weights(section, images[0], given)
+        return out, lazy_weights(section, images[0], given)
 
     return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
 
 
 def section_of(
-    family: Any, module: nn.Module, reading: Reading | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    family: Family, module: nn.Module, reading: Reading | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Section | str:
     """Return the section of a call, or why its original must run."""
     try:
@@ -158,10 +158,19 @@ def section_of(
     return reading.apply(section, family.attention(module), args[0] if args else next(iter(kwargs.values())))
 
 
-def bind(
-    section: Section, attention: nn.Module, config: AccelConfig, state: State, x: Tensor
-) -> tuple[Callable[[Tensor], Tensor], tuple | None] | str:
-    """Return what runs a section, with the problem that its failures are kept under, or why nothing may."""
+def bind_backend(
+    section: Section,
+    attention: nn.Module,
+    config: AccelConfig,
+    state: State,
+    x: Tensor,
+    size: tuple[int, int] | None = None,
+) -> tuple[Attend, tuple | None] | str:
+    """Return what runs a section, with the problem that its failures are kept under, or why nothing may.
+
+    Args:
+        size: height and width of the image, where the section is to be given tokens of one axis.
+    """
     reason = section_reason(section, x.device)
     if reason is not None:
         return reason
@@ -171,14 +180,23 @@ def bind(
             return reason
         state.bias = form_of(section)
         in_parts = torch_backend.is_plain(attention)
-        section.project, section.output = _directly(section.project), _directly(section.output)
-        return lambda image: torch_backend.shifted_window_attention(section, image, in_parts=in_parts), None
+        _bypass_layers(section, products.linear if x.is_cpu else F.linear)
+
+        def attend(image: Tensor) -> Tensor:
+            return torch_backend.shifted_window_attention(section, image, in_parts=in_parts)
+
+        return (attend if size is None else lambda y: attend_tokens(attend, y, size)), None
     problem = problem_of(section, x)
     reason = triton_reason(section, x, problem) or index_reason(section)
     if reason is not None:
         return reason
-    section.project, section.output = _directly(section.project), _directly(section.output)
-    return TritonSection(section, config, state), problem
+    _bypass_layers(section, F.linear)
+    return TritonSection(section, config, state, size), problem
+
+
+def _bypass_layers(section: Section, product: Callable[..., Tensor]) -> None:
+    """Let a section call a product in place of the plain layers that hold the weights; see `section.direct`."""
+    section.project, section.output = direct(section.project, product), direct(section.output, product)
 
 
 def section_reason(section: Section, device: torch.device) -> str | None:
@@ -274,16 +292,3 @@ def index_reason(section: Section) -> str | None:
     if low < 0 or high >= rows:
         return f"the bias index goes from {int(low)} to {int(high)}, and its table has {rows} rows"
     return None
-
-
-def _directly(call: Any) -> Callable[..., Any]:
-    """Return the product of a plain linear layer alone, for as long as a guard finds it the same and without hooks."""
-    if isinstance(call, Product):
-        return lambda x: linear(x, call.layer.weight, call.bias())
-    if not is_builtin(call, nn.Linear) or call._compiled_call_impl is not None or not are_functions_torchs():
-        return call
-    weight, bias = call.weight, call.bias
-    if not torch.is_grad_enabled():
-        product = products.linear if weight.is_cpu else F.linear
-        return functools.partial(product, weight=weight, bias=bias)
-    return lambda x: linear(x, weight, bias)

@@ -17,16 +17,27 @@ from ..errors import FallbackError, KernelError
 from ..layers import alias
 from ..ops.failures import failures
 from ..ops.observed import is_onnx_export
+from ..spec.adapters import (
+    Adapter,
+    AttentionBlock,
+    BlockReader,
+    Family,
+    block_method,
+    call_settings,
+    is_family,
+    reads_attention_blocks,
+    reads_blocks,
+)
 from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
 from . import graphs, precision, traced
-from .attention import bind, guarded, parts_reason, plan_attention, reading_of, section_of, trusted
+from .attention import bind_backend, guard_of, parts_reason, plan_attention, proven_reading, reading_of, section_of
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
-from .plan import Plan, Scope, State, state_of
+from .plan import Plan, PlanCache, State, state_of
 
 Original = Callable[..., Any]
 
@@ -42,22 +53,23 @@ class Entry:
     """How calls of one method run, as a marker says.
 
     Attributes:
-        adapter: the module's `families.Family` or block adapter.
-        has_attention: the method runs the adapter's section.
-        is_block: the method runs what may be fused as a whole: a block, a merging, an embedding.
+        family: whose section the method runs, or None.
+        block: the adapter of a block, a merging or an embedding that the method runs, and that may be fused, or None.
         is_captured: whole calls of the method are replayed as graphs.
         settings: names of attributes that callers set before each call.
     """
 
-    __slots__ = ("adapter", "config", "has_attention", "is_block", "is_captured", "settings")
+    __slots__ = ("block", "config", "family", "is_captured", "settings")
 
-    def __init__(self, adapter: Any, config: AccelConfig, method: str) -> None:
-        self.adapter, self.config = adapter, config
-        self.has_attention = hasattr(adapter, "section") and method == adapter.method
-        whole = getattr(adapter, "block_method", adapter.method)
-        self.is_block = config.fuse == "auto" and hasattr(adapter, "block") and method == whole
-        self.is_captured = hasattr(adapter, "is_captured")
-        self.settings: tuple[str, ...] = getattr(adapter, "call_settings", ())
+    def __init__(self, adapter: Adapter, config: AccelConfig, method: str) -> None:
+        self.config, self.is_captured = config, hasattr(adapter, "is_captured")
+        self.settings = call_settings(adapter)
+        self.family: Family | None = None
+        self.block: BlockReader | None = None
+        if is_family(adapter) and method == adapter.method:
+            self.family = adapter
+        if config.fuse == "auto" and reads_blocks(adapter) and method == block_method(adapter):
+            self.block = adapter
 
 
 def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,13 +93,15 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if reason is None:
         settings = tuple(map(module.__dict__.get, names)) if names else names
         key = call_key(entry, settings, x, args, kwargs)
-    state, has_attention = state_of(module), entry.has_attention
-    if has_attention:
+    state, family = state_of(module), entry.family
+    if family is not None:
         state.calls += 1
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
-    if entry.is_block:
-        fused = state.block.plan(module, key) or _fused_plan(entry, module, state, key, x, args, kwargs)
+    if entry.block is not None:
+        fused = state.block.find(module, key) or _fused_plan(
+            entry.block, entry.config, module, state, key, x, args, kwargs
+        )
         if fused is not None:
             try:
                 result = fused.run(x)
@@ -100,9 +114,9 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
                 if reason is not None:  # plain PyTorch has computed the same
                     _note_fallback(reason, module, entry.config, fused.counted or state)
                 return result
-    if not has_attention:
+    if family is None:
         return original(module, *args, **kwargs)
-    plan = state.attention.plan(module, key) or _attention_plan(entry, module, state, key, args, kwargs)
+    plan = state.attention.find(module, key) or _attention_plan(family, entry.config, module, state, key, args, kwargs)
     if isinstance(plan, str):
         return _original(plan, entry, module, original, state, args, kwargs)
     try:
@@ -136,7 +150,7 @@ def _original(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the original, because of a reason that the report gives; of blocks, whose attention is asked, without one."""
-    if entry.has_attention:
+    if entry.family is not None:
         _note_fallback(reason, module, entry.config, state)
     return original(module, *args, **kwargs)
 
@@ -153,7 +167,8 @@ def _note_fallback(reason: str, module: nn.Module, config: AccelConfig, state: S
 
 
 def _attention_plan(
-    entry: Entry,
+    family: Family,
+    config: AccelConfig,
     module: nn.Module,
     state: State,
     key: tuple | None,
@@ -161,18 +176,19 @@ def _attention_plan(
     kwargs: dict[str, Any],
 ) -> Plan | str:
     """Return a new plan of a call of an attention, or why its original must run."""
-    scope = state.attention
-    reading = trusted(entry.adapter, module, scope)
+    cache = state.attention
+    reading = proven_reading(family, module, cache)
     if isinstance(reading, str):
         return reading
-    plan = plan_attention(entry.adapter, module, reading, entry.config, state, scope.guard, args, kwargs)
+    plan = plan_attention(family, module, reading, config, state, cache.guard, args, kwargs)
     if not isinstance(plan, str):
-        scope.keep(key, plan)
+        cache.add(key, plan)
     return plan
 
 
 def _fused_plan(
-    entry: Entry,
+    adapter: BlockReader,
+    config: AccelConfig,
     module: nn.Module,
     state: State,
     key: tuple | None,
@@ -181,41 +197,41 @@ def _fused_plan(
     kwargs: dict[str, Any],
 ) -> Plan | None:
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
-    adapter, config, scope = entry.adapter, entry.config, state.block
+    cache = state.block
     backend = backend_of(config, x.device)
-    if backend == "torch" and not (hasattr(adapter, "inner") and torch_block.is_worth(x)):
+    if backend == "torch" and not (reads_attention_blocks(adapter) and torch_block.is_worth(x)):
         precision.note(adapter, module, config, None)
         return None
-    facts = _facts(adapter, module, scope)
+    facts = _guarded_facts(adapter, module, cache)
     made = facts
     if not isinstance(facts, str):
-        made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, scope)
+        made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, cache)
     if isinstance(made, str):
         state.unfused = made
         precision.note(adapter, module, config, made)
         return None
     state.unfused = None
-    scope.keep(key, made)
+    cache.add(key, made)
     return made
 
 
-def _facts(adapter: Any, module: nn.Module, scope: Scope) -> Any:
+def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) -> Any:
     """Return what a module consists of, or why it must not be stood in for; looked into anew when its guard fails."""
-    if scope.holds(module):
-        return scope.facts
+    if cache.holds(module):
+        return cache.facts
     root = alias(module)
     try:
-        facts = _look(adapter, module, root)
+        facts = _facts_of(adapter, module, root)
     except NotFusable as reason:
         facts = str(reason)
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable) as error:
         facts = f"it is not built as it was ({error})"
     parts = [root, *(part for part in module.modules() if part is not module)]
-    scope.renew(facts, lambda: guarded(adapter, root, parts))
+    cache.renew(facts, lambda: guard_of(adapter, root, parts))
     return facts
 
 
-def _look(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
+def _facts_of(adapter: BlockReader, module: nn.Module, root: nn.Module) -> Any:
     facts = adapter.block(root)
     if registry.reading(block_key(adapter, module)) is None:
         raise NotFusable("it was changed after accelerate(); call accelerate() again")
@@ -227,7 +243,7 @@ def _look(adapter: Any, module: nn.Module, root: nn.Module) -> Any:
 
 
 def _plan_fused(
-    adapter: Any,
+    adapter: BlockReader,
     module: nn.Module,
     facts: Any,
     config: AccelConfig,
@@ -235,7 +251,7 @@ def _plan_fused(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     backend: str,
-    scope: Scope,
+    cache: PlanCache,
 ) -> Plan | str:
     """Return the plan of a call, or why its own forward must run."""
     reason = common_reason(x, facts.parameters())
@@ -247,20 +263,20 @@ def _plan_fused(
     size = tokens[1]
     section = counted = attention_problem = None
     run: Callable[..., Any]
-    if isinstance(facts, BlockFacts):
+    if isinstance(facts, BlockFacts) and reads_attention_blocks(adapter):
         problem = block_problem(facts, x, backend)
         if backend == "torch" and problem[-1]:
             return "gradients are recorded or dtypes mixed, which on CPUs are left to its own forward"
-        root = module if scope.guard is None else scope.guard.modules[0]  # which does not keep the module alive
+        root = module if cache.guard is None else cache.guard.modules[0]  # which does not keep the module alive
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
             return bound
         attend, attention_problem, section, inner, products = bound
-        fused = FusedBlock(facts, attend, x, size, backend, config)
+        fused = FusedBlock(facts, attend, x, None, backend, config)
         run = fused.run
         if config.precision == "fp8":
             run = precision.run_of(fused, facts, section, products, x, config, state_of(inner), backend)
-        if inner is not module or hasattr(adapter, "block_method"):
+        if inner is not module or block_method(adapter) != adapter.method:
             counted = state_of(inner)
     else:
         problem = facts.problem(x)
@@ -271,11 +287,11 @@ def _plan_fused(
             raise FallbackError(f"{type(module).__name__} would run its own layers: {failure}")
         return failure
     index = None if section is None else section.index
-    return Plan(run, attention_problem, scope.guard, index, counted)
+    return Plan(run, attention_problem, cache.guard, index, counted)
 
 
 def _attention_of_block(
-    adapter: Any,
+    adapter: AttentionBlock,
     module: nn.Module,
     root: nn.Module,
     config: AccelConfig,
@@ -296,18 +312,18 @@ def _attention_of_block(
     reason = parts_reason(list(attention.modules()), False, reading)
     if reason is not None:
         return reason
-    if inner is not module or hasattr(adapter, "block_method"):
+    if inner is not module or block_method(adapter) != adapter.method:
         args, kwargs = (x if size is None else x.view(x.shape[0], *size, x.shape[2]),), {}
     section = section_of(family, root if inner is module else inner, reading, args, kwargs)
     if isinstance(section, str):
         return section
     products = precision.products_of(section)  # before they are bound
-    bound = bind(section, attention, config, state_of(inner), x)
+    bound = bind_backend(section, attention, config, state_of(inner), x, size)
     return bound if isinstance(bound, str) else (*bound, section, inner, products)
 
 
 def tokens_of(
-    adapter: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[int, int] | None] | None:
     """Return what a call is about, or None where it is not a call that the original would take."""
     try:

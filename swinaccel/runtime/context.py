@@ -33,7 +33,7 @@ PATCHABLE = tuple(
 
 
 def are_functions_torchs() -> bool:
-    """Return True if nobody replaced the functions that plans call, before swinaccel was imported or since."""
+    """Return True if the functions that plans call are PyTorch's own, now and when swinaccel was imported."""
     return _were_functions_torchs and all(namespace[name] is value for namespace, name, value in PATCHABLE)
 
 
@@ -68,7 +68,7 @@ def context_reason(x: Any) -> str | None:
 
 
 def has_dispatch_mode() -> bool:
-    """Return True if a mode looks at operators now."""
+    """Return True if a torch dispatch mode is active."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

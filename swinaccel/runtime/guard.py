@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 
-from ..layers import HOOKS, OWN_ATTRIBUTES
+from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
@@ -123,7 +123,7 @@ def _settings(attributes: dict[str, Any], owners: list[Any], tensors: list[Tenso
     """Return a module's attributes, to be compared with what they are later; objects that they name become owners."""
     found = {}
     for name, value in attributes.items():
-        if name in OWN_ATTRIBUTES:  # submodules are watched by themselves
+        if name in BASE_ATTRIBUTES:  # submodules are watched by themselves
             found[name] = value
             continue
         found[name] = _copied(value, tensors)

@@ -19,7 +19,7 @@ from .context import product_dtype
 
 
 class MergingFacts:
-    """What a patch merging that turned out to be plain consists of: a norm (weight, bias, eps) and a product."""
+    """Parts of a plain patch merging: a norm (weight, bias, eps) and a product."""
 
     __slots__ = ("affine", "channels", "merging", "reduction")
 
@@ -79,7 +79,7 @@ class FusedMerging:
 
 
 class EmbeddingFacts:
-    """What a patch embedding that turned out to be plain consists of: a convolution and, or not, a norm."""
+    """Parts of a plain patch embedding: a convolution and, or not, a norm."""
 
     __slots__ = ("affine", "channels", "embedding", "projection")
 

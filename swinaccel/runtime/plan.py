@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .precision import Precision
 
 _MOST_PLANS = 16  # of one module; sizes that never come back
-_REBUILDS = 8  # guards to be made of a module that keeps changing, before one has paid for itself
+_MOST_GUARDS = 8  # guards to be made of a module that keeps changing, before one has paid for itself
 
 
 class Plan:
-    """What one kind of call runs, for as long as its module's guard holds and so does this.
+    """A way to run one kind of call, for as long as its module's guard holds and so does this.
 
     Attributes:
         run: the call.
@@ -59,51 +59,51 @@ def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
-class Scope:
-    """What was found out about a module, of its attention alone or of the whole block, for as long as a guard holds.
+class PlanCache:
+    """Plans of a module's calls and the facts behind them, of its attention or of the whole block, while a guard holds.
 
     Attributes:
-        guard: None where the module cannot be guarded, or keeps changing: everything is found out at each call then.
+        guard: None where the module cannot be guarded, or keeps changing: each call is planned anew then.
         facts: what calls are planned from, or one sentence why the original must run.
         plans: of calls, by their keys.
     """
 
-    __slots__ = ("_proofs", "_rebuilds", "facts", "guard", "plans")
+    __slots__ = ("_guards_left", "_proof_count", "facts", "guard", "plans")
 
     def __init__(self) -> None:
         self.guard: Guard | None = None
         self.facts: Any = None
         self.plans: dict[tuple, Plan] = {}
-        self._rebuilds = _REBUILDS
-        self._proofs = 0
+        self._guards_left = _MOST_GUARDS
+        self._proof_count = 0
 
     def holds(self, module: nn.Module) -> bool:
         """Return True if the facts are still those of this module."""
         guard = self.guard
-        if guard is None or (isinstance(self.facts, str) and self._proofs != registry.count):
+        if guard is None or (isinstance(self.facts, str) and self._proof_count != registry.count):
             return False
         root = guard.modules[0]
         if root.__dict__ is not module.__dict__ or type(root) is not type(module) or not guard.holds():
             return False
-        self._rebuilds = _REBUILDS
+        self._guards_left = _MOST_GUARDS
         return True
 
-    def renew(self, facts: Any, guarded: Callable[[], Guard | None]) -> None:
+    def renew(self, facts: Any, make_guard: Callable[[], Guard | None]) -> None:
         """Take new facts, and a new guard for them, unless the module keeps changing."""
         self.plans.clear()
-        self.guard, self._proofs = None, registry.count
-        if self._rebuilds:
-            self._rebuilds -= 1
-            self.guard = guarded()
+        self.guard, self._proof_count = None, registry.count
+        if self._guards_left:
+            self._guards_left -= 1
+            self.guard = make_guard()
         self.facts = None if self.guard is None else facts  # else they might keep the module alive for ever
 
-    def plan(self, module: nn.Module, key: tuple | None) -> Plan | None:
+    def find(self, module: nn.Module, key: tuple | None) -> Plan | None:
         """Return the plan of a call, if it and the facts still hold."""
         found = None if key is None else self.plans.get(key)
-        return found if found is not None and self.holds(module) and found.holds() else None
+        return found if found is not None and found.holds() and self.holds(module) else None
 
-    def keep(self, key: tuple | None, plan: Plan) -> None:
-        """Keep the plan of a call for the next of its kind."""
+    def add(self, key: tuple | None, plan: Plan) -> None:
+        """Add the plan of a call, for the next of its kind."""
         if self.guard is not None and key is not None:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
@@ -130,7 +130,7 @@ class State:
         self.reason: str | None = None
         self.unfused: str | None = None
         self.bias: str | None = None
-        self.attention, self.block = Scope(), Scope()
+        self.attention, self.block = PlanCache(), PlanCache()
         self.graphs: Graphs | None = None
         self.precision: Precision | None = None
 

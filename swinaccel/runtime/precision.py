@@ -21,6 +21,7 @@ from ..errors import KernelError
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin
 from ..ops import fp8
 from ..ops.block import Layer
+from ..spec.adapters import reads_attention_blocks
 from ..spec.block import Product
 from ..spec.window import Section
 from .block import DTYPES, HALVES, BlockFacts, FusedBlock, norm_dtype
@@ -69,7 +70,7 @@ def note(adapter: Any, module: nn.Module, config: AccelConfig, reason: str | Non
     Args:
         reason: None where it is that the device has no kernels.
     """
-    if config.precision == "fp8" and hasattr(adapter, "inner"):
+    if config.precision == "fp8" and reads_attention_blocks(adapter):
         state = state_of(adapter.inner(module)[1])
         known = state.precision = state.precision or Precision()
         known.reason = reason or _OTHER_DEVICE

@@ -2,50 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..bias import table as bias
+from ..bias import table as biases
 from ..config import AccelConfig
 from ..errors import ArgumentError, KernelError
+from ..layers import is_builtin
 from ..ops import position, window
+from ..spec.block import Product
 from ..spec.window import Section
+from .block import linear
+from .context import are_functions_torchs
 from .plan import State
 
 
+class _Bound(NamedTuple):
+    """The launches of a section in inference, and the projections that they were bound for; see `bind_launches`."""
+
+    attention: window.BoundAttention
+    position: position.BoundPosition | None
+    shape: torch.Size
+    dtype: torch.dtype
+    table: Tensor | None  # a parameter stays what it is while the plan's guard holds, and is read where it lies
+    layout: tuple[tuple[int, ...], torch.dtype] | None  # of the table
+    has_padding: bool
+
+
 class TritonSection:
-    """A section on the Triton kernels: (B, H, W, C) to the same.
+    """A section on the Triton kernels, from image to image.
 
     In inference the first call binds it to its launches: a plan's guard sees to all that they depend on, but for what
     the projection gives and for the table.
+
+    Args:
+        size: height and width of the image, where calls give tokens of one axis.
     """
 
-    __slots__ = ("_bound", "_may_bind", "config", "section", "state")
+    __slots__ = ("_bound", "_may_bind", "config", "section", "size", "state")
 
-    def __init__(self, section: Section, config: AccelConfig, state: State) -> None:
-        self.section, self.config, self.state = section, config, state
+    def __init__(
+        self, section: Section, config: AccelConfig, state: State, size: tuple[int, int] | None = None
+    ) -> None:
+        self.section, self.config, self.state, self.size = section, config, state, size
         others = (section.index, section.mask, section.logit_scale)
-        self._bound: BoundSection | None = None
+        self._bound: _Bound | None = None
         self._may_bind = (
             not torch.is_grad_enabled()
             and not section.dropout
-            and not bias.wanted(config)
+            and not biases.wanted(config)
             and all(one is None or one.is_contiguous() for one in others)
         )
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.size is None:
+            return self.attend(x)
+        return self.attend(x.view(x.shape[0], *self.size, x.shape[2])).view(x.shape)
+
+    def attend(self, image: Tensor) -> Tensor:
+        """Return the attention of an image (B, H, W, C)."""
         section = self.section
         return section.output(self.attended(section.project(image)))
 
     def attended(self, qkv: Any) -> Tensor:
-        """Return the attention of a projection, (..., heads * D)."""
-        bound = self._bound
-        out = None if bound is None else bound.run(qkv)
-        return self._attend(qkv) if out is None else out
+        """Return the attention of a projection, (..., heads * D), by its launches where that is as it was."""
+        section, bound = self.section, self._bound
+        if bound is None:
+            return self._first(qkv)
+        parts = (qkv,) if isinstance(qkv, Tensor) else qkv
+        for one in parts:
+            if one.shape != bound.shape or one.dtype is not bound.dtype or not one.is_contiguous():
+                return self._first(qkv)
+        padding = None
+        if bound.has_padding:
+            padding = padding_of(section)
+            if padding is None or not padding.is_contiguous():
+                return self._first(qkv)
+        table = bound.table
+        if table is None and section.table is not None:
+            table = None if bound.position is None else bound.position.run(*section.position)  # type: ignore[misc]
+            table = section.table() if table is None else table
+            if (table.stride(), table.dtype) != bound.layout:
+                return attend_triton(section, qkv, table)
+        q, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
+        return bound.attention.run(q, k, v, table, section.index, padding, section.mask, section.logit_scale)
 
-    def _attend(self, qkv: Any) -> Tensor:
+    def _first(self, qkv: Any) -> Tensor:
         """Return the attention of a projection about which nothing is known yet."""
         section, first = self.section, qkv if isinstance(qkv, Tensor) else qkv[0]
         width = section.num_heads * section.head_dim
@@ -53,71 +99,18 @@ class TritonSection:
             raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in section.sources)
         factors = None
-        if not trained and bias.wanted(self.config):
-            factors = bias.factors(section, self.config, first.dtype)
+        if not trained and biases.wanted(self.config):
+            factors = biases.factors(section, self.config, first.dtype)
         self.state.bias = form_of(section) if factors is None else factors.describe()
         table = table_of(section, trained)
         out = attend_triton(section, qkv, table, factors)
         if self._may_bind and self._bound is None:
-            self._bound = bind(section, qkv, table)
+            self._bound = bind_launches(section, qkv, table)
         return out
 
 
-class BoundSection:
-    """A section in inference, bound to its launches; see `bind`."""
-
-    __slots__ = (
-        "_attention",
-        "_dtype",
-        "_has_padding",
-        "_is_packed",
-        "_layout",
-        "_position",
-        "_section",
-        "_shape",
-        "_table",
-    )
-
-    def __init__(
-        self,
-        section: Section,
-        first: Tensor,
-        is_packed: bool,
-        table: Tensor | None,
-        attention: window.BoundAttention,
-        bound_position: position.BoundPosition | None,
-    ) -> None:
-        self._section, self._attention, self._position = section, attention, bound_position
-        self._shape, self._dtype, self._is_packed = first.shape, first.dtype, is_packed
-        # A parameter stays what it is while the plan's guard holds, and is read where it lies.
-        self._table = table if any(table is one for one in section.sources) else None
-        self._layout = None if table is None else (table.stride(), table.dtype)
-        self._has_padding = padding_of(section) is not None
-
-    def run(self, qkv: Any) -> Tensor | None:
-        """Return the attention of a projection, or None where that, or the padding, is not as it was."""
-        section, shape, dtype = self._section, self._shape, self._dtype
-        if self._is_packed:
-            parts, qkv = (qkv, None, None), (qkv,)
-        else:
-            parts = qkv
-        for one in qkv:
-            if not isinstance(one, Tensor) or one.shape != shape or one.dtype is not dtype or not one.is_contiguous():
-                return None
-        padding = padding_of(section) if self._has_padding else None
-        if self._has_padding and (padding is None or not padding.is_contiguous()):
-            return None
-        table, bound = self._table, self._position
-        if table is None and section.table is not None:
-            table = None if bound is None else bound.run(*section.position)  # type: ignore[misc]
-            table = section.table() if table is None else table
-            if (table.stride(), table.dtype) != self._layout:
-                return attend_triton(section, qkv if len(qkv) > 1 else qkv[0], table)
-        return self._attention.run(*parts, table, section.index, padding, section.mask, section.logit_scale)
-
-
-def bind(section: Section, qkv: Any, table: Tensor | None) -> BoundSection | None:
-    """Return a section bound to the launches of such a projection, or None where it is not what launches take.
+def bind_launches(section: Section, qkv: Any, table: Tensor | None) -> _Bound | None:
+    """Return the launches of such a projection, or None where it is not what launches take.
 
     Args:
         table: of the call; computed anew, an MLP with dropout would draw another one.
@@ -128,6 +121,7 @@ def bind(section: Section, qkv: Any, table: Tensor | None) -> BoundSection | Non
     is_alike = all(one.shape == first.shape and one.dtype is first.dtype and one.is_contiguous() for one in parts)
     if not is_alike or first.dim() != len(section.geometry.size) + 2 or first.numel() >= 2**31:
         return None
+    has_padding = padding_of(section) is not None
     try:
         bound_position = None
         if section.position is not None and all(one.is_contiguous() for one in section.position):
@@ -141,7 +135,7 @@ def bind(section: Section, qkv: Any, table: Tensor | None) -> BoundSection | Non
             head_dim=section.head_dim,
             packed=is_packed,
             table=None if table is None else (table.shape, table.stride()),
-            has_padding=padding_of(section) is not None,
+            has_padding=has_padding,
             has_mask=section.mask is not None,
             mask_value=section.mask_value,
             scale=section.scale,
@@ -149,7 +143,32 @@ def bind(section: Section, qkv: Any, table: Tensor | None) -> BoundSection | Non
         )
     except ArgumentError:
         return None
-    return BoundSection(section, first, is_packed, table, attention, bound_position)
+    kept = table if any(table is one for one in section.sources) else None
+    layout = None if table is None else (table.stride(), table.dtype)
+    return _Bound(attention, bound_position, first.shape, first.dtype, kept, layout, has_padding)
+
+
+def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
+    """Return the product of a plain linear layer alone, for as long as a guard finds it the same and without hooks.
+
+    Args:
+        product: of x, weight and bias, where no gradient is recorded.
+    """
+    if isinstance(projection, Product):
+        layer, bias_of = projection.layer, projection.bias
+        if torch.is_grad_enabled():
+            return lambda x: linear(x, layer.weight, bias_of())
+        return lambda x: product(x, layer.weight, bias_of())
+    if (
+        not is_builtin(projection, nn.Linear)
+        or projection._compiled_call_impl is not None
+        or not are_functions_torchs()
+    ):
+        return projection
+    weight, bias = projection.weight, projection.bias
+    if torch.is_grad_enabled():
+        return lambda x: linear(x, weight, bias)
+    return functools.partial(product, weight=weight, bias=bias)
 
 
 def padding_of(section: Section) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Run one call while a compiler traces it: the same decisions, in code that compilers follow and guard by themselves.
 
 A compiler cannot walk over attributes, look up fingerprints or keep plans. It takes the types of submodules, and their
-places, for what `accelerate()` proved (`ROLES` on the class), and reads hooks, forwards and settings one by one.
+places, for what `accelerate()` proved (`PROVEN` on the class), and reads hooks, forwards and settings one by one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..config import env_strict
 from ..errors import FallbackError
 from ..layers import has_hooks, has_own_forward, is_builtin
 from ..ops import block as block_ops
+from ..spec.adapters import Adapter, BlockReader, Family, is_family, reads_attention_blocks
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
@@ -33,36 +34,32 @@ from .section import attend_triton, table_of
 if TYPE_CHECKING:
     from .call import Entry
 
-# Of a class with a dispatcher: (type of parent, name, type) of what was proven inside, with rates of dropout as float.
-ROLES = "_swinaccel_roles"
+PROVEN = "_swinaccel_proven"  # attribute of a class with a dispatcher: what was proven of its instances
 
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
-Role = tuple[type | None, str, type]
+# ("part", type of parent, name, type), ("rate", type, name) of a rate of dropout, ("weights", type) of a module that
+# returns its attention weights, ("refused", type, kind of mask) of one that raises for such a mask, and ("always", type
+# of parent, name) of a dropout that drops in evaluation, too.
+Fact = tuple[Any, ...]
 
 
-def roles_of(family: Any, module: nn.Module) -> frozenset[Role]:
-    """Return the places and types of a module and of all inside it.
-
-    Of the module itself also, as a tuple, that it returns more; and as strings, which masks it refuses. Dropouts that
-    drop in evaluation as well are there a second time, by their base class.
-    """
-    found: list[Role] = [(None, "", type(module))]
-    found += [
-        (type(parent), name, type(child)) for parent in module.modules() for name, child in parent.named_children()
-    ]
-    found += [
-        (type(part), name, float) for part in module.modules() if not is_of_library(part) for name, _ in rates(part)
-    ]
-    if hasattr(family, "section") and not is_of_library(module):
-        reading = reading_of(family, module)
+def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
+    """Return what was proven of a module and of all inside it, as code can look it up that a compiler traces."""
+    found: list[Fact] = [("part", None, "", type(module))]
+    for parent in module.modules():
+        found += [("part", type(parent), name, type(child)) for name, child in parent.named_children()]
+        if not is_of_library(parent):
+            found += [("rate", type(parent), name) for name, _ in rates(parent)]
+    if is_family(adapter) and not is_of_library(module):
+        reading = reading_of(adapter, module)
         if isinstance(reading, str) or reading.weights:
-            found.append((type(module), "", tuple))
+            found.append(("weights", type(module)))
         else:
-            found += [(type(module), kind, str) for kind in reading.refused]
+            found += [("refused", type(module), kind) for kind in reading.refused]
             for path in (name.removesuffix(".p") for name in reading.always if name.endswith(".p")):
-                parent, _, name = path.rpartition(".")
-                found.append((type(module.get_submodule(parent)), name, _DropoutNd))
+                parent_path, _, name = path.rpartition(".")
+                found.append(("always", type(module.get_submodule(parent_path)), name))
     return frozenset(found)
 
 
@@ -75,42 +72,47 @@ def call(
     kwargs: dict[str, Any],
 ) -> Any:
     """Return what one call of an accelerated module's method returns, as `call.call` does."""
-    adapter, config = entry.adapter, entry.config
+    family, adapter, config = entry.family, entry.block, entry.config
     if not isinstance(x, Tensor) or _has_any_global_hook() or backend_of(config, x.device) == "torch":
         return original(module, *args, **kwargs)  # plain PyTorch: the compiler fuses it in its own way
     attend: Any = None
-    if entry.has_attention:
-        attend = _attend(adapter, module, args, kwargs, x)
+    if family is not None:
+        attend = _attend(family, module, args, kwargs, x)
         if isinstance(attend, str):
             if config.strict or env_strict():
                 raise FallbackError(f"{type(module).__name__} would run its original: {attend}")
             return original(module, *args, **kwargs)
-    if entry.is_block:
-        facts = _plain_block(adapter, module, x) if hasattr(adapter, "inner") else _plain_embedding(adapter, module, x)
-        tokens = None if facts is None else _tokens(adapter, module, x, args, kwargs)
-        if facts is not None and tokens is not None:
-            if isinstance(facts, Embedding):
-                return embedding_of(facts, x)
-            return _block(facts, adapter.attend(module) if attend is None else attend, *tokens)
-    if attend is None:
+    if adapter is not None and reads_attention_blocks(adapter):
+        block = _plain_block(adapter, module, x)
+        tokens = None if block is None else _tokens(adapter, module, x, args, kwargs)
+        if block is not None and tokens is not None:
+            return _block(block, adapter.attend(module) if attend is None else attend, *tokens)
+    elif adapter is not None:
+        embedding = _plain_embedding(adapter, module, x)
+        if embedding is not None and _tokens(adapter, module, x, args, kwargs) is not None:
+            return embedding_of(embedding, x)
+    if family is None:
         return original(module, *args, **kwargs)
-    return adapter.forward(module, attend, *args, **kwargs)
+    return family.forward(module, attend, *args, **kwargs)
 
 
-def _attend(family: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Attend | str:
+def _attend(
+    family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> Attend | str:
     """Return what runs the attention of a call, (B, H, W, C) to the same, or why the original must run."""
     attention = family.attention(module)
-    if (type(module), "", tuple) in getattr(module, ROLES):
+    proven = getattr(module, PROVEN)
+    if ("weights", type(module)) in proven:
         return "it returns its attention weights as well, which a compiler is left to compute"
     reason = _dropout_reason(module, attention) or _parts_reason(
-        getattr(module, ROLES), attention, attention is module, _root(module, attention)
+        proven, attention, attention is module, _root(module, attention)
     )
     if reason is not None:
         return reason
     section = section_of(family, module, None, args, kwargs)
     if isinstance(section, str):
         return section
-    refused = [kind for owner, kind, role in getattr(module, ROLES) if role is str and owner is type(module)]
+    refused = [fact[2] for fact in proven if fact[0] == "refused" and fact[1] is type(module)]
     if refused and mask_kind(section, x) in refused:
         return "in a trial its own code raised an error for such a mask, or for none"
     is_sure = is_of_library(module) and not getattr(attention, "fused_attn", False)
@@ -140,21 +142,21 @@ def _root(module: nn.Module, attention: nn.Module) -> tuple[type | None, str]:
 
 
 def _parts_reason(
-    roles: frozenset[Role], part: nn.Module, is_called: bool, place: tuple[type | None, str]
+    proven: frozenset[Fact], part: nn.Module, is_called: bool, place: tuple[type | None, str]
 ) -> str | None:
     """Return why modules that the section stands in for must be called; see `attention.parts_reason`."""
     if not is_called and has_hooks(part):
         return f"{type(part).__name__} inside the attention has hooks, which expect its own tensors; remove them"
     if not is_called and has_own_forward(part):
         return f"{type(part).__name__} inside the attention has a forward of its own"
-    if (*place, type(part)) not in roles:
+    if ("part", *place, type(part)) not in proven:
         return f"a {type(part).__name__} came into the attention after accelerate(); call it again"
-    for owner, name, kind in roles:
-        if kind is float and owner is type(part) and getattr(part, name):
-            return f"{name} is not zero, and only its own code says when that drops"
+    for fact in proven:
+        if fact[0] == "rate" and fact[1] is type(part) and getattr(part, fact[2]):
+            return f"{fact[2]} is not zero, and only its own code says when that drops"
     for name, child in part._modules.items():
         if child is not None:
-            reason = _parts_reason(roles, child, False, (type(part), name))
+            reason = _parts_reason(proven, child, False, (type(part), name))
             if reason is not None:
                 return reason
     return None
@@ -163,20 +165,20 @@ def _parts_reason(
 def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
     """Return why code that no library holds may drop what no family reads, or None."""
     if not is_of_library(module) or not is_of_library(attention):
-        roles = getattr(module, ROLES)
+        proven = getattr(module, PROVEN)
         for holder in (module, attention):
             for name, part in holder._modules.items():
                 if not isinstance(part, _DropoutNd) or not part.p:
                     continue
-                if part.training or module.training or (type(holder), name, _DropoutNd) in roles:
+                if part.training or module.training or ("always", type(holder), name) in proven:
                     return "dropout is active in code that no library holds"
-        for owner, name, kind in roles:
-            if kind is float and owner is type(module) and getattr(module, name):
-                return f"{name} is not zero, and only its own code says when that drops"
+        for fact in proven:
+            if fact[0] == "rate" and fact[1] is type(module) and getattr(module, fact[2]):
+                return f"{fact[2]} is not zero, and only its own code says when that drops"
     return None
 
 
-def _tokens(adapter: Any, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _tokens(adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from .call import tokens_of
 
     return tokens_of(adapter, module, x, args, kwargs)
@@ -186,7 +188,7 @@ def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
     """Return what a block consists of, if one operator may stand for all that follows its attention."""
     if x.dtype not in HALVES or torch.is_autocast_enabled(x.device.type):
         return None
-    block, roles = adapter.block(module), getattr(module, ROLES)
+    block, proven = adapter.block(module), getattr(module, PROVEN)
     norms, linears = (block.norm1, block.norm2), (block.fc1, block.fc2)
     named = (*norms, *linears, block.activation, block.attention, *block.holders)
     for holder in (module, *block.holders):
@@ -195,7 +197,7 @@ def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
         for name, child in holder._modules.items():
             if child is None:
                 continue
-            if (type(holder), name, type(child)) not in roles:
+            if ("part", type(holder), name, type(child)) not in proven:
                 return None
             if not any(child is one for one in named) and (child.training or has_hooks(child)):
                 return None

@@ -1,8 +1,8 @@
-"""Hand out attention weights that are computed when someone reads them, and not before.
+"""Return attention weights lazily: they are computed when they are read, and not before.
 
-Some code returns the weights beside the output, and its callers hardly ever look at them. `Later` stands for such a
-tensor: what it is known by is there, and whatever else is asked of it computes the numbers first, from copies of what
-may change after the call.
+Some code returns the weights beside the output, and its callers hardly ever read them. `LazyTensor` stands for such a
+tensor: shape, dtype and device are known, and any other access computes the numbers first, from copies of what may
+change after the call.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..spec.window import Section
 from .context import has_dispatch_mode
 
 # Answered without the numbers.
-_FACTS = {
+_METADATA = {
     getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}
 # What collects the weights of several blocks is put off, too.
-_COLLECTS = {torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack, torch.mean, Tensor.mean}
+_DEFERRABLE = {torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack, torch.mean, Tensor.mean}
 
 
-class Later(Tensor):
+class LazyTensor(Tensor):
     """A tensor whose numbers are computed when they are asked for.
 
     Attributes:
@@ -41,10 +41,10 @@ class Later(Tensor):
     _compute: Callable[[], Tensor]
     _value: Tensor | None
     _is_inference: bool
-    family: list[weakref.ref[Later]]
+    family: list[weakref.ref[LazyTensor]]
 
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]) -> Later:
+    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]) -> LazyTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
@@ -57,19 +57,19 @@ class Later(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of PyTorch's that was given one of these."""
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _FACTS:
+            if func in _METADATA:
                 return func(*args, **(kwargs or {}))
-            if func in _COLLECTS and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
-                made = _put_off(func, args, kwargs or {})
+            if func in _DEFERRABLE and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+                made = _defer(func, args, kwargs or {})
                 if made is not None:
                     return made
-            args, kwargs = _read_all((args, kwargs or {}))
+            args, kwargs = _with_numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Run an operator, which other code than Python calls."""
-        args, kwargs = _read_all((args, kwargs or {}))
+        args, kwargs = _with_numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 
     def read(self) -> Tensor:
@@ -84,32 +84,32 @@ class Later(Tensor):
         return self._value
 
 
-def _read_all(tree: Any) -> Any:
+def _with_numbers(tree: Any) -> Any:
     """Return arguments with numbers in the place of what is computed later."""
-    found: list[Later] = []
-    tree_map_only(Later, found.append, tree)
+    found: list[LazyTensor] = []
+    tree_map_only(LazyTensor, found.append, tree)
     for one in found:
         for reference in one.family:
             if (other := reference()) is not None:
                 other.read()
-    return tree_map_only(Later, Later.read, tree)
+    return tree_map_only(LazyTensor, LazyTensor.read, tree)
 
 
-def _put_off(func: Any, args: Any, kwargs: Any) -> Later | None:
+def _defer(func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
     """Return what a function gives, computed when it is asked for; None where it is given other tensors as well."""
     found: list[Any] = []
     tree_map_only(Tensor, found.append, (args, kwargs))
-    if not all(type(one) is Later and one._value is None for one in found):
+    if not all(type(one) is LazyTensor and one._value is None for one in found):
         return None
     likes = {id(one): torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta") for one in found}
-    given = tree_map_only(Later, lambda one: likes[id(one)], (args, kwargs))
+    given = tree_map_only(LazyTensor, lambda one: likes[id(one)], (args, kwargs))
     like = func(*given[0], **given[1])
 
     def compute() -> Tensor:
-        numbers = tree_map_only(Later, Later.read, (args, kwargs))
+        numbers = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs))
         return func(*numbers[0], **numbers[1])
 
-    made = Later(like, found[0].device, compute)
+    made = LazyTensor(like, found[0].device, compute)
     alive = {id(one): one for other in (*found, made) for reference in other.family if (one := reference()) is not None}
     family = list(map(weakref.ref, alive.values()))
     for one in alive.values():
@@ -132,7 +132,7 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
     return None
 
 
-def later_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
+def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
     """Return the weights of a call, to be computed when they are read, from copies of all that may change until then.
 
     Args:
@@ -142,14 +142,14 @@ def later_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
     """
     if image.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         image = image.clone()  # the caller may write to it
-    frozen = _frozen(section)
+    frozen = _detached_copy(section)
     geometry = section.geometry
     tokens, windows = geometry.tokens, image.shape[0] * geometry.num_windows
     dtype = image.dtype
     for one in (*section.sources, *(() if section.mask is None else (section.mask,))):
         dtype = torch.promote_types(dtype, one.dtype)
     like = torch.empty(windows, section.num_heads, tokens, tokens, dtype=dtype, device="meta")
-    return Later(like, image.device, lambda: section_weights(frozen, image))
+    return LazyTensor(like, image.device, lambda: section_weights(frozen, image))
 
 
 def _projection(section: Section) -> tuple[Tensor, Tensor | None] | None:
@@ -160,7 +160,7 @@ def _projection(section: Section) -> tuple[Tensor, Tensor | None] | None:
     return (project.weight, project.bias) if is_builtin(project, nn.Linear) and not has_hooks(project) else None
 
 
-def _frozen(section: Section) -> Section:
+def _detached_copy(section: Section) -> Section:
     """Return a section of copies, which takes a hundredth of the time that its products take."""
 
     def copied(one: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What the functions of `functional` accept. Each check names the argument, what was given and what would do."""
+"""Check the arguments of `functional`. Each error names the argument, what was given and what would do."""
 
 from __future__ import annotations
 

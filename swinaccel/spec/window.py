@@ -22,7 +22,7 @@ SHIFT_MASK_VALUE = -100.0  # every Swin adds -100, and never -inf, between regio
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """What is static about a module with window attention, as the report shows it.
+    """Static facts of a module with window attention, as the report shows them.
 
     Attributes:
         family: the family that recognised the module.

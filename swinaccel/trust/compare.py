@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import OWN_ATTRIBUTES
+from ..layers import BASE_ATTRIBUTES
 from ..spec.window import is_plain
 from .copies import Setting, tensors
 
@@ -107,15 +107,15 @@ def _other_state(clone: nn.Module, other: nn.Module) -> str | None:
     """Return which attribute the original's forward wrote to, and its family's reading did not."""
     for (path, one), (_, two) in zip(clone.named_modules(), other.named_modules(), strict=True):
         left, right = ({**vars(part), **part._buffers} for part in (one, two))
-        for name in sorted((left.keys() | right.keys()) - OWN_ATTRIBUTES):
+        for name in sorted((left.keys() | right.keys()) - BASE_ATTRIBUTES):
             kept, expected = (list(tensors(values.get(name))) for values in (left, right))
             is_like = len(kept) == len(expected) and all(map(_is_same, kept, expected))
-            if not is_like or _plainly(left.get(name)) != _plainly(right.get(name)):
+            if not is_like or _plain_part(left.get(name)) != _plain_part(right.get(name)):
                 return f"its forward changes {'.'.join(filter(None, (path, name)))}"
     return None
 
 
-def _plainly(value: Any) -> Any:
+def _plain_part(value: Any) -> Any:
     """Return what is not a tensor in an attribute, as far as a forward may write to it: numbers, and how many."""
     if is_plain(value):
         return value

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..families import examples
 from ..spec.block import Block
 from .fingerprint import rates
-from .libraries import is_of_library, unsharded
+from .libraries import is_of_library, unsharded_class
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     Args:
         memo: copies by the addresses of their originals; those of a module's forward hooks are in it.
     """
-    sharded = [part for part in module.modules() if unsharded(type(part)) is not type(part)]
+    sharded = [part for part in module.modules() if unsharded_class(type(part)) is not type(part)]
     for part in sharded:
-        memo[id(part)] = object.__new__(unsharded(type(part)))
+        memo[id(part)] = object.__new__(unsharded_class(type(part)))
     for part in sharded:
         kept = {name: value for name, value in vars(part).items() if not name.startswith(_COMPOSABLE)}
         memo[id(part)].__dict__ = copy.deepcopy(kept, memo)

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import DISPATCHER, OWN_ATTRIBUTES
+from ..layers import BASE_ATTRIBUTES, DISPATCHER
 from .libraries import is_installed, is_library_function, is_of_library
-from .names import bases_of, cell_content, functions_behind, is_method, names_in, reached, unwrapped, wrapped_function
+from .names import bases_of, cell_content, functions_behind, is_method, names_in, reachable, unwrapped, wrapped_function
 
 # Settings that families read at each call, and what accelerated instances and classes hold.
 LIVE = frozenset(("H", "W", "img_size", "input_resolution", "shift_size", "window_size"))
-OURS = frozenset(("_swinaccel", "_swinaccel_roles"))
+OURS = frozenset(("_swinaccel", "_swinaccel_proven"))
 # Of transformers' layers: whether and by what a call is checkpointed, which changes no number.
 _CHECKPOINTS = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
 
@@ -45,12 +45,20 @@ _WALKS = frozenset((
     "_modules", "_parameters", "_buffers", "children", "modules", "named_children", "named_modules", "parameters",
     "named_parameters", "buffers", "named_buffers", "__dict__", "vars",
 ))  # fmt: skip
-_ANSWERS = ("__call__", "__getattr__", "__getattribute__", "__getitem__", "__get__", "__missing__", "_call_impl")
+_PROTOCOL_METHODS = (
+    "__call__",
+    "__getattr__",
+    "__getattribute__",
+    "__getitem__",
+    "__get__",
+    "__missing__",
+    "_call_impl",
+)
 # Of these packages, functions and plain values that the code names count: what else they hold is no model's setting.
 _OPAQUE = frozenset(("torch", "numpy", "math", "timm", "torchvision", "transformers", "monai", "einops", "builtins"))
 # Objects of these are not looked into.
-_UNOPENED = frozenset(("logging", "re", "typing", "torch", "warnings"))
-_FOREIGN = (threading.local, contextvars.ContextVar)  # which hold another value in every thread or context
+_NOT_OPENED = frozenset(("logging", "re", "typing", "torch", "warnings"))
+_PER_THREAD = (threading.local, contextvars.ContextVar)  # which hold another value in every thread or context
 _MOST_VALUES = 4096
 _DEEPEST = 24
 
@@ -106,7 +114,7 @@ def rates(part: nn.Module) -> Iterator[tuple[str, float]]:
     """Yield the numbers of a module that are called rates of dropout, and that its code reads."""
     found = [(name, value) for name, value in part.__dict__.items() if isinstance(value, float) and "drop" in name]
     if found:
-        _, names = reached(type(part), ("forward",))
+        _, names = reachable(type(part), ("forward",))
         yield from ((name, value) for name, value in found if name in names)
 
 
@@ -130,16 +138,16 @@ class Trace:
         self._modules = {part for _, part in parts}
         self._has_own_code = not all(map(is_of_library, self._modules))
         found: list[Hashable] = []
-        entries = (*methods, *_ANSWERS)
+        entries = (*methods, *_PROTOCOL_METHODS)
         for path, part in parts:
             found.append((path, *self._part(part, entries)))
-            entries = ("forward", *_ANSWERS)
+            entries = ("forward", *_PROTOCOL_METHODS)
         self.fingerprint: Fingerprint = tuple(found)
 
     def _part(self, part: nn.Module, entries: tuple[str, ...]) -> Iterator[Hashable]:
         """Yield what decides what one module does with its own tensors and submodules."""
         cls, attributes, is_library = type(part), part.__dict__, is_of_library(part)
-        functions, names = reached(cls, entries)
+        functions, names = reachable(cls, entries)
         for base, name, function in functions:
             if not is_library and name != "forward":  # a guard looks at every class's forward by itself
                 self._watch(vars(base), name)
@@ -147,18 +155,18 @@ class Trace:
         yield from self._class(cls, names, watched=not is_library)
         # Of layers with parameters and of a library's blocks, numbers are sizes.
         has_sizes = is_library and bool(attributes["_parameters"] or attributes["_modules"])
-        for name in sorted(attributes.keys() - OWN_ATTRIBUTES - LIVE - OURS - (_CHECKPOINTS if is_library else set())):
+        for name in sorted(attributes.keys() - BASE_ATTRIBUTES - LIVE - OURS - (_CHECKPOINTS if is_library else set())):
             value = attributes[name]
             if has_sizes and _is_size(value):
                 continue
             if isinstance(value, float):
                 if not is_library and name in names and "drop" not in name:
-                    yield name, _kind_of(value)
+                    yield name, _sign_and_kind(value)
                 continue
             if name in names or name in entries:  # read by the code, or put over what is called
                 yield name, self._value(value, names, 0)
         if not is_library:
-            yield from ((name, _kind_of(one.item())) for name, one in sorted(_numbers(attributes["_buffers"])))
+            yield from ((name, _sign_and_kind(one.item())) for name, one in sorted(_numbers(attributes["_buffers"])))
         elif self._has_own_code:  # which may ask a layer for its bias and its sizes
             held = attributes["_parameters"].items()
             yield tuple((name, None if one is None else tuple(one.shape)) for name, one in held)
@@ -190,12 +198,12 @@ class Trace:
 
     def _function(self, function: Any, names: frozenset[str], depth: int = 0) -> Hashable:
         """Return what decides what a function does, given the names that the code around it uses."""
-        self._tick(depth)
+        self._count_value(depth)
         function = unwrapped(function)
         code = getattr(function, "__code__", None)
         if code is None:
             return self._value(function, names, depth)
-        if (place := self._place(function)) is not None:
+        if (place := self._seen_before(function)) is not None:
             return place
         found: list[Hashable] = [_Identity(code)]
         is_library, names = is_library_function(function), names | names_in(code)
@@ -233,7 +241,7 @@ class Trace:
 
     def _value(self, value: Any, names: frozenset[str], depth: int) -> Hashable:
         """Return a value as it is compared: plain ones by value, containers and objects by contents, others as such."""
-        self._tick(depth)
+        self._count_value(depth)
         if isinstance(value, _PLAIN):
             return type(value), repr(value) if isinstance(value, (float, complex, range, slice)) else value
         if isinstance(value, enum.Enum):
@@ -250,7 +258,7 @@ class Trace:
             return tuple(self._value(one, names, depth + 1) for one in (value.func, *value.args, value.keywords))
         if isinstance(value, (types.ModuleType, type)):
             return _identity(value), *self._namespace(value, names, depth)
-        if (place := self._place(value)) is not None:
+        if (place := self._seen_before(value)) is not None:
             return place
         if isinstance(value, (list, collections.deque, set)):
             self.contents.append((value, value.copy()))
@@ -305,9 +313,9 @@ class Trace:
     def _object(self, value: Any, names: frozenset[str], depth: int) -> Hashable:
         """Return an object by its attributes and, if it is a mapping, its entries."""
         cls = type(value)
-        if isinstance(value, _FOREIGN):
+        if isinstance(value, _PER_THREAD):
             raise Untraceable(f"its code reads a {cls.__name__}, which holds another value in every thread or context")
-        if cls.__module__.split(".")[0] in _UNOPENED and not isinstance(value, dict):
+        if cls.__module__.split(".")[0] in _NOT_OPENED and not isinstance(value, dict):
             return cls.__qualname__
         found: list[Hashable] = [_identity(cls)]
         attributes = getattr(value, "__dict__", None)
@@ -330,8 +338,8 @@ class Trace:
             found += ((key, self._value(one, names, depth + 1)) for key, one in value.items())
         for base in cls.__mro__:
             if base.__module__ != "builtins" and not is_installed_class(base):
-                found += self._namespace(base, names | frozenset(_ANSWERS), depth)
-                for name in sorted(vars(base).keys() & set(_ANSWERS)):
+                found += self._namespace(base, names | frozenset(_PROTOCOL_METHODS), depth)
+                for name in sorted(vars(base).keys() & set(_PROTOCOL_METHODS)):
                     found += (self._value(one, names, depth + 1) for one in functions_behind(vars(base)[name]))
             elif base.__module__ != "builtins" and isinstance(value, Mapping):
                 for name, one in vars(base).items():  # where a library's registry keeps what is registered
@@ -339,7 +347,7 @@ class Trace:
                         found.append((name, self._value(one, names, depth + 1)))
         return tuple(found)
 
-    def _place(self, value: Any) -> Hashable:
+    def _seen_before(self, value: Any) -> Hashable:
         """Return which of the values met so far this is, or None for a new one."""
         number = self._seen.get(id(value))
         if number is None:
@@ -348,7 +356,7 @@ class Trace:
             return None
         return "seen", number
 
-    def _tick(self, depth: int) -> None:
+    def _count_value(self, depth: int) -> None:
         self._count += 1
         if self._count > _MOST_VALUES or depth > _DEEPEST:
             raise Untraceable("its code reads more values from outside of the module than can be kept track of")
@@ -369,7 +377,7 @@ def _identity(value: Any) -> Hashable:
         raise Untraceable(f"its code reads a {type(value).__name__}, and whether that changes cannot be seen") from None
 
 
-def _kind_of(number: float) -> Hashable:
+def _sign_and_kind(number: float) -> Hashable:
     """Return what the probe, which moves numbers, does not move: sign, infinity, NaN; other types by value."""
     if type(number) is not float:
         return type(number), repr(number)

@@ -35,7 +35,7 @@ MODELS = {
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 
 
-def unsharded(cls: type) -> type:
+def unsharded_class(cls: type) -> type:
     """Return the class that FSDP2 made a class from, which is then its first base outside of torch.distributed."""
     copies = getattr(vars(cls).get("__deepcopy__"), "__module__", None) or ""  # a function that refuses to
     if not copies.startswith("torch.distributed."):
@@ -48,7 +48,7 @@ def is_of_library(module: Any) -> bool:
 
     A subclass without code of its own is what it was made from.
     """
-    for base in unsharded(type(module)).__mro__:
+    for base in unsharded_class(type(module)).__mro__:
         if base.__module__.startswith(LIBRARIES):
             if base.__module__.startswith("torch."):
                 return True
@@ -61,7 +61,7 @@ def _has_code(cls: type) -> bool:
     return not all(map(is_library_function, filter(callable, vars(cls).values())))
 
 
-def is_steady(module: Any) -> bool:
+def is_capturable(module: Any) -> bool:
     """Return True if a module is one of `MODELS`, and all in it a surveyed library's or PyTorch's."""
     cls = type(module)
     return cls.__name__ in MODELS.get(cls.__module__, ()) and all(map(is_of_library, module.modules()))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import undispatched
+from ..layers import without_dispatcher
 
 _known: weakref.WeakKeyDictionary[types.CodeType, frozenset[str]] = weakref.WeakKeyDictionary()
 
@@ -67,7 +67,7 @@ def bases_of(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if base not in (nn.Module, object)]
 
 
-def reached(cls: type, entries: Iterable[str]) -> tuple[list[tuple[type, str, Any]], frozenset[str]]:
+def reachable(cls: type, entries: Iterable[str]) -> tuple[list[tuple[type, str, Any]], frozenset[str]]:
     """Return the functions of a class that run when these methods are called, and all names that they use.
 
     Returns:
@@ -97,9 +97,9 @@ def unwrapped(function: Any) -> Any:
 
     transformers wraps a forward that a subclass inherits anew, as FSDP2 makes subclasses.
     """
-    function = undispatched(function)
+    function = without_dispatcher(function)
     cells = map(cell_content, getattr(function, "__closure__", None) or ())
-    for inner in (undispatched(one) for one in cells if isinstance(one, types.FunctionType)):
+    for inner in (without_dispatcher(one) for one in cells if isinstance(one, types.FunctionType)):
         if inner is not function and inner.__code__ is function.__code__:
             return unwrapped(inner)
     return function

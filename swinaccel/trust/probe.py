@@ -267,7 +267,7 @@ def _probe_block(
     module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
 ) -> Reading | str:
     """Return a reading if what a module does around its attention is what its family takes it for, else why not."""
-    reading = (registry.reading(attention_key(family, module)) if hasattr(family, "section") else None) or Reading()
+    reading = (registry.reading(attention_key(family, module)) if is_family(family) else None) or Reading()
     if isinstance(reading, str):
         return reading
     moved = set(module.modules())

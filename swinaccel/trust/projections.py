@@ -31,7 +31,7 @@ def explained(attention: nn.Module, reason: str | None) -> str | None:
     Args:
         reason: what was found out, such as which name its code speaks of; None where nothing speaks against it.
     """
-    layer = None if reason is None else unusual(attention)
+    layer = None if reason is None else unusual_layer(attention)
     if layer is None:
         return reason
     return (
@@ -40,10 +40,10 @@ def explained(attention: nn.Module, reason: str | None) -> str | None:
     )
 
 
-def unusual(attention: nn.Module) -> str | None:
+def unusual_layer(attention: nn.Module) -> str | None:
     """Return which layer of an attention is what, such as "its projection qkv is quantised by torch.ao", else None."""
     for name, part in attention.named_modules():
-        what = described(part)
+        what = describe(part)
         last = name.rpartition(".")[2]
         if what is None and last in _PROJECTIONS and not isinstance(part, nn.Linear) and not part._modules:
             what = f"a {type(part).__name__}, and no nn.Linear"
@@ -52,19 +52,19 @@ def unusual(attention: nn.Module) -> str | None:
     return None
 
 
-def described(layer: nn.Module) -> str | None:
+def describe(layer: nn.Module) -> str | None:
     """Return what a package other than torch.nn has made of a layer, by its class or by its tensors'; else None."""
     for cls in type(layer).__mro__:
-        done = _done_by(cls)
+        done = _maker_of(cls)
         if done is not None:
             return f"{done} (a {type(layer).__name__})"
     for name, tensor in layer._parameters.items():
         if tensor is not None and type(tensor) not in _PLAIN and not is_lazy(tensor):
-            done = _done_by(type(tensor)) or "not plain"
+            done = _maker_of(type(tensor)) or "not plain"
             return f"{done} (its {name} is a {type(tensor).__name__})"
     return None
 
 
-def _done_by(cls: type) -> str | None:
+def _maker_of(cls: type) -> str | None:
     module = f"{cls.__module__}."
     return next((done for package, done in _MAKERS if module.startswith(f"{package}.")), None)

@@ -126,6 +126,16 @@ def test_restore_of_a_part():
     assert statuses == ["original", "original", "accelerated"]
 
 
+def test_restoring_one_of_two_models_looks_for_no_copies(monkeypatch):
+    """That takes a walk over all objects of the process."""
+    model, other = accelerate(MODELS["timm"]()), accelerate(MODELS["timm"]())
+    searched = []
+    monkeypatch.setattr(patching, "_keys_of_copies", lambda keys: searched.append(keys) or set())
+    swinaccel.restore(model)
+    assert searched == [set()]
+    assert is_accelerated(other)
+
+
 def test_repeated_cycles_leave_nothing():
     model = MODELS["torchvision"]()
     before = snapshot(model)
@@ -624,7 +634,7 @@ def test_loading_where_nothing_was_proven(monkeypatch):
     registry.clear()
     call.forget_warnings()
     twin = pickle.loads(data)
-    assert getattr(type(twin.blocks[0]), traced.ROLES) == frozenset()  # compilers are told of no proof
+    assert getattr(type(twin.blocks[0]), traced.PROVEN) == frozenset()  # compilers are told of no proof
     with pytest.warns(UserWarning, match=r"call swinaccel\.accelerate\(model\)") as warned:
         assert torch.equal(output(twin), expected)
     assert len(warned) == 1
@@ -766,7 +776,7 @@ def test_class_swapped_after_accelerate(name):
     model = MODELS[name]()
     expected = output(model)
     accelerate(model)
-    swapped = [module for module in model.modules() if patching.marked(module) and name != "torchvision"]
+    swapped = [module for module in model.modules() if patching.marking_of(module) and name != "torchvision"]
     for module in swapped:
         module.__class__ = type("FSDP" + type(module).__name__, (type(module),), {})
     helpers.assert_close(output(model), expected)

@@ -33,28 +33,6 @@ def _sdpa(monkeypatch):
     monkeypatch.setattr(models.CONFIG, "SDPA_enabled", True)
 
 
-def gradients(model, *inputs):
-    """What a model gives, and the gradients of its input and parameters."""
-    x = inputs[0].clone().requires_grad_()
-    out = helpers.tensors(model(x, *inputs[1:]))[0]
-    (out * torch.linspace(-1, 1, out.numel()).to(out).cos().view(out.shape)).sum().backward()
-    return [out.detach(), x.grad, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
-
-
-def check_training(model, *inputs, backend, count=None):
-    """Forward and gradients of an accelerated copy in fp32, each against the original's in fp64."""
-    device = helpers.DEVICES[backend]
-    exact = gradients(copy.deepcopy(model).double(), inputs[0].double(), *inputs[1:])
-    twin = swinaccel.accelerate(copy.deepcopy(model).to(device), backend=backend)
-    found = gradients(twin, inputs[0].to(device), *inputs[1:])
-    helpers.assert_accelerated(twin, count)
-    assert len(found) == len(exact)
-    largest = max(one.abs().max() for one in exact[2:])
-    for one, other in zip(found, exact, strict=True):
-        error = (one.cpu().double() - other).abs().max()  # of some, such as k's bias, all is rounding
-        assert error <= 5e-5 * (other.abs().max() + 1e-2 * largest), error
-
-
 # By scaled_dot_product_attention.
 
 
@@ -69,7 +47,7 @@ def test_birefnet(enabled, backend, monkeypatch):
     monkeypatch.setattr(models.CONFIG, "SDPA_enabled", enabled)
     model, x = stage(qk_scale=0.9), torch.randn(2, 90, 16)
     check(model, x, 9, 10, backend=backend, count=2)
-    check_training(model, x, 9, 10, backend=backend, count=2)
+    helpers.check_gradients(model, x, 9, 10, backend=backend, count=2)
 
 
 def test_a_branch_that_is_chosen_later_runs_the_original(monkeypatch):
@@ -160,7 +138,7 @@ def test_a_rate_that_is_a_number(kind):
 def test_gradients_of_timms_fused_path(backend):
     model = helpers.timm_block((8, 8), shift=2)
     model.attn.fused_attn, model.attn.scale = True, 0.9
-    check_training(model, torch.randn(2, 8, 8, 16), backend=backend, count=1)
+    helpers.check_gradients(model, torch.randn(2, 8, 8, 16), backend=backend, count=1)
 
 
 class Squared(models.SdpaAttention):
@@ -255,7 +233,7 @@ def test_weights_however_they_are_read(reader):
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
     with torch.no_grad():
         expected, found = model(x)[1], twin(x)[1]
-        assert type(found) is weights.Later
+        assert type(found) is weights.LazyTensor
         helpers.assert_close(READERS[reader](found), READERS[reader](expected))
         helpers.assert_close(found + 0, expected)
 
@@ -278,7 +256,7 @@ def test_weights_are_no_others_than_those_of_their_call(change):
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
     with torch.no_grad():
         expected, found = model(x)[1], twin(x)[1]
-        assert type(found) is weights.Later
+        assert type(found) is weights.LazyTensor
         CHANGES[change](twin, x)
         helpers.assert_close(found + 0, expected)
 
@@ -345,7 +323,7 @@ def test_unimer_is_accelerated_at_its_attention(shift, backend):
     model, x = randomize(models.UnimerLayer(16, 2, 4, shift)), torch.randn(2, 90, 16)
     assert [(entry.name, entry.family) for entry in swinaccel.plan(model)] == [("attention", "hf_attention")]
     check(model, x, (9, 10), backend=backend, count=1)
-    check_training(model, x, (9, 10), backend=backend, count=1)
+    helpers.check_gradients(model, x, (9, 10), backend=backend, count=1)
     check_fallback(model, x, (9, 10), torch.rand(2, 1, 1), backend=backend, reason="it is given head_mask")
 
 
@@ -370,9 +348,9 @@ def test_attention_by_another_name(name, backend):
     x, masks = torch.randn(6, tokens, 16), -100.0 * (torch.rand(3, tokens, tokens) < 0.3)
     check(model, x, backend=backend, count=1)
     check(model, backend=backend, count=1, arguments=on(backend, x=x, mask=masks))
-    check_training(model, x, backend=backend, count=1)
+    helpers.check_gradients(model, x, backend=backend, count=1)
     if name.startswith("VRT"):
-        check_training(model, x, masks.to(helpers.DEVICES[backend]), backend=backend, count=1)
+        helpers.check_gradients(model, x, masks.to(helpers.DEVICES[backend]), backend=backend, count=1)
 
 
 def on(backend, **tensors):
@@ -407,7 +385,7 @@ def test_attention_that_rolls_for_itself(shift, size, backend):
         model.attn_mask[0, 1, 2] = -3.0
     assert [entry.family for entry in swinaccel.plan(model)] == ["rolling_attention"]
     check(model, x, size, backend=backend, count=1)
-    check_training(model, x, size, backend=backend, count=1)
+    helpers.check_gradients(model, x, size, backend=backend, count=1)
 
 
 @both_backends
@@ -416,7 +394,7 @@ def test_cr_without_its_bias(shift, backend):
     model, x = randomize(models.cr_without_bias(16, 2, (8, 12), 4, shift)), torch.randn(2, 8, 12, 16)
     assert [entry.family for entry in swinaccel.plan(model)] == ["timm_cr"]
     check(model, x, backend=backend, count=1)
-    check_training(model, x, backend=backend, count=1)
+    helpers.check_gradients(model, x, backend=backend, count=1)
 
 
 @both_backends
@@ -425,7 +403,7 @@ def test_two_halves_in_windows_that_stand_and_lie(shifted, backend):
     model, x = randomize(models.HalvesAttention(16, 4, (2, 4), shifted)), torch.randn(2, 63, 16)
     assert [entry.window for entry in swinaccel.plan(model)] == [(2, 4), (4, 2)]
     check(model, x, 7, 9, backend=backend, count=2)
-    check_training(model, x, 7, 9, backend=backend, count=2)
+    helpers.check_gradients(model, x, 7, 9, backend=backend, count=2)
 
 
 def test_biases_of_halves_that_are_drawn_are_the_originals():

@@ -114,17 +114,7 @@ def test_stand_in_is_torchvisions():
 @both_backends
 def test_gradients(backend):
     """Of tokens, table, projection and its bias, through windows that have shrunk and are padded."""
-    model = torchvision().to(helpers.DEVICES[backend])
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
-    x = volume(5, 3, 6).to(helpers.DEVICES[backend])
-    grads = []
-    for one in (model, twin):
-        leaf = x.clone().requires_grad_()
-        one(leaf).square().sum().backward()
-        grads.append([leaf.grad, *(parameter.grad for parameter in one.parameters())])
-    helpers.assert_accelerated(twin, 1)
-    for found, expected in zip(*reversed(grads), strict=True):
-        helpers.assert_close(found, expected, 1e-4)
+    helpers.check_gradients(torchvision(), volume(5, 3, 6), backend=backend, count=1)
 
 
 # Traps.

@@ -9,8 +9,7 @@ import microsoft_models as official
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DEVICES, assert_close, check, check_fallback, randomize, timm_block
-from test_copies import check_training
+from helpers import BACKENDS, DEVICES, assert_close, check, check_fallback, check_gradients, randomize, timm_block
 from torch import nn
 
 import swinaccel
@@ -91,7 +90,7 @@ def test_scaled_dot_product_attention_however_it_is_called(kind):
     for backend in BACKENDS:
         for given in ((x, mask), (x, mask[:2]), (x,)):
             check(model, *given, backend=backend, count=1)
-    check_training(model, x, mask[:2].to(DEVICES["triton"]), backend="triton", count=1)
+    check_gradients(model, x, mask[:2].to(DEVICES["triton"]), backend="triton", count=1)
 
 
 @pytest.mark.parametrize("library", [False, True])
@@ -273,7 +272,7 @@ def test_further_arguments_as_they_are_by_default(kind):
         check(model, *args, arguments=named, count=1)
     mask = [] if kind in (Unshifted, Alone) else [0.0, MASK] if kind is Ratio else [MASK]
     mask = [None, MASK] if kind is Named else mask
-    check_training(model, X, *mask, backend="torch", count=1)
+    check_gradients(model, X, *mask, backend="torch", count=1)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

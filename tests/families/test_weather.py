@@ -20,30 +20,6 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 SIZE, WINDOW = (3, 7, 9), (2, 3, 4)
 
 
-def assert_gradients_no_worse(model, *inputs, backend):
-    """Output, and gradients of input and parameters, against fp64 and the original's; what gets none gets none."""
-    found = []
-    model = model.to(DEVICES[backend])
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
-    for one in (copy.deepcopy(model).double(), model, twin):
-        dtype = next(one.parameters()).dtype
-        given = [
-            v.detach().to(DEVICES[backend], dtype, copy=True) if isinstance(v, torch.Tensor) else v for v in inputs
-        ]
-        given[0].requires_grad_()
-        out = one(*given)
-        out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype, device=out.device).view_as(out))
-        found.append([out.detach(), given[0].grad, *(parameter.grad for parameter in one.parameters())])
-    helpers.assert_accelerated(twin)
-    names = ["output", "input", *(name for name, _ in model.named_parameters())]
-    for name, exact, own, ours in zip(names, *found, strict=True):
-        assert (exact is None) == (ours is None), name
-        if exact is not None:
-            size = exact.abs().max()
-            errors = [((one - exact).abs().max() / size).item() for one in (own, ours)]
-            assert errors[1] <= max(2 * errors[0], 2e-6), (name, errors)
-
-
 # Aurora.
 
 
@@ -81,7 +57,7 @@ def test_aurora_steps_do_not_share_a_plan():
 @both_backends
 @pytest.mark.parametrize("steps", [0, 2])
 def test_aurora_gradients(steps, backend):
-    assert_gradients_no_worse(aurora(steps), *tokens(), 1, backend=backend)
+    helpers.check_gradients(aurora(steps), *tokens(), 1, backend=backend)
 
 
 @pytest.mark.parametrize("tokens", [72, 144])
@@ -90,7 +66,7 @@ def test_aurora_windows_of_many_tokens(tokens):
     attn = randomize(models.AuroraAttention(16, (1, 1, tokens), 2))
     mask = torch.where(torch.rand(2, tokens, tokens) < 0.3, -100.0, 0.0)
     for given in (mask, None):
-        assert_gradients_no_worse(attn, torch.randn(4, tokens, 16), given, backend="triton")
+        helpers.check_gradients(attn, torch.randn(4, tokens, 16), given, backend="triton")
     twin, _, _ = helpers.both(attn, torch.randn(4, tokens, 16), mask, backend="triton", bias="factors")
     helpers.assert_accelerated(twin)
     assert [entry.bias for entry in swinaccel.report(twin)] == ["none"]
@@ -186,7 +162,7 @@ def test_earth_with_gradients(window, backend):
     """Of two and three axes, small and large."""
     x, mask = earth_windows(window, rows=2, batch=1)
     for given in (mask, None):
-        assert_gradients_no_worse(earth(window, rows=2), x, given, backend=backend)
+        helpers.check_gradients(earth(window, rows=2), x, given, backend=backend)
 
 
 @both_backends

@@ -12,6 +12,7 @@ import microsoft_models
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import hook, own_forward, setting
 from helpers import TRITON_DEVICE
 from torch import nn
 
@@ -362,19 +363,6 @@ def test_embeddings_that_are_not_worth_it_or_of_another_form(options, embedded):
 # What changes after accelerate(), also after calls that were fused.
 
 
-def hook(part, kind):
-    return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
-
-
-def own_forward(part):
-    def change(model):
-        module = model.get_submodule(part)
-        plain = module.forward
-        module.forward = lambda x: plain(x) + 1
-
-    return change
-
-
 def own_convolution(model):
     plain = model.embedding.proj._conv_forward
     model.embedding.proj._conv_forward = lambda *args: plain(*args) + 1
@@ -395,10 +383,6 @@ def other_weights(model):
 
 def parametrized(model):
     torch.nn.utils.parametrizations.weight_norm(model.embedding.proj)
-
-
-def setting(part, name, value):
-    return lambda model: setattr(model.get_submodule(part), name, value)
 
 
 UNUSUAL = {

@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import hook, own_forward, replaced
 from helpers import TRITON_DEVICE
 from test_families import MODELS
 from torch import nn
@@ -200,9 +201,12 @@ def test_gelu_takes_the_place_of_its_input(monkeypatch):
     products, plain = [], F.linear
     monkeypatch.setattr(F, "linear", lambda *args: products.append(plain(*args)) or products[-1])
     for dtype in (torch.float16, torch.float32):
-        x, weight = random(5, 24, dtype=dtype), random(96, 24, dtype=dtype)
+        x, weight1, weight2 = (random(*shape, dtype=dtype) for shape in ((5, 24), (96, 24), (24, 96)))
+        norm, linears = (torch.ones_like(x[0]), None, 1e-5), ((weight1, None), (weight2, None))
         bound = block_ops.bind_rest(x.shape, dtype, x.device, 96, (1e-5, 1e-5), False)
-        assert bound._activated(x, weight, None).data_ptr() == products[-1].data_ptr()
+        bound.run(x, x, (norm, norm), linears)
+        hidden = F.gelu(plain(F.layer_norm(2 * x, (24,)), weight1))
+        torch.testing.assert_close(products.pop(), hidden, atol=2e-2, rtol=1e-2)
 
 
 def test_who_multiplies(monkeypatch):
@@ -345,15 +349,6 @@ class Scaled(nn.Module):
         return x * self.factor
 
 
-def hook(part, kind):
-    return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
-
-
-def replace(part, make):
-    owner, _, name = part.rpartition(".")
-    return lambda model: setattr(model.get_submodule(owner), name, make(model.get_submodule(part)))
-
-
 class OddNorm(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x) * 2
@@ -363,11 +358,6 @@ def odd_norm(norm):
     odd = OddNorm(16).to(norm.weight.device)
     odd.load_state_dict(norm.state_dict())
     return odd
-
-
-def own_forward(model):
-    plain = model.mlp.fc1.forward
-    model.mlp.fc1.forward = lambda x: plain(x) + 1
 
 
 def scale(model):
@@ -382,13 +372,13 @@ UNUSUAL = {
     "hook-fc2": hook("mlp.fc2", "forward_hook"),
     "hook-drop-path": hook("drop_path2", "forward_hook"),
     "hook-activation": hook("mlp.act", "full_backward_hook"),
-    "norm": replace("norm2", odd_norm),
-    "activation": replace("mlp.act", lambda _: nn.ReLU()),
-    "tanh": replace("mlp.act", lambda _: nn.GELU("tanh")),
-    "mlp-norm": replace("mlp.norm", lambda _: nn.LayerNorm(64).to(TRITON_DEVICE)),
-    "drop-path": replace("drop_path1", lambda _: Scaled(2.0)),
+    "norm": replaced("norm2", odd_norm),
+    "activation": replaced("mlp.act", lambda _: nn.ReLU()),
+    "tanh": replaced("mlp.act", lambda _: nn.GELU("tanh")),
+    "mlp-norm": replaced("mlp.norm", lambda _: nn.LayerNorm(64).to(TRITON_DEVICE)),
+    "drop-path": replaced("drop_path1", lambda _: Scaled(2.0)),
     "drop-path-setting": scale,
-    "forward": own_forward,
+    "forward": own_forward("mlp.fc1"),
     "parametrized": lambda model: torch.nn.utils.parametrizations.weight_norm(model.mlp.fc1),
     "training": lambda model: setattr(model.mlp.drop1.train(), "p", 0.1),
 }

@@ -11,6 +11,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import hook, replaced, setting
 from helpers import TRITON_DEVICE
 from test_families import MODELS
 from torch import nn
@@ -653,10 +654,6 @@ class Centred(nn.Module):
         return x * x.flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
 
 
-def hook(part, kind):
-    return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
-
-
 class StraightThrough(nn.Module):
     """Drops samples, but for the gradient."""
 
@@ -707,26 +704,22 @@ class Promoting(nn.Module):
         return x / (1 - self.drop_prob) * (drawn > self.drop_prob).float()
 
 
-def drop_of(make):
-    return lambda model: setattr(model, "drop_path1", make().to(TRITON_DEVICE))
-
-
 UNUSUAL = {
-    "dropout": lambda model: setattr(model.mlp.drop1, "p", 0.5),
-    "drop-path-of-tokens": drop_of(PerToken),
-    "drop-path-by-value": drop_of(Centred),
-    "dropout-as-drop-path": drop_of(lambda: nn.Dropout(0.5)),
-    "small-dropout-as-drop-path": drop_of(lambda: nn.Dropout(1e-3)),
-    "straight-through-drop-path": drop_of(StraightThrough),
-    "drop-path-that-promotes": drop_of(Promoting),
-    "halving": lambda model: setattr(model.mlp, "drop1", Halving()),
-    "gelu-without-gradient": lambda model: setattr(model.mlp, "act", SlowGelu()),
-    "gelu-that-counts": lambda model: setattr(model.mlp, "act", Counting()),
+    "dropout": setting("mlp.drop1", "p", 0.5),
+    "drop-path-of-tokens": replaced("drop_path1", lambda _: PerToken()),
+    "drop-path-by-value": replaced("drop_path1", lambda _: Centred()),
+    "dropout-as-drop-path": replaced("drop_path1", lambda _: nn.Dropout(0.5)),
+    "small-dropout-as-drop-path": replaced("drop_path1", lambda _: nn.Dropout(1e-3)),
+    "straight-through-drop-path": replaced("drop_path1", lambda _: StraightThrough()),
+    "drop-path-that-promotes": replaced("drop_path1", lambda _: Promoting()),
+    "halving": replaced("mlp.drop1", lambda _: Halving()),
+    "gelu-without-gradient": replaced("mlp.act", lambda _: SlowGelu()),
+    "gelu-that-counts": replaced("mlp.act", lambda _: Counting()),
     "child-in-two-roles": lambda model: setattr(model.mlp, "drop2", model.mlp.act),
     "hook-drop-path": hook("drop_path2", "forward_hook"),
     "hook-norm": hook("norm1", "forward_pre_hook"),
     "hook-fc2": hook("mlp.fc2", "full_backward_hook"),
-    "tanh": lambda model: setattr(model.mlp, "act", nn.GELU("tanh")),
+    "tanh": replaced("mlp.act", lambda _: nn.GELU("tanh")),
     "double": lambda model: model.norm2.double(),
 }
 

@@ -426,13 +426,18 @@ def test_bound_launches_take_what_they_were_bound_for():
     with torch.no_grad():
         attend = TritonSection(section, AccelConfig(backend="triton"), State())
         attend(x)
-        bound, qkv = attend._bound, model.attn.qkv(x)
-        assert bound.run(qkv) is not None
-        assert bound.run(qkv.half()) is None
-        bound._table, table = None, section.table()
-        assert bound.run(qkv) is not None
+        bound, qkv, table = attend._bound, model.attn.qkv(x), section.table()
+        runs, run = [], bound.attention.run
+        counting = types.SimpleNamespace(run=lambda *given: runs.append(1) or run(*given))
+        for taken in (bound, bound._replace(table=None)):
+            attend._bound = taken._replace(attention=counting)
+            torch.testing.assert_close(attend(x), section.output(attend_triton(section, qkv, table)))
         section.table = lambda: (2 * table).t().contiguous().t()
-        torch.testing.assert_close(bound.run(qkv), attend_triton(section, qkv, 2 * table))
+        torch.testing.assert_close(attend(x), section.output(attend_triton(section, qkv, 2 * table)))
+        attend._bound = bound._replace(attention=counting)
+        section.project, section.output = lambda x: qkv.half(), lambda y: y
+        assert attend(x).dtype is torch.float16
+    assert len(runs) == 2
 
 
 def test_graphs_are_traced_from_the_original():

@@ -891,6 +891,13 @@ def test_trap_38_places_of_dropout(kind, probability):
     train_check(layer, torch.randn(2, 64, 16), (8, 8))
 
 
+@pytest.mark.parametrize("kind", ["Swinv2", "DonutSwin"])
+def test_trap_38_dropout_after_the_output_projection(kind):
+    layer = helpers.huggingface_layer(kind, shift=2)
+    layer.attention.output.dropout.p = 1.0
+    train_check(layer, torch.randn(2, 64, 16), (8, 8))
+
+
 @pytest.mark.parametrize("kind", ["proj_drop", "drop_path"])
 @versions
 def test_trap_38_places_of_dropout_in_timm(kind, v2):

@@ -46,7 +46,7 @@ def test_packages_are_named(package, words, kind):
         tensor = type("Int8", (torch.Tensor,), {"__module__": f"{package}.tensors"})
         attention.proj._parameters["weight"] = torch.zeros(16, 16).as_subclass(tensor)
         expected = f"its projection proj is {words} (its weight is a Int8)"
-    assert projections.unusual(attention) == expected
+    assert projections.unusual_layer(attention) == expected
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao's time is running out
@@ -72,7 +72,7 @@ def test_the_report_names_what_was_quantised():
 def test_unknown_layers_in_the_place_of_a_projection():
     attention = block().attn
     attention.qkv = Own()
-    assert projections.unusual(attention) == "its projection qkv is a Own, and no nn.Linear"
+    assert projections.unusual_layer(attention) == "its projection qkv is a Own, and no nn.Linear"
 
 
 @pytest.mark.parametrize("change", ["none", "lazy", "subclass", "container", "elsewhere"])
@@ -86,5 +86,5 @@ def test_plain_layers_are_no_matter(change):
         module.attn.qkv = nn.Sequential(nn.Linear(16, 48))
     elif change == "elsewhere":
         module.mlp.fc1 = foreign("bitsandbytes")(16, 64)
-    assert projections.unusual(module.attn) is None
+    assert projections.unusual_layer(module.attn) is None
     assert projections.explained(module.attn, "its forward is another") == "its forward is another"

@@ -37,35 +37,20 @@ def factored_bias_attention(
     """
     if q.numel() == 0:
         return nothing(q, k, v, q_factor, k_factor)
-    out = _factored(q, k, v, q_factor, k_factor, mask, scale, causal, twice)
-    return _exactly(out, q, k, v, q_factor=q_factor, k_factor=k_factor, mask=mask, scale=scale, causal=causal)
-
-
-def _factored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    twice: bool,
-) -> Tensor:
-    dtype, width = q.dtype, v.shape[-1]
+    query, key, value, given, factor = q, k, v, mask, scale
     if q_factor is not None and k_factor is not None and q_factor.shape[-1]:
-        wide = torch.promote_types(torch.promote_types(dtype, q_factor.dtype), k_factor.dtype)
-        q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
-        scale, batch, rank = 1.0, q.shape[0], q_factor.shape[-1]
-        q = torch.cat((q, q_factor.to(wide).expand(batch, -1, -1, -1)), -1)
-        k = torch.cat((k, k_factor.to(wide).expand(batch, -1, -1, -1)), -1)
-        v = F.pad(v, (0, rank))
+        wide = torch.promote_types(torch.promote_types(q.dtype, q_factor.dtype), k_factor.dtype)
+        batch, factor = q.shape[0], 1.0
+        query = torch.cat((q.to(wide) * scale, q_factor.to(wide).expand(batch, -1, -1, -1)), -1)
+        key = torch.cat((k.to(wide), k_factor.to(wide).expand(batch, -1, -1, -1)), -1)
+        value = F.pad(v.to(wide), (0, q_factor.shape[-1]))
     if mask is not None:
-        mask = _batch_mask(mask, q, causal)
-        is_recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        twice = twice or (is_recorded and can_look() and _has_large_numbers(mask))
-    out = _attend(q, k, v, mask, causal and mask is None, scale, twice)
-    return out[..., :width].to(dtype)
+        given = _batch_mask(mask, query, causal)
+        is_recorded = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+        twice = twice or (is_recorded and can_look() and _has_large_numbers(given))
+    out = _attend(query, key, value, given, causal and mask is None, factor, twice)
+    out = out[..., : v.shape[-1]].to(q.dtype)
+    return _exactly(out, q, k, v, q_factor=q_factor, k_factor=k_factor, mask=mask, scale=scale, causal=causal)
 
 
 def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:

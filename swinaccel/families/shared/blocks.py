@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...spec.block import Block
+from ...spec.block import Attend, Block, Tokens
+from ...spec.reference_block import attend_tokens
 from ...spec.window import Geometry, WindowSpec
 from .common import positional_names
-from .official import attention_spec
+from .official import attention_projections, attention_spec
 
 
 def block_spec(family: str, module: Any, arguments: int, has_index: bool = True) -> WindowSpec | None:
@@ -25,29 +26,48 @@ def block_spec(family: str, module: Any, arguments: int, has_index: bool = True)
     return spec if spec is not None and spec.window == (size, size) else None
 
 
-def block_forward(module: Any, attend: Any, x: Tensor, size: Any) -> Any:
-    """Run the official block on (B, H * W, C): V1 normalises before attention and MLP, V2 after them.
+class OfficialAttention:
+    """Members that families of blocks around the official attention share."""
 
-    Where the MLP is a mixture of experts, their balancing loss is returned as well.
+    method = "forward"
+
+    def attention(self, module: Any) -> nn.Module:
+        return module.attn
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module.attn)
+
+
+class OfficialBlock(OfficialAttention):
+    """Members that families of the official block share: it may run in fewer kernels as a whole.
+
+    V1 normalises before attention and MLP, V2 after them. A mixture of experts in place of the MLP returns its
+    balancing loss as well.
     """
-    image = (x.shape[0], *size, x.shape[2])
-    if hasattr(module.attn, "logit_scale"):
-        x = x + module.drop_path(module.norm1(attend(x.view(image)).view(x.shape)))
-        return x + module.drop_path(module.norm2(module.mlp(x)))
-    x = x + module.drop_path(attend(module.norm1(x).view(image)).view(x.shape))
-    if getattr(module, "is_moe", False):
-        out, loss = module.mlp(module.norm2(x))
-        return x + module.drop_path(out), loss
-    return x + module.drop_path(module.mlp(module.norm2(x)))
 
+    def tokens(self, module: Any, *args: Any, **kwargs: Any) -> Tokens:
+        raise NotImplementedError
 
-def block_facts(module: Any) -> Block:
-    """Return the parts of the official block, in the order of their use."""
-    attn, mlp = module.attn, module.mlp
-    post_norm = hasattr(attn, "logit_scale")
-    names = ("drop_path1", "drop_path2") if hasattr(module, "drop_path1") else ("drop_path", "drop_path")
-    drops = [getattr(module, name) for name in names]
-    return Block(attn, module.norm1, module.norm2, (mlp,), mlp.fc1, mlp.act, mlp.fc2, post_norm, *drops)
+    def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        x, size = self.tokens(module, *args, **kwargs)
+        if hasattr(module.attn, "logit_scale"):
+            x = x + module.drop_path(module.norm1(attend_tokens(attend, x, size)))
+            return x + module.drop_path(module.norm2(module.mlp(x)))
+        x = x + module.drop_path(attend_tokens(attend, module.norm1(x), size))
+        if getattr(module, "is_moe", False):
+            out, loss = module.mlp(module.norm2(x))
+            return x + module.drop_path(out), loss
+        return x + module.drop_path(module.mlp(module.norm2(x)))
+
+    def block(self, module: Any) -> Block:
+        attn, mlp = module.attn, module.mlp
+        post_norm = hasattr(attn, "logit_scale")
+        names = ("drop_path1", "drop_path2") if hasattr(module, "drop_path1") else ("drop_path", "drop_path")
+        drops = [getattr(module, name) for name in names]
+        return Block(attn, module.norm1, module.norm2, (mlp,), mlp.fc1, mlp.act, mlp.fc2, post_norm, *drops)
+
+    def inner(self, module: Any) -> tuple[Any, nn.Module]:
+        return self, module
 
 
 def strange_mask(mask: Any, x: Tensor) -> str | None:

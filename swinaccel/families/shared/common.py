@@ -1,4 +1,4 @@
-"""What several families read the same way."""
+"""Readings of attributes that several families share: sizes, bias tables, projections, dropouts."""
 
 from __future__ import annotations
 

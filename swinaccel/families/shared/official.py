@@ -8,6 +8,7 @@ differ in the block: where height, width and mask come from, and what pads and c
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -68,8 +69,7 @@ def attention_section(
         mask, mask_value: as in `Section`.
         index: of the position biases, where it is not the one that the attention keeps.
     """
-    heads, tokens = attn.num_heads, geometry.tokens
-    head_dim = attn.proj.in_features // heads
+    heads, tokens, head_dim = attn.num_heads, geometry.tokens, attn.proj.in_features // attn.num_heads
     index = attn.relative_position_index if index is None else index
     common: dict[str, Any] = {
         "geometry": geometry,
@@ -133,7 +133,7 @@ def _calls_qkv(attn: Any) -> bool:
 
 def _project_v2(attn: Any) -> Any:
     if not _calls_qkv(attn):
-        return Product(attn.qkv, lambda: separate_bias(attn))
+        return Product(attn.qkv, functools.partial(separate_bias, attn))
     return attn.qkv if attn.q_bias is None else lambda x: attn.qkv(x) + separate_bias(attn)
 
 

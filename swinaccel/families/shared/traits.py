@@ -1,4 +1,4 @@
-"""What a module of unknown code shows of an attention in windows, by names and shapes; no tensor's numbers are read."""
+"""Traits of window attention in a module of unknown code, by names and shapes; no tensor's numbers are read."""
 
 from __future__ import annotations
 
