@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..families import Family
 from ..layers import own_method, replaced_methods
+from ..spec.adapters import is_family
 from ..spec.window import Section, WindowSpec
 from . import projections
 from .compare import PADDED, NotNow
