@@ -114,6 +114,9 @@ def by_hand(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
+    # Of cuBLAS's workspace the graph keeps the address only, and torch.compile frees it (pytorch#193402): let it be
+    # allocated anew, from memory of this graph.
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph, stream=stream):
         kept = call()
     return lambda: (graph.replay(), kept)
