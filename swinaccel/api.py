@@ -18,7 +18,7 @@ from .families.shared import near
 from .ops.failures import failures
 from .report import Entry, Graph, Report
 from .runtime.graphs import Graphs
-from .runtime.plan import state_of
+from .runtime.plan import State, state_of
 from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe
@@ -124,23 +124,37 @@ def report(model: nn.Module) -> Report:
     entries, found = [], []
     for name, module, family, spec in _attentions(model, _is_marked):
         found.append(module)
-        if patching.marking_of(module) is None:
+        marked = patching.marking_of(module)
+        if marked is None:
             reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue
         state = state_of(module)
+        precision, why = _precision(marked.config, state)
         entries.append(
             _entry(
                 name,
                 spec,
                 "accelerated",
-                state.reason or _failure(model, module),
+                state.reason or _failure(model, module) or why,
+                precision=precision,
                 bias=state.bias,
                 calls=state.calls,
                 fallbacks=state.fallbacks,
             )
         )
     return Report([*entries, *_near_misses(model, found)], _graphs(model))
+
+
+def _precision(config: AccelConfig, state: State) -> tuple[str | None, str | None]:
+    """Return how a module multiplies where 8 bits were asked for, and why not in these; None where they were not."""
+    known = state.precision
+    if config.precision == "model":
+        return None, None
+    if known is not None:
+        return str(known), None if known.reason is None else f"without fp8, because {known.reason}"
+    reason = "without fp8, because only whole blocks multiply in 8 bits, and this attention runs by itself"
+    return "model", reason if state.calls else None
 
 
 def _graphs(model: nn.Module) -> Iterator[Graph]:

@@ -32,12 +32,14 @@ Backend = Literal["auto", "triton", "torch"]
 Bias = Literal["auto", "table", "factors"]
 Fuse = Literal["auto", "attention"]
 Graphs = Literal["auto", True, False]
+Precision = Literal["model", "fp8"]
 Filter = Callable[[str, nn.Module], bool]
 _CHOICES = {
     "backend": get_args(Backend),
     "bias": get_args(Bias),
     "fuse": get_args(Fuse),
     "graphs": get_args(Graphs),
+    "precision": get_args(Precision),
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -54,6 +56,11 @@ class Options(TypedDict, total=False):
     fuse: Fuse
     graphs: Graphs
     graphs_memory: float
+    precision: Precision
+    max_error: float
+
+
+CAPTURED_CALL = 3  # of a signature: the first two compile kernels and make plans; a call earlier for graphs=True
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,14 @@ class AccelConfig:
         strict: raise instead of running an original, and where a model holds nothing to accelerate.
         fuse: "attention" replaces the attention section only; "auto" may fuse plain layers around it too.
         graphs: "auto" replays calls of surveyed models as CUDA graphs in inference, from the third of a signature on;
-            True those of the model itself, whoever wrote it: its control flow must not depend on values, as for
-            torch.compile with mode="reduce-overhead". False never.
+            True those of the model itself, whoever wrote it, and in training, from the second on: its control flow must
+            not depend on values, as for torch.compile with mode="reduce-overhead". False never. On CPUs nothing is.
         graphs_memory: fraction in (0, 1] of the device's memory that the graphs of one model may take.
+        precision: "fp8" multiplies in 8 bits (e4m3) in the blocks that run as a whole, in half-precision inference on
+            NVIDIA GPUs of compute capability 8.9 or newer. Results are other ones than the model's, by what the report
+            says of each block; what runs without says why. "model": in the model's own precision.
+        max_error: of "fp8", the largest relative L2 error of a block's output, on the first input that it gets with
+            its weights, against the same block without; a block with a larger one runs without.
     Raises:
         ValueError, TypeError: for an option that is none of these; the message names it.
     """
@@ -86,8 +98,10 @@ class AccelConfig:
     filter: Filter | None = None
     strict: bool = False
     fuse: Fuse = "auto"
-    graphs: Graphs = False
+    graphs: Graphs = "auto"
     graphs_memory: float = 0.5
+    precision: Precision = "model"
+    max_error: float = 0.1
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -101,6 +115,9 @@ class AccelConfig:
             raise ValueError(
                 f"graphs_memory must be a number in (0, 1], a fraction of the device's memory; got {share!r}"
             )
+        error = self.max_error
+        if isinstance(error, bool) or not isinstance(error, (int, float)) or not error > 0:
+            raise ValueError(f"max_error must be a positive number, a relative error such as 0.1; got {error!r}")
         energy = self.bias_energy
         if energy is not None:
             if isinstance(energy, bool) or not isinstance(energy, (int, float)):

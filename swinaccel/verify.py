@@ -6,14 +6,14 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import api
-from .config import Options, takes_options
+from .config import CAPTURED_CALL, Options, takes_options
 from .report import Report
 
 MAX_RATIO, MEAN_RATIO = 2.0, 1.1
@@ -28,11 +28,12 @@ class VerifyResult:
         passed: the accelerated model errs at most twice (max) and 1.1 times (mean) as much as the original does, or
             less than one rounding of the output, where original and reference are finite, and somewhere they are;
             its infinities and NaNs are the original's; something was accelerated, and none of it ran its original.
-            The result's truth is this.
+            The result's truth is this. With `precision="fp8"` all of it is asked of the model accelerated without.
         max_error, mean_error: of the accelerated model, relative to the reference's largest absolute value.
         original_max_error, original_mean_error: likewise of the original.
         reference: dtype of the reference, "float64" or "float32".
-        report: what was accelerated, and whether it ran.
+        report: what was accelerated, and whether it ran; with `precision="fp8"` that.
+        fp8_max_error, fp8_mean_error: likewise with `precision="fp8"`, which is shown and not judged; None without.
     """
 
     passed: bool
@@ -42,6 +43,8 @@ class VerifyResult:
     original_mean_error: float
     reference: str
     report: Report
+    fp8_max_error: float | None = None
+    fp8_mean_error: float | None = None
 
     def __bool__(self) -> bool:
         return self.passed
@@ -57,6 +60,8 @@ class VerifyResult:
             f"against {self.reference}, max error {self.max_error:.2e} (original {self.original_max_error:.2e}), mean"
             f" {self.mean_error:.2e} (original {self.original_mean_error:.2e})"
         )
+        if self.fp8_max_error is not None:
+            errors += f"; with fp8 max {self.fp8_max_error:.2e}, mean {self.fp8_mean_error:.2e}, which is not judged"
         return f"{'passed' if self.passed else 'FAILED'}: {errors}; {self._advice() or self.report.summary()}"
 
     def _advice(self) -> str | None:
@@ -76,6 +81,8 @@ class VerifyResult:
 def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -> VerifyResult:
     """Run a model accelerated, as it was, and in fp64, on the same inputs, and compare.
 
+    Where calls are replayed as CUDA graphs, it is a replay that is compared.
+
     Args:
         model: accelerated or not; one that is not is accelerated, with `options`, for the time of the call. It is
             run in eval mode and handed back in the mode it came in.
@@ -88,6 +95,7 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -
     """
     if not example_inputs:
         raise ValueError("verify needs the inputs to call the model with: verify(model, images)")
+    is_fp8 = options.get("precision") == "fp8"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -95,10 +103,17 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -
             before = list(api.report(model))
             with api.disabled():
                 original = _flat(model(*example_inputs))
+            if api.report(model).graphs:  # what is compared shall be a replay, after other inputs
+                for _ in range(CAPTURED_CALL):
+                    model(*map(_shifted, example_inputs))
             found = _flat(model(*example_inputs))
             with api.disabled():
                 reference, dtype = _reference(model, example_inputs)
             report = api.report(model)
+            eighth = found
+            if is_fp8:
+                with api.accelerated(model, **cast(Options, {**options, "precision": "model"})):
+                    found = _flat(model(*example_inputs))
     finally:
         for module, training in modes:
             module.training = training
@@ -107,6 +122,7 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -
     where = [one.isfinite() & exact.isfinite() for one, exact in zip(original, reference, strict=True)]
     max_error, mean_error = _errors(found, reference, where)
     original_max, original_mean = _errors(original, reference, where)
+    fp8_errors = _errors(eighth, reference, where) if is_fp8 else (None, None)
     floor = max(_FLOOR.get(tensor.dtype, 1e-5) for tensor in found)
     passed = (
         any(bool(compared.any()) for compared in where)
@@ -116,7 +132,8 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -
         and bool(report.accelerated)
         and all(entry.fallbacks == earlier.fallbacks for entry, earlier in zip(report, before, strict=True))
     )
-    return VerifyResult(passed, max_error, mean_error, original_max, original_mean, str(dtype).split(".")[-1], report)
+    name = str(dtype).split(".")[-1]
+    return VerifyResult(passed, max_error, mean_error, original_max, original_mean, name, report, *fp8_errors)
 
 
 def _reference(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor], torch.dtype]:
@@ -128,6 +145,10 @@ def _reference(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor],
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _shifted(value: Any) -> Any:
+    return value + 1 if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _flat(output: Any) -> list[Tensor]:

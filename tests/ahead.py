@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends.triton import block as triton_block
-from swinaccel.backends.triton import devices, launches
+from swinaccel.backends.triton import devices, launches, quantise
 from swinaccel.backends.triton import sequence as triton_sequence
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.backends.triton import window_bwd as window_bwd_launches
@@ -45,6 +45,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -156,6 +157,19 @@ def linear_gelu(channels: int, rows: int) -> None:
     launch(torch.zeros(rows, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
 
 
+def eight_bits(channels: int) -> None:
+    """Pose all that writes in 8 bits, for the channels of a block and for the hidden ones."""
+    for mode, numbers in itertools.product(range(5), (channels, 4 * channels)):
+        x, norm, scale = torch.zeros(64, numbers, dtype=BF16), torch.zeros(numbers, dtype=BF16), torch.zeros(64)
+        has_branch, has_norm = mode >= quantise.ADD_NORM, mode >= quantise.NORM
+        others = [x if has_branch else None] * 2 + [norm if has_norm else None] * 2
+        quantise.rows_launch(mode, x.device, 64, numbers, 1e-5)(x.to(torch.float8_e4m3fn), scale, x, *others)
+    weights = [torch.zeros(sides, dtype=BF16) for sides in ((3, 1), (1, 1), (4, 1), (1, 4))]
+    out = torch.zeros(1, dtype=torch.float8_e4m3fn)
+    launch = quantise.weights_launch(out.device, channels, 3 * channels, channels, 4 * channels)
+    launch(out, torch.zeros(1), *weights)
+
+
 def embed(channels: int) -> None:
     image, weight = torch.zeros(2, 3, 64, 64, dtype=FP16), torch.zeros(channels, 3, 4, 4, dtype=FP16)
     norm = torch.zeros(channels, dtype=FP16)
@@ -200,6 +214,8 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
             yield gpu, f"mlp {channels}", lambda channels=channels: mlp(channels)
         for channels in embeddings:
             yield gpu, f"embed {channels}", lambda channels=channels: embed(channels)
+    for channels in (192, 1024):
+        yield "sm_90", f"fp8 {channels}", lambda channels=channels: eight_bits(channels)
     for rows in (4096, 196):
         yield "sm_90 twice", f"linear_gelu 512 of {rows}", lambda rows=rows: linear_gelu(512, rows)
 
@@ -225,7 +241,7 @@ def main() -> None:
         seen = set()
         for launch, tensors in launched(plan, gpu):
             if (
-                launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed", "linear")
+                launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed", "linear", "quantise")
                 and id(launch) not in seen
             ):
                 seen.add(id(launch))

@@ -619,7 +619,9 @@ def saved(model, number):
 def total(out: Any) -> Tensor:
     """A sum of all that a model gives, with other weights at each place."""
     found = [one for one in helpers.tensors(out) if one.is_floating_point()]
-    return sum((one.double() * torch.arange(one.numel()).cos().view(one.shape)).sum() for one in found)
+    return sum(
+        (one.double() * torch.arange(one.numel(), device=one.device).cos().view(one.shape)).sum() for one in found
+    )
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
@@ -664,7 +666,7 @@ def twice_before_a_backward(model, args):
 
 @way
 def under_autocast(model, args):
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast(args[0].device.type, torch.bfloat16), torch.no_grad():
         return model(*args)
 
 

@@ -12,16 +12,20 @@ def mend() -> None:
     """Mend what Triton's interpreter gets wrong on its own account, so that the kernels can be tested in it.
 
     It keeps bfloat16 as uint16, and its dot takes the bits for integers; from fp32 it truncates where every GPU
-    rounds to nearest. And that of Triton 3.6 takes loop bounds from arrays of one entry in a way that NumPy 2.4 has
-    given up.
+    rounds to nearest. Of e4m3 it knows neither NaN nor ties to even. And that of Triton 3.6 takes loop bounds from
+    arrays of one entry in a way that NumPy 2.4 has given up.
     """
     import numpy as np
+    import torch
     from triton import language as tl
     from triton.runtime import interpreter
 
     convert_float = interpreter._convert_float
 
     def rounding(data: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if (input_dtype, output_dtype) == (tl.float32, tl.float8e4nv):
+            eight = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).to(torch.float8_e4m3fn)
+            return eight.view(torch.uint8).numpy()
         if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
             return convert_float(data, input_dtype, output_dtype, rounding_mode)
         bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)

@@ -57,18 +57,48 @@ FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
+TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits and not optimizer"'
 COPIES = "tests/families/test_copies.py"
+FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
 TRAPS = "tests/runtime/test_traps.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
+FP8 = "tests/runtime/test_fp8.py"
 
 MUTANTS = [
+    *under(
+        "kernels/triton",  # products of 8 bits
+        ("quantise.py", "tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)", "tl.max(tl.abs(tile), axis=1)", FP8),
+        ("quantise.py", "largest / 448.0, mask", "largest / 449.0, mask", FP8),
+        ("quantise.py", "proj_ptr, pid - END_QKV", "proj_ptr, pid - END_QKV - 1", FP8),
+        ("quantise.py", "scale_ptr + QKV + C + HIDDEN", "scale_ptr + QKV + C", FP8),
+    ),
+    *under(
+        "swinaccel",
+        ("ops/fp8.py", "before if self._post_norm else after)", "after)", FP8),
+        ("ops/fp8.py", "self._row(self._active, _product(y, fc1", "self._row(self._attended, _product(y, fc1", FP8),
+        ("runtime/precision.py", "if versions != known.versions:", "if not known.versions:", FP8),
+        ("runtime/precision.py", "known.reason = known.failure or self._excess()", "known.reason = known.failure", FP8),
+        ("runtime/precision.py", "return out if known.reason is None else expected", "return out", FP8),
+        ("runtime/precision.py", "if not math.isfinite(error):", "if False:", FP8),
+        ("runtime/precision.py", "if is_captured(x):", "if False:", FP8),
+        (
+            "runtime/precision.py",
+            "            known.reason = reason\n            return plain",
+            "            return plain",
+            FP8,
+        ),
+        ("runtime/call.py", "precision.note(adapter, module, config, made)", "pass", FP8),
+        ("runtime/call.py", "precision.note(adapter, module, config, None)", "pass", FP8),
+        ("verify.py", '"precision": "model"}', '"precision": "fp8"}', FP8),
+    ),
     *under(
         "swinaccel/trust",  # what is proven of a kind of module
         ("copies.py", "Setting(factor=1e3), ", "", REFUSED),
         ("copies.py", "Setting(factor=1e-3), ", "", REFUSED),
-        ("copies.py", ", Setting(training=True))", ")", REFUSED),
+        ("copies.py", ", Setting(training=True, grad=True))", ")", REFUSED),
         ("copies.py", "1.25 * number + 0.05", "number", REFUSED),
         ("copies.py", "value + torch.rand_like(value) if", "value if", REFUSED),
         ("copies.py", "memo[id(hooks)] = OrderedDict()", "pass", GAPS + " -k hooks"),
@@ -77,10 +107,19 @@ MUTANTS = [
         ("copies.py", "torch.random.fork_rng(devices=[])", "ExitStack()", "tests/api/test_patching.py -k random"),
         ("copies.py", "    Setting(dtype=torch.float16),\n", "", HOST + " -k refused"),
         ("copies.py", "autocast=True)", "autocast=False)", HOST + " -k refused"),
+        ("copies.py", "    Setting(grad=True),\n", "", VERDICTS + " -k modes"),
+        ("copies.py", "    Setting(training=True),\n", "", VERDICTS + " -k modes"),
+        ("copies.py", ".to(setting.dtype), setting.is_exact)", ".to(setting.dtype))", VERDICTS + " -k modes"),
+        (
+            "copies.py",
+            ".to(setting.dtype), setting.is_exact)",
+            ".to(setting.dtype), setting.grad)",
+            VERDICTS + " -k modes",
+        ),
         ("copies.py", "Setting(dtype=torch.float32, odd=True)", "Setting(dtype=torch.float32)", HOST + " -k refused"),
         ("compare.py", " or _other_state(clone, other)", "", REFUSED),
         ("compare.py", "if one.dtype != other.dtype:", "if False:", VERDICTS + " -k dtypes"),
-        ("compare.py", "if differs is None and setting.training", "if False", REFUSED),
+        ("compare.py", "if differs is None and setting.grad", "if False", REFUSED),
         ("probe.py", "for rate in (0.0, 0.2) if", "for rate in (0.0,) if", REFUSED),
         (
             "probe.py",
@@ -94,11 +133,24 @@ MUTANTS = [
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
         ),
+        ("probe.py", "for one in _with_helpers(function):", "for one in (function,):", VERDICTS + " -k cpu"),
+        ("names.py", 'names |= {"device.type"} if', "names |= set() if", VERDICTS + " -k cpu"),
         ("probe.py", "for default_scale in (False, True):", "for default_scale in (False,):", VERDICTS + " -k scale"),
         ("probe.py", "return frozenset(raised - taken) if taken else", "return", COPIES + " -k birefnet"),
         ("probe.py", "for power in (0, 1, 2):", "for power in (0, 1):", COPIES + " -k without"),
+        ("probe.py", 'if "bias" in self.without:', "if True:", FORMS),
+        ("probe.py", "if drops and not setting.training:", "if False:", FORMS),
+        ("dropping.py", '("itself", "all") if', '("itself",) if', FORMS),
+        (
+            "dropping.py",
+            "for name in (*drops, *numbers):\n            settings",
+            "for name in drops:\n            settings",
+            FORMS,
+        ),
+        ("probe.py", 'if "mask" in self.without else found', "", FORMS),
         ("registry.py", "if self.refused and mask_kind", "if False and mask_kind", COPIES + " -k 'refuses or windows'"),
-        ("registry.py", "reading.refused | known.refused", "reading.refused", COPIES + " -k refuses"),
+        ("registry.py", "self.refused | other.refused", "self.refused", COPIES + " -k refuses"),
+        ("registry.py", "return both if same else _TWO_WAYS", "return both", VERDICTS + " -k two_scales"),
         (
             "registry.py",
             "self.rate)(attention) if attention.training else",
@@ -231,7 +283,8 @@ MUTANTS = [
             "            self._readings[key] = reading",
             HOST + " -k proven",
         ),
-        ("registry.py", "if part.training and part.p:", "if False:", REFUSED),
+        ("registry.py", "if getattr(part, last) and (", "if False and (", REFUSED),
+        ("registry.py", " or name in self.always", "", FORMS),
         (
             "registry.py",
             "        _make_room(self._verdicts)",
@@ -461,6 +514,10 @@ MUTANTS = [
         ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
         ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
+        ("traced.py", "not is_sure:", "not is_of_library(module):", FORMS),
+        ("call.py", "kwargs = _input_first(original, kwargs)", "pass", FORMS + " -k order"),
+        ("traced.py", " or (type(holder), name, _DropoutNd) in roles", "", FORMS),
+        ("traced.py", "if kind is float and owner is type(module) and", "if False and", FORMS),
         (
             "attention.py",
             "if value and (place or rate != known):",
@@ -485,7 +542,7 @@ MUTANTS = [
             "if False and not all(0 <= shift < window",
             "tests/runtime/test_dispatch.py -k shift_outside",
         ),
-        ("attention.py", "inside += [part for path in", "inside += [] and [part for path in", HOST + " -k watched"),
+        ("attention.py", "inside += [part for part in", "inside += [] and [part for part in", HOST + " -k watched"),
         (
             "block.py",
             "if type(tensor) not in PLAIN_TENSORS or not fits",
@@ -513,25 +570,37 @@ MUTANTS = [
             HOST + " -k around_an",
         ),
     ),
-    *under(
-        "swinaccel/runtime/graphs.py",  # replays
-        *(
-            ("", old, new, 'tests/runtime/test_graphs.py -k "not edits and not ways"')
-            for old, new in (
-                ("        if capture.lies():", "        if True:"),
-                ("            if capture.holds(module):", "            if True:"),
-                ("one.clone()) if", "one) if"),
-                ("return self._where() == self._places and", "return"),
-                ("self._where() == self._places and self._counts() == self._versions", "self._where() == self._places"),
-                ("        with without_autocast_cache():", "        if True:"),
-                ("modes = torch.is_inference_mode_enabled(), autocast,", "modes = autocast,"),
-                ("        with graph.lock:", "        if True:"),
-                ("len(args), rest, modes, _settings()", "len(args), rest, modes"),
-                ("x.shape, x.stride(), x.dtype", "x.shape, x.dtype"),
-                ("is_same and self._failures == failures.count and", "is_same and"),
-                ("self._guard.tensors() + self._guard.values", "self._guard.tensors()"),
-            )
-        ),
+    *(
+        Mutant(f"swinaccel/runtime/{file}.py", old, new, tests)
+        for file, old, new, tests in (
+            ("graphs", "if capture.is_safe() and (", "if (", GRAPHS),
+            ("graphs", "if not capture.looks_after or capture.holds(module):", "if True:", GRAPHS),
+            ("graphs", "or not capture.is_free()", "", TRAINING_GRAPHS),
+            ("graphs", "torch.is_inference_mode_enabled(), autocast", "autocast", GRAPHS),
+            ("graphs", "(kinds, form, rest, modes, _settings())", "(kinds, form, rest, modes)", GRAPHS),
+            ("graphs", "(one.shape, one.stride(), one.dtype", "(one.shape, one.dtype", GRAPHS),
+            ("graphs", "torch._C._current_graph_task_id() == -1", "True", TRAINING_GRAPHS),
+            ("graphs", "torch._C._autograd._top_saved_tensors_default_hooks(False) is None", "True", TRAINING_GRAPHS),
+            ("capture", "[one.clone() for one in self._outputs]", "list(self._outputs)", GRAPHS),
+            ("capture", "self._where() == self._places and self._counts()", "self._counts()", GRAPHS),
+            ("capture", "with _without_autocast_cache():", "if True:", GRAPHS),
+            ("capture", "        with engine.lock:", "        if True:", GRAPHS),
+            ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
+            ("capture", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),
+            ("training_capture", "if self._turn() is not turn:", "if False:", TRAINING_GRAPHS),
+            ("training_capture", "looks_after = False", "looks_after = True", TRAINING_GRAPHS),
+            (
+                "training_capture",
+                "else one.clone() for one in self._grads",
+                "else one for one in self._grads",
+                TRAINING_GRAPHS,
+            ),
+            ("training_capture", "retain_graph=True", "retain_graph=False", TRAINING_GRAPHS),
+            ("training_capture", "super().lies() and self._wanted() == self._flags", "super().lies()", TRAINING_GRAPHS),
+            ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
+            ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
+            ("rehearsal", "one.data.copy_(kept)", "pass", TRAINING_GRAPHS),
+        )
     ),
     *under(
         "swinaccel/backends/torch/products.py",
@@ -740,14 +809,37 @@ MUTANTS = [
         ),
         (
             "families/shared/stacked.py",
-            'return "mask" if "mask" in names else names[1]',
-            "return names[1]",
+            'if "mask" in name or name == names[1]',
+            "if name == names[1]",
             COPIES + " -k 'another or keys'",
         ),
+        ("families/shared/stacked.py", "not _is_same(value, others[name])", "value", FORMS),
+        ("families/shared/stacked.py", "type(value) is type(default) and", "", FORMS),
+        ("families/shared/stacked.py", "defaults[name] is None or name in needed", "True", FORMS),
+        ("families/shared/stacked.py", "or not needed <= given.keys()", "", FORMS),
+        ("families/shared/stacked.py", "or len(given) < len(args) + len(kwargs)", "", FORMS),
+        ("families/shared/stacked.py", "{**others, mask:", "{**dict.fromkeys(others), mask:", FORMS),
         ("families/huggingface_attention.py", "        mask=mask,\n", "", COPIES + " -k unimer"),
         ("families/huggingface.py", "module.dropout(attend(image))", "attend(image)", TRAPS + " -k places"),
         ("families/huggingface_attention.py", " and is_idle(output.dropout)", "", TRAPS + " -k after"),
         ("families/renamed.py", "mask=mask,", "", COPIES + " -k another"),
+        ("trust/compare.py", "(place or setting.drops) and", "place and", COPIES + " -k halves"),
+        (
+            "families/rectangles.py",
+            "if any(isinstance(part, _DropoutNd)",
+            "if False and any(isinstance(part, _DropoutNd)",
+            COPIES + " -k halves",
+        ),
+        ("families/rectangles.py", "mask=mask,", "", COPIES + " -k halves"),
+        ("families/rectangles.py", "dropout=drop_rate(module.attn_drop),", "", COPIES + " -k halves"),
+        ("families/rectangles.py", "qkv.permute(1, 2, 0, 3)", "qkv.permute(1, 2, 3, 0)", COPIES + " -k halves"),
+        ("families/mutual.py", "(q2, k1, v1), (q1, k2, v2)", "(q1, k1, v1), (q2, k2, v2)", COPIES + " -k another"),
+        (
+            "families/mutual.py",
+            "F.scaled_dot_product_attention(q, k, v, mask,",
+            "F.scaled_dot_product_attention(q, k, v,",
+            COPIES + " -k another",
+        ),
         ("families/restoration.py", "if module.input_resolution != x_size:", "if False:", COPIES + " -k rolls"),
         (
             "families/shared/official.py",

@@ -429,6 +429,13 @@ def _grl(real: bool, batch: int) -> Call:
     return Call(Blocks(*blocks), (tokens(batch, size, dim), size))
 
 
+@entry("Restoration", "DAT and RGT, halves in rectangular windows")
+def _halves(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (180, 6, (64, 64), (8, 32)) if real else (16, 4, (7, 9), (2, 4))
+    blocks = (changed.HalvesAttention(dim, heads, window, shifted) for shifted in (False, True))
+    return Call(Blocks(*blocks), (tokens(batch, size, dim), *size))
+
+
 @entry("MinerU", "UniMER-Swin layer")
 def _unimer(real: bool, batch: int) -> Call:
     dim, heads, size, window = (256, 8, (48, 168), 7) if real else (16, 2, (9, 10), 4)
@@ -448,6 +455,13 @@ for _title, _kind in (
         made = getattr(changed, kind)
         blocks = (descendants.UnknownBlock(dim, heads, window, shift, kind=made) for shift in (0, window // 2))
         return Call(nn.Sequential(*blocks), (torch.randn(batch, dim, *size),))
+
+
+@entry("Unknown block", "VRT `qkv_self` and `qkv_mut`")
+def _mutual(real: bool, batch: int) -> Call:
+    dim, heads, windows, window = (120, 6, 64, (2, 8, 8)) if real else (16, 2, 4, (2, 3, 4))
+    blocks = (changed.MutualAttention(dim, window, heads) for _ in range(2))
+    return Call(Blocks(*blocks), (torch.randn(batch * windows, math.prod(window), dim),))
 
 
 @entry("Video Swin", "block of three axes")

@@ -68,6 +68,11 @@ def rows(channels: int) -> RowsLaunch:
     return RowsLaunch(max(1, _NUMBERS // block_c), block_c)
 
 
+def quantise_warps(block_c: int) -> int:
+    """Return how many warps hold rows with room for so many channels, each of which has to be there as a whole."""
+    return 4 if block_c <= 2 * _NUMBERS else 8
+
+
 def backward_programs(tiles: int, multiprocessors: int) -> int:
     """Return how many programs share that many tiles of rows."""
     return max(1, min(tiles, _BACKWARD_PROGRAMS * multiprocessors))

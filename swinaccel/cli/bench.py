@@ -1,4 +1,4 @@
-"""Measure a model as it came, with its library's other attention, compiled, accelerated, and both.
+"""Measure a model as it came, with its library's other attention, compiled, accelerated, both, and in other engines.
 
 All variants run on the same inputs and take turns within every round, so that a machine that gets warmer, or busier,
 does so for all of them.
@@ -7,13 +7,14 @@ does so for all of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,15 @@ from typing_extensions import Unpack
 from .. import api
 from ..config import Options
 from ..report import Report
+from ..runtime.block import HALVES
+from ..runtime.precision import device_reason
 from ..verify import _flat
+from . import peers as engines
 from .models import library
 from .terminal import number
 from .timing import Progress, Runner, Variant, compiler_room, device_name, dtype_name, measure, version
 
+_FP8 = "accelerated, fp8"  # in half-precision inference, where the GPU has such products
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they make CUDA graphs, whose memory stays
 
 
@@ -42,6 +47,8 @@ class BenchResult:
         threads: of PyTorch, on the CPU.
         rounds: samples behind each median.
         report: of the accelerated variant, after its calls.
+        peers: the version of each other engine that has a row, by its name.
+        skipped: why an engine that was asked for has no row, by its name.
     """
 
     variants: tuple[Variant, ...]
@@ -54,6 +61,8 @@ class BenchResult:
     threads: int
     rounds: int
     report: Report
+    peers: Mapping[str, str | None] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Variant:
         for variant in self.variants:
@@ -114,6 +123,10 @@ class BenchResult:
             f"Medians of {self.rounds} interleaved rounds and their 10th to 90th percentiles. Difference: to the"
             f" original's output, relative to its largest value{training if self.mode == 'training' else ''}."
         )
+        notes += [f"{name} was not measured: {reason}." for name, reason in self.skipped.items()]
+        ran = [f"{name} {self.peers[name] or ''}".rstrip() for name in self.peers if self[name].error is None]
+        if ran:
+            notes.append(f"{' and '.join(ran)} ran the original, each in a process of its own, in the same rounds.")
         return Group(table, Text("\n".join(notes)))
 
     def plot(self, path: str | Path) -> None:
@@ -136,6 +149,7 @@ def run(
     autocast: torch.dtype | None = None,
     compile: bool | None = None,
     compile_mode: str | Sequence[str | None] | None = None,
+    peers: str | Iterable[str] = (),
     progress: Progress | None = None,
     deadline: float | None = None,
     **options: Unpack[Options],
@@ -150,6 +164,7 @@ def run(
         autocast: where `train`, run the forward under autocast to this dtype.
         compile: measure the torch.compile variants too; on CUDA devices, unless given.
         compile_mode: `mode` of torch.compile; or several, each of which gives its own two variants.
+        peers: other engines to run the original in, where they are installed: names of `peers.PEERS`, or "all".
         progress: called with what happens now, the steps done, and the steps in all.
         deadline: a time of `time.monotonic()` after which no further variant is begun.
         **options: the fields of `AccelConfig`.
@@ -165,6 +180,9 @@ def run(
         raise ValueError(f"rounds must be at least 1; got {rounds}")
     if autocast is not None and not train:
         raise ValueError("autocast is for train=True")
+    asked = engines.chosen(peers)
+    if asked and train:
+        raise ValueError("peers run inference; leave them out of training")
     device, batch = tensors[0].device, tensors[0].shape[0] if tensors[0].dim() else 1
     compile = device.type == "cuda" if compile is None else compile
     modes = (compile_mode,) if compile_mode is None or isinstance(compile_mode, str) else tuple(compile_mode)
@@ -175,20 +193,30 @@ def run(
         call = _step(make(), device, autocast) if train else make()
         return Runner(call, inputs, device, own_bytes if counts else None, graph=graph)
 
-    with compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train):
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)
+    obstacles = {peer: peer.obstacle(device, dtype) for peer in asked}
+    measured = [peer for peer in asked if obstacles[peer] is None]
+    with compiler_room() if compile else nullcontext(), torch.set_grad_enabled(train), ExitStack() as stack:
         makers, accelerated = _variants(model, modes if compile else (), options, train)
         starters: dict[str, Callable[[], Runner]] = {}
         for name, make in makers.items():
             starters[name] = partial(start, make, counts=not name.endswith(_GRAPH_MODES))
-            if name in ("original", "accelerated") and device.type == "cuda" and not train:
+            if name in ("original", "accelerated", _FP8) and device.type == "cuda" and not train:
                 starters[f"{name}, CUDA graph"] = partial(start, make, graph=True)
-        variants, rounds = measure(starters, rounds, batch, progress, deadline)
+        folder = stack.enter_context(TemporaryDirectory())
+
+        def begin(peer: engines.Peer) -> Runner:
+            runner = engines.PeerRunner(peer, _copy(model, train), inputs, Path(folder, peer.title))
+            stack.callback(runner.end)
+            return runner
+
+        starters |= {peer.title: partial(begin, peer) for peer in measured}
+        variants, rounds = measure(starters, rounds, batch, progress, deadline, engines.REST_S if measured else 0.0)
         report = api.report(accelerated)
-    dtype = dtype_name(next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype))
     return BenchResult(
         variants=variants,
         batch=batch,
-        dtype=dtype if autocast is None else f"{dtype}, autocast to {dtype_name(autocast)}",
+        dtype=dtype_name(dtype) + (f", autocast to {dtype_name(autocast)}" if autocast is not None else ""),
         mode="training" if train else "inference",
         device=device_name(device),
         torch=torch.__version__,
@@ -196,6 +224,8 @@ def run(
         threads=torch.get_num_threads(),
         rounds=rounds,
         report=report,
+        peers={peer.title: version(peer.modules[0]) for peer in measured},
+        skipped={peer.title: reason for peer, reason in obstacles.items() if reason is not None},
     )
 
 
@@ -206,6 +236,10 @@ def _variants(
     copied = partial(_copy, model, train)
     # Accelerated first: a dispatcher that comes onto a class after a compiled run makes that compile again.
     accelerated, *both = (api.accelerate(copied(), **options) for _ in range(1 + len(modes)))
+    tensor = next(model.parameters(), None)
+    eighth: Any = None
+    if not train and tensor is not None and tensor.dtype in HALVES and device_reason(tensor.device) is None:
+        eighth = api.accelerate(copied(), **cast(Options, {**options, "precision": "fp8"}))
     makers: dict[str, Callable[[], Callable[..., Any]]] = {"original": copied}
     other = _other_attention(model)
     if other is not None:
@@ -218,6 +252,8 @@ def _variants(
     for mode, label in zip(modes, labels, strict=True):
         makers[f"torch.compile{label}"] = partial(compiled, mode)
     makers["accelerated"] = lambda: accelerated
+    if eighth is not None:
+        makers[_FP8] = lambda: eighth
     for mode, label, fast in zip(modes, labels, both, strict=True):
         makers[f"accelerated + torch.compile{label}"] = partial(compiled, mode, fast)
     return makers, accelerated

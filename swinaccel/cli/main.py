@@ -18,8 +18,8 @@ from ..bias import table as position_bias
 from ..config import AccelConfig, cache_dir
 from . import bench as benchmark
 from . import doctor as diagnosis
-from . import models, terminal
-from .timing import dtype_name
+from . import models, terminal, timing
+from . import peers as engines
 
 _EPILOG = (
     "MODEL is timm:NAME, torchvision:NAME, hf:NAME (an architecture such as swinv2-tiny, a model type,"
@@ -97,11 +97,14 @@ def verify(
     backend: Backend = "auto",
     bias: Bias = "auto",
     bias_energy: BiasEnergy = None,
+    precision: Annotated[
+        str, typer.Option(help="fp8: show what products of 8 bits err by, beside the rest.")
+    ] = "model",
     as_json: Json = False,
 ) -> None:
     """Compare a model, accelerated and as it was, with an fp64 reference. Exits with 1 if it did not pass."""
     with terminal.work(as_json) as out:
-        options = _options(backend, bias, bias_energy)
+        options = _options(backend, bias, bias_energy, precision)
         loaded = _load(model, pretrained, dtype, device, size)
         inputs = loaded.example_inputs(batch)
         with terminal.status("running it accelerated, as it was, and in fp64"), terminal.running(loaded.model, inputs):
@@ -135,6 +138,11 @@ def bench(
     compile_mode: Annotated[
         str | None, typer.Option(help="Mode of torch.compile, such as reduce-overhead or max-autotune.")
     ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Other engines: openvino, onnxruntime, tensorrt, with commas, or all."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU. Default: PyTorch's own.")] = None,
     backend: Backend = "auto",
     bias: Bias = "auto",
     bias_energy: BiasEnergy = None,
@@ -142,12 +150,14 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure inference or training: original, its library's other attention, torch.compile, accelerated, and both."""
-    with terminal.work(as_json) as out:
+    with terminal.work(as_json) as out, timing.threads(threads):
         options = _options(backend, bias, bias_energy)
+        names = () if peers is None else peers
+        engines.chosen(names)
         picture = terminal.image_path("--plot", plot)
         loaded = _load(model, pretrained, "float32" if train else dtype, device, size)
         options |= {"train": train, "autocast": _autocast(dtype, loaded) if train else None}
-        options |= {"rounds": rounds, "compile": compile, "compile_mode": compile_mode}
+        options |= {"rounds": rounds, "compile": compile, "compile_mode": compile_mode, "peers": names}
         inputs = loaded.example_inputs(batch)
         with terminal.progress() as progress, terminal.running(loaded.model, inputs):
             result = benchmark.run(loaded.model, inputs, progress=progress, **options)
@@ -203,9 +213,9 @@ def doctor(as_json: Json = False) -> None:
         out.code = 1 if found.problems else 0
 
 
-def _options(backend: str, bias: str, bias_energy: float | None) -> dict[str, Any]:
+def _options(backend: str, bias: str, bias_energy: float | None, precision: str = "model") -> dict[str, Any]:
     """Return the options of `accelerate`, checked before anything slow begins."""
-    options: dict[str, Any] = {"backend": backend, "bias": bias, "bias_energy": bias_energy}
+    options: dict[str, Any] = {"backend": backend, "bias": bias, "bias_energy": bias_energy, "precision": precision}
     AccelConfig(**options)
     return options
 
@@ -226,7 +236,7 @@ def _autocast(dtype: str | None, loaded: models.Loaded) -> torch.dtype | None:
 def _place(loaded: models.Loaded) -> dict[str, str]:
     """Return the device and the dtype of a model, for a document."""
     parameter = _parameter(loaded)
-    return {"device": str(parameter.device), "dtype": dtype_name(parameter.dtype)}
+    return {"device": str(parameter.device), "dtype": timing.dtype_name(parameter.dtype)}
 
 
 def _parameter(loaded: models.Loaded) -> torch.Tensor:
@@ -265,7 +275,7 @@ def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> d
     factors = position_bias.factors(section, config, like.dtype)
     if factors is not None:
         return {"tokens": tokens, "rank": factors.rank, "error": factors.error}
-    rule = f"is exact to rounding in {dtype_name(like.dtype)}; --bias-energy 0.995 asks for less"
+    rule = f"is exact to rounding in {timing.dtype_name(like.dtype)}; --bias-energy 0.995 asks for less"
     if config.bias_energy is not None:
         rule = f"holds {config.bias_energy:g} of its energy"
     return {"tokens": tokens, "reason": f"no rank that pays {rule}"}

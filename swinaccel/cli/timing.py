@@ -7,7 +7,8 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,14 +33,15 @@ class Variant:
     Attributes:
         name: "original" (as it came), "SDPA" or "eager attention" (the library's other attention, where it has one),
             "torch.compile" (of the original), "accelerated", "accelerated + torch.compile", each with the mode where
-            one was asked for; in inference on a GPU also "original, CUDA graph" and "accelerated, CUDA graph".
+            one was asked for; in inference on a GPU also "original, CUDA graph" and "accelerated, CUDA graph"; other
+            engines by their own names.
         latency_ms, p10_ms, p90_ms: median and tenth and ninetieth percentile over the rounds, for one batch.
         images_per_s: batch / median.
         peak_memory_mib: at the height of a call, with parameters and the optimizer's state; None where the device
             does not count it, and for torch.compile's own CUDA graphs, which keep theirs.
         speedup: the original's median over this one's.
         difference: largest difference to the original's output, relative to its largest value.
-        timed: "calls", or "CUDA graph".
+        timed: "calls", "CUDA graph", or for other engines "calls, in a process of its own".
         error: why it did not run; everything else is None then.
     """
 
@@ -61,6 +63,7 @@ def measure(
     batch: int = 1,
     progress: Progress | None = None,
     deadline: float | None = None,
+    rest_s: float = 0.0,
 ) -> tuple[tuple[Variant, ...], int]:
     """Return a row for each of `starters`, which take turns, and the number of rounds.
 
@@ -72,6 +75,7 @@ def measure(
         batch: images in a call.
         progress: called with what happens now, the steps done, and the steps in all.
         deadline: a time of `time.monotonic()` after which no further variant is begun.
+        rest_s: seconds of rest before a sample.
     """
     tell = progress or (lambda *_: None)
     runners: dict[str, Runner] = {}
@@ -101,6 +105,7 @@ def measure(
         tell("measuring", len(starters) + index, len(starters) + rounds)
         first = index % len(order)  # no variant always follows the same one
         for name in order[first:] + order[:first]:
+            time.sleep(rest_s)
             runners[name].sample()
     yardstick = runners.get(next(iter(starters)))
     return tuple(
@@ -248,6 +253,17 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def compiler_room() -> Any:
     """Return a context in which several models of one class are compiled; dynamo's usual limit is lower."""
     return torch._dynamo.config.patch(recompile_limit=64)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Give PyTorch a number of threads inside, or leave it its own for None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_name(device: torch.device) -> str:

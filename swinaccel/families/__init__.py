@@ -23,6 +23,8 @@ from .huggingface import HuggingFaceSwin
 from .huggingface_attention import HuggingFaceAttention
 from .huggingface_legacy import HuggingFaceSwinLegacy
 from .microsoft import Microsoft
+from .mutual import Mutual
+from .rectangles import Rectangles
 from .renamed import Renamed
 from .restoration import Hat, SwinIR
 from .rolling import Rolling
@@ -49,9 +51,11 @@ FAMILIES: list[Family] = [
     Video(),
     Aurora(),
     Earth(),
+    Rectangles(),
     WindowAttention(),
     HuggingFaceAttention(),
     Renamed(),
+    Mutual(),
 ]
 
 

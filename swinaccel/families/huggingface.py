@@ -106,6 +106,7 @@ class HuggingFaceSwin(HuggingFaceLayer):
             index=bias.relative_position_index.view(geometry.tokens, -1),
             scale=attn.scaling,
             dropout=attn.attention_dropout if attn.training else 0.0,
+            layers=(attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj),
         )
 
     def forward(

@@ -13,7 +13,7 @@ from ..spec.block import Attend
 from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_idle, is_table, logit_scale_reason, pair, position_bias
 from .shared.separate import separate_padding, separate_projections
-from .shared.stacked import StackedAttention, argument_names
+from .shared.stacked import StackedAttention, takes_windows
 
 
 class HuggingFaceAttention(StackedAttention):
@@ -27,7 +27,7 @@ class HuggingFaceAttention(StackedAttention):
             return None
         attn = module.self
         window, heads = pair(tuple(attn.window_size)), attn.num_attention_heads
-        if window is None or hasattr(attn, "logit_scale") or argument_names(type(module)) is None:
+        if window is None or hasattr(attn, "logit_scale") or not takes_windows(type(module)):
             return None
         if not is_table(attn.relative_position_bias_table, attn.relative_position_index, window, heads):
             return None
@@ -67,6 +67,7 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
     else:
         table, scale = attn.relative_position_bias_table, attn.attention_head_size**-0.5
         bias = {"table": lambda: attn.relative_position_bias_table, "sources": (table,), "scale": scale}
+    is_dense = type(outer.output).__module__.startswith("transformers.") and [*outer.output._modules][:1] == ["dense"]
     return Section(
         geometry=geometry,
         num_heads=heads,
@@ -77,6 +78,7 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
         index=attn.relative_position_index,
         mask=mask,
         dropout=drop_rate(attn.dropout),
+        layers=(attn.query, attn.key, attn.value, outer.output.dense) if is_dense else (),
         **bias,
     )
 

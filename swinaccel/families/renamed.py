@@ -1,6 +1,6 @@
 """The official attention under other names, by itself: Uformer's (`win_size`, `to_q` and `to_kv`), VRT's (`qkv_self`).
 
-Dropouts may be missing. VRT's attention between frames (`qkv_mut`) is none of this kind.
+Dropouts may be missing. What VRT adds between frames is in `mutual`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..spec.window import Axes, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, is_table, sides
-from .shared.stacked import StackedAttention, argument_names
+from .shared.stacked import StackedAttention, takes_windows
 
 
 class Renamed(StackedAttention):
@@ -21,10 +21,14 @@ class Renamed(StackedAttention):
     name = "renamed_attention"
 
     def match(self, module: Any) -> WindowSpec | None:
+        return None if hasattr(module, "qkv_mut") else self.named(module)
+
+    def named(self, module: Any) -> WindowSpec | None:
+        """Return what such an attention is, whatever it has beside that; None for anything else."""
         window, heads, proj = sides(_window(module)), getattr(module, "num_heads", None), getattr(module, "proj", None)
         if window is None or not isinstance(heads, int) or not isinstance(proj, nn.Module):
             return None
-        if hasattr(module, "shift_size") or hasattr(module, "qkv_mut") or argument_names(type(module)) is None:
+        if hasattr(module, "shift_size") or not takes_windows(type(module)):
             return None
         if not all(isinstance(one, nn.Module) for one in _queries(module)):
             return None

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
-from .shared.stacked import StackedAttention, argument_names
+from .shared.stacked import StackedAttention, takes_windows
 
 
 class WindowAttention(StackedAttention):
-    """Any module with the structure of the official attention and a forward of (windows, mask)."""
+    """Any module with the structure of the official attention and a forward of windows, and of a mask."""
 
     name = "window_attention"
 
     def match(self, module: Any) -> WindowSpec | None:
-        if hasattr(module, "shift_size") or argument_names(type(module)) is None:
+        if hasattr(module, "shift_size") or not takes_windows(type(module)):
             return None
         return attention_spec(self.name, module)
 

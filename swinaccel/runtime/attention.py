@@ -47,11 +47,11 @@ def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Readi
     facts = parts_reason(parts, attention is root, facts) or facts
     inside = [root, *(part for part in parts if part is not root)]
     if isinstance(facts, Reading):
-        inside += [part for path in facts.unread_dropouts if (part := module.get_submodule(path)) not in inside]
+        inside += [part for part in dict.fromkeys(facts.holders(module)) if part not in inside and part is not module]
         dropout = facts.active(module)
         if dropout is not None:
             facts = (
-                f"its dropout {dropout} is active, and only its own code says where it drops; "
+                f"its dropout {dropout.removesuffix('.p')} is active, and only its own code says where it drops; "
                 "call eval(), or set its rate to 0"
             )
     cache.renew(facts, lambda: guard_of(family, root, inside))

@@ -184,9 +184,10 @@ class FusedBlock:
         backend: "torch" on CPUs.
     Attributes:
         run: the block's forward, of x.
+        bare: the same, but for `as_output`.
     """
 
-    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "run")
+    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "bare", "run")
 
     def __init__(
         self,
@@ -207,6 +208,7 @@ class FusedBlock:
             run = self._on_cpu
         else:
             run = self._bound if self._bind(x) else self._unfused
+        self.bare: Callable[[Tensor], Tensor] = run
         self.run: Callable[[Tensor], Any] = run if as_output is None else lambda x: as_output(run(x))
 
     def _bind(self, x: Tensor) -> bool:
@@ -253,7 +255,7 @@ class FusedBlock:
         (norm1, norm2), (fc1, fc2), (drop1, drop2) = facts.norms, facts.linears, facts.drops
         dtype = product_dtype(x)
         try:
-            narrow = dtype if facts.has_plain_products else torch.promote_types(x.dtype, _norm_dtype(x))
+            narrow = dtype if facts.has_plain_products else torch.promote_types(x.dtype, norm_dtype(x))
             x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, narrow)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
@@ -263,7 +265,7 @@ class FusedBlock:
             return rest(block, x, branch)
         try:
             if block.post_norm:
-                normed = _norm_dtype(x)
+                normed = norm_dtype(x)
                 wide = torch.promote_types(x.dtype, normed)
                 total, copied = recorded.norm_add(x, branch, _drawn(drop1, x, normed), norm1, wide, True)
                 added = recorded.mlp(None, total if copied is None else copied, None, fc1, fc2)
@@ -281,7 +283,7 @@ def block_problem(facts: BlockFacts, x: Tensor, backend: str) -> tuple:
     return "block", backend, x.device, product_dtype(x), *sizes, needs_autograd(x, facts.parameters(), facts.drops)
 
 
-def _norm_dtype(x: Tensor) -> torch.dtype:
+def norm_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that layer norms of products come out in."""
     kind = x.device.type
     return torch.float32 if kind != "cpu" and torch.is_autocast_enabled(kind) else product_dtype(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
-from . import graphs, traced
+from . import graphs, precision, traced
 from .attention import bind_backend, guard_of, parts_reason, plan_attention, proven_reading, reading_of, section_of
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason
@@ -76,6 +78,8 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     Args:
         original: its own method, unbound.
     """
+    if not args and len(kwargs) > 1 and not torch.compiler.is_compiling():
+        kwargs = _input_first(original, kwargs)
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if torch.compiler.is_compiling():
         if is_onnx_export():
@@ -85,7 +89,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if entry.is_captured:
         if reason is not None or not env_graphs():
             return original(module, *args, **kwargs)
-        return graphs.call(state_of(module), module, original, x, args, kwargs, entry.config.graphs_memory)
+        return graphs.call(state_of(module), module, original, args, kwargs, entry.config)
     if reason is None:
         settings = tuple(map(module.__dict__.get, names)) if names else names
         key = call_key(entry, settings, x, args, kwargs)
@@ -123,6 +127,17 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     if reason is not None:
         return _original(reason, entry, module, original, state, args, kwargs)
     return result
+
+
+def _input_first(original: Original, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments that were all given by name, that of the input before the others."""
+    name = _FIRST.get(original)
+    if name is None:
+        name = _FIRST[original] = [*inspect.signature(original).parameters, ""][1]
+    return {name: kwargs[name], **kwargs} if name in kwargs else kwargs
+
+
+_FIRST: WeakKeyDictionary[Original, str] = WeakKeyDictionary()
 
 
 def _original(
@@ -182,8 +197,10 @@ def _fused_plan(
     kwargs: dict[str, Any],
 ) -> Plan | None:
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
-    cache, backend = state.block, backend_of(config, x.device)
+    cache = state.block
+    backend = backend_of(config, x.device)
     if backend == "torch" and not (reads_attention_blocks(adapter) and torch_block.is_worth(x)):
+        precision.note(adapter, module, config, None)
         return None
     facts = _guarded_facts(adapter, module, cache)
     made = facts
@@ -191,6 +208,7 @@ def _fused_plan(
         made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, cache)
     if isinstance(made, str):
         state.unfused = made
+        precision.note(adapter, module, config, made)
         return None
     state.unfused = None
     cache.add(key, made)
@@ -253,8 +271,11 @@ def _plan_fused(
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
             return bound
-        attend, attention_problem, section, inner = bound
-        run = FusedBlock(facts, attend, x, None, backend, config).run
+        attend, attention_problem, section, inner, products = bound
+        fused = FusedBlock(facts, attend, x, None, backend, config)
+        run = fused.run
+        if config.precision == "fp8":
+            run = precision.run_of(fused, facts, section, products, x, config, state_of(inner), backend)
         if inner is not module or block_method(adapter) != adapter.method:
             counted = state_of(inner)
     else:
@@ -278,8 +299,11 @@ def _attention_of_block(
     size: tuple[int, int] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Callable[[Tensor], Tensor], tuple | None, Section, nn.Module] | str:
-    """Return what runs the attention of a block, with its problem, section and module, or why it must run itself."""
+) -> tuple[Callable[[Tensor], Tensor], tuple | None, Section, nn.Module, Any] | str:
+    """Return what runs the attention of a block, with its problem, section, module and products (see `precision`).
+
+    Or why it must run itself.
+    """
     family, inner = adapter.inner(module)
     reading = reading_of(family, inner)
     if isinstance(reading, str) or reading.active(inner) is not None:
@@ -293,8 +317,9 @@ def _attention_of_block(
     section = section_of(family, root if inner is module else inner, reading, args, kwargs)
     if isinstance(section, str):
         return section
+    products = precision.products_of(section)  # before they are bound
     bound = bind_backend(section, attention, config, state_of(inner), x, size)
-    return bound if isinstance(bound, str) else (*bound, section, inner)
+    return bound if isinstance(bound, str) else (*bound, section, inner, products)
 
 
 def tokens_of(

@@ -14,7 +14,7 @@ from ..layers import is_builtin
 from ..ops import block_autograd as recorded
 from ..spec.block import Embedding, Merging
 from ..spec.reference_block import embedded, embedding_reference, merged, merging_reference
-from .block import _norm_dtype, demand, demand_idle, demand_sizes, demand_unhooked, failed, needs_autograd
+from .block import demand, demand_idle, demand_sizes, demand_unhooked, failed, needs_autograd, norm_dtype
 from .context import product_dtype
 
 
@@ -65,7 +65,7 @@ class FusedMerging:
         try:
             if self._needs_autograd:
                 if merging.post_norm:
-                    out = recorded.norm(F.linear(merged(image), *reduction), affine, _norm_dtype(x))[1]
+                    out = recorded.norm(F.linear(merged(image), *reduction), affine, norm_dtype(x))[1]
                 else:
                     out = F.linear(recorded.norm(merged(image), affine, product_dtype(x))[1], *reduction)
             elif merging.post_norm:
@@ -148,7 +148,7 @@ class FusedEmbedding:
             if self._needs_autograd:
                 image = multiplied(x, weight, bias)
                 if affine is not None:
-                    image = recorded.norm(image, affine, _norm_dtype(x))[1]
+                    image = recorded.norm(image, affine, norm_dtype(x))[1]
             else:
                 image = kernels.embed(x, weight, bias, affine)
         except kernels.LaunchError as error:

@@ -14,6 +14,7 @@ from .guard import Guard, same_tensors
 
 if TYPE_CHECKING:
     from .graphs import Graphs
+    from .precision import Precision
 
 _MOST_PLANS = 16  # of one module; sizes that never come back
 _MOST_GUARDS = 8  # guards to be made of a module that keeps changing, before one has paid for itself
@@ -118,9 +119,10 @@ class State:
         unfused: why what is around the attention runs by itself, or None.
         bias: the form of the bias in use.
         graphs: of a model, its captured calls; None before the first.
+        precision: of a block, what is known of its products of 8 bits; None where it was not asked for any.
     """
 
-    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "graphs", "reason", "unfused")
+    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "graphs", "precision", "reason", "unfused")
 
     def __init__(self) -> None:
         self.calls = 0
@@ -130,6 +132,7 @@ class State:
         self.bias: str | None = None
         self.attention, self.block = PlanCache(), PlanCache()
         self.graphs: Graphs | None = None
+        self.precision: Precision | None = None
 
 
 _states: dict[int, tuple[weakref.ref[nn.Module], State]] = {}

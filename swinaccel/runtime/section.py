@@ -64,27 +64,36 @@ class TritonSection:
         return self.attend(x.view(x.shape[0], *self.size, x.shape[2])).view(x.shape)
 
     def attend(self, image: Tensor) -> Tensor:
-        """Return the attention of an image (B, H, W, C), by its launches where the projection is as it was."""
+        """Return the attention of an image (B, H, W, C)."""
         section, bound = self.section, self._bound
         padding = padding_of(section) if bound is not None and bound.has_padding else None
-        qkv: Any = section.project(image)
+        return section.output(self.attended(section.project(image), padding))
+
+    def attended(self, qkv: Any, padding: Tensor | None = None) -> Tensor:
+        """Return the attention of a projection, (..., heads * D), by its launches where that is as it was.
+
+        Args:
+            padding: what padding tokens hold, where it has been read.
+        """
+        section, bound = self.section, self._bound
         if bound is None:
-            return section.output(self._first(qkv))
+            return self._first(qkv)
         parts = (qkv,) if isinstance(qkv, Tensor) else qkv
         for one in parts:
             if one.shape != bound.shape or one.dtype is not bound.dtype or not one.is_contiguous():
-                return section.output(self._first(qkv))
-        if bound.has_padding and (padding is None or not padding.is_contiguous()):
-            return section.output(self._first(qkv))
+                return self._first(qkv)
+        if bound.has_padding:
+            padding = padding_of(section) if padding is None else padding
+            if padding is None or not padding.is_contiguous():
+                return self._first(qkv)
         table = bound.table
         if table is None and section.table is not None:
             table = None if bound.position is None else bound.position.run(*section.position)  # type: ignore[misc]
             table = section.table() if table is None else table
             if (table.stride(), table.dtype) != bound.layout:
-                return section.output(attend_triton(section, qkv, table))
+                return attend_triton(section, qkv, table)
         q, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
-        out = bound.attention.run(q, k, v, table, section.index, padding, section.mask, section.logit_scale)
-        return section.output(out)
+        return bound.attention.run(q, k, v, table, section.index, padding, section.mask, section.logit_scale)
 
     def _first(self, qkv: Any) -> Tensor:
         """Return the attention of a projection about which nothing is known yet."""

@@ -39,7 +39,8 @@ PROVEN = "_swinaccel_proven"  # attribute of a class with a dispatcher: what was
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
 # ("part", type of parent, name, type), ("rate", type, name) of a rate of dropout, ("weights", type) of a module that
-# returns its attention weights, and ("refused", type, kind of mask) of one that raises for such a mask.
+# returns its attention weights, ("refused", type, kind of mask) of one that raises for such a mask, and ("always", type
+# of parent, name) of a dropout that drops in evaluation, too.
 Fact = tuple[Any, ...]
 
 
@@ -56,6 +57,9 @@ def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
             found.append(("weights", type(module)))
         else:
             found += [("refused", type(module), kind) for kind in reading.refused]
+            for path in (name.removesuffix(".p") for name in reading.always if name.endswith(".p")):
+                parent_path, _, name = path.rpartition(".")
+                found.append(("always", type(module.get_submodule(parent_path)), name))
     return frozenset(found)
 
 
@@ -111,7 +115,8 @@ def _attend(
     refused = [fact[2] for fact in proven if fact[0] == "refused" and fact[1] is type(module)]
     if refused and mask_kind(section, x) in refused:
         return "in a trial its own code raised an error for such a mask, or for none"
-    if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_of_library(module):
+    is_sure = is_of_library(module) and not getattr(attention, "fused_attn", False)
+    if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_sure:
         return "its code may take another scale than the one that it holds, which a compiler is not told"
     problem = problem_of(section, x)
     reason = section_reason(section, x.device) or triton_reason(section, x, problem)
@@ -160,9 +165,16 @@ def _parts_reason(
 def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
     """Return why code that no library holds may drop what no family reads, or None."""
     if not is_of_library(module) or not is_of_library(attention):
-        for part in (*module._modules.values(), *attention._modules.values()):
-            if isinstance(part, _DropoutNd) and part.training and part.p:
-                return "dropout is active in code that no library holds"
+        proven = getattr(module, PROVEN)
+        for holder in (module, attention):
+            for name, part in holder._modules.items():
+                if not isinstance(part, _DropoutNd) or not part.p:
+                    continue
+                if part.training or module.training or ("always", type(holder), name) in proven:
+                    return "dropout is active in code that no library holds"
+        for fact in proven:
+            if fact[0] == "rate" and fact[1] is type(module) and getattr(module, fact[2]):
+                return f"{fact[2]} is not zero, and only its own code says when that drops"
     return None
 
 

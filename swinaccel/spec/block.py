@@ -25,7 +25,11 @@ class Product:
     bias: Callable[[], Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight, self.layer.bias if self.bias is None else self.bias())
+        return F.linear(x, *self.read())
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of now."""
+        return self.layer.weight, self.layer.bias if self.bias is None else self.bias()
 
 
 @dataclass(slots=True)

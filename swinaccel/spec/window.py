@@ -117,6 +117,8 @@ class Section:
         mask_value: added between regions of a shifted window; 0 where nothing is.
         mask: (M, N, N) to add in place of the regions, or None.
         dropout: probability at which attention weights are dropped in this call.
+        layers: the linear layers that `project`, one or three, and `output`, the last, are made of, where these are
+            functions around them that add nothing as long as nothing drops.
     """
 
     geometry: Geometry
@@ -135,6 +137,7 @@ class Section:
     mask_value: float = SHIFT_MASK_VALUE
     mask: Tensor | None = None
     dropout: float = 0.0
+    layers: tuple[Any, ...] = ()
 
 
 _PLAIN = (

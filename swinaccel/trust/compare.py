@@ -36,11 +36,15 @@ def reason(
         clone, other: the copies that they ran on.
     """
     differs = _difference(name, expected, found, setting) or _other_state(clone, other)
-    if differs is None and setting.training:
+    if differs is None and setting.grad:
         differs = _other_gradients(
             _gradients(expected, inputs[0], clone), _gradients(found, inputs[1], other), setting.tolerance
         )
-    return None if differs is None else f"in training, {differs}" if setting.training else differs
+    if differs is None or setting.training is setting.grad:
+        return f"in training, {differs}" if differs is not None and setting.training else differs
+    if setting.training:
+        return f"in training mode without gradients, {differs}"
+    return f"in eval mode with gradients, {differs}"
 
 
 def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...], setting: Setting) -> str | None:
@@ -51,7 +55,7 @@ def _difference(name: str, expected: tuple[Any, ...], found: tuple[Any, ...], se
             if one is not other and not (isinstance(one, tuple) and one == other):
                 return f"its forward gives other outputs than {name}"
             continue
-        if place and torch.equal(one, other):  # a loss may be zero; where the output is, nothing is shown
+        if (place or setting.drops) and torch.equal(one, other):  # a loss may be zero; an output shows nothing then
             continue
         if one.shape != other.shape:
             return f"its forward gives {tuple(one.shape)} where {name} gives {tuple(other.shape)}"

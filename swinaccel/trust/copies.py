@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..families import examples
 from ..spec.block import Block
-from .libraries import unsharded_class
+from .fingerprint import rates
+from .libraries import is_of_library, unsharded_class
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,39 @@ class Setting:
     """How a probe runs: in training or not, how large its numbers are, and in which dtype.
 
     Attributes:
+        grad: gradients are recorded.
         factor: what input and parameters are multiplied by; code that limits values shows where they are 1e9 apart.
         dtype: of the copy; under autocast products are computed in bfloat16.
         odd: one number of the input is infinite and one is NaN.
+        drops: a rate of dropout is on trial, and outputs may be zero.
     """
 
     training: bool = False
+    grad: bool = False
     factor: float = 1.0
     dtype: torch.dtype = torch.float64
     autocast: bool = False
     odd: bool = False
+    drops: bool = field(default=False, compare=False)
+
+    @property
+    def is_exact(self) -> bool:
+        """Return True if rounding hides nothing."""
+        return self.dtype == torch.float64
 
     @property
     def tolerance(self) -> float:
         """Return the difference, relative to the largest number, that two orders of the same arithmetic may have."""
-        if self.dtype == torch.float64:
+        if self.is_exact:
             return 1e-6
         return 0.1 if self.autocast or self.dtype == torch.bfloat16 else 0.02
 
 
-EXACT = (Setting(), Setting(factor=1e3), Setting(factor=1e-3), Setting(training=True))
-# What code outside of the surveyed libraries may do to dtypes and to numbers that are not finite.
-LOW_PRECISION = (
+EXACT = (Setting(), Setting(factor=1e3), Setting(factor=1e-3), Setting(training=True, grad=True))
+# What code outside of the surveyed libraries may do in other modes, to dtypes and to numbers that are not finite.
+OTHERS = (
+    Setting(grad=True),
+    Setting(training=True),
     Setting(dtype=torch.float32, odd=True),
     Setting(dtype=torch.float16, odd=True),
     Setting(dtype=torch.float16),
@@ -100,7 +112,7 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
 
     In fp64, the first of several heads has a table whose spread lets tokens see past the shift mask's -100, which is
     not -inf, and scales of cosine attention lie above their clamp as well as below it. In lower precision scores are
-    moderate, or rounding would be all that is seen.
+    moderate, or rounding would be all that is seen, and parameters are frozen.
 
     Args:
         moved: the modules whose floating-point attributes are moved. Rates of dropout become 0.
@@ -111,11 +123,11 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
         value = torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5)
         if name.endswith("logit_scale"):
-            largest = 5.5 if setting.dtype == torch.float64 else 0.5
+            largest = 5.5 if setting.is_exact else 0.5
             value = torch.linspace(largest, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
-        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1 and setting.dtype == torch.float64:
+        elif name.endswith("relative_position_bias_table") and value.shape[-1] > 1 and setting.is_exact:
             value[:, 0] *= 200
-        memo[id(parameter)] = nn.Parameter((value * setting.factor).to(setting.dtype), setting.training)
+        memo[id(parameter)] = nn.Parameter((value * setting.factor).to(setting.dtype), setting.is_exact)
     for buffer in module.buffers():
         value = buffer.detach().to("cpu", copy=True)
         memo[id(buffer)] = value + torch.rand_like(value) if value.is_floating_point() else value
@@ -183,6 +195,18 @@ def set_drop_rates(facts: Any, rate: float) -> None:
         for name in ("p", "drop_prob"):
             if drop is not None and name in vars(drop) and type(drop) is not nn.Dropout:
                 setattr(drop, name, own)
+
+
+def set_idle_rates(clone: nn.Module, adapter: Any) -> None:
+    """Set all rates of dropout around an attention, which must not count in evaluation."""
+    attention = getattr(adapter.block(clone), "attention", None)
+    inside = set() if attention is None else set(attention.modules())
+    for part in clone.modules():
+        if part not in inside and not is_of_library(part):
+            for name, _ in rates(part):
+                setattr(part, name, 0.5)
+        if part not in inside and isinstance(part, _DropoutNd):
+            part.p = 0.5
 
 
 def set_path_rates(clone: nn.Module, rate: float) -> None:

@@ -1,7 +1,7 @@
-"""Find out, on copies of a module, which of its dropouts and rates its family reads right.
+"""Find out, on copies of a module, which of its dropouts and rates its family's reading of it gets right.
 
-Each in turn drops everything (p = 1), so that no random number decides. Dropouts of another kind, as Dropout2d, do the
-same then, and are told apart by their code.
+One at a time drops everything, which no random number decides: dropouts of another kind, as Dropout2d, do that like
+any other, and are told by their code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..families import Family
 from .compare import PADDED, NotNow
-from .copies import Setting, calls, isolated, random_copy
+from .copies import Setting, calls, isolated, random_copy, set_path_rates
 from .fingerprint import rates
 from .libraries import is_of_library
 from .registry import Reading
 
 Compare = Callable[..., str | None]  # of (original, reading, arguments, setting): why they differ, or None
-
-
-class _Subject(NamedTuple):
-    """A module, its family, the modules whose numbers are moved in copies (see `random_copy`), and its own method."""
-
-    module: nn.Module
-    family: Family
-    moved: set[nn.Module]
-    original: Callable[..., Any]
-
-    def copy(self) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-        """Return a random copy, which drops nothing, and the arguments of its calls."""
-        clone = random_copy(self.module, self.moved, Setting())
-        return clone, calls(self.family, clone, Setting())
 
 
 def with_dropouts(
@@ -48,58 +34,85 @@ def with_dropouts(
     moved: set[nn.Module],
     original: Callable[..., Any],
     reading: Reading,
-    comparison: Callable[[Reading], Compare],
+    compared: Callable[[Reading], Compare],
 ) -> Reading:
     """Return a proven reading that also holds what the module's dropouts and rates of dropout do.
 
     Args:
         moved: as for `random_copy`.
-        comparison: of a reading with the original.
+        compared: what judges a reading.
     """
-    subject, attention = _Subject(module, family, moved, original), family.attention(module)
 
     def completed(reading: Reading) -> Reading:
-        return dataclasses.replace(reading, unread_dropouts=_unread(subject, reading, comparison(reading)))
+        unread, always = _unread(module, family, moved, original, reading, compared(reading))
+        return dataclasses.replace(reading, unread=unread, always=always)
 
-    found = completed(reading)
+    found, attention = completed(reading), family.attention(module)
     if all(map(is_of_library, module.modules())):
         return found
-    unread = {module.get_submodule(path) for path in found.unread_dropouts}
+    unread = {module.get_submodule(name.rpartition(".")[0]) for name in found.unread}
     names = [name for name, _ in rates(attention)]
     names += [f"{name}.p" for name, part in attention.named_children() if part in unread]
     for name in names:
         candidate = dataclasses.replace(reading, rate=name)
-        if _is_rate(name, subject, comparison(candidate)):
+        if _is_rate(name, module, family, moved, original, compared(candidate)):
             return completed(candidate)
     return found
 
 
-def _unread(subject: _Subject, reading: Reading, comparison: Compare) -> tuple[str, ...]:
-    """Return the paths of dropouts that a family neither reads nor calls as the original does.
+def _unread(
+    module: nn.Module,
+    family: Family,
+    moved: set[nn.Module],
+    original: Callable[..., Any],
+    reading: Reading,
+    compared: Compare,
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the names of rates of which a family does not do what the original does; and those that count always.
 
-    Of the weights' dropout, which kernels draw for themselves, PyTorch must also be told the rate, once a call.
+    They are those of dropouts, and numbers around the attention. Of the weights' dropout, which kernels draw for
+    themselves, PyTorch must also be told the rate, once a call.
     """
-    module, family, moved, original = subject
-    drops = {path: part for path, part in module.named_modules() if isinstance(part, _DropoutNd)}
-    unread = [path for path, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
+    parts = dict(module.named_modules())
+    drops = {f"{path}.p": part for path, part in parts.items() if isinstance(part, _DropoutNd)}
+    others = [name for name, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
     if all(map(is_of_library, module.modules())):
-        return tuple(unread)
+        return tuple(others), frozenset()
+    inside = set(family.attention(module).modules())
+    around = [(path, part) for path, part in parts.items() if part not in inside and not is_of_library(part)]
+    numbers = [f"{path}.{name}".lstrip(".") for path, part in around for name, _ in rates(part)]
+
+    def prepared(name: str, trains: str, rate: float) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+        clone = random_copy(module, moved, Setting())
+        arguments = calls(family, clone, Setting())
+        set_path_rates(clone, 0.0)
+        path, _, last = name.rpartition(".")
+        dropping = clone.get_submodule(path)
+        setattr(dropping, last, rate)
+        if trains:
+            (dropping if trains == "itself" else clone).train()
+        return clone, arguments
+
+    def is_read(name: str, trains: str) -> bool:
+        clone, arguments = prepared(name, trains, 1.0 if name in drops else 0.5)  # drop-paths cannot drop everything
+        try:
+            if not _is_alike(clone, arguments, compared):
+                return False
+        except NotNow:  # the family reads it, and leaves such calls to the original
+            return True
+        if trains != "itself":
+            return True
+        clone, arguments = prepared(name, trains, 0.25)
+        is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
+        return not is_weights or _told(original, clone, arguments) == 0.25
+
     with isolated(), torch.no_grad():
-        for path in [path for path in drops if path not in unread]:
-            clone, arguments = subject.copy()
-            dropping = clone.get_submodule(path).train()
-            dropping.p = 1.0  # type: ignore[assignment]
-            try:
-                is_read = _is_alike(clone, arguments, comparison)
-            except NotNow:  # the family reads it, and leaves such calls to the original
-                continue
-            if is_read:
-                dropping.p = 0.25  # type: ignore[assignment]
-                is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
-                is_read = not is_weights or _rate_told_to_torch(original, clone, arguments) == 0.25
-            if not is_read:
-                unread.append(path)
-    return tuple(unread)
+        always = frozenset(name for name in (*drops, *numbers) if not is_read(name, ""))
+        for name in (*drops, *numbers):
+            settings = ("itself", "all") if name in drops else ("all",)
+            if name not in others and not (name not in always and all(is_read(name, trains) for trains in settings)):
+                others.append(name)
+    return tuple(others), always
 
 
 def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tuple[Any, ...]) -> bool:
@@ -110,25 +123,33 @@ def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tup
     return not isinstance(section, str) and section.dropout > 0
 
 
-def _is_rate(name: str, subject: _Subject, comparison: Compare) -> bool:
+def _is_rate(
+    name: str,
+    module: nn.Module,
+    family: Family,
+    moved: set[nn.Module],
+    original: Callable[..., Any],
+    compared: Compare,
+) -> bool:
     """Return True if a number of an attention is the rate at which weights are dropped, in the attention's training.
 
     At 1 everything is dropped, which shows where; that a rate is taken as it is shows in what PyTorch is told.
     """
-    holder, _, last = name.rpartition(".")
     with isolated(), torch.no_grad():
         for is_training, rate in ((False, 1.0), (True, 1.0), (True, 0.25)):
-            clone, arguments = subject.copy()
-            attention = subject.family.attention(clone)
+            clone = random_copy(module, moved, Setting())
+            arguments = calls(family, clone, Setting())
+            attention = family.attention(clone)
             attention.training = is_training
+            holder, _, last = name.rpartition(".")
             if holder:
                 attention.get_submodule(holder).training = True  # which must not matter
             setattr(attention.get_submodule(holder), last, rate)
             try:
                 if rate == 1.0:
-                    holds = _is_alike(clone, arguments, comparison)
+                    holds = _is_alike(clone, arguments, compared)
                 else:
-                    holds = _rate_told_to_torch(subject.original, clone, arguments) == rate
+                    holds = _told(original, clone, arguments) == rate
             except NotNow:
                 holds = False
             if not holds:
@@ -136,21 +157,24 @@ def _is_rate(name: str, subject: _Subject, comparison: Compare) -> bool:
     return True
 
 
-def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], comparison: Compare) -> bool:
-    pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting()) for args in arguments]
-    return not {comparison(*pair) for pair in pairs} - {None, PADDED}
+def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: Compare) -> bool:
+    pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting(drops=True)) for args in arguments]
+    try:
+        return not {compared(*pair) for pair in pairs} - {None, PADDED}
+    except NotNow:
+        raise
+    except Exception:  # of code that does not take such a rate
+        return False
 
 
-def _rate_told_to_torch(
-    original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]
-) -> float | None:
+def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:
     """Return the rate that calls of the original give to PyTorch's functions, once each; None where that varies."""
     heard: list[float] = []
 
-    class RateListener(TorchFunctionMode):
+    class Listening(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in _RATE_ARGUMENTS:
-                place, name, default = _RATE_ARGUMENTS[func]
+            if func in _PLACES:
+                place, name, default = _PLACES[func]
                 rate = float((kwargs or {}).get(name, args[place] if len(args) > place else default))
                 is_on = func is F.scaled_dot_product_attention or (kwargs or {}).get("training", (*args, True, True)[2])
                 if rate and is_on:
@@ -161,19 +185,19 @@ def _rate_told_to_torch(
     found: set[float] = set()
     for args in arguments:
         heard.clear()
-        with contextlib.suppress(Exception), RateListener():  # calls that it refuses tell nothing
+        with contextlib.suppress(Exception), Listening():  # calls that it refuses tell nothing
             original(copy.deepcopy(clone), *args)
             found.add(heard[0] if len(heard) == 1 else 0.0)
     return found.pop() if len(found) == 1 else None
 
 
 def _are_weights(dropped: Any = None) -> bool:
-    """Return True if a tensor consists of attention weights, which sum to one, rather than of values."""
+    """Return True of what a softmax gives, and False of what it weighs."""
     return isinstance(dropped, torch.Tensor) and bool((dropped.sum(-1) - 1).abs().max() < 1e-6)
 
 
 # Where PyTorch's functions take a rate: its number among the arguments, its name and its default.
-_RATE_ARGUMENTS: dict[Any, tuple[int, str, float]] = {
+_PLACES: dict[Any, tuple[int, str, float]] = {
     F.scaled_dot_product_attention: (4, "dropout_p", 0.0),
     F.dropout: (1, "p", 0.5),
     torch.dropout: (1, "p", 0.5),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import itertools
 import types
 import weakref
 from collections.abc import Iterable, Iterator
@@ -17,10 +19,16 @@ _known: weakref.WeakKeyDictionary[types.CodeType, frozenset[str]] = weakref.Weak
 
 
 def names_in(code: types.CodeType) -> frozenset[str]:
-    """Return the names that code uses, those in its strings (for getattr) and in its inner functions included."""
+    """Return the names that code uses, those in its strings (for getattr) and in its inner functions included.
+
+    Where it reads the type of something's device, "device.type" is one of them.
+    """
     known = _known.get(code)
     if known is None:
         names = {*code.co_names, *code.co_freevars}
+        if {"device", "type"} <= names:
+            loads = [one.argval if one.opname == "LOAD_ATTR" else None for one in dis.get_instructions(code)]
+            names |= {"device.type"} if ("device", "type") in itertools.pairwise(loads) else set()
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 names |= names_in(constant)
@@ -40,6 +48,18 @@ def names_of(function: Any) -> frozenset[str]:
         if isinstance(one, types.FunctionType) and one.__code__ is not code:
             names |= names_of(one)
     return names
+
+
+def helpers_of(function: Any) -> Iterator[Any]:
+    """Yield the functions that a function names, of its own module and of modules that it names."""
+    names, namespace = names_of(function), getattr(function, "__globals__", {})
+    values = [namespace[name] for name in sorted(names & namespace.keys())]
+    for value in values:
+        if isinstance(value, types.FunctionType):
+            yield value
+        elif isinstance(value, types.ModuleType):
+            found = (vars(value).get(name) for name in sorted(names))
+            yield from (one for one in found if isinstance(one, types.FunctionType))
 
 
 def bases_of(cls: type) -> list[type]:

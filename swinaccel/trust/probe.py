@@ -2,10 +2,10 @@
 
 Attributes can look right and mean something else: a subclass with a changed forward, a copy that skips the projection,
 another version of a library. Copies run the two ways in fp64, in eval mode at three magnitudes and in training mode
-with gradients; code outside of the surveyed libraries also in lower precision, under autocast, and with numbers that
-are not finite. Every parameter is drawn at random (fresh tables are almost zero and fresh norms can be exactly zero,
-and would hide a difference), and floating-point attributes are moved: what is one or zero now may be something else
-after some steps of training.
+with gradients; code outside of the surveyed libraries also in eval mode with gradients and in training mode without,
+in lower precision with frozen parameters, under autocast, and with numbers that are not finite. Every parameter is
+drawn at random (fresh tables are almost zero and fresh norms can be exactly zero, and would hide a difference), and
+floating-point attributes are moved: what is one or zero now may be something else after some steps of training.
 
 A verdict is about what was run. It is kept by the module's fingerprint, which holds all that decides what ran; what
 depends on the one module beyond that (the size to which its window has shrunk, say) is judged each time.
@@ -25,38 +25,39 @@ from torch import Tensor, nn
 
 from ..families import Family
 from ..layers import own_method, replaced_methods
+from ..spec.adapters import is_family
 from ..spec.window import Section, WindowSpec
 from . import projections
 from .compare import PADDED, NotNow
 from .copies import (
     EXACT,
-    LOW_PRECISION,
+    OTHERS,
     Setting,
     Widened,
     calls,
     isolated,
     random_copy,
     set_drop_rates,
+    set_idle_rates,
     set_path_rates,
 )
 from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
-from .libraries import is_library_function, is_of_library
-from .names import names_in
+from .libraries import is_installed, is_library_function, is_of_library
+from .names import helpers_of, names_in
 from .registry import Reading, attention_key, block_key, mask_kind, registry
 from .trial import compare_attention, compare_block
 
 _BARE = (
-    "its forward adds neither the position bias nor the mask that it holds, as some code that calls"
-    " scaled_dot_product_attention does; where a setting chooses that, switch it off and call accelerate() again"
-    " (the results are others then)"
+    "its forward leaves out the {}, as some code that calls scaled_dot_product_attention does; where a setting chooses"
+    " that, switch it off and call accelerate() again (the results are others then)"
 )
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((
-    "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cuda", "custom_fwd", "device_type",
-    "get_autocast_dtype", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads", "initial_seed",
-    "getenv", "is_autocast_enabled", "is_cuda", "is_grad_enabled", "is_inference", "is_inference_mode_enabled",
-    "random",
+    "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cpu", "cuda", "custom_fwd", "device.type",
+    "device_type", "get_autocast_dtype", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads",
+    "getenv", "initial_seed", "is_autocast_enabled", "is_cpu", "is_cuda", "is_grad_enabled", "is_inference",
+    "is_inference_mode_enabled", "random",
 ))  # fmt: skip
 
 
@@ -152,26 +153,45 @@ def _unseen(parts: Iterable[nn.Module]) -> str | None:
 
 
 def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, str] | None:
-    """Return a method, outside of the surveyed libraries, whose code has one of the words, with the word; or None."""
+    """Return a method, or a function that one calls, that has one of the words, with the word; or None.
+
+    Code of the surveyed libraries is not looked at.
+    """
     for part in parts:
         if is_of_library(part):
             continue
         for base in type(part).__mro__:
             for name, function in vars(base).items():
-                code = getattr(function, "__code__", None)
-                if code is None or is_library_function(function) or _NOT_RUN.intersection(name.split("_")):
+                if not hasattr(function, "__code__") or is_library_function(function) or not _is_run(name):
                     continue
-                names = set(words).intersection(names_in(code))
-                if names:
-                    return f"{type(part).__name__}.{name}", min(names)
+                for one in _with_helpers(function):
+                    found = set(words).intersection(names_in(one.__code__))
+                    if found:
+                        where = type(part).__name__ if one is function else one.__module__
+                        return f"{where}.{one.__name__}", min(found)
     return None
 
 
-_NOT_RUN = {"init", "repr", "flops", "mask"}  # words in names of methods that make no activations
+def _with_helpers(function: Any) -> list[Any]:
+    """Return a function and those that it and they call by name, but for those of packages that are installed."""
+    found = [function]
+    for one in found:  # which grows
+        for helper in helpers_of(one):
+            is_known = is_library_function(helper) or is_installed(helper)
+            if helper not in found and not is_known and _is_run(helper.__name__):
+                found.append(helper)
+    return found
+
+
+def _is_run(name: str) -> bool:
+    return not _NOT_RUN.intersection(name.split("_"))
+
+
+_NOT_RUN = {"init", "repr", "flops", "mask"}  # words in names of functions that make no activations
 
 
 def _settings(module: nn.Module) -> tuple[Setting, ...]:
-    return EXACT if all(map(is_of_library, module.modules())) else EXACT + LOW_PRECISION
+    return EXACT if all(map(is_of_library, module.modules())) else EXACT + OTHERS
 
 
 def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> Reading | str:
@@ -191,9 +211,11 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> R
             if reason is None:
                 return with_dropouts(module, family, inside, original, reading, compared)
             first = first or reason
-    for power in (0, 1, 2):
-        if _run(module, family, inside, compared(_Bare(power=power, refused=refused)), settings=EXACT[:1]) is None:
-            return _BARE
+    for without in ("position bias and the mask", "position bias", "mask"):
+        for power in (0, 1, 2):
+            bare = _Bare(power=power, without=without, refused=refused)
+            if _run(module, family, inside, compared(bare), settings=EXACT[:1]) is None:
+                return _BARE.format(without)
     assert first is not None
     return first
 
@@ -221,27 +243,34 @@ def _refused(module: nn.Module, family: Family, moved: set[nn.Module], original:
 
 @dataclasses.dataclass(frozen=True)
 class _Bare(Reading):
-    """Scores without position bias and mask, as some code by `scaled_dot_product_attention` has them.
+    """Scores without position bias, mask or both, as some code by `scaled_dot_product_attention` has them.
 
     Attributes:
         power: how many of two factors scale them: the module's own, PyTorch's, or both.
+        without: what they leave out.
     """
 
     power: int = 0
+    without: str = ""
 
     def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
         found, default = super().apply(section, attention, x), section.head_dim**-0.5
         if isinstance(found, str):
             return found
         scale = (section.scale, default, section.scale * default)[self.power]
-        return dataclasses.replace(found, table=None, position=None, mask=None, mask_value=0.0, scale=scale)
+        found = dataclasses.replace(found, scale=scale)
+        if "bias" in self.without:
+            found = dataclasses.replace(found, table=None, position=None)
+        return dataclasses.replace(found, mask=None, mask_value=0.0) if "mask" in self.without else found
 
 
 def _probe_block(
     module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
 ) -> Reading | str:
     """Return a reading if what a module does around its attention is what its family takes it for, else why not."""
-    reading = (registry.reading(attention_key(family, module)) if hasattr(family, "section") else None) or Reading()
+    reading = (registry.reading(attention_key(family, module)) if is_family(family) else None) or Reading()
+    if isinstance(reading, str):
+        return reading
     moved = set(module.modules())
     compared = functools.partial(compare_block, family=family, original=original, attention=attention, reading=reading)
     return _run(module, family, moved, compared, drops=True) or reading
@@ -262,16 +291,18 @@ def _run(
             for setting in settings or _settings(module):
                 clone = random_copy(module, moved, setting)
                 arguments = calls(family, clone, setting)
+                if drops and not setting.training:
+                    set_idle_rates(clone, family)
                 compares = 0
-                for rate in (0.0, 0.2) if setting.training else (0.0,):
+                for rate in (0.0, 0.2) if setting.training and setting.grad else (0.0,):
                     set_path_rates(clone, rate)
                     if drops:
                         set_drop_rates(family.block(clone), rate)
                     for args in arguments:
                         pair = copy.deepcopy(clone), copy.deepcopy(clone)
                         with (
-                            Widened() if narrows and setting in EXACT else nullcontext(),
-                            torch.set_grad_enabled(setting.training),
+                            Widened() if narrows and setting.is_exact else nullcontext(),
+                            torch.set_grad_enabled(setting.grad),
                             torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast),
                         ):
                             reason = compared(*pair, args, setting)
@@ -280,7 +311,7 @@ def _run(
                         compares += 1
                         if reason is not None:
                             return reason
-                empty = empty or (setting in EXACT and not compares)
+                empty = empty or (setting.is_exact and not compares)
     except NotNow:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -15,6 +15,10 @@ from ..spec.window import Section
 from .fingerprint import fingerprint, is_dead
 
 _MOST = 1024
+_TWO_WAYS = (
+    "modules of its code were proven that scale or drop in two ways, as their windows or shifts decide; no call tells"
+    " which of them it is"
+)
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Reading:
 
     Attributes:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.
-        unread_dropouts: paths of dropouts that no family reads or calls, or of another kind than elementwise; while
-            one is active, the original must run.
+        unread: names of rates that no family reads: of dropouts that it does not call, or of another kind than
+            elementwise, and numbers around the attention; while one is active, the original must run.
+        always: those of them by which something is dropped in evaluation, too.
         rate: the name of a number of the attention, by which its weights are dropped in training, whatever dropouts
             the module holds; empty where those count.
         weights: it returns the attention weights as well.
@@ -32,18 +37,32 @@ class Reading:
     """
 
     default_scale: bool = False
-    unread_dropouts: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    always: frozenset[str] = frozenset()
     rate: str = ""
     weights: bool = False
     refused: frozenset[str] = frozenset()
 
+    def joined(self, other: Reading) -> Reading | str:
+        """Return a reading for modules that this one or another holds for, or why there is none."""
+        unread = tuple(dict.fromkeys(self.unread + other.unread))
+        always = self.always | other.always
+        both = dataclasses.replace(self, unread=unread, always=always, refused=self.refused | other.refused)
+        same = dataclasses.replace(other, unread=unread, always=always, refused=both.refused) == both
+        return both if same else _TWO_WAYS
+
     def active(self, module: nn.Module) -> str | None:
-        """Return the path of a dropout that drops now and that is not read, or None."""
-        for path in self.unread_dropouts:
+        """Return the name of a rate by which something may be dropped now and that is not read, or None."""
+        for name in self.unread:
+            path, _, last = name.rpartition(".")
             part = module.get_submodule(path)
-            if part.training and part.p:
-                return path
+            if getattr(part, last) and (part.training or module.training or name in self.always):
+                return name
         return None
+
+    def holders(self, module: nn.Module) -> list[nn.Module]:
+        """Return the modules that hold the rates which are not read."""
+        return [module.get_submodule(name.rpartition(".")[0]) for name in self.unread]
 
     def apply(self, section: Section, attention: Any, x: Tensor) -> Section | str:
         """Return a section as the code of its module computes it, or why the original must run.
@@ -81,15 +100,15 @@ class Registry:
 
     def __init__(self) -> None:
         self._verdicts: dict[Hashable, Reading | str] = {}
-        self._readings: dict[Hashable, Reading] = {}
+        self._readings: dict[Hashable, Reading | str] = {}
         self.count = 0  # goes up with every proof: what was refused before may be proven now
 
     def verdict(self, key: Hashable) -> Reading | str | None:
         """Return how a module of this fingerprint is read, why it is not, or None if it was not judged yet."""
         return self._verdicts.get(key)
 
-    def reading(self, key: Hashable) -> Reading | None:
-        """Return the reading that was proven for parts of this fingerprint, or None."""
+    def reading(self, key: Hashable) -> Reading | str | None:
+        """Return the reading that was proven for parts of this fingerprint, why there is not one, or None."""
         return self._readings.get(key)
 
     def record(self, key: Hashable, verdict: Reading | str) -> None:
@@ -100,11 +119,10 @@ class Registry:
     def prove(self, key: Hashable, reading: Reading) -> None:
         """Let calls stand in for parts of this fingerprint, which blocks with a shift share with those without."""
         known = self._readings.get(key)
-        if known is not None:
-            reading = dataclasses.replace(reading, refused=reading.refused | known.refused)
-        if known != reading:
+        both = reading if known is None else known if isinstance(known, str) else reading.joined(known)
+        if known != both:
             _make_room(self._readings)
-            self._readings[key] = reading
+            self._readings[key] = both
             self.count += 1
 
     def clear(self) -> None:

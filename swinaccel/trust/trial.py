@@ -17,7 +17,7 @@ from ..spec.reference_block import block_reference, embedding_reference, merging
 from ..spec.window import Section
 from . import compare
 from .compare import PADDED, NotNow
-from .copies import EXACT, Setting, drawn, seed
+from .copies import Setting, drawn, seed
 from .libraries import is_of_library
 from .registry import Reading
 
@@ -46,7 +46,7 @@ def compare_attention(
     if reason is not None:
         return reason
     x, *rest = args
-    inputs = [x.clone().requires_grad_(setting.training) for _ in range(2)]
+    inputs = [x.clone().requires_grad_(setting.grad) for _ in range(2)]
     expected = _expected(original, clone, (inputs[0], *rest), setting)
     if expected is None:
         return PADDED
@@ -111,7 +111,7 @@ def compare_block(
             if isinstance(section, str):
                 return PADDED
             attended = functools.partial(attend, section)
-    inputs = [args[0].clone().requires_grad_(setting.training) for _ in range(2)]
+    inputs = [args[0].clone().requires_grad_(setting.grad) for _ in range(2)]
     expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
     if expected is None:
         return PADDED
@@ -161,7 +161,7 @@ def _expected(
     try:
         return _parts(original(clone, *args))
     except Exception:
-        if setting in EXACT:
+        if setting.is_exact:
             raise
         return None
 

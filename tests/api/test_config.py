@@ -59,6 +59,8 @@ def test_config_is_frozen():
         {"filter": lambda name, module: True},
         {"strict": False},
         {"fuse": "attention"},
+        {"precision": "fp8"},
+        {"max_error": 1},
     ],
     ids="-".join,
 )
@@ -78,6 +80,10 @@ WRONG = [
     ({"bias_energy": "0.9"}, TypeError, "bias_energy"),
     ({"bias_energy": True}, TypeError, "bias_energy"),
     ({"filter": "layers"}, TypeError, "filter must be None or a callable"),
+    ({"precision": "fp16"}, ValueError, r"precision must be one of 'model', 'fp8'; got 'fp16'"),
+    ({"max_error": 0}, ValueError, "max_error must be a positive number, a relative error such as 0.1; got 0"),
+    ({"max_error": float("nan")}, ValueError, "max_error must be a positive number"),
+    ({"max_error": True}, ValueError, "max_error must be a positive number"),
     ({"strict": 1}, TypeError, "strict must be True or False; got 1"),
     ({"speed": 9}, TypeError, "unknown option 'speed'; accelerate takes backend, bias, bias_energy, filter"),
     ({"backend": ["triton"]}, (TypeError, ValueError), "backend must be one of"),
@@ -233,5 +239,5 @@ def test_markers_carry_the_options_as_text():
     text = json.loads(options.to_json())
     assert text == {
         **{"backend": "torch", "bias": "auto", "bias_energy": 0.9, "strict": True, "fuse": "auto"},
-        **{"graphs": False, "graphs_memory": 0.5},
+        **{"graphs": False, "graphs_memory": 0.5, "precision": "model", "max_error": 0.1},
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import helpers
 import hypothesis
@@ -150,15 +150,21 @@ def _described(value: Any) -> Any:
 class States(RuleBasedStateMachine):
     """A model and its accelerated twin."""
 
-    backend = "torch"
+    backend, device = "torch", "cpu"
+    common: ClassVar[dict[str, Any]] = {}  # options of all
+    calls = 1  # of each way
     is_random = False  # dropout is active, of which the README says that it draws otherwise
 
     @initialize(name=st.sampled_from(sorted(MODELS)), options=st.sampled_from(OPTIONS))
     def begin(self, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
         make, self.shape = MODELS[name]
-        self.twin = helpers.randomize(make())
-        self.model = swinaccel.accelerate(copy.deepcopy(self.twin), backend=self.backend, **options)
+        self.twin = helpers.randomize(make()).to(self.device)
+        self.model = copy.deepcopy(self.twin)
+        self.accelerate(options)
+
+    def accelerate(self, options: dict[str, Any]) -> None:
+        swinaccel.accelerate(self.model, backend=self.backend, **self.common, **options)
 
     @rule(name=st.sampled_from(sorted(EDITS)), number=st.integers(0, 255))
     def edit(self, name: str, number: int) -> None:
@@ -183,14 +189,14 @@ class States(RuleBasedStateMachine):
 
     @rule(options=st.sampled_from(OPTIONS))
     def accelerate_again(self, options: dict[str, Any]) -> None:
-        swinaccel.accelerate(self.model, backend=self.backend, **options)
+        self.accelerate(options)
         self.compare("without_gradients")
 
     @rule(options=st.sampled_from(OPTIONS))
     def restore_and_accelerate(self, options: dict[str, Any]) -> None:
         swinaccel.restore(self.model)
         self.assert_restored()
-        swinaccel.accelerate(self.model, backend=self.backend, **options)
+        self.accelerate(options)
         self.compare("without_gradients")
 
     @rule(height=st.sampled_from([0, 4, 8]), width=st.sampled_from([0, 4, 8]), batch=st.integers(1, 2))
@@ -204,14 +210,15 @@ class States(RuleBasedStateMachine):
 
     def compare(self, way: str) -> None:
         dtype = next((one.dtype for one in self.twin.parameters()), torch.float32)
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-        expected = outcome(lambda: WAYS["without_gradients" if way in SCOPES else way](self.twin, (x,)))
-        state = torch.get_rng_state()
-        found = outcome(lambda: WAYS[way](self.model, (x,)))
-        if self.is_random and self.twin.training:
-            return
-        assert_alike(found, expected, TOLERANCE[torch.bfloat16] if way == "under_autocast" else 0.0)
-        assert torch.equal(torch.get_rng_state(), state), "the generator is elsewhere"
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(3)).to(self.device, dtype)
+        for _ in range(self.calls):
+            expected = outcome(lambda: WAYS["without_gradients" if way in SCOPES else way](self.twin, (x,)))
+            state = torch.get_rng_state()
+            found = outcome(lambda: WAYS[way](self.model, (x,)))
+            if self.is_random and self.twin.training:
+                return
+            assert_alike(found, expected, TOLERANCE[torch.bfloat16] if way == "under_autocast" else 0.0)
+            assert torch.equal(torch.get_rng_state(), state), "the generator is elsewhere"
         assert attributes(self.model) == attributes(self.twin)
         if way.startswith("after_a_step"):  # Adam makes a whole step of a gradient that vanishes but for rounding
             for one, other in zip(self.model.parameters(), self.twin.parameters(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import warnings
 from pathlib import Path
@@ -49,3 +50,19 @@ def test_the_readme_is_short_and_its_links_are_absolute():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert [target for target in re.findall(r"\]\((.*?)\)", text) if not target.startswith("https://")] == []
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    """Its code cells, without the one that installs; none keeps an output, which would be of another machine."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    assert (notebook["nbformat"], len({cell["id"] for cell in notebook["cells"]})) == (4, len(notebook["cells"]))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not [cell for cell in cells if cell["outputs"] or cell["execution_count"]]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert sources.pop(0).startswith("%pip install")
+    namespace: dict = {"__name__": "__main__"}
+    for number, source in enumerate(sources, 1):
+        exec(compile(source, f"quickstart.ipynb, cell {number}", "exec"), namespace)
+    assert namespace["times"].report.is_effective
+    assert "12 of 12 window attentions accelerated" in capsys.readouterr().out

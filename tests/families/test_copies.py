@@ -94,7 +94,7 @@ def test_a_compiled_call_that_the_original_refuses_raises():
 
 def test_a_branch_without_bias_and_mask_is_refused_with_that_reason(monkeypatch):
     model, x = stage("BareAttention"), torch.randn(2, 90, 16)
-    check_fallback(model, x, 9, 10, reason="adds neither the position bias nor the mask")
+    check_fallback(model, x, 9, 10, reason="leaves out the position bias and the mask")
     monkeypatch.setattr(models.CONFIG, "SDPA_enabled", False)
     check(model, x, 9, 10, count=2)
 
@@ -331,6 +331,7 @@ NAMED = {
     "Uformer": ("UformerAttention", {}, "renamed_attention"),
     "VRT": ("VrtAttention", {}, "renamed_attention"),
     "VRT, volumes": ("VrtAttention", {"window_size": (2, 3, 4)}, "renamed_attention"),
+    "VRT, mutual": ("MutualAttention", {"window_size": (2, 3, 4)}, "mutual_attention"),
     "cosine": ("FirstV2Attention", {}, "window_attention"),
     "cosine, plain biases": ("FirstV2Attention", {"squashed": False}, "window_attention"),
     "plain scores": ("FirstV2Attention", {"cosine": False, "squashed": False}, "window_attention"),
@@ -348,6 +349,8 @@ def test_attention_by_another_name(name, backend):
     check(model, x, backend=backend, count=1)
     check(model, backend=backend, count=1, arguments=on(backend, x=x, mask=masks))
     helpers.check_gradients(model, x, backend=backend, count=1)
+    if name.startswith("VRT"):
+        helpers.check_gradients(model, x, masks.to(helpers.DEVICES[backend]), backend=backend, count=1)
 
 
 def on(backend, **tensors):
@@ -392,3 +395,29 @@ def test_cr_without_its_bias(shift, backend):
     assert [entry.family for entry in swinaccel.plan(model)] == ["timm_cr"]
     check(model, x, backend=backend, count=1)
     helpers.check_gradients(model, x, backend=backend, count=1)
+
+
+@both_backends
+@pytest.mark.parametrize("shifted", [False, True])
+def test_two_halves_in_windows_that_stand_and_lie(shifted, backend):
+    model, x = randomize(models.HalvesAttention(16, 4, (2, 4), shifted)), torch.randn(2, 63, 16)
+    assert [entry.window for entry in swinaccel.plan(model)] == [(2, 4), (4, 2)]
+    check(model, x, 7, 9, backend=backend, count=2)
+    helpers.check_gradients(model, x, 7, 9, backend=backend, count=2)
+
+
+def test_biases_of_halves_that_are_drawn_are_the_originals():
+    model = models.SpatialAttention(8, (2, 4), 2)
+    model.pos.pos3.append(nn.Dropout(0.5))
+    assert not swinaccel.plan(model).accelerated
+
+
+def test_dropout_and_sizes_of_halves():
+    model, qkv = randomize(models.SpatialAttention(8, (2, 4), 2)), torch.randn(3, 2, 64, 8)
+    check_fallback(model, qkv, torch.tensor(8), torch.tensor(8), reason="not there as numbers")
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton").to(helpers.TRITON_DEVICE)
+    twin.attn_drop.p = 0.999
+    twin.attn_drop.train()
+    with torch.no_grad():
+        assert (twin(qkv.to(helpers.TRITON_DEVICE), 8, 8) == 0).float().mean() > 0.9
+    helpers.assert_accelerated(twin, 1)

@@ -356,9 +356,9 @@ class Elsewhere(microsoft_models.WindowAttention):
 
 
 class Told(microsoft_models.WindowAttention):
-    """A third argument, of which the probe would know nothing."""
+    """A third argument, which is always given, and of which the probe would know nothing."""
 
-    def forward(self, x, mask=None, gain=1.0):
+    def forward(self, x, mask, gain):
         return gain * super().forward(x, mask)
 
 

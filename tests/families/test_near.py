@@ -55,7 +55,7 @@ def table(*shape):
 
 
 class Further(official.WindowAttention):
-    def forward(self, x, mask=None, prev_k=None, gain=2):
+    def forward(self, x, mask, prev_k, gain):
         return super().forward(x, mask)
 
 

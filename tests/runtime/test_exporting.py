@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import helpers
 import pytest
@@ -56,6 +58,24 @@ def test_the_question(export):
     for strict in (False, True):
         exported = torch.export.export(Asking(), (x,), strict=strict)
         assert torch.equal(exported.module()(x), x.sigmoid())
+
+
+@pytest.mark.long
+def test_packages_of_aotinductor_call_the_operators(tmp_path):
+    """As docs/guides/deployment.md says: with swinaccel a process runs them, and without it cannot load them."""
+    model = helpers.timm_v1(img_size=28, window=7, depths=(2,), num_heads=(2,), embed_dim=16).to(TRITON_DEVICE)
+    x = torch.randn(2, 3, 28, 28, device=TRITON_DEVICE)
+    swinaccel.accelerate(model, backend="triton")
+    with torch.no_grad():
+        program, expected = torch.export.export(model, (x,)), model(x)
+    assert "swinaccel.shifted_window_attention" in {str(n.target).rpartition(".")[0] for n in program.graph.nodes}
+    path = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    with torch.no_grad():
+        helpers.assert_close(torch._inductor.aoti_load_package(path)(x), expected)
+    code = f"import torch; torch._inductor.aoti_load_package({path!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Could not find schema for swinaccel::shifted_window_attention" in done.stderr
 
 
 class Function(nn.Module):

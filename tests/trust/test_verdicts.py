@@ -117,6 +117,66 @@ def test_the_scale_that_the_code_takes(scaled, backend, monkeypatch):
     helpers.assert_accelerated(model)
 
 
+records = torch.is_grad_enabled
+
+
+class OfEvalWithGradients(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * (2.0 if records() and not self.training else 1.0)
+
+
+class OfTrainingWithout(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * (2.0 if self.training and not records() else 1.0)
+
+
+class OfFrozenWeights(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * (1.0 if self.qkv.weight.requires_grad else 2.0)
+
+
+class OfLiveWeights(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        live = self.qkv.weight.requires_grad and not (self.training or records())
+        return super().forward(x, mask) * (2.0 if live else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (OfEvalWithGradients, "in eval mode with gradients, its forward"),
+        (OfTrainingWithout, "in training mode without gradients, its forward"),
+        (OfFrozenWeights, "in float32"),
+        (OfLiveWeights, "its forward"),
+    ],
+)
+def test_modes_of_calls(kind, words):
+    """Told apart by a function under another name, which no look at the code finds."""
+    (entry,) = swinaccel.plan(block_of(kind))
+    assert entry.status == "original"
+    assert words in entry.reason
+    assert "differ by" in entry.reason
+
+
+class SdpaByWindow(Sdpa):
+    @property
+    def scaled(self):
+        return self.window_size[0] > 2
+
+
+@pytest.mark.parametrize("windows", [(2, 4), (4, 2)])
+def test_two_scales_that_one_code_takes(windows):
+    """Neither of two proofs of one fingerprint speaks for the other's module."""
+    model = nn.ModuleList(helpers.randomize(SdpaByWindow(16, (side, side), 2)) for side in windows)
+    swinaccel.accelerate(model, backend="torch")
+    for side, part in zip(windows, model, strict=True):
+        part.scale = 2.0
+        assert_like_the_original(part, torch.randn(8, side**2, 16))
+    for entry in swinaccel.report(model):
+        assert entry.fallbacks == entry.calls == 1
+        assert "scale or drop in two ways" in entry.reason
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_timms_fused_attention(fused, backend):
@@ -280,9 +340,53 @@ class Autocasting(microsoft_models.WindowAttention):
             return super().forward(x, mask)
 
 
-def test_what_a_cpu_does_not_show():
-    (entry,) = swinaccel.plan(block_of(Autocasting))
+HALVED = {"xpu", "mps"}
+
+
+def is_halved(x):
+    return x.is_cuda
+
+
+class ByDeviceType(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * (0.5 if x.device.type in HALVED else 1.0)
+
+
+class ByDevice(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * (1.0 if x.device == torch.device("cpu") else 0.5)
+
+
+class ByAFunction(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) * (0.5 if is_halved(x) else 1.0)
+
+
+class Moving(microsoft_models.WindowAttention):
+    def forward(self, x, mask=None):
+        if type(self) is Moving and x.device != self.relative_position_index.device:
+            self.relative_position_index = self.relative_position_index.to(x.device)
+        return super().forward(x, mask) + torch.zeros(1, device=x.device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Autocasting, "has to do with"),
+        (ByDeviceType, "ByDeviceType.forward has to do with device.type, "),
+        (ByDevice, "ByDevice.forward has to do with cpu, "),
+        (ByAFunction, "test_verdicts.is_halved has to do with is_cuda, "),
+    ],
+)
+def test_what_a_cpu_does_not_show(kind, words):
+    (entry,) = swinaccel.plan(block_of(kind))
+    assert words in entry.reason
     assert "which no run of a copy shows" in entry.reason
+
+
+def test_tensors_that_go_where_the_input_is():
+    (entry,) = swinaccel.plan(block_of(Moving))
+    assert entry.status == "accelerated", entry.reason
 
 
 class Proxy(nn.Module):

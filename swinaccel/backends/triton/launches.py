@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,6 +31,49 @@ def first_line(error: Exception) -> str:
     """Return an error in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+class _Compilers:
+    """Threads that compile kernels, each once."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS)
+        self._begun: set[tuple] = set()
+
+    def compile(self, launch: Launch, index: int, tensors: tuple[Tensor | None, ...], signature: tuple) -> None:
+        """Begin to compile a launch for such tensors."""
+        if (key := (id(launch), signature)) in self._begun:
+            return
+        self._begun.add(key)
+        passed = launch._passed(tensors)
+
+        def run() -> None:
+            with suppress(Exception), torch.cuda.device(index):  # who runs it will be told
+                launch.kernel.warmup(*passed, *launch.arguments, grid=launch.grid, **launch.options)
+
+        self._threads.submit(run)
+
+    def finish(self) -> None:
+        """Wait until all is compiled."""
+        self._threads.shutdown()
+
+
+_THREADS = 8
+_compilers: dict[int, _Compilers] = {}  # by stream
+
+
+@contextmanager
+def compiled_ahead(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Compile, at the same time, kernels that are launched on a stream inside, in whatever thread; they are not run.
+
+    What others compute from their results is of no use. Kernels that were compiled before run.
+    """
+    compilers = _compilers[stream.cuda_stream] = _Compilers()
+    try:
+        yield
+    finally:
+        compilers.finish()
+        del _compilers[stream.cuda_stream]
 
 
 class Launch:
@@ -85,6 +130,10 @@ class Launch:
 
     def _compile(self, index: int, tensors: tuple[Tensor | None, ...], signature: tuple) -> None:
         check_dtypes(self.names, tensors)
+        if _compilers and index >= 0:
+            compilers = _compilers.get(torch._C._cuda_getCurrentRawStream(index))
+            if compilers is not None:
+                return compilers.compile(self, index, tensors, signature)
         compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             from ...kernels.run import runner

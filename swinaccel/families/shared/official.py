@@ -85,8 +85,7 @@ def attention_section(
         reason, common["logit_scale"] = logit_scale_reason(attn.logit_scale, heads), attn.logit_scale
     else:
         reason = None if isinstance(attn.scale, (int, float)) else "its scale is no number"
-        # timm's own fused path takes the default, whatever scale the module holds.
-        common["scale"] = head_dim**-0.5 if getattr(attn, "fused_attn", False) else attn.scale
+        common["scale"] = attn.scale  # timm's fused path takes the default, which the probe finds
     if reason is not None:
         return reason
     if hasattr(attn, "q_bias"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...spec.block import Attend
-from ...spec.window import Axes, Geometry, Section
+from ...spec.window import Axes, Geometry, Section, is_plain
 from .blocks import strange_mask
 from .common import positional_names
 
@@ -77,41 +77,63 @@ class StackedAttention:
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         """Return calls with a mask that images share, with one of all windows, and without; and of one window alone."""
-        tokens, names = math.prod(self.window(module)), argument_names(type(module)) or ()
-        between = (None,) * (names.index(_mask_name(names)) - 1)
-        counts = (6, 3), (6, 6), (6, None), (1, 1), (1, None)
-        masks = [(windows, None if rows is None else torch.Size((rows, tokens, tokens))) for windows, rows in counts]
-        channels = self.channels(module)
-        return [(torch.Size((windows, tokens, channels)), *between, mask) for windows, mask in masks]
+        tokens, channels = math.prod(self.window(module)), self.channels(module)
+        names, _, mask, others = _arguments(type(module))
+        calls = []
+        for windows, rows in ((6, 3), (6, 6), (6, None), (1, 1), (1, None)):
+            given = {**others, mask: None if rows is None else torch.Size((rows, tokens, tokens))}
+            calls.append((torch.Size((windows, tokens, channels)), *(given[name] for name in names[1:])))
+        return calls if mask else calls[2::2]
 
 
 def window_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return windows and mask, under whatever names the forward gives them; what else it may take must be left out."""
-    names = _NAMES.get(type(module))
-    if names is None:
-        names = _NAMES[type(module)] = argument_names(type(module)) or ()
-    given, mask = {**dict(zip(names, args, strict=False)), **kwargs}, _mask_name(names)
-    if len(args) > len(names) or not given.keys() <= {*names} or names[0] not in given:
-        raise TypeError(f"its arguments are {names[0]} and {mask}")
-    for name in names[1:]:
-        if name != mask and given.get(name) is not None and given[name] is not False:
-            raise TypeError(f"it is given {name}, which no family knows")
+    """Return windows and mask, under whatever names the forward gives them; all else must be as it is by default."""
+    names, needed, mask, others = _arguments(type(module))
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or len(given) < len(args) + len(kwargs) or not needed <= given.keys():
+        raise TypeError(f"its arguments are {', '.join(names)}")
+    if len(given) > 1 + (mask in given):
+        for name, value in given.items():
+            if name in others and not _is_same(value, others[name]):
+                raise TypeError(f"it is given {name}, and was proven without")
+            if name not in others and name not in (names[0], mask):
+                raise TypeError(f"it is given {name}, which its family does not know")
     return given[names[0]], given.get(mask)
 
 
-def argument_names(cls: type) -> tuple[str, ...] | None:
-    """Return the names of a forward's arguments (windows, mask, others that default to None or False), or None."""
-    names = positional_names(cls.forward)  # type: ignore[attr-defined]
-    if len(names) < 2:
-        return None
-    parameters, mask = inspect.signature(cls.forward).parameters, _mask_name(names)  # type: ignore[attr-defined]
-    others = (parameters[name].default for name in names[1:] if name != mask)
-    return names if all(default is None or default is False for default in others) else None
+def takes_windows(cls: type) -> bool:
+    """Return True if a forward takes windows, perhaps a mask, and else what need not be given."""
+    names, needed, mask, others = _arguments(cls)
+    return bool(names) and needed <= {names[0], mask} and all(map(is_plain, others.values()))
 
 
-def _mask_name(names: tuple[str, ...]) -> str:
-    """Return which argument is the mask: the one of that name, or else the second."""
-    return "mask" if "mask" in names else names[1]
+def _arguments(cls: type) -> _Arguments:
+    """Return the names of a forward's positional arguments, of those that must be given, and of its mask.
+
+    The mask is the argument that is called so, or else the second; "" where that is by default something else. With
+    them come the defaults of all others.
+    """
+    known = _ARGUMENTS.get(cls)
+    if known is None:
+        names = positional_names(cls.forward)  # type: ignore[attr-defined]
+        _, *parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
+        stars, empty = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD), inspect.Parameter.empty
+        defaults = {one.name: one.default for one in parameters if one.kind not in stars}
+        needed = frozenset(name for name, one in defaults.items() if one is empty)
+        masks = [name for name in names[1:] if defaults[name] is None or name in needed]
+        masks = sorted((name for name in masks if "mask" in name or name == names[1]), key=_likeness, reverse=True)
+        others = {name: one for name, one in defaults.items() if name not in (*masks[:1], *names[:1])}
+        known = _ARGUMENTS[cls] = names, needed, "".join(masks[:1]), others
+    return known
 
 
-_NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+def _likeness(name: str) -> int:
+    return 2 * (name == "mask") + ("mask" in name)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and is_plain(value) and value == default)
+
+
+_Arguments = tuple[tuple[str, ...], frozenset[str], str, dict[str, Any]]
+_ARGUMENTS: WeakKeyDictionary[type, _Arguments] = WeakKeyDictionary()

@@ -1,0 +1,115 @@
+"""Kernels that write rows in 8 bits (e4m3), each with a scale of its own, for products of such rows.
+
+A row is x ≈ q · scale, with scale = max |x| / 448, the largest number that e4m3 has. It is in registers as a whole
+when it is written, so that its scale costs no further pass. NaN stays NaN; an infinity makes its row NaN, as it makes
+what is multiplied with it.
+"""
+
+import triton
+import triton.language as tl
+
+from .mlp import gelu
+from .pointwise import normalised
+
+# What is written in 8 bits.
+PLAIN = tl.constexpr(0)  # x
+GELU = tl.constexpr(1)  # GELU(x)
+NORM = tl.constexpr(2)  # norm(x)
+ADD_NORM = tl.constexpr(3)  # norm(x + branch); total = x + branch
+NORM_ADD = tl.constexpr(4)  # x + norm(branch), which total is, too
+
+
+@triton.jit
+def store_row(out_ptr, scale_ptr, tile, first, rows, offs_r, offs_c, K: tl.constexpr):
+    """Store rows of K numbers in 8 bits, and their scales.
+
+    Args:
+        tile: (ROWS, BLOCK), fp32, zero beyond K.
+        first: of the rows, where they are stored.
+    """
+    largest = tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)  # else rows of zeros would be divided by zero
+    inside_r = first + offs_r < rows
+    inside = inside_r[:, None] & (offs_c < K)[None, :]
+    eighth = (tile * (448.0 / largest)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * K + offs_r[:, None] * K + offs_c[None, :], eighth, mask=inside)
+    tl.store(scale_ptr + first + offs_r, largest / 448.0, mask=inside_r)
+
+
+@triton.jit
+def _quantise_kernel(
+    out_ptr,  # (rows, C), e4m3
+    scale_ptr,  # (rows,), fp32
+    x_ptr,  # (rows, C)
+    branch_ptr, total_ptr,  # (rows, C), where the mode has them
+    weight_ptr, bias_ptr,  # (C,) or None
+    rows, eps,
+    C: tl.constexpr, MODE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write rows, their GELU, norm, or sum with a norm before or after it, in 8 bits. One program: ROWS rows."""
+    tl.static_assert(C <= BLOCK_C)
+    first = tl.cast(tl.program_id(0), tl.int64) * ROWS
+    offs_r = tl.arange(0, ROWS)
+    offs_c = tl.arange(0, BLOCK_C)
+    inside = (first + offs_r < rows)[:, None] & (offs_c < C)[None, :]
+    offs = offs_r[:, None] * C + offs_c[None, :]
+    x = tl.load(x_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+    if MODE == GELU:
+        x = gelu(x)
+    if MODE == NORM:
+        x = normalised(x, weight_ptr, bias_ptr, offs_c, eps, C)
+    if MODE == ADD_NORM or MODE == NORM_ADD:
+        branch = tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+        if MODE == NORM_ADD:
+            branch = normalised(branch, weight_ptr, bias_ptr, offs_c, eps, C)
+        x += branch
+        tl.store(total_ptr + first * C + offs, x.to(total_ptr.dtype.element_ty), mask=inside)
+        if MODE == ADD_NORM:
+            x = normalised(x, weight_ptr, bias_ptr, offs_c, eps, C)
+    store_row(out_ptr, scale_ptr, x, first, rows, offs_r, offs_c, C)
+
+
+@triton.jit
+def _store_weight(
+    out_ptr, scale_ptr, weight_ptr, place, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    first = tl.cast(place, tl.int64) * ROWS
+    offs_r = tl.arange(0, ROWS)
+    offs_c = tl.arange(0, BLOCK)
+    inside = (first + offs_r < N)[:, None] & (offs_c < K)[None, :]
+    offs = first * K + offs_r[:, None] * K + offs_c[None, :]
+    tile = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    store_row(out_ptr, scale_ptr, tile, first, N, offs_r, offs_c, K)
+
+
+@triton.jit
+def _quantise_weights_kernel(
+    out_ptr,  # all four matrices, one after the other, e4m3
+    scale_ptr,  # of all their rows, fp32
+    qkv_ptr,  # (QKV, C)
+    proj_ptr,  # (C, WIDTH)
+    fc1_ptr,  # (HIDDEN, C)
+    fc2_ptr,  # (C, HIDDEN)
+    C: tl.constexpr, QKV: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr,
+    ROWS_C: tl.constexpr, ROWS_W: tl.constexpr, ROWS_H: tl.constexpr,
+):  # fmt: skip
+    """Write the weights of a block in 8 bits, a scale for each output channel. One program: some rows of one of them.
+
+    ROWS_C rows of C numbers, in BLOCK_C, and likewise WIDTH and HIDDEN.
+    """
+    END_QKV: tl.constexpr = (QKV + ROWS_C - 1) // ROWS_C
+    END_PROJ: tl.constexpr = END_QKV + (C + ROWS_W - 1) // ROWS_W
+    END_FC1: tl.constexpr = END_PROJ + (HIDDEN + ROWS_C - 1) // ROWS_C
+    pid = tl.program_id(0)
+    if pid < END_QKV:
+        _store_weight(out_ptr, scale_ptr, qkv_ptr, pid, QKV, C, BLOCK_C, ROWS_C)
+    elif pid < END_PROJ:
+        out = out_ptr + QKV * C
+        _store_weight(out, scale_ptr + QKV, proj_ptr, pid - END_QKV, C, WIDTH, BLOCK_W, ROWS_W)
+    elif pid < END_FC1:
+        out = out_ptr + QKV * C + C * WIDTH
+        _store_weight(out, scale_ptr + QKV + C, fc1_ptr, pid - END_PROJ, HIDDEN, C, BLOCK_C, ROWS_C)
+    else:
+        out = out_ptr + QKV * C + C * WIDTH + HIDDEN * C
+        scale = scale_ptr + QKV + C + HIDDEN
+        _store_weight(out, scale, fc2_ptr, pid - END_FC1, C, HIDDEN, BLOCK_H, ROWS_H)

@@ -1,0 +1,177 @@
+"""Capture one call of a module as a graph, and replay it while all that it was captured from is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..layers import PLAIN_TENSORS, alias, has_hooks
+from ..ops.failures import failures
+from .cuda_graph import CudaGraphs
+from .guard import Guard, NotGuardable
+from .plan import State, known_states
+
+Run = Callable[[nn.Module, list[Tensor]], Any]
+
+ENGINES: dict[str, Any] = {"cuda": CudaGraphs}  # by type of device
+RUNS = 2  # of a call, to capture it: libraries set themselves up in the first
+
+
+class NotCapturable(Exception):
+    """A call cannot be a graph; the message says why."""
+
+
+class Capture:
+    """One kind of call of a module, captured without gradients.
+
+    Args:
+        module: whose call it is.
+        run: the call, of a module that is as this one, and of other tensors.
+        inputs: all tensors that the call was given.
+
+    Attributes:
+        nbytes: device memory that the graphs take.
+        replays: calls that were replays.
+        looks_after: a replay of what does not hold any more does no harm but to its own result, so that the module may
+            be looked at while the device works.
+    """
+
+    looks_after = True
+
+    def __init__(self, module: nn.Module, run: Run, inputs: list[Tensor]) -> None:
+        root = alias(module)
+        self._modules = [root, *(part for part in module.modules() if part is not module)]
+        self._device, self.replays = inputs[0].device, 0
+        if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
+            raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
+        self._check()
+        try:
+            self._guard = Guard(self._modules)
+        except NotGuardable:
+            raise NotCapturable("a module in it holds a setting that cannot be compared") from None
+        self._tensors = self._guard.tensors() + self._guard.values
+        self._counted = [one for one in self._tensors if not one.is_floating_point() and not one.is_inference()]
+        self._held = [one.detach() for one in self._tensors]  # what a graph reads must stay where it is
+        self._places, self._versions, self._failures = self._where(), self._counts(), failures.count
+        if any(one.device != self._device for one in [*self._tensors, *inputs]):
+            raise NotCapturable("its inputs, parameters and buffers are on several devices")
+        if any(type(one) not in PLAIN_TENSORS for one in self._tensors):
+            raise NotCapturable("some of its parameters are of a tensor class of their own")
+        self._inputs = [torch.empty_like(one, requires_grad=False) for one in inputs]
+        for own, one in zip(self._inputs, inputs, strict=True):
+            own.copy_(one.detach())
+        written = [one._version for one in self._inputs if not one.is_inference()]
+        self._engine = ENGINES[self._device.type](self._device)
+        self._calls: list[tuple[State, int, int]] = []
+        with _without_autocast_cache():
+            leaves, self._form = tree_flatten(self._capture(run, inputs))
+        if [one._version for one in self._inputs if not one.is_inference()] != written:
+            raise NotCapturable("it writes to its input")
+        self._outputs, self._leaves = _split(leaves)
+        if not self._guard.holds():
+            raise NotCapturable("its forward changes settings of its own")
+        self.nbytes: int = self._engine.nbytes
+
+    def _check(self) -> None:
+        if any(part.training for part in self._modules):
+            raise NotCapturable("a module in it is in training, and no gradients are recorded; call eval()")
+
+    def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
+        """Capture the call, note whose calls it makes, and return its output."""
+        root, states = self._modules[0], known_states(self._modules)
+        before = [(one, one.calls, one.fallbacks) for one in states]
+        self._engine.warm_up(lambda: run(root, self._inputs))
+        self._forward, output = self._engine.capture(lambda: run(root, self._inputs))
+        for state, calls, fallbacks in before:
+            self._calls.append((state, (state.calls - calls) // RUNS, (state.fallbacks - fallbacks) // RUNS))
+            state.calls, state.fallbacks = calls, fallbacks  # nobody has asked for those
+        return output
+
+    def is_safe(self) -> bool:
+        """Return True if indices hold what they did; through others a kernel might read anywhere.
+
+        All other memory that the graph reads is kept alive, whatever became of the module.
+        """
+        return self._counts() == self._versions
+
+    def lies(self) -> bool:
+        """Return True if all memory that the graph reads is still that of the module."""
+        return self._where() == self._places and self._counts() == self._versions
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return True if the module, and all in it, is what it was."""
+        root = self._guard.modules[0]
+        is_same = root.__dict__ is module.__dict__ and type(root) is type(module)
+        return is_same and self._failures == failures.count and self._guard.holds() and self.lies()
+
+    def is_free(self) -> bool:
+        """Return True if nobody needs what the latest replay has left in the graph's memory."""
+        return True
+
+    def replay(self, inputs: list[Tensor]) -> Any:
+        """Return what the call returns for other inputs, in memory of the caller's own."""
+        return self._formed(self.forward(inputs))
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Return copies of the tensors that the call returns for other inputs."""
+        engine = self._engine
+        with engine.lock:
+            engine.start()
+            for own, one in zip(self._inputs, inputs, strict=True):
+                own.copy_(one)
+            self._forward()
+            copies = [one.clone() for one in self._outputs]
+            engine.finish()
+        return copies
+
+    def count(self) -> None:
+        """Count a replay, and the calls of the modules inside, which it does not make."""
+        self.replays += 1
+        for state, calls, fallbacks in self._calls:
+            state.calls += calls
+            state.fallbacks += fallbacks
+
+    def _formed(self, tensors: Any) -> Any:
+        """Return tensors in the form of the call's output."""
+        leaves = [other if place is None else tensors[place] for place, other in self._leaves]
+        return tree_unflatten(leaves, self._form)
+
+    def _where(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._tensors))
+
+    def _counts(self) -> list[int]:
+        return [one._version for one in self._counted]  # of indices, through which kernels read
+
+
+def _split(leaves: list[Any]) -> tuple[list[Tensor], list[tuple[int | None, Any]]]:
+    """Return the tensors among the leaves of an output, each once, and for each leaf its place there, or itself."""
+    tensors: list[Tensor] = []
+    places: dict[int, int] = {}
+    found: list[tuple[int | None, Any]] = []
+    for leaf in leaves:
+        if type(leaf) is Tensor:
+            if id(leaf) not in places:
+                places[id(leaf)] = len(tensors)
+                tensors.append(leaf)
+            found.append((places[id(leaf)], None))
+        elif isinstance(leaf, (int, float, str, type(None))):
+            found.append((None, leaf))
+        else:
+            raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph does not compute")
+    return tensors, found
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Let autocast convert weights anew inside: a graph must not read what the cache is about to free."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -1,0 +1,236 @@
+"""Capture one call of a module together with its backward.
+
+Loss, clipping and optimizer stay outside, and so do the parameters' own gradients: a backward hands out copies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .capture import RUNS, Capture, NotCapturable, Run
+from .plan import known_states
+from .rehearsal import Buffers, drawing_apart, random_state, set_random_state, twin_of
+
+_CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
+
+
+class TrainingCapture(Capture):
+    """One kind of call of a module, captured with its backward.
+
+    What the forward leaves for the backward lies in memory of the graphs, so one call at a time has a backward that can
+    be a replay. Others run the module again: a backward after the forward of a later call, and one that is to be
+    differentiated itself.
+    """
+
+    looks_after = False  # a forward writes statistics
+
+    def _check(self) -> None:
+        if any(getattr(part, name, False) is True for part in self._modules for name in _CHECKPOINTS):
+            raise NotCapturable("it checkpoints, and computes in its backward what a graph would keep")
+
+    def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
+        root = self._modules[0]
+        twin, parameters = self._copied(root)
+        buffers = Buffers(root)
+        given = [own.detach().requires_grad_(one.requires_grad) for own, one in zip(self._inputs, inputs, strict=True)]
+        sources = [*given, *parameters.values()]
+        wanted = [place for place, one in enumerate(sources) if one.requires_grad]
+
+        def forward() -> tuple[Any, list[Tensor]]:
+            output = run(twin, given)
+            leaves = {id(one): one for one in tree_flatten(output)[0] if isinstance(one, Tensor)}
+            return output, [one for one in leaves.values() if one.requires_grad]
+
+        def backward(outs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+            # All that the forward left is kept: other graphs use the same memory, and a backward may come twice.
+            asked = [sources[place] for place in wanted]
+            return torch.autograd.grad(outs, asked, grads, retain_graph=True, allow_unused=True)
+
+        def both() -> None:
+            outs = forward()[1]
+            if not outs:
+                raise NotCapturable("nothing that it returns has a gradient")
+            backward(outs, list(map(torch.ones_like, outs)))
+
+        with drawing_apart(self._device):
+            before = random_state(self._device)
+            self._engine.warm_up(both)
+            self._draws = not torch.equal(before, random_state(self._device))
+            self._forward, (output, self._differentiable) = self._engine.capture(forward)
+            if not _leaves_of(self._differentiable) <= set(map(id, sources)):
+                raise NotCapturable("its code reads parameters through something else than the modules inside")
+            self._given_grads = list(map(torch.zeros_like, self._differentiable))
+            self._backward, grads = self._engine.capture(lambda: backward(self._differentiable, self._given_grads))
+        for one, other in zip(self._modules, twin.modules(), strict=True):
+            for state, counted in zip(known_states([one]), known_states([other]), strict=False):
+                self._calls.append((state, counted.calls // RUNS, counted.fallbacks // RUNS))
+        statistics = buffers.restore()
+        self._counted = [one for one in self._counted if not any(one is other for other in statistics)]
+        self._versions = self._counts()
+        found = dict(zip(wanted, grads, strict=True))
+        # A parameter that takes no part has no gradient, which DDP must see.
+        used = [place for place in range(len(sources)) if place < len(given) or found.get(place) is not None]
+        own = list(parameters)
+        self._parameters = [own[place - len(given)] for place in used[len(given) :]]
+        self._grads = [found.get(place) for place in used]
+        self._flags, self._run, self._turn = self._wanted(), run, weakref.ref(_Turn())
+        return output
+
+    def _copied(self, root: nn.Module) -> tuple[nn.Module, dict[Tensor, Tensor]]:
+        try:
+            return twin_of(root, self._tensors)
+        except Exception as error:
+            raise NotCapturable(f"it cannot be copied ({type(error).__name__})") from None
+
+    def lies(self) -> bool:
+        """Return True if the graphs read the module's memory, and the same parameters as ever want gradients."""
+        return super().lies() and self._wanted() == self._flags
+
+    def is_free(self) -> bool:
+        """Return True if no backward is to come that needs what the latest forward has left."""
+        turn = self._turn()
+        return turn is None or turn.is_over
+
+    def replay(self, inputs: list[Tensor]) -> Any:
+        """Return what the call returns for other inputs, with its gradients."""
+        return self._formed(_Replayed.apply(self, *inputs, *self._parameters))
+
+    def begin(self, given: tuple[Tensor, ...]) -> tuple[list[Tensor], _Turn]:
+        """Return copies of the tensors that the call returns, and what its backward is asked for by.
+
+        Args:
+            given: inputs and parameters.
+        """
+        turn, kind = _Turn(), self._device.type
+        turn.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with self._engine.lock:
+            turn.random_state = random_state(self._device) if self._draws else None
+            self._turn = weakref.ref(turn)
+            return self.forward(list(given[: len(self._inputs)])), turn
+
+    def backward(self, turn: _Turn, given: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Return the gradients of inputs and parameters.
+
+        Args:
+            turn: of the forward.
+            given: inputs and parameters, as they were then.
+            grads: of the forward's outputs.
+        """
+        if not self.lies():
+            raise RuntimeError(
+                "swinaccel: parameters were replaced between a forward and its backward, which CUDA graphs cannot"
+                " follow; replace them before the forward, or use graphs='auto'"
+            )
+        turn.is_over, engine = True, self._engine
+        if torch.is_grad_enabled():
+            return self._run_again(turn, given, grads)
+        with engine.lock:
+            if self._turn() is not turn:
+                return self._run_again(turn, given, grads)
+            engine.start()
+            for own, one in zip(self._given_grads, self._selected(grads), strict=True):
+                if one is None:
+                    own.zero_()
+                else:
+                    own.copy_(one)
+            self._backward()
+            # Copies, each of which may become a parameter's `grad` and be added to: the next replay writes its own.
+            found = [None if one is None else one.clone() for one in self._grads]
+            engine.finish()
+        return found
+
+    def _run_again(
+        self, turn: _Turn, given: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
+        """Return the gradients of a forward by running it anew, as it was; they have gradients themselves."""
+        kind, count, creates = self._device.type, len(self._inputs), torch.is_grad_enabled()
+        buffers = Buffers(self._modules[0])
+        with (
+            drawing_apart(self._device),
+            torch.enable_grad(),
+            torch.autocast(kind, turn.autocast, enabled=turn.autocast is not None),
+        ):
+            if turn.random_state is not None:
+                set_random_state(self._device, turn.random_state)
+            inputs = [one if creates else one.detach().requires_grad_(one.requires_grad) for one in given[:count]]
+            leaves = tree_flatten(self._run(self._modules[0], inputs))[0]
+            outs = list({id(one): one for one in leaves if isinstance(one, Tensor) and one.requires_grad}.values())
+        buffers.restore()
+        pairs = [(out, grad) for out, grad in zip(outs, self._selected(grads), strict=True) if grad is not None]
+        sources = [*inputs, *given[count:]]
+        wanted = [place for place, one in enumerate(sources) if one.requires_grad]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [sources[place] for place in wanted],
+            [grad for _, grad in pairs],
+            create_graph=creates,
+            allow_unused=True,
+        )
+        by_place = dict(zip(wanted, found, strict=True))
+        return list(map(by_place.get, range(len(sources))))
+
+    def is_differentiable(self) -> list[bool]:
+        """Return for each output whether it has a gradient."""
+        return [any(one is other for other in self._differentiable) for one in self._outputs]
+
+    def _selected(self, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Return the gradients of those outputs that have one, in the order in which they were captured."""
+        places = {id(one): place for place, one in enumerate(self._outputs)}
+        return [grads[places[id(one)]] for one in self._differentiable]
+
+    def _wanted(self) -> list[bool]:
+        return [one.requires_grad for one in self._tensors]
+
+
+class _Turn:
+    """One forward, for as long as its backward may come.
+
+    Attributes:
+        is_over: its backward has come.
+        autocast: dtype, or None where it was off.
+        random_state: before it, of modules that draw.
+    """
+
+    __slots__ = ("__weakref__", "autocast", "is_over", "random_state")
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.autocast: torch.dtype | None = None
+        self.random_state: Tensor | None = None
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, capture: TrainingCapture, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given)  # whose versions are compared when the backward reads them
+        outputs, ctx.turn = capture.begin(given)
+        ctx.capture = capture
+        ctx.mark_non_differentiable(
+            *(one for one, has_grad in zip(outputs, capture.is_differentiable(), strict=True) if not has_grad)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, *ctx.capture.backward(ctx.turn, ctx.saved_tensors, grads)
+
+
+def _leaves_of(outputs: list[Tensor]) -> set[int]:
+    """Return the ids of all tensors whose gradients a backward from outputs would add up."""
+    waiting: list[Any] = [one.grad_fn for one in outputs]
+    seen, found = set(waiting), {id(one) for one in outputs if one.grad_fn is None}
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for other, _ in () if node is None else node.next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return found
