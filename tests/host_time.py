@@ -59,7 +59,10 @@ def main() -> None:
         "timm V2": (helpers.timm_block((8, 8), shift=2, v2=True), (torch.randn(1, 8, 8, 16),)),
         "Hugging Face Swin": (helpers.huggingface_layer("Swin", shift=2), (torch.randn(1, 64, 16), (8, 8))),
         "Hugging Face Swinv2": (helpers.huggingface_layer("Swinv2", shift=2), (torch.randn(1, 64, 16), (8, 8))),
+        "Hugging Face, padded": (helpers.huggingface_layer("Swin", shift=2), (torch.randn(1, 63, 16), (9, 7))),
         "official V1": (helpers.microsoft_block((8, 8), shift=2), (torch.randn(1, 64, 16),)),
+        "torchvision V1": (helpers.torchvision_model().features[1][1], (torch.randn(1, 8, 8, 16),)),
+        "torchvision V2": (helpers.torchvision_model(v2=True).features[1][1], (torch.randn(1, 8, 8, 16),)),
     }
     for name, (block, inputs) in blocks.items():
         _is_empty = False

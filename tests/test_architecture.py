@@ -233,5 +233,5 @@ def test_one_call_moves_between_few_files():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     moves = {line[:22].strip(): int(line.split()[-2]) for line in done.stdout.splitlines()}
-    assert len(moves) == 5
+    assert len(moves) == 8
     assert max(moves.values()) <= 15, moves

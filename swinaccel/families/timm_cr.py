@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_plain_linear, pair, zero_token
+from .shared.common import drop_rate, is_plain_linear, pair
+from .shared.separate import zero_token
 from .timm import Timm, few_windows
 
 

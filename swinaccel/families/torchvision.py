@@ -52,7 +52,7 @@ class Torchvision:
             return f"torchvision's window attention takes {self.form}, not {x.dim()} axes"
         heads, geometry = module.num_heads, self.geometry(tuple(x.shape[1:-1]), module.window_size, module.shift_size)
         cosine = hasattr(module, "logit_scale")
-        product, drops = Product(module.proj, lambda: module.proj.bias), module.training and module.dropout
+        product, drops = Product(module.proj), module.training and module.dropout
         if cosine:
             reason = logit_scale_reason(module.logit_scale, heads)
             if reason is not None:

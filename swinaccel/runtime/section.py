@@ -65,11 +65,16 @@ class TritonSection:
 
     def attend(self, image: Tensor) -> Tensor:
         """Return the attention of an image (B, H, W, C)."""
-        section = self.section
-        return section.output(self.attended(section.project(image)))
+        section, bound = self.section, self._bound
+        padding = padding_of(section) if bound is not None and bound.has_padding else None
+        return section.output(self.attended(section.project(image), padding))
 
-    def attended(self, qkv: Any) -> Tensor:
-        """Return the attention of a projection, (..., heads * D), by its launches where that is as it was."""
+    def attended(self, qkv: Any, padding: Tensor | None = None) -> Tensor:
+        """Return the attention of a projection, (..., heads * D), by its launches where that is as it was.
+
+        Args:
+            padding: what padding tokens hold, where it has been read.
+        """
         section, bound = self.section, self._bound
         if bound is None:
             return self._first(qkv)
@@ -77,9 +82,8 @@ class TritonSection:
         for one in parts:
             if one.shape != bound.shape or one.dtype is not bound.dtype or not one.is_contiguous():
                 return self._first(qkv)
-        padding = None
         if bound.has_padding:
-            padding = padding_of(section)
+            padding = padding_of(section) if padding is None else padding
             if padding is None or not padding.is_contiguous():
                 return self._first(qkv)
         table = bound.table
@@ -156,9 +160,8 @@ def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor]
     """
     if isinstance(projection, Product):
         layer, bias_of = projection.layer, projection.bias
-        if torch.is_grad_enabled():
-            return lambda x: linear(x, layer.weight, bias_of())
-        return lambda x: product(x, layer.weight, bias_of())
+        run = linear if torch.is_grad_enabled() else product
+        return lambda x: run(x, layer.weight, layer.bias if bias_of is None else bias_of())
     if (
         not is_builtin(projection, nn.Linear)
         or projection._compiled_call_impl is not None

@@ -18,13 +18,14 @@ class Product:
 
     Attributes:
         layer: whose weight it is; read at each call, as is what `bias` gives.
+        bias: gives the bias; None for the layer's own.
     """
 
     layer: Any
-    bias: Callable[[], Tensor | None]
+    bias: Callable[[], Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight, self.bias())
+        return F.linear(x, self.layer.weight, self.layer.bias if self.bias is None else self.bias())
 
 
 @dataclass(slots=True)

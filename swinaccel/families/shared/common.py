@@ -91,18 +91,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_builtin(module, nn.Linear)
 
 
-def zero_token(*projections: Any) -> Tensor | None:
-    """Return what plain projections make of a zero token: their biases one after the other; None where none has one."""
-    biases = [projection.bias for projection in projections]
-    if all(bias is None for bias in biases):
-        return None
-    parts = [
-        bias if bias is not None else projection.weight.new_zeros(projection.weight.shape[0])
-        for bias, projection in zip(biases, projections, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def separate_bias(attn: Any) -> Tensor | None:
     """Return the bias of SwinV2's packed projection, (3 * heads * D,), or None: q's, zeros or k_bias, v's."""
     if attn.q_bias is None:

@@ -28,8 +28,8 @@ from .common import (
     position_bias,
     separate_bias,
     sides,
-    zero_token,
 )
+from .separate import zero_token
 
 
 def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index: bool = True) -> WindowSpec | None:

@@ -8,6 +8,7 @@ product runs at the rate of three, and the copies of the weights are lost time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import is_plain_linear, zero_token
+from .common import is_plain_linear
 
 # By measurement (docs/notes.md): at 24 rows a channel and 512 channels it still wins, at 3 and 1024 it loses.
 widest = 512
@@ -40,7 +41,19 @@ def separate_projections(*projections: Any) -> Callable[[Tensor], Any]:
 
 def separate_padding(*projections: Any) -> Callable[[], Tensor | None] | None:
     """Return the `padding` of a `Section`."""
-    return (lambda: zero_token(*projections)) if all(map(is_plain_linear, projections)) else None
+    return functools.partial(zero_token, *projections) if all(map(is_plain_linear, projections)) else None
+
+
+def zero_token(*projections: Any) -> Tensor | None:
+    """Return what plain projections make of a zero token: their biases one after the other; None where none has one."""
+    biases = [projection.bias for projection in projections]
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        bias if bias is not None else projection.weight.new_zeros(projection.weight.shape[0])
+        for bias, projection in zip(biases, projections, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _is_packed(x: Tensor, projections: tuple[Any, ...]) -> bool:
