@@ -65,27 +65,25 @@ class TritonSection:
 
     def attend(self, image: Tensor) -> Tensor:
         """Return the attention of an image (B, H, W, C)."""
-        section, bound = self.section, self._bound
-        padding = padding_of(section) if bound is not None and bound.has_padding else None
-        return section.output(self.attended(section.project(image), padding))
+        return self.section.output(self.attended(image, self.section.project))
 
-    def attended(self, qkv: Any, padding: Tensor | None = None) -> Tensor:
+    def attended(self, x: Any, project: Callable[[Tensor], Any] | None = None) -> Tensor:
         """Return the attention of a projection, (..., heads * D), by its launches where that is as it was.
 
         Args:
-            padding: what padding tokens hold, where it has been read.
+            x: the projection; or, with `project`, the image that it is made of.
         """
         section, bound = self.section, self._bound
+        padding = padding_of(section) if bound is not None and bound.has_padding else None
+        qkv = x if project is None else project(x)
         if bound is None:
             return self._first(qkv)
         parts = (qkv,) if isinstance(qkv, Tensor) else qkv
         for one in parts:
             if one.shape != bound.shape or one.dtype is not bound.dtype or not one.is_contiguous():
                 return self._first(qkv)
-        if bound.has_padding:
-            padding = padding_of(section) if padding is None else padding
-            if padding is None or not padding.is_contiguous():
-                return self._first(qkv)
+        if bound.has_padding and (padding is None or not padding.is_contiguous()):
+            return self._first(qkv)
         table = bound.table
         if table is None and section.table is not None:
             table = None if bound.position is None else bound.position.run(*section.position)  # type: ignore[misc]
