@@ -112,7 +112,7 @@ def _first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if context_reason(first) is not None or _is_capturing():
         return
     with _lock:
-        if model in _seen:
+        if model in _seen or not _is_on:  # what could not be taken away looks at no model
             return
         _seen.update(model.modules())
         if any(marker(part) is not None for part in model.modules()):

@@ -239,5 +239,5 @@ def test_markers_carry_the_options_as_text():
     text = json.loads(options.to_json())
     assert text == {
         **{"backend": "torch", "bias": "auto", "bias_energy": 0.9, "strict": True, "fuse": "auto"},
-        **{"graphs": False, "graphs_memory": 0.5, "precision": "model", "max_error": 0.1},
+        **{"graphs": "auto", "graphs_memory": 0.5, "precision": "model", "max_error": 0.1},
     }
