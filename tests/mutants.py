@@ -168,7 +168,7 @@ MUTANTS = [
         ("dropping.py", "if len(heard) == 1 else 0.0", "if heard else 0.0", "tests/trust/test_switches_in_numbers.py"),
         (
             "dropping.py",
-            "holds = _rate_told_to_torch(subject.original, clone, arguments) == rate",
+            "holds = _told(original, clone, arguments) == rate",
             "holds = True",
             COPIES + " -k taken",
         ),
@@ -279,8 +279,8 @@ MUTANTS = [
         ),
         (
             "registry.py",
-            "            self._readings[key] = reading\n            self.count += 1",
-            "            self._readings[key] = reading",
+            "            self._readings[key] = both\n            self.count += 1",
+            "            self._readings[key] = both",
             HOST + " -k proven",
         ),
         ("registry.py", "if getattr(part, last) and (", "if False and (", REFUSED),
@@ -516,8 +516,8 @@ MUTANTS = [
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
         ("traced.py", "not is_sure:", "not is_of_library(module):", FORMS),
         ("call.py", "kwargs = _input_first(original, kwargs)", "pass", FORMS + " -k order"),
-        ("traced.py", " or (type(holder), name, _DropoutNd) in roles", "", FORMS),
-        ("traced.py", "if kind is float and owner is type(module) and", "if False and", FORMS),
+        ("traced.py", ' or ("always", type(holder), name) in proven', "", FORMS),
+        ("traced.py", 'if fact[0] == "rate" and fact[1] is type(module) and', "if False and", FORMS),
         (
             "attention.py",
             "if value and (place or rate != known):",

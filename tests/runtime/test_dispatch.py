@@ -539,7 +539,8 @@ def test_report_is_ready_for_json_and_for_reading():
     content = json.loads(json.dumps(report.to_dict()))
     assert (content["accelerated"], content["original"]) == (1, 1)
     fields = {
-        "name", "family", "status", "reason", "window", "shift", "num_heads", "head_dim", "bias", "calls", "fallbacks"
+        "name", "family", "status", "reason", "window", "shift", "num_heads", "head_dim", "bias", "precision", "calls",
+        "fallbacks",
     }  # fmt: skip
     assert [set(entry) for entry in content["entries"]] == [fields, fields]
     assert [entry.name for entry in report.accelerated] == ["0"]
