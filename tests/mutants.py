@@ -58,7 +58,7 @@ SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
 GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
-TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits and not optimizer"'
+TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits"'
 COPIES = "tests/families/test_copies.py"
 FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
@@ -595,7 +595,6 @@ MUTANTS = [
                 "else one for one in self._grads",
                 TRAINING_GRAPHS,
             ),
-            ("training_capture", "retain_graph=True", "retain_graph=False", TRAINING_GRAPHS),
             ("training_capture", "super().lies() and self._wanted() == self._flags", "super().lies()", TRAINING_GRAPHS),
             ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),

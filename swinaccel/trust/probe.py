@@ -61,6 +61,10 @@ _UNSEEN = frozenset((
 ))  # fmt: skip
 
 
+# Of those, what layers of installed packages may name: peft merges 16-bit weights in fp32 on CPUs.
+_ADAPTED = frozenset(("cpu", "device.type", "is_cpu"))
+
+
 def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     """Return why a module's window attention cannot be replaced, or None if it is proven that it can.
 
@@ -166,6 +170,8 @@ def _speaks_of(parts: Iterable[nn.Module], words: Iterable[str]) -> tuple[str, s
                     continue
                 for one in _with_helpers(function):
                     found = set(words).intersection(names_in(one.__code__))
+                    if is_installed(one):
+                        found -= _ADAPTED
                     if found:
                         where = type(part).__name__ if one is function else one.__module__
                         return f"{where}.{one.__name__}", min(found)

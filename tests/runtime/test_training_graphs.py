@@ -243,6 +243,40 @@ def test_statistics_and_random_numbers():
     assert replays(model) > 0
 
 
+class Twice(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        y = self.body(x)
+        return y, y.square()
+
+
+def test_outputs_that_get_no_gradient():
+    model, twin = pair(Twice(MODELS["timm"][0]()))
+    x = torch.randn(MODELS["timm"][1], device=DEVICE)
+    for used in ((0, 1), (0, 1), (0, 1), (1,), (0,)):
+        for every in (model, twin):
+            every.zero_grad()
+            outs = every(x)
+            sum(total(outs[place]) for place in used).backward()
+        assert_alike(model, twin)
+    assert replays(model) == 4
+
+
+def test_a_graph_that_holds_no_more_leaves_no_statistics():
+    model, twin = pair(Normalized(MODELS["timm"][0]()))
+    x = torch.randn(3, 3, 32, 32, device=DEVICE)
+    for number in range(4):
+        for every in (model, twin):
+            if number == 3:
+                every.norm.momentum = 0.5
+            step(every, x + number)
+    for ours, own in zip(model.buffers(), twin.buffers(), strict=True):
+        helpers.assert_close(ours, own, 1e-5)
+
+
 def test_a_later_backward_draws_what_its_forward_drew():
     model, twin = pair(Normalized(MODELS["timm"][0]()))
     x = torch.randn(3, 3, 32, 32, device=DEVICE)

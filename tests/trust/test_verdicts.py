@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import pathlib
+import sysconfig
 import types
 
 import helpers
@@ -484,3 +486,25 @@ def test_a_forward_that_was_replaced_before_is_not_said_to_be_accelerated(name):
     entry = swinaccel.report(model).entries[0]
     assert (entry.name, entry.status) == ("", "original")
     assert "forward was replaced on this instance" in entry.reason
+
+
+ADAPTER = """
+class Adapter(Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+    def get_delta_weight(self):
+        return self.weight.float() if self.weight.device.type == "cpu" else self.weight
+"""
+
+
+@pytest.mark.parametrize("folder", [sysconfig.get_paths()["purelib"], "/project"])
+def test_layers_of_packages_may_merge_otherwise_on_cpus(folder):
+    """As peft's do; in code of a project's own the word is enough to leave it alone."""
+    path = pathlib.Path(folder, "adapters", "layer.py")
+    space = {"Linear": nn.Linear, "__name__": "adapters.layer"}
+    exec(compile(ADAPTER, str(path), "exec"), space)
+    model = helpers.randomize(microsoft_models.WindowAttentionV2(16, (4, 4), 2))
+    model.qkv.__class__ = space["Adapter"]
+    (entry,) = swinaccel.plan(model)
+    assert (entry.status == "accelerated") == (folder != "/project"), entry.reason
