@@ -243,6 +243,17 @@ def test_statistics_and_random_numbers():
     assert replays(model) > 0
 
 
+def test_gradients_are_the_callers_own():
+    model, twin, x = captured()
+    found = [
+        [torch.autograd.grad(total(every(x + number)), list(every.parameters())) for number in range(2)]
+        for every in (model, twin)
+    ]
+    for ours, own in zip(*found, strict=True):
+        for one, other in zip(ours, own, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
 class Twice(nn.Module):
     def __init__(self, body):
         super().__init__()
