@@ -130,7 +130,7 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.summary(), box=box.SIMPLE, title_justify="left", caption_justify="left")
-        notes = [str(graph) for graph in self.graphs]
+        notes = [str(graph) for graph in self.graphs if graph.captured or graph.reason]
         if any(entry.status == "original" or entry.fallbacks for entry in self.entries):
             notes.append("Originals are the model's own code: results are right, and as fast as they were.")
         has_precision = any(entry.precision for entry in self.entries)
