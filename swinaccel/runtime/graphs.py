@@ -1,9 +1,9 @@
 """Replay calls of a whole model as a CUDA graph, while all that the graph was captured from is as it was.
 
 A graph runs what was captured, on the memory that was captured, and looks at nothing. So each is kept under all that
-decides what a call runs (its signature), holds on to the memory that it reads, and is replayed only where parameters
-and buffers still lie there. All else, hooks and settings of every module, is compared while the device works, before
-the result is given out. In-place changes of numbers need nothing: a replay reads them.
+decides what a call runs (its signature), and holds on to the memory that it reads. Whether the module is what it was,
+where its parameters lie, its hooks and its settings, is compared while the device works, before the result is given
+out. In-place changes of numbers need nothing: a replay reads them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Graphs:
         self.replays = 0
         self._seen: dict[tuple, int] = {}
         self._refused: dict[tuple, str] = {}
+        self._rehearsed: set[bool] = set()
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +71,13 @@ class Graphs:
             self.refuse(key, "something in it changes at every call")
         return None
 
-    def is_new(self, key: tuple) -> bool:
-        """Return True if no call of this signature came before."""
-        return key not in self._seen and key not in self._refused
+    def is_first(self) -> bool:
+        """Return True once without, and once with gradients: sizes that come later find most kernels compiled."""
+        mode = torch.is_grad_enabled()
+        if mode in self._rehearsed:
+            return False
+        self._rehearsed.add(mode)
+        return True
 
     def is_due(self, key: tuple, first: int) -> bool:
         """Return True if a call of this signature, which is counted here, is the first that should be captured."""
@@ -132,7 +137,7 @@ def call(
     if result is not None:
         return result[0]
     again = _again(run, args, kwargs)
-    if graphs.is_new(key):
+    if graphs.is_first():
         compile_ahead(module, again, inputs)
     if graphs.is_due(key, CAPTURED_CALL - (config.graphs is True)):
         graphs.capture(module, key, again, inputs, config.graphs_memory * memory_of(inputs[0].device))

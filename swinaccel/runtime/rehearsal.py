@@ -1,6 +1,6 @@
 """Run a call for its side effects on us alone: nothing of the model, its statistics and random numbers changes.
 
-The first call of a kind is rehearsed so that all its kernels are compiled at the same time.
+A model's first call is rehearsed so that all its kernels are compiled at the same time.
 """
 
 from __future__ import annotations
@@ -46,10 +46,16 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
 
 def _rehearse(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor]) -> None:
     twin, parameters = twin_of(module) if torch.is_grad_enabled() else (module, {})
-    outs = [one for one in tree_leaves(run(twin, inputs)) if isinstance(one, Tensor) and one.requires_grad]
+    outs = differentiable(run(twin, inputs))
     if outs:
         sources = [*(one for one in inputs if one.requires_grad), *parameters.values()]
         torch.autograd.grad(outs, sources, list(map(torch.ones_like, outs)), allow_unused=True)
+
+
+def differentiable(output: Any) -> list[Tensor]:
+    """Return the tensors of an output that have a gradient, each once."""
+    leaves = {id(one): one for one in tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad}
+    return list(leaves.values())
 
 
 def twin_of(module: nn.Module, shared: Iterable[Tensor] = ()) -> tuple[nn.Module, dict[Tensor, Tensor]]:

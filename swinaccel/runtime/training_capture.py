@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from .capture import RUNS, Capture, NotCapturable, Run
 from .plan import known_states
-from .rehearsal import Buffers, drawing_apart, random_state, set_random_state, twin_of
+from .rehearsal import Buffers, differentiable, drawing_apart, random_state, set_random_state, twin_of
 
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
 
@@ -43,8 +42,7 @@ class TrainingCapture(Capture):
 
         def forward() -> tuple[Any, list[Tensor]]:
             output = run(twin, given)
-            leaves = {id(one): one for one in tree_flatten(output)[0] if isinstance(one, Tensor)}
-            return output, [one for one in leaves.values() if one.requires_grad]
+            return output, differentiable(output)
 
         def backward(outs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
             # All that the forward left is kept: other graphs use the same memory, and a backward may come twice.
@@ -158,8 +156,7 @@ class TrainingCapture(Capture):
             if turn.random_state is not None:
                 set_random_state(self._device, turn.random_state)
             inputs = [one if creates else one.detach().requires_grad_(one.requires_grad) for one in given[:count]]
-            leaves = tree_flatten(self._run(self._modules[0], inputs))[0]
-            outs = list({id(one): one for one in leaves if isinstance(one, Tensor) and one.requires_grad}.values())
+            outs = differentiable(self._run(self._modules[0], inputs))
         buffers.restore()
         pairs = [(out, grad) for out, grad in zip(outs, self._selected(grads), strict=True) if grad is not None]
         sources = [*inputs, *given[count:]]

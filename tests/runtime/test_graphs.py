@@ -421,3 +421,14 @@ def test_verify_compares_a_replay():
     result = swinaccel.verify(model, x)
     assert result, str(result)
     assert replays(model) >= 3
+
+
+def test_only_the_first_signature_is_rehearsed(monkeypatch):
+    rehearsed = []
+    monkeypatch.setattr(graphs, "compile_ahead", lambda *given: rehearsed.append(torch.is_grad_enabled()))
+    model, _, x = captured()
+    for batch in (2, 3, 4):
+        call(model, torch.cat([x] * batch))
+    model(x)
+    model(x + 1)
+    assert rehearsed == [False, True]
