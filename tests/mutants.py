@@ -576,6 +576,7 @@ MUTANTS = [
             ("graphs", "if capture.is_safe() and (", "if (", GRAPHS),
             ("graphs", "if not capture.looks_after or capture.holds(module):", "if True:", GRAPHS),
             ("graphs", "or not capture.is_free()", "", TRAINING_GRAPHS),
+            ("graphs", "self._rehearsed.add(mode)", "pass", GRAPHS),
             ("graphs", "torch.is_inference_mode_enabled(), autocast", "autocast", GRAPHS),
             ("graphs", "(kinds, form, rest, modes, _settings())", "(kinds, form, rest, modes)", GRAPHS),
             ("graphs", "(one.shape, one.stride(), one.dtype", "(one.shape, one.dtype", GRAPHS),
