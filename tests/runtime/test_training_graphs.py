@@ -288,6 +288,22 @@ def test_a_graph_that_holds_no_more_leaves_no_statistics():
         helpers.assert_close(ours, own, 1e-5)
 
 
+def test_a_graph_that_holds_no_more_draws_nothing():
+    body = Normalized(MODELS["timm"][0]())
+    body.norm = nn.Identity()  # without statistics
+    model, twin = pair(body)
+    x = torch.randn(3, 3, 32, 32, device=DEVICE)
+    for every in (model, twin):
+        torch.manual_seed(0)
+        for number in range(5):
+            if number == 3:
+                every.body.head.fc.weight = nn.Parameter(2 * every.body.head.fc.weight.detach())
+            every.zero_grad()
+            total(every(x + number)).backward()
+    assert_alike(model, twin)
+    assert replays(model) > 0
+
+
 def test_a_later_backward_draws_what_its_forward_drew():
     model, twin = pair(Normalized(MODELS["timm"][0]()))
     x = torch.randn(3, 3, 32, 32, device=DEVICE)
