@@ -593,8 +593,8 @@ MUTANTS = [
             ("training_capture", "set_random_state(self._device, self._drawn_from)", "pass", TRAINING_GRAPHS),
             (
                 "training_capture",
-                "else torch.empty_like(one) for one in self._grads",
-                "else one for one in self._grads",
+                "copies = list(map(torch.empty_like, kept))",
+                "copies = kept",
                 TRAINING_GRAPHS,
             ),
             ("training_capture", "super().lies() and self._wanted() == self._flags", "super().lies()", TRAINING_GRAPHS),

@@ -194,7 +194,7 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Return the leaves of a call's arguments and their form; `tree_flatten` takes longer than all else before a replay."""
+    """Return the leaves of a call's arguments and their form; `tree_flatten` would be half of what replays wait for."""
     leaves = [*args, *kwargs.values()]
     if all(isinstance(one, Tensor) or _is_plain(one) for one in leaves):
         return leaves, (len(args), tuple(kwargs))

@@ -142,11 +142,12 @@ class TrainingCapture(Capture):
                     own.copy_(one)
             self._backward()
             # Copies, each of which may become a parameter's `grad` and be added to: the next replay writes its own.
-            found = [None if one is None else torch.empty_like(one) for one in self._grads]
-            pairs = [(copy, one) for copy, one in zip(found, self._grads, strict=True) if one is not None]
-            torch._foreach_copy_([copy for copy, _ in pairs], [one for _, one in pairs])  # few kernels
+            kept = [one for one in self._grads if one is not None]
+            copies = list(map(torch.empty_like, kept))
+            torch._foreach_copy_(copies, kept)  # in few kernels
             engine.finish()
-        return found
+        rest = iter(copies)
+        return [None if one is None else next(rest) for one in self._grads]
 
     def _run_again(
         self, turn: _Turn, given: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
