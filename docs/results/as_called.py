@@ -103,6 +103,8 @@ def inference(name: str, modes: list[str]) -> dict[str, Callable[[], Any]]:
             error = ((out - outs["original"]).norm() / outs["original"].norm()).item()
             print(f"{name}, {variant}, B{batch}: differs by {error:.1e} from the original", file=sys.stderr)
         calls[f"replayed by hand, B{batch}"] = by_hand(calls[f"accelerate, graphs=False, B{batch}"])
+        held = sum(graph.nbytes for graph in swinaccel.report(models["accelerate"]).graphs) / 2**20
+        print(f"{name}: graphs of batches up to {batch} hold {held:.0f} MiB", file=sys.stderr)
         torch.cuda.empty_cache()
     return calls
 
@@ -147,6 +149,8 @@ def training(modes: list[str]) -> dict[str, Callable[[], Any]]:
         for _ in range(5):
             loss = call()
         assert loss.isfinite(), variant
+        held = sum(graph.nbytes for graph in swinaccel.report(getattr(model, "_orig_mod", model)).graphs) / 2**20
+        print(f"{TRAINING}, {variant}: graphs hold {held:.0f} MiB", file=sys.stderr)
         torch.cuda.empty_cache()
         calls[f"{variant}, B128"] = call
 
