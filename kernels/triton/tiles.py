@@ -35,6 +35,13 @@ BIAS_DENSE = tl.constexpr(2)  # (heads, rows, cols), by `bias._expand_bias_kerne
 BIAS_FACTORS = tl.constexpr(3)  # (heads, N, R) each; the live table where the factors are stale
 
 
+# Numbers of a launch that kernels are not compiled anew for: what they are multiples of says nothing of an address.
+SIZES = (
+    "batch", "num_heads", "height", "width", "windows_h", "windows_w", "shift_h", "shift_w", "roll_h", "roll_w",
+    "stride_table_row",
+)  # fmt: skip
+
+
 # What goes together through device functions. Only run-time values: a compile-time one that is assigned, on its own or
 # within a tuple, becomes a run-time one.
 

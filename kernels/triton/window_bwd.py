@@ -24,6 +24,7 @@ from .tiles import (
     BIAS_NONE,
     BIAS_TABLE,
     LOG_100,
+    SIZES,
     Bias,
     Dropout,
     Geometry,
@@ -90,7 +91,7 @@ def sum_padding(grad, tokens):
     return tl.sum(tl.where(tokens.padding[:, None], grad, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _window_attention_bwd_small_kernel(
     grad_qkv_ptr,  # as qkv, k and v
     grad_k_ptr, grad_v_ptr,

@@ -12,6 +12,7 @@ from .softmax import (
 from .tiles import (
     BIAS_DENSE,
     MASK_TENSOR,
+    SIZES,
     Bias,
     Dropout,
     Geometry,
@@ -47,7 +48,7 @@ def _load_vectors(ptrs, instance, offs_m, offs_n, N: tl.constexpr, COSINE: tl.co
     return maximum, log_sum, delta, norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _window_attention_bwd_bias_kernel(
     grad_bias_ptr,  # (parts, BIAS_ROWS, heads, N, N), fp32
     grad_out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)

@@ -21,6 +21,7 @@ from .tiles import (
     BIAS_NONE,
     MASK_REGIONS,
     MASK_TENSOR,
+    SIZES,
     Bias,
     Dropout,
     Geometry,
@@ -85,7 +86,7 @@ def _place_program(num_heads, geometry, TILES: tl.constexpr):
     return tile, instance, instance // num_heads // num_windows, number, head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _window_attention_bwd_query_kernel(
     grad_qkv_ptr,  # as qkv
     grad_padding_ptr,  # (batch * windows * TILES or more, 3 * heads * HEAD_DIM), fp32, zero at the start
@@ -206,7 +207,7 @@ def _window_attention_bwd_query_kernel(
     store_tokens(grad_qkv_ptr + offs_image, grad_q, offs_token, tokens, offs_d, HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _window_attention_bwd_key_kernel(
     grad_qkv_ptr,  # as qkv, k and v
     grad_k_ptr, grad_v_ptr,

@@ -20,6 +20,7 @@ from .tiles import (
     BIAS_TABLE,
     MASK_NONE,
     MASK_TENSOR,
+    SIZES,
     Bias,
     Dropout,
     Geometry,
@@ -53,7 +54,7 @@ def _scores(q, k, attn_bias, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     return score_tile(q, k, attn_bias, norms, COSINE, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _window_attention_fwd_small_kernel(
     out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides
@@ -224,7 +225,7 @@ def _finished(state):
     return acc * (1.0 / total)[:, None], maximum, tl.log2(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _window_attention_fwd_kernel(
     out_ptr,  # (batch, depth, height, width, heads, HEAD_DIM)
     qkv_ptr,  # (batch, depth, height, width, 3, heads, HEAD_DIM); without PACKED q alone, and k and v have its strides

@@ -38,6 +38,7 @@ class _Compilers:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS)
+        self._prepared = self._threads.submit(_prepare)
         self._begun: set[tuple] = set()
 
     def compile(self, launch: Launch, index: int, tensors: tuple[Tensor | None, ...], signature: tuple) -> None:
@@ -49,13 +50,23 @@ class _Compilers:
 
         def run() -> None:
             with suppress(Exception), torch.cuda.device(index):  # who runs it will be told
-                launch.kernel.warmup(*passed, *launch.arguments, grid=launch.grid, **launch.options)
+                self._prepared.result()
+                compiled = launch.kernel.warmup(*passed, *launch.arguments, grid=launch.grid, **launch.options)
+                compiled[launch.grid]  # loads it, and compiles what launches it
 
         self._threads.submit(run)
 
     def finish(self) -> None:
         """Wait until all is compiled."""
         self._threads.shutdown()
+
+
+def _prepare() -> None:
+    """Read the sources of Triton, which names of compiled kernels hold: each thread would by itself."""
+    with suppress(Exception):
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 _THREADS = 8
