@@ -575,7 +575,17 @@ MUTANTS = [
         for file, old, new, tests in (
             ("graphs", "if capture.is_safe() and (", "if (", GRAPHS),
             ("graphs", "if not capture.looks_after or capture.holds(module):", "if True:", GRAPHS),
-            ("graphs", "or not capture.is_free()", "", TRAINING_GRAPHS),
+            ("graphs", "if capture is None or not capture.is_free():", "if capture is None:", TRAINING_GRAPHS),
+            (
+                "graphs",
+                "if not capture.is_free() or not capture.is_safe():",
+                "if not capture.is_safe():",
+                TRAINING_GRAPHS,
+            ),
+            ("graphs", "if not capture.is_free() or not capture.is_safe():", "if not capture.is_free():", GRAPHS),
+            ("graphs", "found is not None and found[0] == key", "found is not None", GRAPHS),
+            ("graphs", "if self._goes_ahead and capture.holds(module):", "if self._goes_ahead:", GRAPHS),
+            ("graphs", "if not capture.fits(*args) or", "if", GRAPHS),
             ("graphs", "self._rehearsed.add(mode)", "pass", GRAPHS),
             ("graphs", "torch.is_inference_mode_enabled(), autocast", "autocast", GRAPHS),
             ("graphs", "(kinds, form, rest, modes, _settings())", "(kinds, form, rest, modes)", GRAPHS),

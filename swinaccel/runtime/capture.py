@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..layers import PLAIN_TENSORS, alias, has_hooks
 from ..ops.failures import failures
 from .cuda_graph import CudaGraphs
-from .guard import Guard, NotGuardable
+from .guard import Guard, NotGuardable, same_tensors
 from .plan import State, known_states
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
@@ -37,6 +37,7 @@ class Capture:
     Attributes:
         nbytes: device memory that the graphs take.
         replays: calls that were replays.
+        fits: tells if the only input of a call looks like the one that was captured.
         looks_after: a replay of what does not hold any more does no harm but to its own result, so that the module may
             be looked at while the device works.
     """
@@ -47,6 +48,7 @@ class Capture:
         root = alias(module)
         self._modules = [root, *(part for part in module.modules() if part is not module)]
         self._device, self.replays = inputs[0].device, 0
+        self.fits = same_tensors(inputs) if len(inputs) == 1 else lambda *_: False
         if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
             raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
         self._check()

@@ -33,6 +33,7 @@ class _Shared:
         self.stream = torch.cuda.Stream(priority=_PRIORITY)  # nobody else's, or its workspace would be theirs too
         self.lock = threading.RLock()
         self.event = torch.cuda.Event()  # after the latest replay
+        self.was_default = False  # which ran on the default stream
         self._pool: weakref.ref[_Pool] | None = None
         self.workspaces = torch.cuda.graph_pool_handle()
         self.kept: list[Any] = []  # in that pool
@@ -121,7 +122,10 @@ class CudaGraphs:
 
     def start(self) -> None:
         """Wait, on the current stream, for the latest replay of any graph that shares the memory."""
-        self._shared.event.wait(torch.cuda.current_stream(self._device))
+        is_default = not torch._C._cuda_getCurrentRawStream(self._device.index)
+        if not (is_default and self._shared.was_default):  # a stream waits for itself
+            self._shared.event.wait(torch.cuda.current_stream(self._device))
+        self._shared.was_default = is_default
 
     def finish(self) -> None:
         """Note that the current stream needs nothing more of the memory."""
