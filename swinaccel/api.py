@@ -19,6 +19,7 @@ from .ops.failures import failures
 from .report import Entry, Graph, Report
 from .runtime.graphs import Graphs
 from .runtime.plan import State, state_of
+from .runtime.rehearsal import prepare_compilers
 from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe
@@ -50,6 +51,7 @@ def accelerate(model: Model, **options: Unpack[Options]) -> Model:
     config = _prepare(model, options)
     if env_disabled():
         return model
+    prepare_compilers(model)
     found = list(_survey(model, config))
     if config.strict or env_strict():
         _check_strict(model, found)

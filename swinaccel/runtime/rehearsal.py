@@ -14,9 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backends.triton.launches import compiled_ahead
+from ..backends.triton.launches import compiled_ahead, prepare
 from .cuda_graph import CudaGraphs
 from .plan import known_states
+
+
+def prepare_compilers(module: nn.Module) -> None:
+    """Begin with what compilers of kernels wait for, if a module is on a GPU."""
+    if any(one.is_cuda for one in module.parameters()):
+        prepare()
 
 
 def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor]) -> None:

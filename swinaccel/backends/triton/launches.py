@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -38,7 +39,6 @@ class _Compilers:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS)
-        self._prepared = self._threads.submit(_prepare)
         self._begun: set[tuple] = set()
 
     def compile(self, launch: Launch, index: int, tensors: tuple[Tensor | None, ...], signature: tuple) -> None:
@@ -50,7 +50,7 @@ class _Compilers:
 
         def run() -> None:
             with suppress(Exception), torch.cuda.device(index):  # who runs it will be told
-                self._prepared.result()
+                prepare().wait(_PATIENCE)
                 compiled = launch.kernel.warmup(*passed, *launch.arguments, grid=launch.grid, **launch.options)
                 compiled[launch.grid]  # loads it, and compiles what launches it
 
@@ -61,12 +61,29 @@ class _Compilers:
         self._threads.shutdown()
 
 
-def _prepare() -> None:
-    """Read the sources of Triton, which names of compiled kernels hold: each thread would by itself."""
-    with suppress(Exception):
-        from triton.runtime.cache import triton_key
+_prepared: threading.Event | None = None
+_PATIENCE = 10.0  # seconds: a process that was forked meanwhile has no such thread
 
-        triton_key()
+
+def prepare() -> threading.Event:
+    """Begin to read Triton's sources, which take a second, and which the names of compiled kernels depend on.
+
+    Returns:
+        What is set when they are read.
+    """
+    global _prepared
+    if _prepared is None:
+        _prepared = threading.Event()
+        threading.Thread(target=_read_sources, args=(_prepared,), daemon=True).start()
+    return _prepared
+
+
+def _read_sources(done: threading.Event) -> None:
+    with suppress(Exception):
+        from ...kernels.run import read_sources
+
+        read_sources()
+    done.set()
 
 
 _THREADS = 8
