@@ -600,6 +600,7 @@ MUTANTS = [
             ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
             ("rehearsal", "one.data.copy_(kept)", "pass", TRAINING_GRAPHS),
+            ("capture", "unsharded_class(type(one)) is not type(one)", "False", SHARDING + " -k graph"),
         )
     ),
     *under(
@@ -621,6 +622,7 @@ MUTANTS = [
     ),
     *under(
         "swinaccel",
+        ("api.py", "is True and not is_wrapper)", "is True)", SHARDING + " -k ddp"),
         # Weather models.
         ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
         ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass", ROWS),

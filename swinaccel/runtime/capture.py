@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers import PLAIN_TENSORS, alias, has_hooks
 from ..ops.failures import failures
+from ..trust.libraries import unsharded_class
 from .cuda_graph import CudaGraphs
 from .guard import Guard, NotGuardable
 from .plan import State, known_states
@@ -47,6 +48,9 @@ class Capture:
         root = alias(module)
         self._modules = [root, *(part for part in module.modules() if part is not module)]
         self._device, self.replays = inputs[0].device, 0
+        if any(unsharded_class(type(one)) is not type(one) for one in self._modules):
+            # What it gathers for a call it frees after it, whoever holds on to it, and may gather elsewhere.
+            raise NotCapturable("FSDP2 shards it, and gathers its parameters anew for each call")
         if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
             raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
         self._check()
