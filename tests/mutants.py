@@ -623,6 +623,7 @@ MUTANTS = [
     *under(
         "swinaccel",
         ("api.py", "is True and not is_wrapper)", "is True)", SHARDING + " -k ddp"),
+        ("families/shared/near.py", "isinstance(child, nn.Unfold)", "False", "tests/families/test_near.py -k unfolded"),
         # Weather models.
         ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
         ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass", ROWS),

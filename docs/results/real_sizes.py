@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from swinaccel import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 
@@ -34,8 +37,26 @@ class NnFormerAttention(videos.WindowAttention3D):
         return super().forward(x, mask)
 
 
+class PaddedQueries(descendants.OCAB):
+    """HAT's overlapping attention by our function, which takes as many queries as keys."""
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Attend with queries of zeros below the others."""
+        rest = (0, 0, 0, k.shape[2] - q.shape[2])
+        out = functional.window_attention(F.pad(q, rest), k, v, F.pad(bias, rest), scale=self.scale)
+        return out[:, :, : q.shape[2]]
+
+
+class BySdpa(descendants.OCAB):
+    """The same by PyTorch's function."""
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Attend with the bias for a mask."""
+        return F.scaled_dot_product_attention(q, k, v, bias[None].expand(len(q), -1, -1, -1), scale=self.scale)
+
+
 class Row(NamedTuple):
-    """What is timed: `make(row)` gives it."""
+    """What is timed: `make(row)` gives it, and where `by_hand` is given that class stands for what accelerate does."""
 
     name: str
     make: Callable[[Row], Made]
@@ -44,6 +65,7 @@ class Row(NamedTuple):
     size: tuple[int, ...]
     window: tuple[int, ...]
     batch: int
+    by_hand: type | None = None
 
     @property
     def shift(self) -> tuple[int, ...]:
@@ -60,7 +82,7 @@ class Row(NamedTuple):
     def small(self) -> Row:
         """Return it with few and small windows, for a CPU."""
         is_square = len(set(self.window)) == 1
-        window = tuple(min(side, 3 if is_square else 2 + place) for place, side in enumerate(self.window, 1))
+        window = tuple(min(side, 4 if is_square else 2 + place) for place, side in enumerate(self.window, 1))
         size, heads = tuple(2 * side for side in window), min(self.heads, 2)
         return self._replace(dim=8 * heads, heads=heads, size=size, window=window, batch=1)
 
@@ -96,6 +118,13 @@ def hat(row: Row) -> Made:
     block = descendants.HAB(row.dim, row.size, row.heads, row.window[0], row.shift[0])
     x = torch.randn(row.batch, math.prod(row.size), row.dim)
     return block, (x, row.size, official.position_index(row.window), row.mask()), {}
+
+
+def overlapping(row: Row) -> Made:
+    """Make a block of HAT's with overlapping cross attention."""
+    block = descendants.OCAB(row.dim, row.size, row.window[0], 0.5, row.heads)
+    index = descendants.overlapping_index(block.overlap_win_size, row.window[0])
+    return block, (torch.randn(row.batch, math.prod(row.size), row.dim), row.size, index), {}
 
 
 def grl(row: Row) -> Made:
@@ -162,4 +191,6 @@ ROWS = (  # dear ones in the middle, which come alone where there are 16 process
     Row("HTSAT, two blocks of stage 1", htsat, 96, 4, (64, 64), (8, 8), 16),
     Row("DAT and RGT, half 8x32, attention", half, 90, 3, (64, 64), (8, 32), 8),
     Row("DAT and RGT, half 32x8, attention", half, 90, 3, (64, 64), (32, 8), 8),
+    Row("HAT OCAB, not accelerated: padded queries", overlapping, 180, 6, (64, 64), (16, 16), 4, PaddedQueries),
+    Row("HAT OCAB, not accelerated: PyTorch's SDPA", overlapping, 180, 6, (64, 64), (16, 16), 4, BySdpa),
 )

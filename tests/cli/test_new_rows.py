@@ -38,7 +38,7 @@ def test_every_row_is_accelerated(row, monkeypatch):
     assert new_rows.is_fast(made.line), made.line
     assert made.line["error"]["original"] == 0.0
     assert made.line["error"]["accelerated"] < 2e-6
-    assert made.line["calls"] == made.line["found"]
+    assert made.line["calls"] == (made.line["found"] if row.by_hand is None else 0)
 
 
 def test_a_row_with_gradients(monkeypatch, tmp_path, capsys):
