@@ -304,9 +304,10 @@ def _captured(model: nn.Module, config: AccelConfig) -> Iterator[nn.Module]:
         if not any(one in inside for one in module.modules()):
             continue
         is_free = module not in inside and patching.foreign_reason(module, families.CAPTURED.method) is None
-        if is_free and (config.graphs is True or libraries.is_capturable(module)):
+        is_wrapper = isinstance(module, nn.parallel.DistributedDataParallel)  # whose forward starts what hooks finish
+        if is_free and (libraries.is_capturable(module) or (config.graphs is True and not is_wrapper)):
             yield module
-        elif config.graphs == "auto":
+        elif config.graphs == "auto" or is_wrapper:
             waiting += module.children()
 
 

@@ -114,6 +114,44 @@ class HatStage(nn.Module):
         return x
 
 
+class OCAB(nn.Module):
+    """HAT's overlapping cross attention: a window's queries ask the keys of a larger one around it."""
+
+    def __init__(self, dim, input_resolution, window_size, overlap_ratio, num_heads):
+        super().__init__()
+        self.dim, self.input_resolution = dim, input_resolution
+        self.window_size, self.num_heads = window_size, num_heads
+        self.scale, self.overlap_win_size = (dim // num_heads) ** -0.5, window_size + int(window_size * overlap_ratio)
+        side, margin = self.overlap_win_size, (self.overlap_win_size - window_size) // 2
+        self.norm1, self.norm2, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), official.Mlp(dim, 2 * dim)
+        self.qkv, self.proj, self.softmax = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Softmax(dim=-1)
+        self.unfold = nn.Unfold(kernel_size=(side, side), stride=window_size, padding=margin)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((window_size + side - 1) ** 2, num_heads))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """(windows, heads, queries, D) of q, and of k and v with their keys, and the bias (heads, queries, keys)."""
+        return self.softmax(q * self.scale @ k.mT + bias) @ v
+
+    def forward(self, x, x_size, rpi):
+        image = self.qkv(self.norm1(x)).view(x.shape[0], *x_size, -1)
+        q = to_windows(image[..., : self.dim], self.window_size)
+        around = self.unfold(image[..., self.dim :].movedim(-1, 1)).unflatten(1, (2, self.dim, -1))
+        k, v = around.permute(1, 0, 4, 3, 2).flatten(1, 2)
+        q, k, v = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in (q, k, v))
+        bias = self.relative_position_bias_table[rpi].permute(2, 0, 1)
+        windows = self.mixed(q, k, v, bias).transpose(1, 2).flatten(2)
+        x = x + self.proj(from_windows(windows, self.window_size, *x_size).flatten(1, 2))
+        return x + self.mlp(self.norm2(x))
+
+
+def overlapping_index(side: int, window_size: int) -> Tensor:
+    """(queries, keys): row of the bias table."""
+    keys, queries = torch.arange(side), torch.arange(window_size)
+    along = keys[None, :] - queries[:, None] + window_size - 1
+    index = along[:, None, :, None] * (side + window_size - 1) + along[None, :, None, :]
+    return index.flatten(2).flatten(0, 1)
+
+
 class MoEAttention(official.WindowAttentionV2):
     """Swin-MoE's: V2's MLP for the biases without its sigmoid, V1's scores, a whole bias of qkv."""
 

@@ -599,7 +599,7 @@ MUTANTS = [
             ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
             ("capture", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),
             ("training_capture", "if self._turn() is not turn:", "if False:", TRAINING_GRAPHS),
-            ("training_capture", "looks_after = not statistics", "looks_after = True", TRAINING_GRAPHS),
+            ("training_capture", "looks_after &= not statistics", "looks_after = True", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, self._drawn_from)", "pass", TRAINING_GRAPHS),
             (
                 "training_capture",
@@ -611,6 +611,7 @@ MUTANTS = [
             ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
             ("rehearsal", "one.data.copy_(kept)", "pass", TRAINING_GRAPHS),
+            ("capture", "unsharded_class(type(one)) is not type(one)", "False", SHARDING + " -k graph"),
         )
     ),
     *under(
@@ -632,6 +633,8 @@ MUTANTS = [
     ),
     *under(
         "swinaccel",
+        ("api.py", "is True and not is_wrapper)", "is True)", SHARDING + " -k ddp"),
+        ("families/shared/near.py", "isinstance(child, nn.Unfold)", "False", "tests/families/test_near.py -k unfolded"),
         # Weather models.
         ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
         ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass", ROWS),

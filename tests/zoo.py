@@ -571,3 +571,11 @@ def _sam(real: bool, batch: int) -> Call:
 @near_miss("BiRefNet", "single-file copy, whose `scaled_dot_product_attention` has no bias")
 def _birefnet_bare(real: bool, batch: int) -> Call:
     return Call(changed.SdpaStage(16, 2, 4, kind=changed.BareAttention), (tokens(batch, (9, 10), 16), 9, 10))
+
+
+@near_miss("Restoration", "HAT's overlapping cross attention")
+def _ocab(real: bool, batch: int) -> Call:
+    dim, heads, size, window = (180, 6, (64, 64), 16) if real else (12, 2, (8, 12), 4)
+    model = descendants.OCAB(dim, size, window, 0.5, heads)
+    index = descendants.overlapping_index(model.overlap_win_size, window)
+    return Call(model, (tokens(batch, size, dim), size, index))

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers import PLAIN_TENSORS, alias, has_hooks
 from ..ops.failures import failures
+from ..trust.libraries import unsharded_class
 from .cuda_graph import CudaGraphs
 from .guard import Guard, NotGuardable, same_tensors
 from .plan import State, known_states
@@ -42,13 +43,14 @@ class Capture:
             be looked at while the device works.
     """
 
-    looks_after = True
-
     def __init__(self, module: nn.Module, run: Run, inputs: list[Tensor]) -> None:
         root = alias(module)
         self._modules = [root, *(part for part in module.modules() if part is not module)]
-        self._device, self.replays = inputs[0].device, 0
+        self._device, self.replays, self.looks_after = inputs[0].device, 0, not _may_be_sharded()
         self.fits = same_tensors(inputs) if len(inputs) == 1 else lambda *_: False
+        if any(unsharded_class(type(one)) is not type(one) for one in self._modules):
+            # What it gathers for a call it frees after it, whoever holds on to it, and may gather elsewhere.
+            raise NotCapturable("FSDP2 shards it, and gathers its parameters anew for each call")
         if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
             raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
         self._check()
@@ -169,6 +171,11 @@ def _split(leaves: list[Any]) -> tuple[list[Tensor], list[tuple[int | None, Any]
         else:
             raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph does not compute")
     return tensors, found
+
+
+def _may_be_sharded() -> bool:
+    """Return True if FSDP of a module around may give back memory of parameters that live on."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager

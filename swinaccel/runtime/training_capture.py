@@ -66,7 +66,7 @@ class TrainingCapture(Capture):
             for state, counted in zip(known_states([one]), known_states([other]), strict=False):
                 self._calls.append((state, counted.calls // RUNS, counted.fallbacks // RUNS))
         statistics = buffers.restore()
-        self.looks_after = not statistics  # which a forward that is thrown away would have written to
+        self.looks_after &= not statistics  # which a forward that is thrown away would have written to
         self._counted = [one for one in self._counted if not any(one is other for other in statistics)]
         self._versions = self._counts()
         found = dict(zip(wanted, grads, strict=True))

@@ -6,6 +6,7 @@ import copy
 import importlib
 
 import changed_models
+import descendant_models as descendants
 import helpers
 import microsoft_models as official
 import pytest
@@ -125,6 +126,7 @@ KINDS = {
         "relative position bias table of 105 rows", "it has no window_size",
     ),
     "cosine": (renamed("qkv", "qkv_own", official.WindowAttentionV2), "relative positions, cpb_mlp", "called qkv_own"),
+    "unfolded": (lambda: descendants.OCAB(16, (8, 8), SIDE, 0.5, HEADS), "", "its keys come from larger windows"),
     "no-positions": (Unbiased, "windows and shifts", "it has no window_size of its own"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Models whose blocks FSDP2 shards, in a group of one process: accelerated before or after, in training as well."""
+"""Models that FSDP2 shards or DDP wraps, in a group of one process: accelerated before or after, and in training."""
 
 import copy
 
@@ -6,9 +6,11 @@ import helpers
 import pytest
 import torch
 import torch.distributed as dist
+from tape import Tape
 from torch import nn
 
 import swinaccel
+from swinaccel.runtime import capture
 from swinaccel.trust.libraries import is_of_library
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -93,3 +95,52 @@ def test_code_of_a_user_stays_a_user_s_when_it_is_sharded(shard):
     model = shard(Microsoft(), "SwinTransformerBlock")
     assert not is_of_library(model.blocks[0])
     assert is_of_library(shard(nn.Sequential(nn.Linear(4, 4)), "Linear")[0])
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["accelerated, sharded", "sharded, accelerated"])
+@pytest.mark.parametrize("name", ["SwinTransformerBlock", "nothing but the model"])
+def test_what_is_sharded_is_no_graph(shard, name, is_first, monkeypatch):
+    monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
+    model = Microsoft()
+    expected, gradients = step(copy.deepcopy(model))
+    if is_first:
+        swinaccel.accelerate(model, backend="torch", graphs=True)
+    shard(model, name)
+    if not is_first:
+        swinaccel.accelerate(model, backend="torch", graphs=True)
+    for _ in range(4):
+        output, found = step(model)
+        helpers.assert_close(output, expected)
+        helpers.assert_close(found["embed.weight"], gradients["embed.weight"])
+    (trained,) = swinaccel.report(model).graphs
+    with torch.no_grad():
+        for _ in range(4):
+            helpers.assert_close(model(X), expected)
+    (graph,) = swinaccel.report(model).graphs
+    assert not trained.captured + graph.captured
+    assert "FSDP2 shards it" in trained.reason
+    assert "FSDP2 shards it" in graph.reason
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["accelerated, wrapped", "wrapped, accelerated"])
+def test_gradients_of_replays_go_through_ddp(shard, is_first, monkeypatch):
+    monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
+    model, wrap = Microsoft(), nn.parallel.DistributedDataParallel
+    expected, gradients = step(copy.deepcopy(model))
+    if is_first:
+        wrapped = wrap(swinaccel.accelerate(model, backend="torch", graphs=True))
+    else:
+        wrapped = swinaccel.accelerate(wrap(model), backend="torch", graphs=True)
+    wrapped.register_comm_hook(None, tripled)  # in the place of the average over ranks
+    for _ in range(4):
+        output, found = step(wrapped)
+        helpers.assert_close(output, expected)
+        for name, gradient in gradients.items():
+            helpers.assert_close(found[f"module.{name}"], 3 * gradient)
+    assert [graph.replays for graph in swinaccel.report(wrapped).graphs] == [3]
+
+
+def tripled(_, bucket):
+    done = torch.futures.Future()
+    done.set_result(3 * bucket.buffer())
+    return done

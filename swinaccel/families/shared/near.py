@@ -92,6 +92,8 @@ def _difference(module: nn.Module, traits: Traits) -> str:
         return "torch.jit or torch.fx has taken its code, which goes after accelerate() and not before"
     if traits.queries is None:
         return "it has no qkv, the projection that families read"
+    if any(isinstance(child, nn.Unfold) for child in traits.children.values()):
+        return "its keys come from larger windows than its queries, where kernels take as many of each"
     if traits.queries not in ("qkv", "qkv_bias"):
         return f"its projection is called {traits.queries}, which no family reads here"
     missing = [name for name in _CALLED if name not in traits.children]
