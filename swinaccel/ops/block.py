@@ -225,12 +225,12 @@ _library.define(
 )
 
 
-def _traced(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
+def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch], Any]) -> Tensor:
     """Compute what the operator does, as compilers see it."""
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
     _check(x, branch, *arguments)
     eps, hidden = (norms[0][2], norms[1][2]), linears[0][0].shape[0]
-    rest = BoundRest(x.shape, x.dtype, x.device, hidden, eps, arguments[10], TracedLaunch)
+    rest = BoundRest(x.shape, x.dtype, x.device, hidden, eps, arguments[10], bound)
     return cast(Tensor, rest._run(rest, x.contiguous(), branch.contiguous(), norms, linears))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from ..backends.triton.launches import first_line
+from ..backends.triton.traced import TracedLaunch
 from ..errors import ArgumentError
 from .failures import logger
 
@@ -23,7 +24,7 @@ def open_in_packages(library: Any, name: str, inside: Callable[..., Any], batche
     """Let packages have what is inside of an operator.
 
     Args:
-        inside: computes the same, of the same arguments, by `TracedLaunch` and PyTorch's operators.
+        inside: computes the same, of the same arguments, by PyTorch's operators and launches `bound` as it is told.
         batched: how many of the first arguments may have a first size that is a symbol, the same for all.
     """
 
@@ -31,7 +32,7 @@ def open_in_packages(library: Any, name: str, inside: Callable[..., Any], batche
         if _is_packaging() and not kwargs and _is_on_gpu(args) and _are_sizes_known(args, batched):
             try:
                 with mode:
-                    return inside(*args)
+                    return inside(*args, bound=TracedLaunch)
             except ArgumentError:
                 raise
             except Exception as error:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..backends.torch import sequence as torch_sequence
 from ..backends.triton import sequence as backend
-from ..backends.triton.launches import first_line
+from ..backends.triton.launches import Launch, first_line
 from ..backends.triton.sequence import Problem
-from ..backends.triton.traced import TracedLaunch
 from ..config import env_strict
 from ..errors import ArgumentError, KernelError
 from .failures import failures
@@ -68,9 +67,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
 
 
-def _traced(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _traced(*arguments: Any, bound: Callable[[Launch], Any]) -> tuple[Tensor, Tensor]:
     """Compute what the operator does, as compilers see it."""
-    return backend.forward(*arguments[:6], Problem(*arguments[6:]), TracedLaunch)
+    q, k, v, q_factor, k_factor, mask, *numbers = arguments
+    return backend.forward(q, k, v, q_factor, k_factor, mask, Problem(*numbers), bound)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:

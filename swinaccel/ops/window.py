@@ -8,7 +8,6 @@ originals. Memory that runs out is the caller's to know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from ..backends.triton import window as forward_launches
 from ..backends.triton import window_bwd as backward_launches
 from ..backends.triton.problem import empty_image, unsupported_reason
-from ..backends.triton.traced import TracedLaunch
 from ..errors import ArgumentError
 from ..spec.window import Geometry
 from .observed import count_modes, is_observed, is_profiled
@@ -347,7 +345,7 @@ def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *rest: Any) ->
 for _key in ("CUDA", "CPU"):
     _library.impl("shifted_window_attention", _operator, _key)
     _library.impl("shifted_window_attention_backward", _backward, _key)
-open_in_packages(_library, "shifted_window_attention", partial(_operator, bound=TracedLaunch), batched=3)
+open_in_packages(_library, "shifted_window_attention", _operator, batched=3)
 torch.library.register_fake("swinaccel::shifted_window_attention", _fake, lib=_library)
 torch.library.register_fake("swinaccel::shifted_window_attention_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
