@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,21 +30,25 @@ def open_in_packages(library: Any, name: str, inside: Callable[..., Any], batche
     """
 
     def decompose(mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        if _is_packaging() and not kwargs and _is_on_gpu(args) and _are_sizes_known(args, batched):
+        if _is_packaging() and _is_on_gpu(args):
             try:
-                with mode:
-                    return inside(*args, bound=TracedLaunch)
+                if _are_sizes_known(args, batched):
+                    with mode:
+                        return inside(*args, bound=TracedLaunch)
+                _warn(name, "only the number of images may be any")
             except ArgumentError:
                 raise
             except Exception as error:
-                logger.warning(
-                    "a package will not hold the kernels of %s, and needs Python and swinaccel: %s",
-                    name,
-                    first_line(error),
-                )
+                _warn(name, first_line(error))
         return mode.__torch_dispatch__(operator, types, args, kwargs or {})
 
     torch.library.register_torch_dispatch(f"swinaccel::{name}", FunctionalTensorMode, decompose, lib=library)
+
+
+@lru_cache(maxsize=64)
+def _warn(name: str, reason: str) -> None:
+    """Say it once, of all the times that a compiler traces an operator."""
+    logger.warning("the package calls %s, and needs Python and swinaccel: %s", name, reason)
 
 
 def _is_packaging() -> bool:

@@ -94,6 +94,8 @@ def test_programs_hold_kernels_where_a_package_is_made_of_them():
     command = [sys.executable, str(ROOT / "tests" / "fake_gpu.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "the package calls sequence_attention, and needs Python and swinaccel: only the number" in done.stderr
+    assert done.stderr.count("the package calls") == 1
     found = json.loads(done.stdout)
 
     def kernels(*names):
