@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ahead
 import helpers
 import torch
 from torch import nn
@@ -81,6 +83,19 @@ def _kernel(node: Any) -> tuple[str, list[str], list[str]]:
     return kernel.__name__, [str(one) for one in node.kwargs["grid"][0]], sorted(map(str, written))
 
 
+def doubles() -> list[str]:
+    """Return the kernels that compute tiles in fp64 where their numbers come so."""
+    posed = (
+        lambda: ahead.window((2, 2), 16, HALF, "padded dropout"),
+        lambda: ahead.window((9, 9), 16, HALF, "mask padded dropout"),
+        lambda: ahead.mlp(32),
+        lambda: ahead.sequence(16, 0, HALF, HALF, True),
+    )
+    launches = [one for plan in posed for one in ahead.launched(plan, "sm_90") if "bwd" not in one[0].kernel.__name__]
+    compiled = [(one[0], ahead.compile_launch(*one, ahead.GPUS["sm_90"][0], "fp64")) for one in launches]
+    return [launch.kernel.__name__ for launch, one in compiled if re.search(r"tensor<[^>]*f64", one.asm["ttir"])]
+
+
 class Rest(nn.Module):
     """All of a block after its attention, by the operator."""
 
@@ -109,14 +124,15 @@ def main() -> None:
     small = swinaccel.accelerate(helpers.timm_v1(img_size=56, **sizes).eval().to(HALF), backend="triton")
     large = swinaccel.accelerate(helpers.timm_v2(img_size=96, window=12, **sizes).eval().to(HALF), backend="triton")
     fixed = program(small, (8, 3, 56, 56))
-    rows, many = [(4, 49, 128)] * 2, [(512, 49, 64)] * 2
+    rows, many = [(4, 49, 512)] * 2, [(512, 49, 64)] * 2
     found = {
+        "doubles": doubles(),
         "small": left(fixed),
         "exported": left(fixed, packaging=False),
         "any batch": left(program(small, (8, 3, 56, 56), dynamic=0)),
-        "large": left(program(large, (4, 3, 96, 96))),
-        "rest": left(program(Rest(128, False).to(HALF), *rows)),
-        "rest, post-norm": left(program(Rest(128, True).to(HALF), *rows, dynamic=0)),
+        "large": left(program(large, (64, 3, 96, 96))),
+        "rest": left(program(Rest(512, False).to(HALF), *rows)),
+        "rest, post-norm": left(program(Rest(512, True).to(HALF), *rows, dynamic=0)),
         "rest in one": left(program(Rest(64, False).to(HALF), *many, dynamic=0)),
         "any length": left(program(Attention(), (2, 2, 256, 64), dynamic=2)),
         "sequence": left(program(Attention(), (2, 2, 256, 64))),

@@ -113,16 +113,17 @@ def test_programs_hold_kernels_where_a_package_is_made_of_them():
         ("_expand_bias_kernel", ["24", "2", "1"], ["dense_ptr"]),
     )
     check = "_check_mask_kernel", ["4", "32", "1"], ["mask_differs_ptr"]
-    large = "_window_attention_fwd_kernel", ["96", "1", "1"], ["out_ptr"]
+    large = "_window_attention_fwd_kernel", ["768", "1", "1"], ["out_ptr"]
     norm = "_norm_kernel", ["any", "1", "1"], ["out_ptr"]
     assert found == {
+        "doubles": [],
         "small": kernels(*[(attention, ["8", "8", "1"], ["out_ptr"])] * 2),
         "exported": {"operators": ["swinaccel.shifted_window_attention.default"] * 2, "kernels": []},
         "any batch": kernels(*[(attention, ["8", symbol, "1"], ["out_ptr"])] * 2),
         "large": kernels(table, dense, large, table, check, dense, large),
         "rest": kernels(
-            ("_norm_kernel", ["13", "1", "1"], ["out_ptr", "total_ptr"]),
-            ("_gelu_kernel", ["49", "1", "1"], ["out_ptr"]),
+            ("_norm_kernel", ["49", "1", "1"], ["out_ptr", "total_ptr"]),
+            ("_gelu_kernel", ["196", "1", "1"], ["out_ptr"]),
         ),
         "rest, post-norm": kernels(norm, ("_gelu_kernel", ["any", "1", "1"], ["out_ptr"]), norm),
         "rest in one": kernels(("_mlp_kernel", ["any", "1", "1"], ["out_ptr"])),
