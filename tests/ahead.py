@@ -176,8 +176,8 @@ def embed(channels: int) -> None:
     triton_block.embed(image, weight, norm, (norm, norm, 1e-5))
 
 
-def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
-    """Compile a launch, and return the bytes of shared memory of one program."""
+def compile_launch(launch: Any, tensors: tuple, target: GPUTarget, floats: str = "fp32") -> Any:
+    """Compile a launch, whose numbers are `floats`: fp32 from Triton's launcher, fp64 from AOTInductor's."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
@@ -195,11 +195,11 @@ def shared_memory(launch: Any, tensors: tuple, target: GPUTarget) -> int:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = value % 16 == 0
         else:
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = floats
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=dict(launch.options)).metadata.shared
+    return triton.compile(source, target=target, options=dict(launch.options))
 
 
 def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
@@ -225,7 +225,7 @@ def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, A
     found = {"gpu": gpu, "limit": limit, "problem": problem, "kernel": launch.kernel.__name__}
     found |= {"options": launch.options, "shared": None, "error": None}
     try:
-        found["shared"] = shared_memory(launch, tensors, target)
+        found["shared"] = compile_launch(launch, tensors, target).metadata.shared
     except Exception as error:
         found["error"] = launches.first_line(error)
     return found

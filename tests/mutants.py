@@ -57,6 +57,7 @@ FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
+PACKAGES = "tests/runtime/test_packages.py"
 GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
 TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits"'
 COPIES = "tests/families/test_copies.py"
@@ -68,6 +69,23 @@ NONFINITE = "tests/backends/test_nonfinite.py"
 FP8 = "tests/runtime/test_fp8.py"
 
 MUTANTS = [
+    *under(
+        "kernels/triton",  # packages of AOTInductor
+        ("traced.py", "isinstance(one, type) and issubclass(one, tuple)", "False", PACKAGES),
+        ("traced.py", "isinstance(one, JITFunction) and", "False and", PACKAGES),
+        ("pointwise.py", "tl.cast(eps, tl.float32)", "eps", PACKAGES),
+        ("tiles.py", "q.to(tl.float32) * tl.cast(scale, tl.float32)", "q.to(tl.float32) * scale", PACKAGES),
+        ("tiles.py", "tl.cast(dropout.probability, tl.float32)", "dropout.probability", PACKAGES),
+        ("sequence_fwd.py", "scale = tl.cast(scale, tl.float32)  #", "scale = scale  #", PACKAGES),
+    ),
+    *under(
+        "swinaccel",
+        ("ops/packaged.py", "if _is_packaging() and", "if", PACKAGES),
+        ("ops/packaged.py", "sizes.pop(0)", "sizes[0]", PACKAGES),
+        ("ops/packaged.py", "if any(map(_name, (*sizes, *one.stride()))):", "if False:", PACKAGES),
+        ("ops/block.py", "if bound is not TracedLaunch:", "if True:", PACKAGES),
+        ("backends/triton/sequence.py", "bound is None and _describable", "_describable", PACKAGES),
+    ),
     *under(
         "kernels/triton",  # products of 8 bits
         ("quantise.py", "tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)", "tl.max(tl.abs(tile), axis=1)", FP8),

@@ -103,7 +103,7 @@ def _check_mask_kernel(
         offs = first + tl.arange(0, BLOCK)
         region_q = shift_region(offs // N, window, geometry, WINDOW)
         region_k = shift_region(offs % N, window, geometry, WINDOW)
-        implied = tl.where(region_q != region_k, mask_value, 0.0)
+        implied = tl.where(region_q != region_k, tl.cast(mask_value, tl.float32), 0.0)
         value = tl.load(mask_ptr + window.number.to(tl.int64) * (N * N) + offs, mask=offs < N * N, other=0.0)
         differs |= ((value.to(tl.float32) != implied) & (offs < N * N)).to(tl.int32)
     tl.store(mask_differs_ptr + window.number * CHECKS + tl.program_id(1), tl.max(differs, axis=0))

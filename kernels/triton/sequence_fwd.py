@@ -280,6 +280,7 @@ def _sequence_attention_fwd_kernel(
     Without HAS_EDGES every tile of keys is seen in full.
     """
     assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
+    scale = tl.cast(scale, tl.float32)  # AOTInductor's launcher has it in fp64
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
     first_query = (num_tiles - 1 - tile) * BLOCK_M

@@ -10,6 +10,8 @@ The image is never shifted, padded or partitioned in memory. From the n-th token
 Axis words: images are (depth, rows, columns), and so is whatever comes in threes. A window's tokens are numbered
 row-major by ``n``. Flat images are one token deep, and where VOLUME is not set nothing is computed of a depth.
 
+Numbers such as the scale come in fp32 from Triton's launcher, in fp64 from that of AOTInductor: they are cast.
+
 A tile of scores is (queries, keys), or transposed. What works on both kinds takes the queries ``m`` and the keys ``n``
 as a column and a row, or as a row and a column.
 """
@@ -256,7 +258,7 @@ def scaled_query(q, scale, COSINE: tl.constexpr):
     """Return q (normalised for cosine attention) times scale, in q's own dtype."""
     if COSINE:
         return scale_rows(q, inverse_norm(q) * scale)
-    return (q.to(tl.float32) * scale).to(q.dtype)
+    return (q.to(tl.float32) * tl.cast(scale, tl.float32)).to(q.dtype)
 
 
 @triton.jit
@@ -343,5 +345,6 @@ def dropout_factor(dropout, instance, m, n, N: tl.constexpr):
     low, high = (instance & 0xFFFFFFFF).to(tl.int32), (instance >> 32).to(tl.int32)
     zero = counter * 0
     random, _, _, _ = tl.philox(tl.load(dropout.seed_ptr), counter, zero + low, zero + high, zero)
-    kept = tl.uint_to_uniform_float(random) >= dropout.probability
-    return tl.where(kept, 1.0 / tl.maximum(1.0 - dropout.probability, 1e-6), 0.0)
+    probability = tl.cast(dropout.probability, tl.float32)
+    kept = tl.uint_to_uniform_float(random) >= probability
+    return tl.where(kept, 1.0 / tl.maximum(1.0 - probability, 1e-6), 0.0)

@@ -13,9 +13,11 @@ from torch import Tensor
 from ..backends.triton import block as kernels
 from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
+from ..backends.triton.traced import TracedLaunch, expected
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures
+from .packaged import open_in_packages
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -59,25 +61,26 @@ class BoundRest:
         bound: Callable[[Launch], Any] = BoundLaunch,
     ) -> None:
         channels = shape[-1]
-        rows = math.prod(shape[:-1])
+        rows = math.prod(shape[:-1])  # may be a symbol
         self._channels, self._hidden, self._is_half = channels, hidden, dtype in _HALVES
         self._add: Any = None
         self._in_one: Any = None
         self._last: Any = None
         self._active: Any = None
         self._gelu: Any = None
-        if not rows:
+        if not expected(rows):
             self._run: Any = BoundRest._nothing
             return
         if post_norm:
             self._add = bound(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
-        if kernels.pays_in_one(device, dtype, rows, channels, hidden):
+        if kernels.pays_in_one(device, dtype, expected(rows), channels, hidden):
             launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
             self._in_one = bound(launch)
             self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
             return
         if self._is_half:
-            self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
+            if bound is not TracedLaunch:  # it has descriptors
+                self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
             self._gelu = bound(kernels.gelu_launch(device, rows * hidden))
         mode = NORM_ADD if post_norm else ADD_NORM
         self._last = bound(kernels.norm_launch(mode, device, rows, channels, eps[1]))
@@ -222,6 +225,15 @@ _library.define(
 )
 
 
+def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch], Any]) -> Tensor:
+    """Compute what the operator does, as compilers see it."""
+    norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
+    _check(x, branch, *arguments)
+    eps, hidden = (norms[0][2], norms[1][2]), linears[0][0].shape[0]
+    rest = BoundRest(x.shape, x.dtype, x.device, hidden, eps, arguments[10], bound)
+    return cast(Tensor, rest._run(rest, x.contiguous(), branch.contiguous(), norms, linears))
+
+
 def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
     _check(x, branch, *arguments)
@@ -284,6 +296,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+open_in_packages(_library, "after_attention", _traced, batched=2)
 for _key in ("CUDA", "CPU"):
     _library.impl("after_attention", _operator, _key)
 torch.library.register_fake("swinaccel::after_attention", _fake, lib=_library)

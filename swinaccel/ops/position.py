@@ -10,6 +10,7 @@ from ..backends.triton.launches import BoundLaunch, Launch, first_line
 from ..errors import ArgumentError
 from .failures import failures
 from .observed import count_modes, is_observed, is_profiled
+from .packaged import open_in_packages
 
 _PROBLEM = ("position_table",)
 
@@ -76,6 +77,7 @@ def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Ten
     return coords.new_empty((weight.shape[0], coords.numel() // 2), dtype=torch.float32).t()
 
 
+open_in_packages(_library, "position_table", backend.position_table, batched=0)
 for _key in ("CUDA", "CPU"):
     _library.impl("position_table", _position_table, _key)
 torch.library.register_fake("swinaccel::position_table", _fake_position_table, lib=_library)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..backends.torch import sequence as torch_sequence
 from ..backends.triton import sequence as backend
-from ..backends.triton.launches import first_line
+from ..backends.triton.launches import Launch, first_line
 from ..backends.triton.sequence import Problem
 from ..config import env_strict
 from ..errors import ArgumentError, KernelError
 from .failures import failures
 from .observed import is_observed
+from .packaged import open_in_packages
 
 unsupported_reason = backend.unsupported_reason
 
@@ -64,6 +65,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             _record(key, error)
     out = backend.empty_like(q)
     return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
+
+
+def _traced(*arguments: Any, bound: Callable[[Launch], Any]) -> tuple[Tensor, Tensor]:
+    """Compute what the operator does, as compilers see it."""
+    q, k, v, q_factor, k_factor, mask, *numbers = arguments
+    return backend.forward(q, k, v, q_factor, k_factor, mask, Problem(*numbers), bound)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
@@ -175,6 +182,7 @@ class _Direct(torch.autograd.Function):
         return _gradients(_backward, ctx, grad)
 
 
+open_in_packages(_library, "sequence_attention", _traced, batched=0)
 for _key in ("CUDA", "CPU"):
     _library.impl("sequence_attention", _forward, _key)
     _library.impl("sequence_attention_backward", _backward, _key)

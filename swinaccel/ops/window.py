@@ -19,6 +19,7 @@ from ..backends.triton.problem import empty_image, unsupported_reason
 from ..errors import ArgumentError
 from ..spec.window import Geometry
 from .observed import count_modes, is_observed, is_profiled
+from .packaged import open_in_packages
 from .window_plain import (
     dense,
     geometry_of,
@@ -181,8 +182,8 @@ def bind(
     return BoundAttention(forward, geometry, dtype, options)
 
 
-def _forward(*arguments: Any, geometry: Geometry | None = None) -> tuple[Tensor, Any]:
-    """Run the forward of the operator, whose schema names the arguments."""
+def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = None) -> tuple[Tensor, Any]:
+    """Run the forward of the operator, whose schema names the arguments; `bound` as the backend's."""
     (
         qkv, k, v, table, index, padding, mask, logit_scale, seed,
         num_heads, window, shift, roll_first, mask_value, scale, dropout, for_backward, factors,
@@ -205,14 +206,17 @@ def _forward(*arguments: Any, geometry: Geometry | None = None) -> tuple[Tensor,
             mask_value=mask_value,
             scale=scale,
             logit_scale=None if logit_scale is None else logit_scale.contiguous(),
-            factors=None if factors is None else tuple(factors),
+            factors=None if factors is None or bound is not None else tuple(factors),
             dropout=dropout,
             seed=seed,
             for_backward=for_backward,
+            bound=bound,
         )
     except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
     except Exception as error:
+        if bound is not None:
+            raise
         head_dim = head_dim_of(qkv, k, num_heads, geometry)
         note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
         options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
@@ -311,9 +315,9 @@ def _is_batched(tensor: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
-def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _operator(*arguments: Any, bound: Any = None) -> tuple[Tensor, Tensor]:
     """Return the results as an operator must, which has no way to return nothing."""
-    out, lse = _forward(*arguments)
+    out, lse = _forward(*arguments, bound=bound)
     return out, arguments[0].new_empty(0) if lse is None else lse
 
 
@@ -341,6 +345,7 @@ def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *rest: Any) ->
 for _key in ("CUDA", "CPU"):
     _library.impl("shifted_window_attention", _operator, _key)
     _library.impl("shifted_window_attention_backward", _backward, _key)
+open_in_packages(_library, "shifted_window_attention", _operator, batched=3)
 torch.library.register_fake("swinaccel::shifted_window_attention", _fake, lib=_library)
 torch.library.register_fake("swinaccel::shifted_window_attention_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends.triton.checks import lse_shape
 from ..backends.triton.launches import first_line
 from ..backends.triton.problem import are_heads_apart, is_small
+from ..backends.triton.traced import expected
 from ..config import env_strict
 from ..errors import ArgumentError, KernelError
 from ..spec import reference
@@ -121,7 +122,7 @@ def dense(image: Tensor, geometry: Geometry) -> Tensor:
 
 def is_readable(qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry) -> bool:
     """Return True if the kernels find all tokens by their strides."""
-    if k is None and qkv.is_contiguous() and qkv.numel() < 2**31:
+    if k is None and qkv.is_contiguous() and expected(qkv.numel()) < 2**31:
         return True
     strides = qkv.stride()
     return (

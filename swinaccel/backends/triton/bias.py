@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,7 +85,13 @@ def _plan_compare(device: torch.device, count: int) -> Launch:
     return keep(("compare", device, count), launch)
 
 
-def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
+def position_table(
+    coords: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    weight: Tensor,
+    bound: Callable[[Launch], Any] = lambda launch: launch,
+) -> Tensor:
     """Return SwinV2's bias table 16 · sigmoid(MLP(coords)), as one kernel in fp32.
 
     Args:
@@ -98,7 +105,7 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
         coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape
     )  # fmt: skip
     table = torch.empty(shape, dtype=torch.float32, device=coords.device)
-    run(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
+    bound(run)(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ def forward(
     k_factor: Tensor | None,
     mask: Tensor | None,
     problem: Problem,
+    bound: Callable[[Launch], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over sequences by one kernel.
 
@@ -72,6 +74,7 @@ def forward(
         q, k, v: (batch, heads, N, D).
         q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
         mask: (M, N, N).
+        bound: what the launch, without descriptors then, is made into.
     Returns:
         (batch, heads, N, D), laid out as q is, and what is kept of the softmax, of `lse_shape`, fp32.
     """
@@ -82,14 +85,15 @@ def forward(
     q, k, v, q_factor, k_factor = (_rows(tensor) for tensor in (q, k, v, q_factor, k_factor))
     mask = None if mask is None else mask.contiguous()
     strides = _strides(out, q, k, v, q_factor, k_factor)
-    described = _describable(q_factor, mask, k, v)
+    described = bound is None and _describable(q_factor, mask, k, v)
     shapes = _shapes(k, v, q_factor, k_factor, mask)
     key = ("sequence", *_key(q, q_factor, problem), strides, described, shapes)
     launch = launches.get(key)
     if launch is None:
         check_sequence(q.shape, shapes, problem)
         launch = keep(key, _plan_forward(q, q_factor, mask, problem, strides, described))
-    launch(out, lse, q, k, v, q_factor, k_factor, mask)
+    run = launch if bound is None else bound(launch)
+    run(out, lse, q, k, v, q_factor, k_factor, mask)
     return out, lse
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .bias import as_table, compare, expand
 from .checks import check_shapes, lse_shape
 from .launches import BoundLaunch, Launch, keep, launches
 from .problem import Problem, as_3d, image_shape, shapes_of
+from .traced import expected
 
 _CHECKS = 32  # programs that look over one window's mask
 
@@ -40,17 +42,18 @@ class Forward:
         shared_memory = devices.shared_memory(problem.device)
         self.is_small, self.for_backward = problem.is_small, problem.for_backward
         self.out_shape, self.swaps_heads = image_shape(problem.shape, geometry, problem.packed)
-        self.is_empty = 0 in self.out_shape
+        self.is_empty = 0 in map(expected, self.out_shape)
         self.check: Any = None
         self.expand: Any = None
         self.checks_shape = (geometry.num_windows, _CHECKS)
         self.lse_shape = (0,)
         table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
+        batch = expected(problem.batch)
         if self.is_small:
             small = launch.small(
                 tokens=tokens,
                 head_dim=problem.head_dim,
-                batch=problem.batch,
+                batch=batch,
                 positions=geometry.num_windows * problem.num_heads,
                 element_size=problem.dtype.itemsize,
                 shared_memory=shared_memory,
@@ -70,7 +73,7 @@ class Forward:
         large = launch.large(
             tokens=tokens,
             head_dim=problem.head_dim,
-            batch=problem.batch,
+            batch=batch,
             positions=geometry.num_windows * problem.num_heads,
             element_size=problem.dtype.itemsize,
             shared_memory=shared_memory,
@@ -108,12 +111,12 @@ class Forward:
             **registers_of(large),
         )  # fmt: skip
 
-    def bound(self) -> Forward:
+    def bound(self, kind: Callable[[Launch], Any] = BoundLaunch) -> Forward:
         """Return a copy for one caller, who gives tensors of the same dtypes and devices at every call."""
         other = copy.copy(self)
         for name in ("attention", "check", "expand"):
             launch = getattr(self, name)
-            setattr(other, name, None if launch is None else BoundLaunch(launch))
+            setattr(other, name, None if launch is None else kind(launch))
         return other
 
     def run(
@@ -224,6 +227,7 @@ def shifted_window_attention(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     for_backward: bool = False,
+    bound: Callable[[Launch], Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as `reference.shifted_window_attention` does, by one kernel.
 
@@ -237,6 +241,7 @@ def shifted_window_attention(
             that they were computed from; where those differ from the live ones, the live table is used.
         dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
         for_backward: keep what the backward needs.
+        bound: what launches are made into; nothing is kept then. With factors, only None.
     Returns:
         (B, H, W, heads * D), and where `for_backward` what is kept of the softmax, of `lse_shape`, which is empty for
         small windows.
@@ -259,5 +264,8 @@ def shifted_window_attention(
         for_backward, "ieee" if dtype is not torch.float32 else devices.precision(dtype),
         devices.shared_memory_override,
     )  # fmt: skip
-    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    if bound is not None:  # sizes may be symbols, which no key is made of
+        forward = Forward(Problem(geometry, *key[3:])).bound(bound)
+    else:
+        forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
     return forward.run(qkv, k, v, table, index, padding, mask, logit_scale, seed, factors)
