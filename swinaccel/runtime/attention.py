@@ -30,7 +30,7 @@ from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
 from .weights import lazy_weights, weights_reason
 
-_CHANGED = (
+CHANGED = (
     "its {} was changed after accelerate(), or came from a file or another process; call"
     " swinaccel.accelerate(model) to look at it anew"
 )
@@ -98,7 +98,7 @@ def reading_of(family: Family, module: nn.Module) -> Reading | str:
         reading = registry.reading(attention_key(family, module))
     except Untraceable as reason:
         return str(reason)
-    return reading or _CHANGED.format(type(family.attention(module)).__name__)
+    return reading or CHANGED.format(type(family.attention(module)).__name__)
 
 
 def plan_attention(
