@@ -130,7 +130,7 @@ MUTANTS = [
         ),
         (
             "trial.py",
-            "raise NotNow(section)\n    if section.padding",
+            "raise Inconclusive(section)\n    if section.padding",
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
         ),
@@ -413,8 +413,8 @@ MUTANTS = [
         ("block.py", "not is_leaf or does_nothing(part)", "True", HOST + " -k known"),
         (
             "block.py",
-            "demand(not drops_now(part),",
-            "demand(True,",
+            "require(not drops_now(part),",
+            "require(True,",
             EDITS + " -k dropout",
         ),
         ("block.py", "or not tensor.is_contiguous():", ":", HOST + " -k contiguous"),
@@ -563,8 +563,8 @@ MUTANTS = [
             "if not fits",
             HOST + " -k around_an",
         ),
-        ("block.py", "demand(not has_hooks(part),", "demand(True,", EDITS + " -k block-hook"),
-        ("block.py", "demand(not replaced_methods(part),", "demand(True,", HOST + " -k around_an"),
+        ("block.py", "require(not has_hooks(part),", "require(True,", EDITS + " -k block-hook"),
+        ("block.py", "require(not replaced_methods(part),", "require(True,", HOST + " -k around_an"),
         (
             "block.py",
             "(norm.normalized_shape, *shapes))",

@@ -50,7 +50,7 @@ def forget_warnings() -> None:
 
 
 class Entry:
-    """How calls of one method run, as a marker says.
+    """Options of the calls of one method, as a marker holds them.
 
     Attributes:
         family: whose section the method runs, or None.
@@ -272,7 +272,7 @@ def _plan_fused(
         if isinstance(bound, str):
             return bound
         attend, attention_problem, section, inner, products = bound
-        fused = FusedBlock(facts, attend, x, None, backend, config)
+        fused = FusedBlock(facts, attend, x, backend, config)
         run = fused.run
         if config.precision == "fp8":
             run = precision.run_of(fused, facts, section, products, x, config, state_of(inner), backend)

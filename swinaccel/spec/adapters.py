@@ -23,7 +23,7 @@ class Adapter(Protocol):
 
 
 class Family(Adapter, Protocol):
-    """How one library's window attention is recognised, read and repeated.
+    """Adapter of one library's window attention: it recognises, reads and repeats it.
 
     A family whose module is a whole block may also be an `AttentionBlock`; where the method that runs the block is
     another than `method`, it has that method's name as `block_method`. Where callers set attributes of the module
@@ -53,7 +53,7 @@ class Family(Adapter, Protocol):
 
 
 class BlockReader(Adapter, Protocol):
-    """How a module is read that may run in fewer kernels as a whole: a block, a patch merging, a patch embedding."""
+    """Adapter of a module that may run in fewer kernels as a whole: a block, a patch merging, a patch embedding."""
 
     def block(self, module: nn.Module) -> Block | Embedding | Merging:
         """Return what a module consists of."""
@@ -66,7 +66,7 @@ class BlockReader(Adapter, Protocol):
 
 
 class AttentionBlock(BlockReader, Protocol):
-    """How a block around window attention is read."""
+    """Adapter of a block around window attention."""
 
     def inner(self, module: nn.Module) -> tuple[Family, nn.Module]:
         """Return the family and the module that the section of its attention belongs to."""

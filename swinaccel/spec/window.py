@@ -41,7 +41,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the windows of one call lie.
+    """Places of the windows of one call.
 
     Attributes:
         size: of the image, (H, W) or (depth, H, W); so many axes has everything else here.

@@ -202,7 +202,7 @@ def test_gelu_takes_the_place_of_its_input(monkeypatch):
     for dtype in (torch.float16, torch.float32):
         x, weight1, weight2 = (random(*shape, dtype=dtype) for shape in ((5, 24), (96, 24), (24, 96)))
         norm, linears = (torch.ones_like(x[0]), None, 1e-5), ((weight1, None), (weight2, None))
-        bound = block_ops.bind_rest(x.shape, dtype, x.device, 96, (1e-5, 1e-5), False)
+        bound = block_ops.BoundRest(x.shape, dtype, x.device, 96, (1e-5, 1e-5), False)
         bound.run(x, x, (norm, norm), linears)
         hidden = F.gelu(plain(F.layer_norm(2 * x, (24,)), weight1))
         torch.testing.assert_close(products.pop(), hidden, atol=2e-2, rtol=1e-2)
