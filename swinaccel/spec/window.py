@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,11 @@ class Section:
     mask: Tensor | None = None
     dropout: float = 0.0
     layers: tuple[Any, ...] = ()
+
+
+def with_mask(section: Section, mask: Tensor | None) -> Section:
+    """Return a section with the mask of another call of its kind, which is None where it has none or its own."""
+    return section if mask is None else replace(section, mask=mask)
 
 
 _PLAIN = (

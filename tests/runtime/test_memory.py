@@ -7,8 +7,10 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import helpers
+import microsoft_models
 import numpy
 import pytest
 import torch
@@ -16,11 +18,14 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
+from swinaccel.families.window_attention import WindowAttention
 from swinaccel.layers import alias
 from swinaccel.ops.failures import failures
 from swinaccel.runtime import call
 from swinaccel.runtime.guard import Guard, NotGuardable
 from swinaccel.runtime.plan import state_of
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 X = torch.randn(1, 8, 8, 16).to(TRITON_DEVICE)
 TOKENS = X.view(1, 64, 16)
@@ -370,6 +375,81 @@ def test_what_cannot_be_compared_is_read_each_time(read):
     for _ in range(2):
         assert_live(model, *inputs)
     assert len(read) == 3
+
+
+# Attention that is given its mask: calls with masks of one form share a plan, which reads the mask of each.
+
+
+def given_masks():
+    """Return masks of one form: what a shift implies, nothing, others, and one that rules out keys."""
+    generator = torch.Generator().manual_seed(1)
+    shifted = reference.shift_mask(Geometry((8, 8), (4, 4), (2, 2)), -100.0)
+    random = 3 * torch.randn(shifted.shape, generator=generator)
+    infinite = random.masked_fill(torch.rand(shifted.shape, generator=generator) > 0.7, float("-inf"))
+    infinite.diagonal(dim1=1, dim2=2).zero_()
+    return [one.to(TRITON_DEVICE) for one in (shifted, torch.zeros_like(shifted), random, infinite, shifted)]
+
+
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_masks_of_one_form(by_name, backend, read):
+    attention = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).to(TRITON_DEVICE)
+    model = swinaccel.accelerate(copy.deepcopy(attention), backend=backend)
+    windows = torch.randn(8, 16, 16).to(TRITON_DEVICE)
+
+    def assert_alike(mask, plans):
+        expected = attention(windows, mask)
+        helpers.assert_close(model(windows, mask=mask) if by_name else model(windows, mask), expected)
+        assert len(read) == plans
+
+    with torch.no_grad():
+        for mask in given_masks():
+            assert_alike(mask, 1)
+        mask.mul_(0.5)
+        assert_alike(mask, 1)
+        assert_alike(given_masks()[2][:2], 2)  # of fewer windows
+        assert_alike(None, 3)
+        assert_alike(given_masks()[2], 3)
+        assert_alike(given_masks()[2].mT, 4)  # read by other strides
+        assert_alike(given_masks()[3].half().float().clamp_min(-1e4).double().float(), 4)
+    helpers.assert_accelerated(model)
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
+    with pytest.warns(UserWarning, match="the mask records gradients"), torch.no_grad():
+        assert_alike(given_masks()[2].requires_grad_(), 5)
+    with torch.no_grad():
+        helpers.assert_close(model(windows, given_masks()[2] > 0), attention(windows, given_masks()[2] > 0))
+
+
+def test_masks_of_which_a_section_makes_others(read, monkeypatch):
+    attention = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).to(TRITON_DEVICE)
+    model = swinaccel.accelerate(copy.deepcopy(attention), backend="triton")
+    plain, windows = WindowAttention.read, torch.randn(8, 16, 16).to(TRITON_DEVICE)
+    monkeypatch.setattr(
+        WindowAttention, "read", lambda self, module, geometry, mask: plain(self, module, geometry, mask.clone())
+    )
+    with torch.no_grad():
+        for count, mask in enumerate(given_masks()[:3]):
+            helpers.assert_close(model(windows, mask), attention(windows, mask))
+            assert len(read) == count + 1
+
+
+def test_masks_of_threads():
+    """Each of which has its own at the same time."""
+    attention = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2))
+    model = swinaccel.accelerate(copy.deepcopy(attention), backend="torch")
+    windows, masks = torch.randn(8, 16, 16), given_masks()[:3]
+    masks = [mask.cpu() for mask in masks]
+
+    def run(mask):
+        with torch.no_grad():
+            expected = attention(windows, mask)
+            for _ in range(30):
+                helpers.assert_close(model(windows, mask), expected)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, masks))
 
 
 class Config:
