@@ -173,10 +173,6 @@ def loaded(assign: bool) -> Callable:
 # The attention.
 
 
-def other_index(model: nn.Module, _: Any) -> None:
-    model.attn.relative_position_index = model.attn.relative_position_index.flip(-1).contiguous()
-
-
 def other_mask(change: Callable[[torch.Tensor], Any]) -> Callable:
     """Change a mask in place, or put another in its place where the function returns one."""
 
@@ -235,10 +231,6 @@ def parametrized(part: str) -> Callable:
     return quietly(lambda model: nn.utils.parametrizations.weight_norm(model.get_submodule(part)))
 
 
-def converted(model: nn.Module, _: Any) -> None:
-    model.half()
-
-
 KEPT, CHANGED = True, "was changed after accelerate()"
 
 OF_ANY_ATTENTION = {
@@ -266,30 +258,30 @@ ATTENTION = {
     "mask-infinite": Edit(other_mask(some_infinite), KEPT),
     "mask-half": Edit(other_mask(lambda mask: (mask / 20).half()), KEPT),
     "mask-size": Edit(
-        setting("", "attn_mask", torch.zeros(1, 16, 16, device=TRITON_DEVICE)), False, "belongs to another image size"
+        setting("", "attn_mask", torch.zeros(1, 16, 16, device=TRITON_DEVICE)), reason="belongs to another image size"
     ),
-    "mask-bool": Edit(other_mask(lambda mask: mask != 0), False, "the mask is of torch.bool"),
-    "mask-int64": Edit(other_mask(lambda mask: (mask != 0).long()), False, "the mask is of torch.int64"),
+    "mask-bool": Edit(other_mask(lambda mask: mask != 0), reason="the mask is of torch.bool"),
+    "mask-int64": Edit(other_mask(lambda mask: (mask != 0).long()), reason="the mask is of torch.int64"),
     "index-flat": Edit(tensor("attn", "relative_position_index", torch.flatten), None),
-    "index-negative": Edit(quietly(lambda model: model.attn.relative_position_index.sub_(49)), False, "from -49 to -1"),
+    "index-negative": Edit(quietly(lambda model: model.attn.relative_position_index.sub_(49)), reason="from -49 to -1"),
     **{
-        f"{kind}-{part}": Edit(hook(part, f"{kind}_hook"), False, "hooks")
+        f"{kind}-{part}": Edit(hook(part, f"{kind}_hook"), reason="hooks")
         for part in ("attn", "attn.qkv", "attn.proj", "attn.softmax", "attn.proj_drop")
         for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")
     },
-    "all-hooks": Edit(all_hooks(nn.Softmax), False, "global module hook"),
-    "forward-attention": Edit(method("attn"), False, "has a forward of its own"),
-    "forward-projection": Edit(method("attn.proj"), False, "has a forward of its own"),
-    "method": Edit(method("attn", "_get_rel_pos_bias"), False, "has a _get_rel_pos_bias of its own"),
-    "class-attention": Edit(class_method("attn"), False, "was changed"),
-    "class-softmax": Edit(class_method("attn.softmax"), False, "was changed"),
-    "class-projection": Edit(class_method("attn.qkv"), False, "was changed"),
-    "class-one-qkv": Edit(class_method("attn.qkv", only=True), False, "was changed"),
-    "class-one-projection": Edit(class_method("attn.proj", only=True), False, "was changed"),
-    "softmax-known": Edit(known_softmax, False, CHANGED),
-    "softmax-axis": Edit(setting("attn", "softmax", nn.Softmax(dim=-2)), False, CHANGED),
-    "projection-class": Edit(replaced("attn.qkv", doubled), False, "after accelerate()"),
-    "class": Edit(setting("attn.proj", "__class__", Doubled), False, CHANGED),
+    "all-hooks": Edit(all_hooks(nn.Softmax), reason="global module hook"),
+    "forward-attention": Edit(method("attn"), reason="has a forward of its own"),
+    "forward-projection": Edit(method("attn.proj"), reason="has a forward of its own"),
+    "method": Edit(method("attn", "_get_rel_pos_bias"), reason="has a _get_rel_pos_bias of its own"),
+    "class-attention": Edit(class_method("attn"), reason="was changed"),
+    "class-softmax": Edit(class_method("attn.softmax"), reason="was changed"),
+    "class-projection": Edit(class_method("attn.qkv"), reason="was changed"),
+    "class-one-qkv": Edit(class_method("attn.qkv", only=True), reason="was changed"),
+    "class-one-projection": Edit(class_method("attn.proj", only=True), reason="was changed"),
+    "softmax-known": Edit(known_softmax, reason=CHANGED),
+    "softmax-axis": Edit(setting("attn", "softmax", nn.Softmax(dim=-2)), reason=CHANGED),
+    "projection-class": Edit(replaced("attn.qkv", doubled), reason="after accelerate()"),
+    "class": Edit(setting("attn.proj", "__class__", Doubled), reason=CHANGED),
     "parametrized": Edit(parametrized("attn.qkv"), None),
 }
 ATTENTION_V2 = {
@@ -299,18 +291,16 @@ ATTENTION_V2 = {
 }
 TORCHVISION_ATTENTION = {
     "shift": Edit(lambda model, _: model.shift_size.__setitem__(0, 0), KEPT),
-    "shift-outside": Edit(setting("", "shift_size", [5, 5]), False, "does not lie inside the window"),
-    "method": Edit(method("", "get_relative_position_bias"), False, "of its own"),
+    "shift-outside": Edit(setting("", "shift_size", [5, 5]), reason="does not lie inside the window"),
+    "method": Edit(method("", "get_relative_position_bias"), reason="of its own"),
 }
 # Code of nobody's library, whose every setting may be a switch.
 UNKNOWN_ATTENTION = {
-    "tensor": Edit(setting("attn", "extra", other(torch.empty(2, 16, 16)).to(TRITON_DEVICE)), False, "was changed"),
-    "flag": Edit(setting("attn", "flag", True), False, "was changed"),
-    "function": Edit(setting("attn", "fn", F.softmin), False, "was changed"),
+    "tensor": Edit(setting("attn", "extra", other(torch.empty(2, 16, 16)).to(TRITON_DEVICE)), reason="was changed"),
+    "flag": Edit(setting("attn", "flag", True), reason="was changed"),
+    "function": Edit(setting("attn", "fn", F.softmin), reason="was changed"),
     "parameter": Edit(
-        tensor("attn", "gate", lambda _: nn.Parameter(torch.full((16,), 2.0, device=TRITON_DEVICE))),
-        False,
-        "was changed",
+        setting("attn", "gate", nn.Parameter(torch.full((16,), 2.0, device=TRITON_DEVICE))), reason="was changed"
     ),
 }
 
@@ -351,36 +341,33 @@ def scaled_after_a_call(model: nn.Module, _: Any) -> None:
     model.drop_path1.factor = 2.0
 
 
-LEFT = False
 BLOCK = {
     "parameters": Edit(all_data(""), KEPT),
     "eps": Edit(setting("norm1", "eps", 0.1), KEPT),
     "norm-without-affine": Edit(replaced("norm2", lambda _: nn.LayerNorm(16, elementwise_affine=False)), KEPT),
     "product-without-bias": Edit(setting("mlp.fc2", "bias", None), KEPT),
     "product": Edit(replaced("mlp.fc2", lambda _: helpers.randomize(nn.Linear(64, 16))), KEPT),
-    "dtype": Edit(converted, KEPT),
-    "parameter-unread": Edit(
-        lambda model, _: model.register_parameter("gamma", nn.Parameter(torch.ones(16, device=TRITON_DEVICE))), KEPT
-    ),
-    "child": Edit(lambda model, _: model.add_module("adapter", nn.Identity()), LEFT),
-    "hook-norm": Edit(doubling_hook("norm1"), LEFT),
-    "hook-mlp": Edit(hook("mlp", "forward_pre_hook"), LEFT),
-    "hook-fc2": Edit(doubling_hook("mlp.fc2"), LEFT),
-    "hook-drop-path": Edit(doubling_hook("drop_path2"), LEFT),
-    "hook-activation": Edit(hook("mlp.act", "full_backward_hook"), LEFT),
-    "all-hooks-norm": Edit(all_hooks(nn.LayerNorm), LEFT, "global module hook"),
-    "all-hooks-linear": Edit(all_hooks(nn.Linear), LEFT, "global module hook"),
-    "norm": Edit(replaced("norm2", odd_norm), LEFT),
-    "activation": Edit(replaced("mlp.act", lambda _: nn.ReLU()), LEFT),
-    "tanh": Edit(replaced("mlp.act", lambda _: nn.GELU("tanh")), LEFT),
-    "mlp-norm": Edit(replaced("mlp.norm", lambda _: nn.LayerNorm(64)), LEFT),
-    "drop-path": Edit(replaced("drop_path1", lambda _: Scaled(2.0)), LEFT),
-    "drop-path-setting": Edit(scaled_after_a_call, LEFT),
-    "forward": Edit(method("mlp.fc1"), LEFT),
-    "parametrized": Edit(parametrized("mlp.fc1"), LEFT),
-    "dropout": Edit(active_dropout, LEFT),
+    "dtype": Edit(quietly(lambda model: model.half()), KEPT),
+    "parameter-unread": Edit(setting("", "gamma", nn.Parameter(torch.ones(16, device=TRITON_DEVICE))), KEPT),
+    "child": Edit(setting("", "adapter", nn.Identity())),
+    "hook-norm": Edit(doubling_hook("norm1")),
+    "hook-mlp": Edit(hook("mlp", "forward_pre_hook")),
+    "hook-fc2": Edit(doubling_hook("mlp.fc2")),
+    "hook-drop-path": Edit(doubling_hook("drop_path2")),
+    "hook-activation": Edit(hook("mlp.act", "full_backward_hook")),
+    "all-hooks-norm": Edit(all_hooks(nn.LayerNorm), reason="global module hook"),
+    "all-hooks-linear": Edit(all_hooks(nn.Linear), reason="global module hook"),
+    "norm": Edit(replaced("norm2", odd_norm)),
+    "activation": Edit(replaced("mlp.act", lambda _: nn.ReLU())),
+    "tanh": Edit(replaced("mlp.act", lambda _: nn.GELU("tanh"))),
+    "mlp-norm": Edit(replaced("mlp.norm", lambda _: nn.LayerNorm(64))),
+    "drop-path": Edit(replaced("drop_path1", lambda _: Scaled(2.0))),
+    "drop-path-setting": Edit(scaled_after_a_call),
+    "forward": Edit(method("mlp.fc1")),
+    "parametrized": Edit(parametrized("mlp.fc1")),
+    "dropout": Edit(active_dropout),
     **{
-        f"class-{part}": Edit(class_method(part), LEFT)
+        f"class-{part}": Edit(class_method(part))
         for part in ("norm1", "mlp", "mlp.act", "mlp.fc2", "mlp.drop1", "drop_path1")
     },
 }
@@ -445,7 +432,7 @@ class Counting(nn.Module):
 
 
 TRAINING = {
-    name: Edit(change, LEFT, modes=("training",))
+    name: Edit(change, modes=("training",))
     for name, change in {
         "dropout-in-training": setting("mlp.drop1", "p", 0.5),
         "drop-path-of-tokens": replaced("drop_path1", lambda _: training.PerToken()),
@@ -481,17 +468,17 @@ MERGING = {
     "in-place": Edit(in_place("embedding", lambda one: one.mul_(2)), KEPT),
     "parameter": Edit(tensor("embedding.reduction", "weight", new), KEPT),
     "eps": Edit(setting("embedding.norm", "eps", 0.1), KEPT),
-    "hook-norm": Edit(doubling_hook("embedding.norm"), LEFT),
-    "hook-reduction": Edit(hook("embedding.reduction", "forward_pre_hook"), LEFT),
-    "all-hooks": Edit(all_hooks(nn.LayerNorm), LEFT),
-    "forward": Edit(method("embedding"), LEFT),
-    "forward-reduction": Edit(method("embedding.reduction"), LEFT),
-    "class": Edit(setting("embedding.reduction", "__class__", Doubled), LEFT),
-    "class-norm": Edit(class_method("embedding.norm"), LEFT),
-    "class-reduction": Edit(class_method("embedding.reduction"), LEFT),
-    "norm": Edit(replaced("embedding.norm", odd_norm), LEFT),
-    "child": Edit(lambda model, _: model.embedding.add_module("adapter", nn.Identity()), LEFT),
-    "parametrized": Edit(parametrized("embedding.reduction"), LEFT),
+    "hook-norm": Edit(doubling_hook("embedding.norm")),
+    "hook-reduction": Edit(hook("embedding.reduction", "forward_pre_hook")),
+    "all-hooks": Edit(all_hooks(nn.LayerNorm)),
+    "forward": Edit(method("embedding")),
+    "forward-reduction": Edit(method("embedding.reduction")),
+    "class": Edit(setting("embedding.reduction", "__class__", Doubled)),
+    "class-norm": Edit(class_method("embedding.norm")),
+    "class-reduction": Edit(class_method("embedding.reduction")),
+    "norm": Edit(replaced("embedding.norm", odd_norm)),
+    "child": Edit(setting("embedding", "adapter", nn.Identity())),
+    "parametrized": Edit(parametrized("embedding.reduction")),
 }
 
 
@@ -517,85 +504,73 @@ def channels_first(model: nn.Module, _: Any) -> None:
     model.embedding.output_fmt = type(model.embedding.output_fmt)("NCHW")
 
 
+def numbers(*shape: int) -> nn.Parameter:
+    return nn.Parameter(embeddings.random(*shape, dtype=embeddings.DTYPE))
+
+
 EMBEDDING = {
     "parameters": Edit(all_data("embedding"), KEPT),
     "in-place": Edit(quietly(lambda model: model.embedding.proj.bias.data.mul_(2)), KEPT),
     "parameter": Edit(tensor("embedding.proj", "weight", lambda one: nn.Parameter(1.5 * one.detach())), KEPT),
     "eps": Edit(setting("embedding.norm", "eps", 0.1), KEPT),
     "dtype": Edit(quietly(lambda model: model.float()), None),
-    "bias-size": Edit(tensor("embedding.proj", "bias", lambda one: nn.Parameter(one.detach()[:1])), LEFT),
-    "hook-projection": Edit(doubling_hook("embedding.proj"), LEFT),
-    "pre-hook-projection": Edit(hook("embedding.proj", "forward_pre_hook"), LEFT),
-    "hook-norm": Edit(doubling_hook("embedding.norm"), LEFT),
-    "backward-hook-norm": Edit(hook("embedding.norm", "full_backward_hook"), LEFT),
-    "all-hooks": Edit(all_hooks(nn.Conv2d), LEFT),
-    "forward-projection": Edit(method("embedding.proj"), LEFT),
-    "forward-norm": Edit(method("embedding.norm"), LEFT),
-    "forward": Edit(method("embedding"), LEFT),
-    "method-convolution": Edit(method("embedding.proj", "_conv_forward"), LEFT),
-    "method": Edit(setting("embedding", "feat_ratio", lambda: 1), LEFT),
-    "class-convolution": Edit(class_method("embedding.proj", "_conv_forward"), LEFT),
-    "class-projection": Edit(class_method("embedding.proj"), LEFT),
-    "class": Edit(setting("embedding.proj", "__class__", DoubledConvolution), LEFT),
-    "norm": Edit(replaced("embedding.norm", odd_norm), LEFT),
-    "norm-is-none": Edit(setting("embedding", "norm", nn.ReLU()), LEFT),
-    "norm-of-groups": Edit(replaced("embedding.norm", lambda _: nn.GroupNorm(3, 6)), LEFT),
-    "norm-of-more-axes": Edit(replaced("embedding.norm", lambda _: nn.LayerNorm((6, 48))), LEFT),
-    "identity-class": Edit(replaced("embedding.norm", lambda _: Scaled(2.0)), LEFT),
-    "parametrized": Edit(parametrized("embedding.proj"), LEFT),
-    "memory-format": Edit(
-        data("embedding.proj", "weight", lambda one: one.to(memory_format=torch.channels_last)), LEFT
-    ),
-    "weight-class": Edit(tensor("embedding.proj", "weight", lambda one: Marked(one.data)), LEFT),
-    "bias-class": Edit(tensor("embedding.proj", "bias", lambda one: Marked(one.data)), LEFT),
-    "padding": Edit(setting("embedding.proj", "padding", (2, 2)), LEFT),
-    "dilation": Edit(setting("embedding.proj", "dilation", (1, 2)), LEFT),
-    "stride": Edit(setting("embedding.proj", "stride", (2, 2)), LEFT),
-    "patch-size": Edit(setting("embedding", "patch_size", (8, 8)), LEFT),
-    "format": Edit(setting("embedding", "output_fmt", "NLC"), LEFT),
-    "channels-first": Edit(channels_first, LEFT),
-    "flatten": Edit(setting("embedding", "flatten", True), LEFT),
-    "child": Edit(lambda model, _: model.embedding.add_module("adapter", nn.Identity()), LEFT),
-    "convolution-stride": Edit(convolution(kernel_size=4, stride=2), LEFT),
-    "convolution-padding": Edit(convolution(kernel_size=4, stride=4, padding=2), LEFT),
-    "convolution-dilation": Edit(convolution(kernel_size=4, stride=4, dilation=2), LEFT),
-    "convolution-groups": Edit(convolution(kernel_size=4, stride=4, groups=3), LEFT),
-    "convolution-patch": Edit(convolution(kernel_size=2, stride=2), LEFT),
-    "convolution-in-a-sequence": Edit(replaced("embedding.proj", wrapped), LEFT),
+    "bias-size": Edit(tensor("embedding.proj", "bias", lambda one: nn.Parameter(one.detach()[:1]))),
+    "hook-projection": Edit(doubling_hook("embedding.proj")),
+    "pre-hook-projection": Edit(hook("embedding.proj", "forward_pre_hook")),
+    "hook-norm": Edit(doubling_hook("embedding.norm")),
+    "backward-hook-norm": Edit(hook("embedding.norm", "full_backward_hook")),
+    "all-hooks": Edit(all_hooks(nn.Conv2d)),
+    "forward-projection": Edit(method("embedding.proj")),
+    "forward-norm": Edit(method("embedding.norm")),
+    "forward": Edit(method("embedding")),
+    "method-convolution": Edit(method("embedding.proj", "_conv_forward")),
+    "method": Edit(setting("embedding", "feat_ratio", lambda: 1)),
+    "class-convolution": Edit(class_method("embedding.proj", "_conv_forward")),
+    "class-projection": Edit(class_method("embedding.proj")),
+    "class": Edit(setting("embedding.proj", "__class__", DoubledConvolution)),
+    "norm": Edit(replaced("embedding.norm", odd_norm)),
+    "norm-is-none": Edit(setting("embedding", "norm", nn.ReLU())),
+    "norm-of-groups": Edit(replaced("embedding.norm", lambda _: nn.GroupNorm(3, 6))),
+    "norm-of-more-axes": Edit(replaced("embedding.norm", lambda _: nn.LayerNorm((6, 48)))),
+    "identity-class": Edit(replaced("embedding.norm", lambda _: Scaled(2.0))),
+    "parametrized": Edit(parametrized("embedding.proj")),
+    "memory-format": Edit(data("embedding.proj", "weight", lambda one: one.to(memory_format=torch.channels_last))),
+    "weight-class": Edit(tensor("embedding.proj", "weight", lambda one: Marked(one.data))),
+    "bias-class": Edit(tensor("embedding.proj", "bias", lambda one: Marked(one.data))),
+    "padding": Edit(setting("embedding.proj", "padding", (2, 2))),
+    "dilation": Edit(setting("embedding.proj", "dilation", (1, 2))),
+    "stride": Edit(setting("embedding.proj", "stride", (2, 2))),
+    "patch-size": Edit(setting("embedding", "patch_size", (8, 8))),
+    "format": Edit(setting("embedding", "output_fmt", "NLC")),
+    "channels-first": Edit(channels_first),
+    "flatten": Edit(setting("embedding", "flatten", True)),
+    "child": Edit(setting("embedding", "adapter", nn.Identity())),
+    "convolution-stride": Edit(convolution(kernel_size=4, stride=2)),
+    "convolution-padding": Edit(convolution(kernel_size=4, stride=4, padding=2)),
+    "convolution-dilation": Edit(convolution(kernel_size=4, stride=4, dilation=2)),
+    "convolution-groups": Edit(convolution(kernel_size=4, stride=4, groups=3)),
+    "convolution-patch": Edit(convolution(kernel_size=2, stride=2)),
+    "convolution-in-a-sequence": Edit(replaced("embedding.proj", wrapped)),
 }
 # Hugging Face's norm is a module's around the patch embedding; where that is unusual, the norm is its own.
 EMBEDDING_AND_NORM = {
-    "hook-norm": Edit(doubling_hook("embedding.norm"), LEFT),
-    "hook-patches": Edit(hook("embedding.patch_embeddings"), LEFT),
-    "forward-norm": Edit(method("embedding.norm"), LEFT),
+    "hook-norm": Edit(doubling_hook("embedding.norm")),
+    "hook-patches": Edit(hook("embedding.patch_embeddings")),
+    "forward-norm": Edit(method("embedding.norm")),
     "forward-patches": Edit(
-        setting("embedding.patch_embeddings", "forward", lambda x: (x.mean() * x.new_ones(2, 36, 48), (6, 6))), LEFT
+        setting("embedding.patch_embeddings", "forward", lambda x: (x.mean() * x.new_ones(2, 36, 48), (6, 6)))
     ),
-    "norm": Edit(replaced("embedding.norm", odd_norm), LEFT),
-    "method-padding": Edit(method("embedding.patch_embeddings", "maybe_pad"), LEFT),
-    "positions": Edit(
-        tensor(
-            "embedding",
-            "position_embeddings",
-            lambda _: new(torch.empty(1, 36, 48, device=TRITON_DEVICE, dtype=embeddings.DTYPE)),
-        ),
-        LEFT,
-    ),
-    "mask-token": Edit(
-        tensor(
-            "embedding",
-            "mask_token",
-            lambda _: new(torch.empty(1, 1, 48, device=TRITON_DEVICE, dtype=embeddings.DTYPE)),
-        ),
-        LEFT,
-    ),
-    "dropout": Edit(setting("embedding", "dropout", nn.Dropout(1.0).train()), LEFT),
-    "another-dropout": Edit(setting("embedding", "dropout", nn.ReLU()), LEFT),
-    "child": Edit(lambda model, _: model.embedding.add_module("adapter", nn.Identity()), LEFT),
+    "norm": Edit(replaced("embedding.norm", odd_norm)),
+    "method-padding": Edit(method("embedding.patch_embeddings", "maybe_pad")),
+    "positions": Edit(setting("embedding", "position_embeddings", numbers(1, 36, 48))),
+    "mask-token": Edit(setting("embedding", "mask_token", numbers(1, 1, 48))),
+    "dropout": Edit(setting("embedding", "dropout", nn.Dropout(1.0).train())),
+    "another-dropout": Edit(setting("embedding", "dropout", nn.ReLU())),
+    "child": Edit(setting("embedding", "adapter", nn.Identity())),
 }
 
 ATTENDING = ("_window_attention_fwd_small_kernel", "_window_attention_fwd_kernel")
-AROUND = ("_norm_kernel", "_merge_kernel", "_gelu_kernel", "_mlp_kernel", "operator")
+AROUND = ("_norm_kernel", "_merge_kernel", "_gelu_kernel", "_mlp_kernel")
 
 
 def timm_block(**options: Any) -> nn.Module:
