@@ -372,6 +372,13 @@ BLOCK = {
     },
 }
 
+# The norms of the second version stand elsewhere; what is done to a class, or to all modules, does not ask where.
+BLOCK_V2 = {
+    name: edit
+    for name, edit in BLOCK.items()
+    if not name.startswith(("class", "all-hooks", "product", "parameter-unread", "child", "forward"))
+}
+
 # In training, all of whose draws are the same.
 
 
@@ -456,8 +463,8 @@ TRAINING = {
 TRAINING_V2 = {
     name: TRAINING[name]
     for name in (
-        "dropout-in-training", "drop-path-of-tokens", "straight-through-drop-path", "halving", "gelu-without-gradient",
-        "hook-norm-in-training", "hook-drop-path-in-training",
+        "dropout-in-training", "drop-path-of-tokens", "straight-through-drop-path", "gelu-without-gradient",
+        "hook-norm-in-training",
     )
 }  # fmt: skip
 
@@ -594,7 +601,7 @@ PARTS = {
     "attention-unknown": (Part(switches.block, (2, 64, 16), ATTENDING, "attention"), UNKNOWN_ATTENTION),
     "attention-unknown-torch": (Part(switches.block, (2, 64, 16), ATTENDING, "attention", "torch"), UNKNOWN_ATTENTION),
     "block": (Part(lambda: training.drop_paths(timm_block()), (2, 8, 8, 16), AROUND), BLOCK | TRAINING),
-    "block-v2": (Part(lambda: training.drop_paths(timm_block(v2=True)), (2, 8, 8, 16), AROUND), BLOCK | TRAINING_V2),
+    "block-v2": (Part(lambda: training.drop_paths(timm_block(v2=True)), (2, 8, 8, 16), AROUND), BLOCK_V2 | TRAINING_V2),
     "merging": (Part(merging, (2, 8, 8, 16), AROUND, compiled=False), MERGING),
     "embedding": (
         Part(lambda: embeddings.Model(embeddings.timm()), (2, 3, 24, 24), ("embed", "embed and norm", "product")),
