@@ -584,7 +584,7 @@ MUTANTS = [
             "block.py",
             "tuple(layer.bias.shape) == (fan_out,)",
             "True",
-            "tests/runtime/test_odd_tensors.py -k shapes",
+            EDITS + " -k block-bias-size",
         ),
         (
             "block.py",

@@ -346,6 +346,7 @@ BLOCK = {
     "eps": Edit(setting("norm1", "eps", 0.1), KEPT),
     "norm-without-affine": Edit(replaced("norm2", lambda _: nn.LayerNorm(16, elementwise_affine=False)), KEPT),
     "product-without-bias": Edit(setting("mlp.fc2", "bias", None), KEPT),
+    "bias-size": Edit(tensor("mlp.fc1", "bias", lambda one: nn.Parameter(one.detach()[:1]))),
     "product": Edit(replaced("mlp.fc2", lambda _: helpers.randomize(nn.Linear(64, 16))), KEPT),
     "dtype": Edit(quietly(lambda model: model.half()), KEPT),
     "parameter-unread": Edit(setting("", "gamma", nn.Parameter(torch.ones(16, device=TRITON_DEVICE))), KEPT),
