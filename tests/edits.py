@@ -75,33 +75,6 @@ def replace(model: nn.Module, number: int, suits: Callable, make: Callable[[nn.M
         parent._modules[name] = made
 
 
-def hook(part: str, kind: str) -> Callable[[nn.Module], Any]:
-    """An edit of a part by its name: it gets a hook that does nothing, such as a "forward_pre_hook"."""
-    return lambda model: getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: None)
-
-
-def setting(part: str, name: str, value: Any) -> Callable[[nn.Module], None]:
-    """An edit of a part by its name: one of its attributes is another."""
-    return lambda model: setattr(model.get_submodule(part), name, value)
-
-
-def own_forward(part: str) -> Callable[[nn.Module], None]:
-    """An edit of a part by its name: its instance has a forward that adds one."""
-
-    def change(model: nn.Module) -> None:
-        module = model.get_submodule(part)
-        plain = module.forward
-        module.forward = lambda x: plain(x) + 1  # type: ignore[method-assign]
-
-    return change
-
-
-def replaced(part: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
-    """An edit of a part by its name: another module, made of it, stands in its place."""
-    owner, _, name = part.rpartition(".")
-    return lambda model: setattr(model.get_submodule(owner), name, make(model.get_submodule(part)))
-
-
 def numbers(like: Tensor, number: int) -> Tensor:
     """Random numbers of a tensor's form, the same for all tensors of that form."""
     generator = torch.Generator().manual_seed(number)

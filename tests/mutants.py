@@ -56,6 +56,7 @@ HOST = "tests/runtime/test_gaps_host.py"
 FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
+EDITS = "tests/runtime/test_edits.py"
 OPERATORS = "tests/api/test_arguments.py -k operator"
 PACKAGES = "tests/runtime/test_packages.py"
 GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
@@ -147,7 +148,7 @@ MUTANTS = [
         ),
         (
             "trial.py",
-            "raise NotNow(section)\n    if section.padding",
+            "raise Inconclusive(section)\n    if section.padding",
             "return section\n    if section.padding",
             VERDICTS + " -k nothing",
         ),
@@ -186,7 +187,7 @@ MUTANTS = [
         ("dropping.py", "if len(heard) == 1 else 0.0", "if heard else 0.0", "tests/trust/test_switches_in_numbers.py"),
         (
             "dropping.py",
-            "holds = _told(original, clone, arguments) == rate",
+            "holds = _given_rate(original, clone, arguments) == rate",
             "holds = True",
             COPIES + " -k taken",
         ),
@@ -315,7 +316,7 @@ MUTANTS = [
     *under(
         "swinaccel/runtime",  # what decides about a call
         ("attention.py", "high >= rows", "high > rows", GAPS + " -k rows"),
-        ("attention.py", "low < 0 or ", "", "tests/runtime/test_dispatch.py -k index"),
+        ("attention.py", "low < 0 or ", "", EDITS + " -k index"),
         (
             "attention.py",
             "len(shape) not in (2, 3) or shape[-1] != heads",
@@ -327,7 +328,7 @@ MUTANTS = [
             "attention.py",
             "if has_hooks(part) and (place or not is_called):",
             "if False:",
-            "tests/runtime/test_dispatch.py -k hooks",
+            EDITS + " -k forward_pre-attn",
         ),
         (
             "attention.py",
@@ -361,7 +362,7 @@ MUTANTS = [
             "None if section.position is None else",
             "tests/runtime/test_training.py -k gradients",
         ),
-        ("context.py", "if _has_any_global_hook():", "if False:", "tests/runtime/test_dispatch.py -k hooks"),
+        ("context.py", "if _has_any_global_hook():", "if False:", EDITS + " -k all-hooks"),
         ("context.py", "forward_ad._current_level >= 0", "False", "tests/runtime/test_dispatch.py -k forward_mode"),
         ("context.py", "_interpreter_stack() is not None", "False", "tests/runtime/test_dispatch.py -k transforms"),
         ("context.py", "_active_mode(_PROXY) is not None", "False", HOST + " -k graphs"),
@@ -391,12 +392,12 @@ MUTANTS = [
         ),
         ("guard.py", "and self._has_settings()", "", "tests/runtime/test_memory.py -k Guard"),
         ("guard.py", "and not any(self._empty)", "", "tests/runtime/test_memory.py -k Guard"),
-        ("guard.py", "list(map(type, self.modules)) == self._types", "True", "tests/runtime/test_memory.py -k type"),
+        ("guard.py", "list(map(type, self.modules)) == self._types", "True", EDITS + " -k attention-class-eager"),
         (
             "guard.py",
             "and all(map(is_, map(_forward, self._classes), self._forwards))",
             "",
-            "tests/runtime/test_memory.py -k linear",
+            EDITS + " -k class-one",
         ),
         ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/runtime/test_memory.py -k Guard"),
         (
@@ -420,8 +421,17 @@ MUTANTS = [
             "plan.py",
             "_version(self._index) == self._version",
             "True",
-            "tests/runtime/test_memory.py tests/runtime/test_dispatch.py -k index",
+            EDITS + " -k index",
         ),
+        ("plan.py", " and plan.is_reusable", "", "tests/runtime/test_memory.py -k masks_of"),
+        (
+            "context.py",
+            "value.requires_grad, value.stride()",
+            "value.requires_grad",
+            "tests/runtime/test_memory.py -k masks_of",
+        ),
+        ("context.py", '"tensor", value.shape, value', '"tensor", value', "tests/runtime/test_memory.py -k masks_of"),
+        ("attention.py", "section.mask = mask.new_empty(0)", "pass", "tests/runtime/test_memory.py -k masks_of"),
         ("plan.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS + " -k never"),
         ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/runtime/test_memory.py -k attributes"),
         ("call.py", "tokens is not x or ", "", HOST + " -k another_tensor"),
@@ -430,9 +440,9 @@ MUTANTS = [
         ("block.py", "not is_leaf or does_nothing(part)", "True", HOST + " -k known"),
         (
             "block.py",
-            "demand(not drops_now(part),",
-            "demand(True,",
-            "tests/runtime/test_fusion.py tests/runtime/test_fusion_autograd.py -k 'unusual or drop'",
+            "require(not drops_now(part),",
+            "require(True,",
+            EDITS + " -k dropout",
         ),
         ("block.py", "or not tensor.is_contiguous():", ":", HOST + " -k contiguous"),
         (
@@ -473,7 +483,7 @@ MUTANTS = [
             "plan.py",
             "found.holds() and self.holds(module) else",
             "found.holds() else",
-            "tests/runtime/test_memory.py -k edits",
+            EDITS + " -k attention",
         ),
         (
             "call.py",
@@ -485,7 +495,7 @@ MUTANTS = [
             "call.py",
             'raise NotFusable("it was changed after accelerate(); call accelerate() again")',
             "pass",
-            'tests/runtime/test_fusion.py -k "patched or unusual"',
+            EDITS + " -k 'block-class or block-child'",
         ),
         (
             "call.py",
@@ -518,7 +528,7 @@ MUTANTS = [
             "section.py",
             "table if any(table is one for one in section.sources) else None",
             "table",
-            "tests/runtime/test_memory.py -k edits",
+            EDITS + " -k attention",
         ),
         ("weights.py", "for reference in one.family:", "for reference in ():", COPIES + " -k earlier"),
         (
@@ -532,6 +542,19 @@ MUTANTS = [
         ("weights.py", "    if section.dropout > 0:", "    if False:", COPIES + " -k left"),
         ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", COPIES + " -k left"),
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
+        (
+            "traced.py",
+            "or _changed_reason(family, module)",
+            "or None",
+            EDITS + " -k 'method-compiled or class-attention'",
+        ),
+        (
+            "traced.py",
+            "tokens is not None and _is_proven(adapter, module)",
+            "tokens is not None",
+            EDITS + " -k class-norm1",
+        ),
+        ("traced.py", "if not _has_settings(proven, part):", "if False:", EDITS + " -k 'unknown or softmax-axis'"),
         ("traced.py", "not is_sure:", "not is_of_library(module):", FORMS),
         ("call.py", "kwargs = _input_first(original, kwargs)", "pass", FORMS + " -k order"),
         ("traced.py", ' or ("always", type(holder), name) in proven', "", FORMS),
@@ -546,19 +569,19 @@ MUTANTS = [
             "attention.py",
             "mask is not None and not mask.is_floating_point()",
             "False",
-            "tests/runtime/test_dispatch.py -k mask_of_other",
+            EDITS + " -k mask-int64",
         ),
         (
             "attention.py",
             "mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens)",
             "False",
-            "tests/runtime/test_dispatch.py -k mask_of_another",
+            EDITS + " -k mask-size",
         ),
         (
             "attention.py",
             "if not all(0 <= shift < window",
             "if False and not all(0 <= shift < window",
-            "tests/runtime/test_dispatch.py -k shift_outside",
+            EDITS + " -k shift-outside",
         ),
         ("attention.py", "inside += [part for part in", "inside += [] and [part for part in", HOST + " -k watched"),
         (
@@ -567,8 +590,8 @@ MUTANTS = [
             "if not fits",
             HOST + " -k around_an",
         ),
-        ("block.py", "demand(not has_hooks(part),", "demand(True,", "tests/runtime/test_fusion.py -k unusual"),
-        ("block.py", "demand(not replaced_methods(part),", "demand(True,", HOST + " -k around_an"),
+        ("block.py", "require(not has_hooks(part),", "require(True,", EDITS + " -k block-hook"),
+        ("block.py", "require(not replaced_methods(part),", "require(True,", HOST + " -k around_an"),
         (
             "block.py",
             "(norm.normalized_shape, *shapes))",
@@ -579,7 +602,7 @@ MUTANTS = [
             "block.py",
             "tuple(layer.bias.shape) == (fan_out,)",
             "True",
-            'tests/runtime/test_fusion.py tests/runtime/test_odd_tensors.py -k "unusual or shapes"',
+            EDITS + " -k block-bias-size",
         ),
         (
             "block.py",

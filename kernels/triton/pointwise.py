@@ -16,6 +16,18 @@ ADD = tl.constexpr(3)  # total = x + branch
 
 
 @triton.jit
+def place_rows(tile, rows, offs_c, C: tl.constexpr, ROWS: tl.constexpr):
+    """Return the rows of a tile (ROWS,), its start in memory, and its numbers' places behind that, and which exist.
+
+    The last two are (ROWS, BLOCK_C).
+    """
+    first = tl.cast(tile, tl.int64) * ROWS
+    offs_r = tl.arange(0, ROWS)
+    inside = (first + offs_r < rows)[:, None] & (offs_c < C)[None, :]
+    return first + offs_r, first * C, offs_r[:, None] * C + offs_c[None, :], inside
+
+
+@triton.jit
 def load_channels(ptr, offs_c, C: tl.constexpr):
     """Load one number of each channel, for all rows: (1, BLOCK_C), fp32, zero beyond C."""
     return tl.load(ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
@@ -74,39 +86,36 @@ def _norm_kernel(
 ):  # fmt: skip
     """Compute the norm of rows, or of their sum, or the sum with a norm, or the sum. One program: ROWS rows."""
     tl.static_assert(C <= BLOCK_C)
-    first = tl.cast(tl.program_id(0), tl.int64) * ROWS
-    offs_r = tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
-    inside = (first + offs_r < rows)[:, None] & (offs_c < C)[None, :]
-    offs = offs_r[:, None] * C + offs_c[None, :]
-    source = tl.load(x_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+    row, start, offs, inside = place_rows(tl.program_id(0), rows, offs_c, C, ROWS)
+    source = tl.load(x_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
     x = source
     if MODE != NORM:
-        source = tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+        source = tl.load(branch_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
     if MODE == ADD_NORM or MODE == ADD:
         if scale_ptr is not None:
-            source *= load_factors(scale_ptr, first + offs_r, rows, sample_rows)
+            source *= load_factors(scale_ptr, row, rows, sample_rows)
         source += x
         total = source
         if total_bias_ptr is not None:
             total += load_channels(total_bias_ptr, offs_c, C)
         total = total.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + first * C + offs, total, mask=inside)
+        tl.store(total_ptr + start + offs, total, mask=inside)
         if stats_ptr is not None:
             source = total.to(tl.float32)  # the backward finds it rounded
     if MODE != ADD:
         out, mean, rstd = standardised(source, offs_c, eps, C)
         if stats_ptr is not None:
-            tl.store(stats_ptr + first + offs_r, mean, mask=first + offs_r < rows)
-            tl.store(stats_ptr + rows + first + offs_r, rstd, mask=first + offs_r < rows)
+            tl.store(stats_ptr + row, mean, mask=row < rows)
+            tl.store(stats_ptr + rows + row, rstd, mask=row < rows)
         out = weighted(out, weight_ptr, bias_ptr, offs_c, C)
         if MODE == NORM_ADD:
             if scale_ptr is not None:
-                out *= load_factors(scale_ptr, first + offs_r, rows, sample_rows)
+                out *= load_factors(scale_ptr, row, rows, sample_rows)
             out += x
             if total_ptr is not None:
-                tl.store(total_ptr + first * C + offs, out.to(total_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_ptr + first * C + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+                tl.store(total_ptr + start + offs, out.to(total_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + start + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

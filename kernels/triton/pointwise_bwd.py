@@ -9,14 +9,7 @@ import triton
 import triton.language as tl
 
 from .mlp import gelu_and_slope
-from .pointwise import NORM_ADD, load_channels, load_factors
-
-
-@triton.jit
-def place_tile(tile, rows, offs_c, C: tl.constexpr, ROWS: tl.constexpr):
-    """Return a tile's rows (ROWS,), and of its numbers (ROWS, BLOCK_C), whether they are there, and where."""
-    row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-    return row, (row < rows)[:, None] & (offs_c < C)[None, :], row[:, None] * C + offs_c[None, :]
+from .pointwise import NORM_ADD, load_channels, load_factors, place_rows
 
 
 @triton.jit
@@ -44,7 +37,8 @@ def _norm_bwd_kernel(
     weight_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     bias_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row, inside, offs = place_tile(tile, rows, offs_c, C, ROWS)
+        row, start, offs, inside = place_rows(tile, rows, offs_c, C, ROWS)
+        offs += start
         grad = tl.load(grad_out_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         source = tl.load(source_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + row, mask=row < rows, other=0.0)[:, None]
@@ -91,7 +85,8 @@ def _gelu_bwd_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        _, inside, offs = place_tile(tile, rows, offs_c, C, ROWS)
+        _, start, offs, inside = place_rows(tile, rows, offs_c, C, ROWS)
+        offs += start
         x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_out_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         out, slope = gelu_and_slope(x)
@@ -115,7 +110,8 @@ def _column_sums_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row, inside, offs = place_tile(tile, rows, offs_c, C, ROWS)
+        row, start, offs, inside = place_rows(tile, rows, offs_c, C, ROWS)
+        offs += start
         x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         if scale_ptr is not None:
             x *= load_factors(scale_ptr, row, rows, sample_rows)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .mlp import gelu
-from .pointwise import normalised
+from .pointwise import normalised, place_rows
 
 # What is written in 8 bits.
 PLAIN = tl.constexpr(0)  # x
@@ -20,19 +20,12 @@ NORM_ADD = tl.constexpr(4)  # x + norm(branch), which total is, too
 
 
 @triton.jit
-def store_row(out_ptr, scale_ptr, tile, first, rows, offs_r, offs_c, K: tl.constexpr):
-    """Store rows of K numbers in 8 bits, and their scales.
-
-    Args:
-        tile: (ROWS, BLOCK), fp32, zero beyond K.
-        first: of the rows, where they are stored.
-    """
+def store_rows(out_ptrs, scale_ptr, tile, row, rows, inside):
+    """Store a tile of whole rows (ROWS, BLOCK), fp32, zero beyond their ends, in 8 bits, and the rows' scales."""
     largest = tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)  # else rows of zeros would be divided by zero
-    inside_r = first + offs_r < rows
-    inside = inside_r[:, None] & (offs_c < K)[None, :]
-    eighth = (tile * (448.0 / largest)[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + first * K + offs_r[:, None] * K + offs_c[None, :], eighth, mask=inside)
-    tl.store(scale_ptr + first + offs_r, largest / 448.0, mask=inside_r)
+    eighth = (tile * (448.0 / largest)[:, None]).to(out_ptrs.dtype.element_ty)
+    tl.store(out_ptrs, eighth, mask=inside)
+    tl.store(scale_ptr + row, largest / 448.0, mask=row < rows)
 
 
 @triton.jit
@@ -47,38 +40,32 @@ def _quantise_kernel(
 ):  # fmt: skip
     """Write rows, their GELU, norm, or sum with a norm before or after it, in 8 bits. One program: ROWS rows."""
     tl.static_assert(C <= BLOCK_C)
-    first = tl.cast(tl.program_id(0), tl.int64) * ROWS
-    offs_r = tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
-    inside = (first + offs_r < rows)[:, None] & (offs_c < C)[None, :]
-    offs = offs_r[:, None] * C + offs_c[None, :]
-    x = tl.load(x_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+    row, start, offs, inside = place_rows(tl.program_id(0), rows, offs_c, C, ROWS)
+    x = tl.load(x_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
     if MODE == GELU:
         x = gelu(x)
     if MODE == NORM:
         x = normalised(x, weight_ptr, bias_ptr, offs_c, eps, C)
     if MODE == ADD_NORM or MODE == NORM_ADD:
-        branch = tl.load(branch_ptr + first * C + offs, mask=inside, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
         if MODE == NORM_ADD:
             branch = normalised(branch, weight_ptr, bias_ptr, offs_c, eps, C)
         x += branch
-        tl.store(total_ptr + first * C + offs, x.to(total_ptr.dtype.element_ty), mask=inside)
+        tl.store(total_ptr + start + offs, x.to(total_ptr.dtype.element_ty), mask=inside)
         if MODE == ADD_NORM:
             x = normalised(x, weight_ptr, bias_ptr, offs_c, eps, C)
-    store_row(out_ptr, scale_ptr, x, first, rows, offs_r, offs_c, C)
+    store_rows(out_ptr + start + offs, scale_ptr, x, row, rows, inside)
 
 
 @triton.jit
 def _store_weight(
     out_ptr, scale_ptr, weight_ptr, place, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    first = tl.cast(place, tl.int64) * ROWS
-    offs_r = tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK)
-    inside = (first + offs_r < N)[:, None] & (offs_c < K)[None, :]
-    offs = first * K + offs_r[:, None] * K + offs_c[None, :]
-    tile = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    store_row(out_ptr, scale_ptr, tile, first, N, offs_r, offs_c, K)
+    row, start, offs, inside = place_rows(place, N, offs_c, K, ROWS)
+    tile = tl.load(weight_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
+    store_rows(out_ptr + start + offs, scale_ptr, tile, row, N, inside)
 
 
 @triton.jit

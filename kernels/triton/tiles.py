@@ -49,7 +49,7 @@ SIZES = (
 
 
 class Geometry(NamedTuple):
-    """Where the windows of a call lie, as `swinaccel.spec.Geometry`, along the three axes."""
+    """Places of the windows of a call, as `swinaccel.spec.Geometry`, along the three axes."""
 
     size: tl.tuple  # of the image
     windows: tl.tuple  # in the grid
@@ -72,7 +72,7 @@ class Tokens(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """Where the relative position bias is read from."""
+    """Source of the relative position bias."""
 
     table_ptr: tl.tensor = None  # (rows, columns), a column for every head, or for every row of windows and head
     index_ptr: tl.tensor = None  # (N, N), int64

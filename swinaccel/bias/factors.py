@@ -70,7 +70,7 @@ def factorize_bias(
     if rank is not None:
         return of(rank)
     if energy is not None:
-        _check_fraction("energy", energy)
+        _check_energy(energy)
         kept = values.double().square().cumsum(-1)
         enough = kept >= energy * (1 - 1e-12) * kept[..., -1:]
         return of(int(enough.int().argmax(-1).max()) + 1)
@@ -105,11 +105,11 @@ def _check_bias(bias: Tensor) -> None:
         raise ValueError("bias must be finite to have factors; keep -inf for the mask")
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be None or a number in (0, 1]; got {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], a fraction such as 0.995; got {value!r}")
+def _check_energy(energy: float) -> None:
+    if isinstance(energy, bool) or not isinstance(energy, (int, float)):
+        raise TypeError(f"energy must be None or a number in (0, 1]; got {energy!r}")
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must lie in (0, 1], a fraction such as 0.995; got {energy!r}")
 
 
 def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,16 @@ def is_like(branch: Any, x: Tensor, dtype: torch.dtype) -> bool:
 
 
 class BoundRest:
-    """All of a block after its attention, bound to its launches; see `bind_rest`."""
+    """All of a block after its attention, bound to its launches, without gradients; see `spec.block.Block`.
+
+    Args:
+        shape, dtype, device: of the block's input (..., C); the device with its index, as tensors have it.
+        hidden: channels within the MLP.
+        eps: of both norms.
+        bound: how each launch is bound, if it is.
+    Raises:
+        LaunchError: a kernel cannot be planned.
+    """
 
     __slots__ = (
         "_active",
@@ -148,26 +157,6 @@ class BoundRest:
         total = torch.empty_like(x)
         self._add(x, total, None, None, branch, None, *affine[:2], None)
         return total
-
-
-def bind_rest(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    hidden: int,
-    eps: tuple[float, float],
-    post_norm: bool,
-) -> BoundRest:
-    """Bind all of a block after its attention to its launches, without gradients; see `spec.block.Block`.
-
-    Args:
-        shape, dtype, device: of the block's input (..., C); the device with its index, as tensors have it.
-        hidden: channels within the MLP.
-        eps: of both norms.
-    Raises:
-        LaunchError: a kernel cannot be planned.
-    """
-    return BoundRest(shape, dtype, device, hidden, eps, post_norm)
 
 
 class BoundNorm:

@@ -17,9 +17,8 @@ from ..layers import alias, has_hooks, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..spec.adapters import Adapter, Family, block_method, call_settings
-from ..spec.block import Attend
 from ..spec.reference_block import attend_tokens
-from ..spec.window import Section
+from ..spec.window import Section, with_mask
 from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library, unsharded_class
@@ -30,7 +29,7 @@ from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
 from .weights import lazy_weights, weights_reason
 
-_CHANGED = (
+CHANGED = (
     "its {} was changed after accelerate(), or came from a file or another process; call"
     " swinaccel.accelerate(model) to look at it anew"
 )
@@ -98,7 +97,7 @@ def reading_of(family: Family, module: nn.Module) -> Reading | str:
         reading = registry.reading(attention_key(family, module))
     except Untraceable as reason:
         return str(reason)
-    return reading or _CHANGED.format(type(family.attention(module)).__name__)
+    return reading or CHANGED.format(type(family.attention(module)).__name__)
 
 
 def plan_attention(
@@ -127,22 +126,38 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
+    mask_of = getattr(family, "mask_of", _no_mask)
+    mask = mask_of(module, args, kwargs)
+    is_given = mask is not None and section.mask is mask
+    if mask is not None and is_given:
+        section.mask = mask.new_empty(0)  # each call brings its own, of this form, and this one is not kept
+    else:
+        mask_of = _no_mask
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
 
+    def run_with_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = mask_of(module, args, kwargs)
+        return family.forward(module, lambda image: attend(image, mask), *args, **kwargs)
+
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        images = []
+        images, mask = [], mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:
             images.append(image)
-            return attend(image)
+            return attend(image, mask)
 
         out = family.forward(module, watched, *args, **kwargs)
         given = args[0] if args else next(iter(kwargs.values()))
-        return out, lazy_weights(section, images[0], given)
+        return out, lazy_weights(with_mask(section, mask), images[0], given)
 
-    return Plan(run_with_weights if reading.weights else run, problem, guard, section.index)
+    way = run_with_weights if reading.weights else run_with_mask if is_given else run
+    return Plan(way, problem, guard, section.index, is_reusable=mask is None or is_given)
+
+
+def _no_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    return None
 
 
 def section_of(
@@ -165,8 +180,10 @@ def bind_backend(
     state: State,
     x: Tensor,
     size: tuple[int, int] | None = None,
-) -> tuple[Attend, tuple | None] | str:
+) -> tuple[Callable[..., Tensor], tuple | None] | str:
     """Return what runs a section, with the problem that its failures are kept under, or why nothing may.
+
+    It runs images, or images and a mask in place of the section's.
 
     Args:
         size: height and width of the image, where the section is to be given tokens of one axis.
@@ -182,8 +199,8 @@ def bind_backend(
         in_parts = torch_backend.is_plain(attention)
         _bypass_layers(section, products.linear if x.is_cpu else F.linear)
 
-        def attend(image: Tensor) -> Tensor:
-            return torch_backend.shifted_window_attention(section, image, in_parts=in_parts)
+        def attend(image: Tensor, mask: Tensor | None = None) -> Tensor:
+            return torch_backend.shifted_window_attention(with_mask(section, mask), image, in_parts=in_parts)
 
         return (attend if size is None else lambda y: attend_tokens(attend, y, size)), None
     problem = problem_of(section, x)

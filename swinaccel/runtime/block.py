@@ -27,7 +27,7 @@ from ..ops import block_autograd as recorded
 from ..ops.block import is_like
 from ..ops.failures import failures
 from ..spec.block import Attend, Block
-from ..spec.reference_block import attend_tokens, drop_factors
+from ..spec.reference_block import drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
 from .context import are_functions_torchs, has_dispatch_mode, product_dtype
@@ -39,11 +39,11 @@ DTYPES = (*HALVES, torch.float32)
 
 
 class NotFusable(Exception):
-    """A module is not plain enough to be stood in for; the message says what is not."""
+    """Reason why kernels cannot stand in for a module: something in it is not plain."""
 
 
 class BlockFacts:
-    """What a block that turned out to be plain consists of.
+    """Parts of a plain block.
 
     Attributes:
         block: its description.
@@ -57,27 +57,29 @@ class BlockFacts:
 
     def __init__(self, module: nn.Module, block: Block) -> None:
         # Before any weight is looked at: a parametrized one is computed then, and may count that.
-        demand(
+        require(
             all(is_builtin(one, nn.Linear) for one in (block.fc1, block.fc2)), "its MLP is not of plain linear layers"
         )
-        demand(all(is_builtin(one, nn.LayerNorm) for one in (block.norm1, block.norm2)), "its norms are no layer norms")
+        require(
+            all(is_builtin(one, nn.LayerNorm) for one in (block.norm1, block.norm2)), "its norms are no layer norms"
+        )
         self.block = block
         self.hidden, self.channels = block.fc1.weight.shape
         inside = set(block.attention.modules())
         drops = (block.drop1, block.drop2)
-        demand_unhooked(part for part in module.modules() if part not in inside)
+        require_no_hooks(part for part in module.modules() if part not in inside)
         around = [part for part in module.modules() if part not in inside]
-        demand_idle(around, drops)
+        require_no_dropout(around, drops)
         named = {block.norm1, block.norm2, block.fc1, block.fc2, block.activation, *drops}
         for part in around:
             is_leaf = not part._modules and part not in named
-            demand(not is_leaf or does_nothing(part), f"what {type(part).__name__} does is not known")
+            require(not is_leaf or does_nothing(part), f"what {type(part).__name__} does is not known")
         linears = (block.fc1, self.channels, self.hidden), (block.fc2, self.hidden, self.channels)
         for norm in (block.norm1, block.norm2):
-            demand_sizes(norm, self.channels)
+            require_norm_size(norm, self.channels)
         for layer, fan_in, fan_out in linears:
-            demand(tuple(layer.weight.shape) == (fan_out, fan_in), "the sizes of its MLP do not fit each other")
-            demand(layer.bias is None or tuple(layer.bias.shape) == (fan_out,), "a bias of its MLP has another size")
+            require(tuple(layer.weight.shape) == (fan_out, fan_in), "the sizes of its MLP do not fit each other")
+            require(layer.bias is None or tuple(layer.bias.shape) == (fan_out,), "a bias of its MLP has another size")
         self.norms: Any = tuple((one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2))
         self.linears: Any = tuple((layer.weight, layer.bias) for layer, _, _ in linears)
         self.drops = [None if one is None or not drops_now(one) else one for one in drops]
@@ -93,31 +95,31 @@ class BlockFacts:
         return [one for group in (*self.norms, *self.linears) for one in group[:2] if one is not None]
 
 
-def demand(holds: bool, reason: str) -> None:
+def require(holds: bool, reason: str) -> None:
     """Raise NotFusable unless something holds."""
     if not holds:
         raise NotFusable(reason)
 
 
-def demand_sizes(norm: Any, channels: int) -> None:
+def require_norm_size(norm: Any, channels: int) -> None:
     """Raise NotFusable where a layer norm is not over so many channels."""
     shapes = [tuple(one.shape) for one in (norm.weight, norm.bias) if one is not None]
     fits = all(shape == (channels,) for shape in (norm.normalized_shape, *shapes))
-    demand(fits, "its norms have other channels")
+    require(fits, "its norms have other channels")
 
 
-def demand_unhooked(parts: Any) -> None:
+def require_no_hooks(parts: Any) -> None:
     """Raise NotFusable where someone watches a module or has replaced a method of it."""
     for part in parts:
-        demand(not has_hooks(part), f"{type(part).__name__} has hooks")
-        demand(not replaced_methods(part), f"a method of {type(part).__name__} was replaced")
+        require(not has_hooks(part), f"{type(part).__name__} has hooks")
+        require(not replaced_methods(part), f"a method of {type(part).__name__} was replaced")
 
 
-def demand_idle(parts: Any, drops: tuple[Any, ...]) -> None:
+def require_no_dropout(parts: Any, drops: tuple[Any, ...]) -> None:
     """Raise NotFusable where a module beside the drop-paths drops numbers now."""
     for part in parts:
         if not any(part is one for one in drops):
-            demand(not drops_now(part), f"dropout of {type(part).__name__} is active")
+            require(not drops_now(part), f"dropout of {type(part).__name__} is active")
 
 
 def does_nothing(part: nn.Module) -> bool:
@@ -179,8 +181,7 @@ class FusedBlock:
     """A block in few kernels.
 
     Args:
-        attend: (B, H, W, C) to the same.
-        size: height and width of the image, where tokens have one axis.
+        attend: the attention, of x's shape to the same.
         backend: "torch" on CPUs.
     Attributes:
         run: the block's forward, of x.
@@ -194,12 +195,10 @@ class FusedBlock:
         facts: BlockFacts,
         attend: Attend,
         x: Tensor,
-        size: tuple[int, int] | None,
         backend: str,
         config: AccelConfig,
     ) -> None:
-        self._facts, self._config = facts, config
-        self._attend: Attend = attend if size is None else lambda y: attend_tokens(attend, y, size)  # tokens to tokens
+        self._facts, self._config, self._attend = facts, config, attend
         self._problem = block_problem(facts, x, backend)
         as_output = facts.block.as_output
         if needs_autograd(x, facts.parameters(), facts.drops):
@@ -217,7 +216,7 @@ class FusedBlock:
         eps = facts.norms[0][2], facts.norms[1][2]
         try:
             self._first = None if post_norm else block_ops.BoundNorm(x.shape, x.device, eps[0])
-            self._rest = block_ops.bind_rest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
+            self._rest = block_ops.BoundRest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             return False

@@ -50,16 +50,17 @@ def forget_warnings() -> None:
 
 
 class Entry:
-    """How calls of one method run, as a marker says.
+    """Options of the calls of one method, as a marker holds them.
 
     Attributes:
         family: whose section the method runs, or None.
         block: the adapter of a block, a merging or an embedding that the method runs, and that may be fused, or None.
         is_captured: whole calls of the method are replayed as graphs.
         settings: names of attributes that callers set before each call.
+        takes_mask: calls are given their mask, which plans do not keep.
     """
 
-    __slots__ = ("block", "config", "family", "is_captured", "settings")
+    __slots__ = ("block", "config", "family", "is_captured", "settings", "takes_mask")
 
     def __init__(self, adapter: Adapter, config: AccelConfig, method: str) -> None:
         self.config, self.is_captured = config, hasattr(adapter, "is_captured")
@@ -70,6 +71,7 @@ class Entry:
             self.family = adapter
         if config.fuse == "auto" and reads_blocks(adapter) and method == block_method(adapter):
             self.block = adapter
+        self.takes_mask = self.block is None and hasattr(self.family, "mask_of")
 
 
 def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -272,7 +274,7 @@ def _plan_fused(
         if isinstance(bound, str):
             return bound
         attend, attention_problem, section, inner, products = bound
-        fused = FusedBlock(facts, attend, x, None, backend, config)
+        fused = FusedBlock(facts, attend, x, backend, config)
         run = fused.run
         if config.precision == "fp8":
             run = precision.run_of(fused, facts, section, products, x, config, state_of(inner), backend)

@@ -100,12 +100,26 @@ def call_key(
     if len(args) != 1 or kwargs:
         others = (len(args), *args[1:], *kwargs.items())
         if not _is_plain(others):
-            return None
+            if not entry.takes_mask:
+                return None
+            forms = [_form_of(one) for one in (*args[1:], *kwargs.values())]
+            if any(form is None for form in forms):
+                return None
+            others = (len(args), *kwargs, *forms)
     autocast = None
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(kind := x.device.type):
         autocast = torch.get_autocast_dtype(kind)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
     return entry, settings, x.shape, x.dtype, x.get_device(), x.requires_grad, x.is_contiguous(), modes, others
+
+
+def _form_of(value: Any) -> tuple | None:
+    """Return what decides about a plan in an argument, of a mask all but its numbers; None for one of other kinds."""
+    if _is_plain((value,)):
+        return "value", value
+    if type(value) not in PLAIN_TENSORS:
+        return None
+    return "tensor", value.shape, value.dtype, value.device, value.requires_grad, value.stride()
 
 
 def _is_plain(values: tuple[Any, ...]) -> bool:

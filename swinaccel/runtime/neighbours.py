@@ -14,7 +14,7 @@ from ..layers import is_builtin
 from ..ops import block_autograd as recorded
 from ..spec.block import Embedding, Merging
 from ..spec.reference_block import embedded, embedding_reference, merged, merging_reference
-from .block import demand, demand_idle, demand_sizes, demand_unhooked, failed, needs_autograd, norm_dtype
+from .block import failed, needs_autograd, norm_dtype, require, require_no_dropout, require_no_hooks, require_norm_size
 from .context import product_dtype
 
 
@@ -25,13 +25,13 @@ class MergingFacts:
 
     def __init__(self, module: nn.Module, merging: Merging) -> None:
         norm, layer = merging.norm, merging.reduction
-        demand(is_builtin(layer, nn.Linear), "its reduction is no plain linear layer")
-        demand(is_builtin(norm, nn.LayerNorm), "its norm is no layer norm")
-        demand_unhooked(module.modules())
+        require(is_builtin(layer, nn.Linear), "its reduction is no plain linear layer")
+        require(is_builtin(norm, nn.LayerNorm), "its norm is no layer norm")
+        require_no_hooks(module.modules())
         width, channels = layer.weight.shape
-        demand_sizes(norm, width if merging.post_norm else channels)
-        demand(channels % 4 == 0, "its channels are not those of four neighbours")
-        demand(layer.bias is None or tuple(layer.bias.shape) == (width,), "a bias of it has another size")
+        require_norm_size(norm, width if merging.post_norm else channels)
+        require(channels % 4 == 0, "its channels are not those of four neighbours")
+        require(layer.bias is None or tuple(layer.bias.shape) == (width,), "a bias of it has another size")
         self.merging, self.channels = merging, channels // 4
         self.affine, self.reduction = (norm.weight, norm.bias, norm.eps), (layer.weight, layer.bias)
 
@@ -85,15 +85,15 @@ class EmbeddingFacts:
 
     def __init__(self, module: nn.Module, embedding: Embedding) -> None:
         layer, norm = embedding.projection, embedding.norm
-        demand(is_builtin(layer, nn.Conv2d) and is_patchwise(layer), "its projection is no plain product of patches")
-        demand(norm is None or is_builtin(norm, nn.LayerNorm), "its norm is no layer norm")
-        demand_unhooked(module.modules())
-        demand_idle(module.modules(), ())
+        require(is_builtin(layer, nn.Conv2d) and is_patchwise(layer), "its projection is no plain product of patches")
+        require(norm is None or is_builtin(norm, nn.LayerNorm), "its norm is no layer norm")
+        require_no_hooks(module.modules())
+        require_no_dropout(module.modules(), ())
         width, self.channels, *patch = layer.weight.shape
         if norm is not None:
-            demand_sizes(norm, width)
+            require_norm_size(norm, width)
         numbers = self.channels * patch[0] * patch[1]
-        demand(kernels.embed_launch(width, numbers) is not None, "its patches are too large for the kernel")
+        require(kernels.embed_launch(width, numbers) is not None, "its patches are too large for the kernel")
         self.embedding, self.projection = embedding, (layer.weight, layer.bias)
         self.affine = None if norm is None else (norm.weight, norm.bias, norm.eps)
 

@@ -27,10 +27,11 @@ class Plan:
         run: the call.
         problem: what failures of the attention's kernels are kept under, or None.
         counted: whose call it is, in the report, where that is not the module itself.
+        is_reusable: all that it takes from a call's arguments is in the call's key, or read anew at each call.
         failures: how many kernels had failed when this was made.
     """
 
-    __slots__ = ("_fits", "_index", "_tensors", "_version", "counted", "failures", "problem", "run")
+    __slots__ = ("_fits", "_index", "_tensors", "_version", "counted", "failures", "is_reusable", "problem", "run")
 
     def __init__(
         self,
@@ -39,8 +40,9 @@ class Plan:
         guard: Guard | None,
         index: Tensor | None = None,
         counted: State | None = None,
+        is_reusable: bool = True,
     ) -> None:
-        self.run, self.problem, self.counted = run, problem, counted
+        self.run, self.problem, self.counted, self.is_reusable = run, problem, counted, is_reusable
         self.failures, self._index = failures.count, index
         self._version = _version(index)
         self._tensors = [] if guard is None else guard.tensors()
@@ -104,7 +106,7 @@ class PlanCache:
 
     def add(self, key: tuple | None, plan: Plan) -> None:
         """Add the plan of a call, for the next of its kind."""
-        if self.guard is not None and key is not None:
+        if self.guard is not None and key is not None and plan.is_reusable:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
             self.plans[key] = plan

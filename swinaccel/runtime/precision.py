@@ -40,7 +40,7 @@ Run = Callable[[Tensor], Any]
 
 
 class Precision:
-    """What is known of one block that was asked to multiply in 8 bits.
+    """State of one block that was asked to multiply in 8 bits.
 
     Attributes:
         error: relative L2 error of its output against the block without, on the first input that these weights got.

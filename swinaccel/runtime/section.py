@@ -15,7 +15,7 @@ from ..errors import ArgumentError, KernelError
 from ..layers import is_builtin
 from ..ops import position, window
 from ..spec.block import Product
-from ..spec.window import Section
+from ..spec.window import Section, with_mask
 from .block import linear
 from .context import are_functions_torchs
 from .plan import State
@@ -58,42 +58,44 @@ class TritonSection:
             and all(one is None or one.is_contiguous() for one in others)
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.size is None:
-            return self.attend(x)
-        return self.attend(x.view(x.shape[0], *self.size, x.shape[2])).view(x.shape)
+            return self.attend(x, mask)
+        return self.attend(x.view(x.shape[0], *self.size, x.shape[2]), mask).view(x.shape)
 
-    def attend(self, image: Tensor) -> Tensor:
+    def attend(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the attention of an image (B, H, W, C)."""
-        return self.section.output(self.attended(image, self.section.project))
+        return self.section.output(self.attended(image, self.section.project, mask))
 
-    def attended(self, x: Any, project: Callable[[Tensor], Any] | None = None) -> Tensor:
+    def attended(self, x: Any, project: Callable[[Tensor], Any] | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the attention of a projection, (..., heads * D), by its launches where that is as it was.
 
         Args:
             x: the projection; or, with `project`, the image that it is made of.
+            mask: in place of the section's, and of its form.
         """
         section, bound = self.section, self._bound
         padding = padding_of(section) if bound is not None and bound.has_padding else None
         qkv = x if project is None else project(x)
         if bound is None:
-            return self._first(qkv)
+            return self._first(qkv, mask)
         parts = (qkv,) if isinstance(qkv, Tensor) else qkv
         for one in parts:
             if one.shape != bound.shape or one.dtype is not bound.dtype or not one.is_contiguous():
-                return self._first(qkv)
+                return self._first(qkv, mask)
         if bound.has_padding and (padding is None or not padding.is_contiguous()):
-            return self._first(qkv)
+            return self._first(qkv, mask)
         table = bound.table
         if table is None and section.table is not None:
             table = None if bound.position is None else bound.position.run(*section.position)  # type: ignore[misc]
             table = section.table() if table is None else table
             if (table.stride(), table.dtype) != bound.layout:
-                return attend_triton(section, qkv, table)
+                return attend_triton(with_mask(section, mask), qkv, table)
+        mask = section.mask if mask is None else mask
         q, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
-        return bound.attention.run(q, k, v, table, section.index, padding, section.mask, section.logit_scale)
+        return bound.attention.run(q, k, v, table, section.index, padding, mask, section.logit_scale)
 
-    def _first(self, qkv: Any) -> Tensor:
+    def _first(self, qkv: Any, mask: Tensor | None) -> Tensor:
         """Return the attention of a projection about which nothing is known yet."""
         section, first = self.section, qkv if isinstance(qkv, Tensor) else qkv[0]
         width = section.num_heads * section.head_dim
@@ -105,7 +107,7 @@ class TritonSection:
             factors = biases.factors(section, self.config, first.dtype)
         self.state.bias = form_of(section) if factors is None else factors.describe()
         table = table_of(section, trained)
-        out = attend_triton(section, qkv, table, factors)
+        out = attend_triton(with_mask(section, mask), qkv, table, factors)
         if self._may_bind and self._bound is None:
             self._bound = bind_launches(section, qkv, table)
         return out

@@ -1,11 +1,13 @@
 """Run one call while a compiler traces it: the same decisions, in code that compilers follow and guard by themselves.
 
-A compiler cannot walk over attributes, look up fingerprints or keep plans. It takes the types of submodules, and their
-places, for what `accelerate()` proved (`PROVEN` on the class), and reads hooks, forwards and settings one by one.
+A compiler cannot walk over attributes or keep plans. Fingerprints it has looked up once, while it traces. Its guards
+see later changes of what it reads by itself: it takes the types of submodules, and their places, for what
+`accelerate()` proved (`PROVEN` on the class), and reads hooks, forwards and settings one by one.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +18,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..config import env_strict
 from ..errors import FallbackError
-from ..layers import has_hooks, has_own_forward, is_builtin
+from ..layers import BASE_ATTRIBUTES, has_hooks, has_own_forward, is_builtin, replaced_methods
 from ..ops import block as block_ops
-from ..spec.adapters import Adapter, BlockReader, Family, is_family, reads_attention_blocks
+from ..spec.adapters import Adapter, BlockReader, Family, call_settings, is_family, reads_attention_blocks
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
-from ..trust.fingerprint import rates
+from ..trust.fingerprint import Untraceable, rates
 from ..trust.libraries import is_of_library
-from ..trust.registry import mask_kind
-from .attention import problem_of, reading_of, section_of, section_reason, triton_reason
+from ..trust.registry import block_key, mask_kind, registry
+from .attention import CHANGED, parts_reason, problem_of, reading_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
 from .context import backend_of, product_dtype
 from .neighbours import embedding_of, is_patchwise
@@ -38,19 +40,28 @@ PROVEN = "_swinaccel_proven"  # attribute of a class with a dispatcher: what was
 
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
-# ("part", type of parent, name, type), ("rate", type, name) of a rate of dropout, ("weights", type) of a module that
-# returns its attention weights, ("refused", type, kind of mask) of one that raises for such a mask, and ("always", type
-# of parent, name) of a dropout that drops in evaluation, too.
+# ("part", type of parent, name, type), ("setting", type, name, value) of code that no library holds, ("rate", type,
+# name) of a rate of dropout, ("weights", type) of a module that returns its attention weights, ("refused", type, kind
+# of mask) of one that raises for such a mask, and ("always", type of parent, name) of a dropout that drops in
+# evaluation, too.
 Fact = tuple[Any, ...]
+
+_PLAIN = (bool, int, float, str)
+_SETTINGS = (*_PLAIN, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 
 def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
     """Return what was proven of a module and of all inside it, as code can look it up that a compiler traces."""
     found: list[Fact] = [("part", None, "", type(module))]
+    ignored = {*BASE_ATTRIBUTES, *call_settings(adapter), "_swinaccel"}
     for parent in module.modules():
         found += [("part", type(parent), name, type(child)) for name, child in parent.named_children()]
         if not is_of_library(parent):
             found += [("rate", type(parent), name) for name, _ in rates(parent)]
+        if not is_of_library(parent) or isinstance(parent, nn.Softmax):
+            none = {name: None for name, one in parent._parameters.items() if one is None}
+            settings = {name: one for name, one in (vars(parent) | none).items() if name not in ignored}
+            found += [("setting", type(parent), *each) for each in settings.items() if isinstance(each[1], _SETTINGS)]
     if is_family(adapter) and not is_of_library(module):
         reading = reading_of(adapter, module)
         if isinstance(reading, str) or reading.weights:
@@ -85,15 +96,40 @@ def call(
     if adapter is not None and reads_attention_blocks(adapter):
         block = _plain_block(adapter, module, x)
         tokens = None if block is None else _tokens(adapter, module, x, args, kwargs)
-        if block is not None and tokens is not None:
+        if block is not None and tokens is not None and _is_proven(adapter, module):
             return _block(block, adapter.attend(module) if attend is None else attend, *tokens)
     elif adapter is not None:
         embedding = _plain_embedding(adapter, module, x)
-        if embedding is not None and _tokens(adapter, module, x, args, kwargs) is not None:
+        if (
+            embedding is not None
+            and _tokens(adapter, module, x, args, kwargs) is not None
+            and _is_proven(adapter, module)
+        ):
             return embedding_of(embedding, x)
     if family is None:
         return original(module, *args, **kwargs)
     return family.forward(module, attend, *args, **kwargs)
+
+
+def _changed_reason(family: Family, module: nn.Module) -> str | None:
+    """Return why the attention of a module is not what was proven, or None; compilers run this while they trace."""
+    attention, reading = family.attention(module), reading_of(family, module)
+    if isinstance(reading, str):
+        return reading
+    return parts_reason(list(attention.modules()), attention is module, reading)
+
+
+def _is_proven(adapter: BlockReader, module: nn.Module) -> bool:
+    """Return True if a block, merging or embedding is what was proven; compilers run this while they trace."""
+    try:
+        reading = registry.reading(block_key(adapter, module))
+        return reading is not None and not any(map(replaced_methods, module.modules()))
+    except (AttributeError, TypeError, KeyError, ValueError, Untraceable):
+        return False
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+_changed_reason._dynamo_marked_constant = _is_proven._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _attend(
@@ -104,8 +140,10 @@ def _attend(
     proven = getattr(module, PROVEN)
     if ("weights", type(module)) in proven:
         return "it returns its attention weights as well, which a compiler is left to compute"
-    reason = _dropout_reason(module, attention) or _parts_reason(
-        proven, attention, attention is module, _root(module, attention)
+    reason = (
+        _dropout_reason(module, attention)
+        or _parts_reason(proven, attention, attention is module, _root(module, attention))
+        or _changed_reason(family, module)
     )
     if reason is not None:
         return reason
@@ -154,12 +192,25 @@ def _parts_reason(
     for fact in proven:
         if fact[0] == "rate" and fact[1] is type(part) and getattr(part, fact[2]):
             return f"{fact[2]} is not zero, and only its own code says when that drops"
+    if not _has_settings(proven, part):
+        return CHANGED.format(type(part).__name__)
     for name, child in part._modules.items():
         if child is not None:
             reason = _parts_reason(proven, child, False, (type(part), name))
             if reason is not None:
                 return reason
     return None
+
+
+def _has_settings(proven: frozenset[Fact], part: nn.Module) -> bool:
+    """Return True if every setting of a module, if it is of code that no library holds, has a value that was proven."""
+    known = [fact for fact in proven if fact[0] == "setting" and fact[1] is type(part)]
+    for name in [fact[2] for fact in known]:
+        value = getattr(part, name)
+        same = [one for _, _, other, one in known if other == name and type(one) is type(value)]
+        if not any(one == value if type(value) in _PLAIN else one is value for one in same):
+            return False
+    return True
 
 
 def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
@@ -201,6 +252,8 @@ def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
                 return None
             if not any(child is one for one in named) and (child.training or has_hooks(child)):
                 return None
+        if not _has_settings(proven, holder):
+            return None
     for part in (*norms, *linears, *block.holders, block.activation, block.drop1, block.drop2):
         if part is not None and (has_hooks(part) or has_own_forward(part)):
             return None

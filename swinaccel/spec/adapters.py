@@ -23,11 +23,13 @@ class Adapter(Protocol):
 
 
 class Family(Adapter, Protocol):
-    """How one library's window attention is recognised, read and repeated.
+    """Adapter of one library's window attention: it recognises, reads and repeats it.
 
     A family whose module is a whole block may also be an `AttentionBlock`; where the method that runs the block is
     another than `method`, it has that method's name as `block_method`. Where callers set attributes of the module
-    before each call, it has their names as `call_settings`.
+    before each call, it has their names as `call_settings`. Where calls are given their mask, it may have `mask_of`,
+    which returns it, of (module, args, kwargs): if its section takes that mask as it is, and is made of no other number
+    in it than its shape, calls with masks of one form have one plan.
     """
 
     def match(self, module: nn.Module) -> WindowSpec | None:
@@ -53,7 +55,7 @@ class Family(Adapter, Protocol):
 
 
 class BlockReader(Adapter, Protocol):
-    """How a module is read that may run in fewer kernels as a whole: a block, a patch merging, a patch embedding."""
+    """Adapter of a module that may run in fewer kernels as a whole: a block, a patch merging, a patch embedding."""
 
     def block(self, module: nn.Module) -> Block | Embedding | Merging:
         """Return what a module consists of."""
@@ -66,7 +68,7 @@ class BlockReader(Adapter, Protocol):
 
 
 class AttentionBlock(BlockReader, Protocol):
-    """How a block around window attention is read."""
+    """Adapter of a block around window attention."""
 
     def inner(self, module: nn.Module) -> tuple[Family, nn.Module]:
         """Return the family and the module that the section of its attention belongs to."""

@@ -1,4 +1,4 @@
-"""How a block is built around its attention, a patch merging and a patch embedding, as their families say."""
+"""Parts of a block around its attention, of a patch merging and of a patch embedding, as their families name them."""
 
 from __future__ import annotations
 

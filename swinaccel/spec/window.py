@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the windows of one call lie.
+    """Places of the windows of one call.
 
     Attributes:
         size: of the image, (H, W) or (depth, H, W); so many axes has everything else here.
@@ -138,6 +138,11 @@ class Section:
     mask: Tensor | None = None
     dropout: float = 0.0
     layers: tuple[Any, ...] = ()
+
+
+def with_mask(section: Section, mask: Tensor | None) -> Section:
+    """Return a section with the mask of another call of its kind, which is None where it has none or its own."""
+    return section if mask is None else replace(section, mask=mask)
 
 
 _PLAIN = (

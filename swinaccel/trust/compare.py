@@ -15,11 +15,11 @@ from .copies import Setting, tensors
 PADDED = "the image is padded and the projection is not a plain nn.Linear; pad images to whole windows, or merge it"
 
 
-class NotNow(Exception):
-    """A module is not what its family takes it for at present; the message says why."""
+class Inconclusive(Exception):
+    """Reason why a trial says nothing about a module, which for now is not what its family takes it for."""
 
 
-def reason(
+def mismatch_reason(
     name: str,
     expected: tuple[Any, ...],
     found: tuple[Any, ...],

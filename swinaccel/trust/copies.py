@@ -22,7 +22,7 @@ from .libraries import is_of_library, unsharded_class
 
 @dataclass(frozen=True)
 class Setting:
-    """How a probe runs: in training or not, how large its numbers are, and in which dtype.
+    """Settings of a probe: in training or not, how large its numbers are, and in which dtype.
 
     Attributes:
         grad: gradients are recorded.
@@ -102,8 +102,8 @@ def seed() -> None:
     torch.default_generator.manual_seed(0)
 
 
-def drawn() -> bytes:
-    """Return the state of the generator that `seed` seeds, which tells how much was drawn since."""
+def generator_state() -> bytes:
+    """Return the state of the generator that `seed` seeds, which shows how much was drawn since."""
     return torch.default_generator.get_state().numpy().tobytes()
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from ..families import Family
-from .compare import PADDED, NotNow
+from .compare import PADDED, Inconclusive
 from .copies import Setting, calls, isolated, random_copy, set_path_rates
 from .fingerprint import rates
 from .libraries import is_of_library
@@ -98,13 +98,13 @@ def _unread(
         try:
             if not _is_alike(clone, arguments, compared):
                 return False
-        except NotNow:  # the family reads it, and leaves such calls to the original
+        except Inconclusive:  # the family reads it, and leaves such calls to the original
             return True
         if trains != "itself":
             return True
         clone, arguments = prepared(name, trains, 0.25)
         is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
-        return not is_weights or _told(original, clone, arguments) == 0.25
+        return not is_weights or _given_rate(original, clone, arguments) == 0.25
 
     with isolated(), torch.no_grad():
         always = frozenset(name for name in (*drops, *numbers) if not is_read(name, ""))
@@ -149,8 +149,8 @@ def _is_rate(
                 if rate == 1.0:
                     holds = _is_alike(clone, arguments, compared)
                 else:
-                    holds = _told(original, clone, arguments) == rate
-            except NotNow:
+                    holds = _given_rate(original, clone, arguments) == rate
+            except Inconclusive:
                 holds = False
             if not holds:
                 return False
@@ -161,17 +161,17 @@ def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: 
     pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting(drops=True)) for args in arguments]
     try:
         return not {compared(*pair) for pair in pairs} - {None, PADDED}
-    except NotNow:
+    except Inconclusive:
         raise
     except Exception:  # of code that does not take such a rate
         return False
 
 
-def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:
+def _given_rate(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tuple[Any, ...]]) -> float | None:
     """Return the rate that calls of the original give to PyTorch's functions, once each; None where that varies."""
     heard: list[float] = []
 
-    class Listening(TorchFunctionMode):
+    class RateRecorder(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in _PLACES:
                 place, name, default = _PLACES[func]
@@ -185,7 +185,7 @@ def _told(original: Callable[..., Any], clone: nn.Module, arguments: Iterable[tu
     found: set[float] = set()
     for args in arguments:
         heard.clear()
-        with contextlib.suppress(Exception), Listening():  # calls that it refuses tell nothing
+        with contextlib.suppress(Exception), RateRecorder():  # calls that it refuses tell nothing
             original(copy.deepcopy(clone), *args)
             found.add(heard[0] if len(heard) == 1 else 0.0)
     return found.pop() if len(found) == 1 else None

@@ -28,7 +28,7 @@ from ..layers import own_method, replaced_methods
 from ..spec.adapters import is_family
 from ..spec.window import Section, WindowSpec
 from . import projections
-from .compare import PADDED, NotNow
+from .compare import PADDED, Inconclusive
 from .copies import (
     EXACT,
     OTHERS,
@@ -84,7 +84,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
         lambda: _probe(module, family, own),
         lambda: attention_key(family, module),
     )
-    return projections.explained(attention, reason)
+    return projections.name_layer(attention, reason)
 
 
 def judge_block(module: nn.Module, family: Any, method: str, attention: str | None) -> str | None:
@@ -137,7 +137,7 @@ def _judge(
             registry.prove(proven_by(), verdict)
             return None
         return verdict
-    except (Untraceable, NotNow) as reason:
+    except (Untraceable, Inconclusive) as reason:
         return str(reason)
 
 
@@ -318,10 +318,10 @@ def _run(
                         if reason is not None:
                             return reason
                 empty = empty or (setting.is_exact and not compares)
-    except NotNow:
+    except Inconclusive:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise NotNow(f"there was no memory to probe its forward in ({_first_line(error)})") from None
+        raise Inconclusive(f"there was no memory to probe its forward in ({_first_line(error)})") from None
     except Exception as error:
         return f"the probe of its forward failed ({_first_line(error)})"
     return PADDED if empty else None

@@ -25,7 +25,7 @@ _PROJECTIONS = {"qkv", "proj", "query", "key", "value", "q_proj", "k_proj", "v_p
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def explained(attention: nn.Module, reason: str | None) -> str | None:
+def name_layer(attention: nn.Module, reason: str | None) -> str | None:
     """Return why an attention is left alone, in terms of the layer that is the cause where there is an unusual one.
 
     Args:

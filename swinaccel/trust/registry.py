@@ -23,7 +23,7 @@ _TWO_WAYS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What the attributes of a proven module do not tell, and running it does.
+    """Facts of a proven module that its attributes do not tell, and that running it shows.
 
     Attributes:
         default_scale: scores are scaled by head_dim ** -0.5, whatever scale the module holds.

@@ -16,8 +16,8 @@ from ..spec.block import Block, Merging
 from ..spec.reference_block import block_reference, embedding_reference, merging_reference
 from ..spec.window import Section
 from . import compare
-from .compare import PADDED, NotNow
-from .copies import Setting, drawn, seed
+from .compare import PADDED, Inconclusive
+from .copies import Setting, generator_state, seed
 from .libraries import is_of_library
 from .registry import Reading
 
@@ -36,7 +36,7 @@ def compare_attention(
     """Return why one call of the original does not do what its family reads out of it, or None where it does."""
     section = family.section(other, *args)
     if isinstance(section, str):
-        raise NotNow(section)
+        raise Inconclusive(section)
     if section.padding is None and section.geometry.is_padded:
         return PADDED
     section = reading.apply(section, family.attention(other), args[0])
@@ -50,7 +50,7 @@ def compare_attention(
     expected = _expected(original, clone, (inputs[0], *rest), setting)
     if expected is None:
         return PADDED
-    draws = drawn()
+    draws = generator_state()
     seed()
     images = []
 
@@ -59,11 +59,11 @@ def compare_attention(
         return attend(section, image)
 
     found = _parts(family.forward(other, attended, inputs[1], *rest))
-    if drawn() != draws and not section.dropout:
+    if generator_state() != draws and not section.dropout:
         return _DRAWS
     if reading.weights:
         found = *found, F.dropout(reference.section_weights(section, images[0]), section.dropout)
-    return compare.reason(family.name, expected, found, inputs, clone, other, setting)
+    return compare.mismatch_reason(family.name, expected, found, inputs, clone, other, setting)
 
 
 def _unkept(family: Family, other: nn.Module, section: Section, args: tuple[Any, ...]) -> str | None:
@@ -106,7 +106,7 @@ def compare_block(
         else:
             section = family.section(other, *args)
             if isinstance(section, str):
-                raise NotNow(section)
+                raise Inconclusive(section)
             section = reading.apply(section, family.attention(other), args[0])
             if isinstance(section, str):
                 return PADDED
@@ -115,7 +115,7 @@ def compare_block(
     expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
     if expected is None:
         return PADDED
-    draws = drawn()
+    draws = generator_state()
     seed()
     args = inputs[1], *args[1:]
     x, size = family.tokens(other, *args)
@@ -125,9 +125,9 @@ def compare_block(
         found = embedding_reference(facts, x)
     else:
         found = block_reference(facts, attended, x, size)
-    if drawn() != draws:
+    if generator_state() != draws:
         return _DRAWS
-    return compare.reason(family.name, expected, _parts(found), inputs, clone, other, setting)
+    return compare.mismatch_reason(family.name, expected, _parts(found), inputs, clone, other, setting)
 
 
 def attend(section: Section, x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def test_bound_rest_of_a_block(dtype, in_one, post_norm, strict_kernels):
     x, branch, *norms = tensors(*[(*rows, 32)] * 2, *[(32,)] * 4, dtype=dtype)
     weight1, bias1, weight2, bias2 = tensors((64, 32), (64,), (32, 64), (32,), dtype=dtype)
     affine, linears = ((*norms[:2], 1e-5), (*norms[2:], 1e-2)), ((weight1, bias1), (weight2, bias2))
-    bound = block_ops.bind_rest(x.shape, dtype, x.device, 64, (1e-5, 1e-2), post_norm)
+    bound = block_ops.BoundRest(x.shape, dtype, x.device, 64, (1e-5, 1e-2), post_norm)
     found = bound.run(x, branch, affine, linears)
     assert TRITON_DEVICE != "cpu" or (bound._in_one is not None) == in_one
     assert torch.equal(found, block_ops.after_attention(x, branch, affine, linears, post_norm))

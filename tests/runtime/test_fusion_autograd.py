@@ -11,7 +11,6 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from edits import hook, replaced, setting
 from helpers import TRITON_DEVICE
 from test_families import MODELS
 from torch import nn
@@ -641,106 +640,6 @@ class PerToken(nn.Module):
 
     def forward(self, x):
         return x * torch.empty((*x.shape[:-1], 1), device=x.device).bernoulli_(1 - self.drop_prob)
-
-
-class Centred(nn.Module):
-    """Multiplies each sample by what the sample is like."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop_prob = 0.5
-
-    def forward(self, x):
-        return x * x.flatten(1).mean(1).view(-1, *[1] * (x.dim() - 1))
-
-
-class StraightThrough(nn.Module):
-    """Drops samples, but for the gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop_prob = 0.5
-
-    def forward(self, x):
-        kept = x * x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.drop_prob)
-        return x + (kept - x).detach()
-
-
-class Halving(nn.Module):
-    """Nothing, but for the gradient."""
-
-    p = 0.0
-
-    def forward(self, x):
-        return x * 0.5 + (x * 0.5).detach()
-
-
-class SlowGelu(nn.Module):
-    """GELU, but for the gradient."""
-
-    def forward(self, x):
-        return F.gelu(x.detach()) + 0 * x
-
-
-class Counting(nn.Module):
-    """GELU of what was called so often."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return F.gelu(x) * (1 + 0.1 * self.calls)
-
-
-class Promoting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.drop_prob = 0.4
-
-    def forward(self, x):
-        drawn = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device)
-        return x / (1 - self.drop_prob) * (drawn > self.drop_prob).float()
-
-
-UNUSUAL = {
-    "dropout": setting("mlp.drop1", "p", 0.5),
-    "drop-path-of-tokens": replaced("drop_path1", lambda _: PerToken()),
-    "drop-path-by-value": replaced("drop_path1", lambda _: Centred()),
-    "dropout-as-drop-path": replaced("drop_path1", lambda _: nn.Dropout(0.5)),
-    "small-dropout-as-drop-path": replaced("drop_path1", lambda _: nn.Dropout(1e-3)),
-    "straight-through-drop-path": replaced("drop_path1", lambda _: StraightThrough()),
-    "drop-path-that-promotes": replaced("drop_path1", lambda _: Promoting()),
-    "halving": replaced("mlp.drop1", lambda _: Halving()),
-    "gelu-without-gradient": replaced("mlp.act", lambda _: SlowGelu()),
-    "gelu-that-counts": replaced("mlp.act", lambda _: Counting()),
-    "child-in-two-roles": lambda model: setattr(model.mlp, "drop2", model.mlp.act),
-    "hook-drop-path": hook("drop_path2", "forward_hook"),
-    "hook-norm": hook("norm1", "forward_pre_hook"),
-    "hook-fc2": hook("mlp.fc2", "full_backward_hook"),
-    "tanh": replaced("mlp.act", lambda _: nn.GELU("tanh")),
-    "double": lambda model: model.norm2.double(),
-}
-
-
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("change", UNUSUAL)
-def test_unusual_blocks_run_their_own_forward(change, v2, ran):
-    model, twin = pair(drop_paths(block(v2=v2)))
-    assert_alike(twin, model)
-    assert ran
-    ran.clear()
-    for one in (model, twin):
-        UNUSUAL[change](one)
-    if change == "double":
-        with pytest.raises(RuntimeError):
-            model(X.to(TRITON_DEVICE))
-        with pytest.raises(RuntimeError):
-            twin(X.to(TRITON_DEVICE))
-    else:
-        assert_alike(twin, model)
-    assert ran == []
 
 
 def test_rates_that_change_are_followed(ran):

@@ -43,7 +43,7 @@ from swinaccel.families.shared.official import attention_projections, attention_
 from swinaccel.families.timm import Timm
 from swinaccel.ops.failures import Failures
 from swinaccel.ops.window_plain import is_readable, note_failure
-from swinaccel.runtime.block import NotFusable, common_reason, demand_unhooked, does_nothing
+from swinaccel.runtime.block import NotFusable, common_reason, does_nothing, require_no_hooks
 from swinaccel.runtime.call import tokens_of
 from swinaccel.runtime.guard import Guard
 from swinaccel.runtime.plan import State, state_of
@@ -679,10 +679,10 @@ def test_what_kernels_around_an_attention_do_not_take():
     assert common_reason(x, [torch.ones(4).as_subclass(Own)]) is not None
     assert does_nothing(DropPath())
     assert not does_nothing(DropRows())
-    demand_unhooked([part])
+    require_no_hooks([part])
     part.forward = torch.tanh
     with pytest.raises(NotFusable, match="was replaced"):
-        demand_unhooked([part])
+        require_no_hooks([part])
 
 
 def test_coordinates_of_a_larger_window():

@@ -7,8 +7,10 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import helpers
+import microsoft_models
 import numpy
 import pytest
 import torch
@@ -16,11 +18,14 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
+from swinaccel.families.window_attention import WindowAttention
 from swinaccel.layers import alias
 from swinaccel.ops.failures import failures
 from swinaccel.runtime import call
 from swinaccel.runtime.guard import Guard, NotGuardable
 from swinaccel.runtime.plan import state_of
+from swinaccel.spec import reference
+from swinaccel.spec.window import Geometry
 
 X = torch.randn(1, 8, 8, 16).to(TRITON_DEVICE)
 TOKENS = X.view(1, 64, 16)
@@ -82,109 +87,6 @@ def test_second_call_reads_nothing(name, read):
     assert (entry.calls, entry.fallbacks, entry.bias) == (2, 0, "table")
 
 
-def _parameter(model):
-    qkv = model.attn.qkv
-    qkv.weight = nn.Parameter(torch.randn_like(qkv.weight))
-
-
-def _table(model):
-    attn = model.attn
-    if hasattr(attn, "cpb_mlp"):
-        attn.cpb_mlp[0].weight = nn.Parameter(torch.randn_like(attn.cpb_mlp[0].weight))
-        attn.logit_scale = nn.Parameter(torch.randn_like(attn.logit_scale))
-    else:
-        attn.relative_position_bias_table = nn.Parameter(torch.randn_like(attn.relative_position_bias_table))
-
-
-def _data(model):
-    for parameter in model.attn.parameters():
-        parameter.data = torch.randn_like(parameter)
-
-
-def _in_place(model):
-    with torch.no_grad():
-        for parameter in model.attn.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-
-
-def _loaded(assign):
-    def load(model):
-        state = {
-            name: torch.randn_like(value) if value.is_floating_point() and "mask" not in name else value.clone()
-            for name, value in model.state_dict().items()
-        }
-        model.load_state_dict(state, assign=assign)
-
-    return load
-
-
-def _buffer(model):
-    index = model.attn.relative_position_index
-    model.attn.relative_position_index = index.flip(-1).contiguous()
-
-
-def _buffer_data(model):
-    index = model.attn.relative_position_index
-    index.data = index.flip(-1).contiguous()
-
-
-def _mask_data(model):
-    model.attn_mask.data = torch.randn_like(model.attn_mask)
-
-
-def _mask(model):
-    model.attn_mask = model.attn_mask + 0.5 * torch.randn_like(model.attn_mask)
-
-
-def _no_mask(model):
-    model.attn_mask = None
-
-
-def _projection(model):
-    model.attn.proj = nn.Linear(16, 16).to(TRITON_DEVICE)
-
-
-def _no_bias(model):
-    model.attn.proj.bias = None
-
-
-def _scale(model):
-    model.attn.scale = 2.0
-
-
-def _new_container(model):
-    model.attn._parameters = {
-        name: nn.Parameter(1 + value) for name, value in model.attn._parameters.items() if value is not None
-    }
-
-
-EDITS = {
-    one.__name__.strip("_"): one
-    for one in (
-        _parameter, _table, _data, _in_place, _buffer, _buffer_data, _mask_data, _mask, _no_mask, _projection,
-        _no_bias,
-    )
-} | {"load": _loaded(False), "load-assign": _loaded(True)}  # fmt: skip
-
-
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("edit", EDITS)
-def test_edits(edit, v2):
-    model, inputs = timm(v2)
-    accelerated(model, *inputs)
-    EDITS[edit](model)
-    assert_live(model, *inputs)
-    helpers.assert_accelerated(model)
-
-
-@pytest.mark.parametrize("edit", [_scale, _new_container])
-def test_edits_of_v1(edit):
-    model, inputs = timm()
-    accelerated(model, *inputs)
-    edit(model)
-    assert_live(model, *inputs)
-
-
 @pytest.mark.parametrize("name", ["timm", "timm-v2", "torchvision", "torchvision-v2"])
 def test_window_and_shift(name):
     """Lists of torchvision's are changed in place, and shared between blocks."""
@@ -223,15 +125,13 @@ def test_configuration():
     assert "attn_implementation" in entry.reason
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["as-it-is", "fresh-dictionary"])
 @pytest.mark.parametrize("part", ["attn", "attn.qkv", "attn.proj", "attn.proj_drop", "attn.softmax"])
-def test_hooks(part, fresh):
+def test_hooks_in_a_fresh_dictionary(part):
     model, inputs = timm()
     accelerated(model, *inputs)
     module, seen = model.get_submodule(part), []
-    if fresh:
-        module._forward_hooks = collections.OrderedDict()
-        assert_live(model, *inputs)
+    module._forward_hooks = collections.OrderedDict()
+    assert_live(model, *inputs)
     handle = module.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad():
         model(*inputs)
@@ -242,27 +142,6 @@ def test_hooks(part, fresh):
     handle.remove()
     assert_live(model, *inputs)
     assert swinaccel.report(model).accelerated[0].fallbacks == 1
-
-
-def test_forward_by_hand():
-    model, inputs = timm()
-    accelerated(model, *inputs)
-    plain = model.attn.proj.forward
-    model.attn.proj.forward = lambda x: plain(x) + 1
-    assert_live(model, *inputs)
-
-
-@pytest.mark.parametrize("part", ["qkv", "proj"])
-def test_forward_of_all_linear_layers(part, monkeypatch):
-    """Their modules are not called where they are plain, and yet whoever replaces what a call of them is, is heard."""
-    model, inputs = timm()
-    accelerated(model, *inputs)
-    run_quietly(model)
-    plain, chosen = nn.Linear.forward, model.attn.get_submodule(part)
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) * (2 if self is chosen else 1))
-    assert_live(model, *inputs)
-    monkeypatch.undo()
-    assert_live(model, *inputs)
 
 
 def test_call_of_all_modules(monkeypatch):
@@ -294,18 +173,6 @@ def test_compiled_projection():
     for _ in range(2):
         assert_live(model, *inputs)
     assert len(calls) == 4
-
-
-def test_type_by_hand():
-    class Doubling(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model, inputs = timm()
-    accelerated(model, *inputs)
-    model.attn.proj.__class__ = Doubling
-    assert_live(model, *inputs)
-    assert "was changed after accelerate()" in swinaccel.report(model).accelerated[0].reason
 
 
 def test_attributes_by_hand():
@@ -508,6 +375,81 @@ def test_what_cannot_be_compared_is_read_each_time(read):
     for _ in range(2):
         assert_live(model, *inputs)
     assert len(read) == 3
+
+
+# Attention that is given its mask: calls with masks of one form share a plan, which reads the mask of each.
+
+
+def given_masks():
+    """Return masks of one form: what a shift implies, nothing, others, and one that rules out keys."""
+    generator = torch.Generator().manual_seed(1)
+    shifted = reference.shift_mask(Geometry((8, 8), (4, 4), (2, 2)), -100.0)
+    random = 3 * torch.randn(shifted.shape, generator=generator)
+    infinite = random.masked_fill(torch.rand(shifted.shape, generator=generator) > 0.7, float("-inf"))
+    infinite.diagonal(dim1=1, dim2=2).zero_()
+    return [one.to(TRITON_DEVICE) for one in (shifted, torch.zeros_like(shifted), random, infinite, shifted)]
+
+
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_masks_of_one_form(by_name, backend, read):
+    attention = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).to(TRITON_DEVICE)
+    model = swinaccel.accelerate(copy.deepcopy(attention), backend=backend)
+    windows = torch.randn(8, 16, 16).to(TRITON_DEVICE)
+
+    def assert_alike(mask, plans):
+        expected = attention(windows, mask)
+        helpers.assert_close(model(windows, mask=mask) if by_name else model(windows, mask), expected)
+        assert len(read) == plans
+
+    with torch.no_grad():
+        for mask in given_masks():
+            assert_alike(mask, 1)
+        mask.mul_(0.5)
+        assert_alike(mask, 1)
+        assert_alike(given_masks()[2][:2], 2)  # of fewer windows
+        assert_alike(None, 3)
+        assert_alike(given_masks()[2], 3)
+        assert_alike(given_masks()[2].mT, 4)  # read by other strides
+        assert_alike(given_masks()[3].half().float().clamp_min(-1e4).double().float(), 4)
+    helpers.assert_accelerated(model)
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
+    with pytest.warns(UserWarning, match="the mask records gradients"), torch.no_grad():
+        assert_alike(given_masks()[2].requires_grad_(), 5)
+    with torch.no_grad():
+        helpers.assert_close(model(windows, given_masks()[2] > 0), attention(windows, given_masks()[2] > 0))
+
+
+def test_masks_of_which_a_section_makes_others(read, monkeypatch):
+    attention = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).to(TRITON_DEVICE)
+    model = swinaccel.accelerate(copy.deepcopy(attention), backend="triton")
+    plain, windows = WindowAttention.read, torch.randn(8, 16, 16).to(TRITON_DEVICE)
+    monkeypatch.setattr(
+        WindowAttention, "read", lambda self, module, geometry, mask: plain(self, module, geometry, mask.clone())
+    )
+    with torch.no_grad():
+        for count, mask in enumerate(given_masks()[:3]):
+            helpers.assert_close(model(windows, mask), attention(windows, mask))
+            assert len(read) == count + 1
+
+
+def test_masks_of_threads():
+    """Each of which has its own at the same time."""
+    attention = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2))
+    model = swinaccel.accelerate(copy.deepcopy(attention), backend="torch")
+    windows, masks = torch.randn(8, 16, 16), given_masks()[:3]
+    masks = [mask.cpu() for mask in masks]
+
+    def run(mask):
+        with torch.no_grad():
+            expected = attention(windows, mask)
+            for _ in range(30):
+                helpers.assert_close(model(windows, mask), expected)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, masks))
 
 
 class Config:

@@ -12,7 +12,7 @@ import microsoft_models
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DEVICES, TRITON_DEVICE
+from helpers import TRITON_DEVICE
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -116,29 +116,6 @@ def test_objects_are_kinds_of_their_own_and_are_not_kept():
     assert settings() is None
 
 
-SWITCHES = {
-    "tensor": lambda attn: setattr(attn, "extra", torch.randn(2, 16, 16, device=attn.scale_device)),
-    "flag": lambda attn: setattr(attn, "flag", True),
-    "function": lambda attn: setattr(attn, "fn", F.softmin),
-    "parameter": lambda attn: setattr(attn, "gate", nn.Parameter(torch.full((16,), 2.0, device=attn.scale_device))),
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_switches_of_unknown_code(switch, backend):
-    Switched.scale_device = DEVICES[backend]
-    model = swinaccel.accelerate(block().to(DEVICES[backend]), backend=backend)
-    x = torch.randn(2, 64, 16).to(DEVICES[backend])
-    assert_as_before(model, x)
-    before = assert_as_before(model, x)
-    assert [entry.fallbacks for entry in swinaccel.report(model)] == [0]
-    SWITCHES[switch](model.attn)
-    for _ in range(2):
-        assert (assert_as_before(model, x) - before).abs().max() > 1e-3
-    assert "was changed" in swinaccel.report(model).entries[0].reason
-
-
 class Stepping(microsoft_models.WindowAttention):
     def __init__(self, *args):
         super().__init__(*args)
@@ -200,9 +177,8 @@ def test_arguments_that_nobody_knows():
         layer(torch.randn(2, 64, 16), (8, 8), bogus=1)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
-def test_layers_whose_class_was_patched(kind, when, monkeypatch):
+def test_layers_whose_class_was_patched(kind, monkeypatch):
     """At every call, the first and those that remember it."""
     plain = kind.forward
 
@@ -213,12 +189,8 @@ def test_layers_whose_class_was_patched(kind, when, monkeypatch):
     model = helpers.timm_block((8, 8), shift=2).to(TRITON_DEVICE)
     x = torch.randn(2, 8, 8, 16).to(TRITON_DEVICE)
     with monkeypatch.context() as patch:
-        if when == "before":
-            patch.setattr(kind, "forward", forward)
-        swinaccel.accelerate(model, backend="triton")
-        with torch.no_grad():
-            model(x), model(x)
         patch.setattr(kind, "forward", forward)
+        swinaccel.accelerate(model, backend="triton")
         for _ in range(3):
             assert_as_before(model, x)
 

@@ -52,13 +52,13 @@ def test_packages_are_named(package, words, kind):
 @pytest.mark.filterwarnings("ignore")  # torch.ao's time is running out
 def test_a_quantised_model():
     quantised = torch.ao.quantization.quantize_dynamic(block(), {nn.Linear}, dtype=torch.qint8)
-    reason = projections.explained(quantised.attn, "Linear.forward has to do with float16")
+    reason = projections.name_layer(quantised.attn, "Linear.forward has to do with float16")
     assert reason.startswith(
         "its projection qkv is quantised by torch.ao (a Linear), and Linear.forward has to do with"
     )
     assert "its results are right" in reason
     assert "plain nn.Linear it is accelerated" in reason
-    assert projections.explained(quantised.attn, None) is None
+    assert projections.name_layer(quantised.attn, None) is None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -87,4 +87,4 @@ def test_plain_layers_are_no_matter(change):
     elif change == "elsewhere":
         module.mlp.fc1 = foreign("bitsandbytes")(16, 64)
     assert projections.unusual_layer(module.attn) is None
-    assert projections.explained(module.attn, "its forward is another") == "its forward is another"
+    assert projections.name_layer(module.attn, "its forward is another") == "its forward is another"

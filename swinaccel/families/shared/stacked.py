@@ -72,6 +72,9 @@ class StackedAttention:
         geometry = stacked_geometry(x, mask, self.window(module))
         return geometry if isinstance(geometry, str) else self.read(module, geometry, mask)
 
+    def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return window_arguments(module, args, kwargs)[1]
+
     def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         return attend_stacked(attend, *window_arguments(module, args, kwargs), self.window(module))
 
