@@ -264,7 +264,9 @@ def test_autocast(name, dtype):
     own, ours = (torch.stack(list(sums.values())).sqrt() for sums in errors)
     keep = own < 0.5  # where the original's own gradient is noise there is nothing to compare
     assert ours[keep].mean() <= 1.1 * own[keep].mean()
-    assert bool((ours[keep] <= 2 * own[keep].clamp_min(own[keep].median())).all())
+    too_much = keep & (ours > 2 * own.clamp_min(own[keep].median()))
+    names = list(errors[0])
+    assert not too_much.any(), [(names[at], own[at].item(), ours[at].item()) for at in too_much.nonzero().flatten()]
 
 
 @pytest.mark.gpu
