@@ -7,6 +7,7 @@ see later changes of what it reads by itself: it takes the types of submodules, 
 
 from __future__ import annotations
 
+import ctypes
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -96,14 +97,14 @@ def call(
     if adapter is not None and reads_attention_blocks(adapter):
         block = _plain_block(adapter, module, x)
         tokens = None if block is None else _tokens(adapter, module, x, args, kwargs)
-        if block is not None and tokens is not None and _is_proven(adapter, module):
+        if block is not None and tokens is not None and _is_proven(id(adapter), id(module)):
             return _block(block, adapter.attend(module) if attend is None else attend, *tokens)
     elif adapter is not None:
         embedding = _plain_embedding(adapter, module, x)
         if (
             embedding is not None
             and _tokens(adapter, module, x, args, kwargs) is not None
-            and _is_proven(adapter, module)
+            and _is_proven(id(adapter), id(module))
         ):
             return embedding_of(embedding, x)
     if family is None:
@@ -111,16 +112,27 @@ def call(
     return family.forward(module, attend, *args, **kwargs)
 
 
-def _changed_reason(family: Family, module: nn.Module) -> str | None:
-    """Return why the attention of a module is not what was proven, or None; compilers run this while they trace."""
+def _object(address: int) -> Any:
+    """Return the object whose `id` this is, and which the caller holds."""
+    return ctypes.cast(address, ctypes.py_object).value
+
+
+# Compilers run the next two while they trace, and take what they return for a constant. They are given addresses, since
+# torch 2.11 gives such functions nothing but constants, and since what has been asked for its `id` is guarded by it.
+
+
+def _changed_reason(family_id: int, module_id: int) -> str | None:
+    """Return why the attention of a module is not what was proven, or None."""
+    family, module = _object(family_id), _object(module_id)
     attention, reading = family.attention(module), reading_of(family, module)
     if isinstance(reading, str):
         return reading
     return parts_reason(list(attention.modules()), attention is module, reading)
 
 
-def _is_proven(adapter: BlockReader, module: nn.Module) -> bool:
-    """Return True if a block, merging or embedding is what was proven; compilers run this while they trace."""
+def _is_proven(adapter_id: int, module_id: int) -> bool:
+    """Return True if a block, merging or embedding is what was proven."""
+    adapter, module = _object(adapter_id), _object(module_id)
     try:
         reading = registry.reading(block_key(adapter, module))
         return reading is not None and not any(map(replaced_methods, module.modules()))
@@ -143,7 +155,7 @@ def _attend(
     reason = (
         _dropout_reason(module, attention)
         or _parts_reason(proven, attention, attention is module, _root(module, attention))
-        or _changed_reason(family, module)
+        or _changed_reason(id(family), id(module))
     )
     if reason is not None:
         return reason
