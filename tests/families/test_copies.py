@@ -88,7 +88,9 @@ def test_a_compiled_call_that_the_original_refuses_raises():
     mask = descendant_models.shift_mask(8, 8, 4, 2).to(x.device)
     with torch.no_grad():
         helpers.assert_close(compiled(x, mask), block(x, mask))
-        with pytest.raises(Exception, match="NoneType|NotImplementedType"):  # of torch 2.11 the latter, while it traces
+        with pytest.raises(
+            Exception, match=r"NoneType|NotImplementedType"
+        ):  # of torch 2.11 the latter, while it traces
             compiled(x, None)
 
 

@@ -706,8 +706,21 @@ def assert_alike(found, expected, mode, tolerance):
             torch.testing.assert_close(one, another, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@functools.cache
+def are_classes_guarded():
+    """Return True if compiled code of PyTorch itself sees a module's new class; that of torch 2.11 does not."""
+    module, x = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2)
+    compiled = torch.compile(module, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        module[0].__class__ = Doubled
+        return torch.equal(compiled(x), module(x))
+
+
 @pytest.mark.parametrize(("part", "edit", "mode"), CASES)
-def test_edits(part, edit, mode, ran, monkeypatch):
+def test_edits(part, edit, mode, ran, monkeypatch, request):
+    if mode == "compiled" and "-class-" in request.node.name and not are_classes_guarded():
+        pytest.skip("compiled code of this PyTorch does not see that a module is of another class")
     halves = mode == "compiled" or (TRITON_DEVICE == "cuda" and "embed and norm" in part.kernels)
     twin = helpers.randomize(part.make()).to(TRITON_DEVICE, HALF if halves else torch.float32)
     twin.train(mode == "training")
