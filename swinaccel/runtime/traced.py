@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import types
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 PROVEN = "_swinaccel_proven"  # attribute of a class with a dispatcher: what was proven of its instances
 
+_marked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose facts were asked for
+
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
 # ("part", type of parent, name, type), ("setting", type, name, value) of code that no library holds, ("rate", type,
@@ -53,6 +56,7 @@ _SETTINGS = (*_PLAIN, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
     """Return what was proven of a module and of all inside it, as code can look it up that a compiler traces."""
+    _marked.add(module)
     found: list[Fact] = [("part", None, "", type(module))]
     ignored = {*BASE_ATTRIBUTES, *call_settings(adapter), "_swinaccel"}
     for parent in module.modules():
@@ -97,14 +101,14 @@ def call(
     if adapter is not None and reads_attention_blocks(adapter):
         block = _plain_block(adapter, module, x)
         tokens = None if block is None else _tokens(adapter, module, x, args, kwargs)
-        if block is not None and tokens is not None and _is_proven(id(adapter), id(module)):
+        if block is not None and tokens is not None and _are_proven(id(adapter), id(type(module))):
             return _block(block, adapter.attend(module) if attend is None else attend, *tokens)
     elif adapter is not None:
         embedding = _plain_embedding(adapter, module, x)
         if (
             embedding is not None
             and _tokens(adapter, module, x, args, kwargs) is not None
-            and _is_proven(id(adapter), id(module))
+            and _are_proven(id(adapter), id(type(module)))
         ):
             return embedding_of(embedding, x)
     if family is None:
@@ -112,36 +116,46 @@ def call(
     return family.forward(module, attend, *args, **kwargs)
 
 
-def _object(address: int) -> Any:
-    """Return the object whose `id` this is, and which the caller holds."""
-    return ctypes.cast(address, ctypes.py_object).value
-
-
 # Compilers run the next two while they trace, and take what they return for a constant. They are given addresses, since
-# torch 2.11 gives such functions nothing but constants, and since what has been asked for its `id` is guarded by it.
+# torch 2.11 gives such functions nothing but constants, and those of classes, since what has been asked for its `id` is
+# guarded by it: code that is compiled for one block serves all of its class. So they judge all of its class.
 
 
-def _changed_reason(family_id: int, module_id: int) -> str | None:
-    """Return why the attention of a module is not what was proven, or None."""
-    family, module = _object(family_id), _object(module_id)
-    attention, reading = family.attention(module), reading_of(family, module)
-    if isinstance(reading, str):
-        return reading
-    return parts_reason(list(attention.modules()), attention is module, reading)
+def _changed_reason(family_id: int, class_id: int) -> str | None:
+    """Return why an attention of some module of a class is not what was proven, or None."""
+    family = _object(family_id)
+    for module in _marked_of(_object(class_id)):
+        attention, reading = family.attention(module), reading_of(family, module)
+        reason = reading if isinstance(reading, str) else None
+        reason = reason or parts_reason(list(attention.modules()), attention is module, reading)
+        if reason is not None:
+            return reason
+    return None
 
 
-def _is_proven(adapter_id: int, module_id: int) -> bool:
-    """Return True if a block, merging or embedding is what was proven."""
-    adapter, module = _object(adapter_id), _object(module_id)
+def _are_proven(adapter_id: int, class_id: int) -> bool:
+    """Return True if all blocks, mergings or embeddings of a class are what was proven."""
+    adapter = _object(adapter_id)
     try:
-        reading = registry.reading(block_key(adapter, module))
-        return reading is not None and not any(map(replaced_methods, module.modules()))
+        return not any(
+            registry.reading(block_key(adapter, module)) is None or any(map(replaced_methods, module.modules()))
+            for module in _marked_of(_object(class_id))
+        )
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable):
         return False
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler.
-_changed_reason._dynamo_marked_constant = _is_proven._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_changed_reason._dynamo_marked_constant = _are_proven._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _object(address: int) -> Any:
+    """Return the object whose `id` this is, and which the caller holds."""
+    return ctypes.cast(address, ctypes.py_object).value
+
+
+def _marked_of(cls: type) -> list[nn.Module]:
+    return [one for one in list(_marked) if type(one) is cls and "_swinaccel" in one.__dict__]
 
 
 def _attend(
@@ -155,7 +169,7 @@ def _attend(
     reason = (
         _dropout_reason(module, attention)
         or _parts_reason(proven, attention, attention is module, _root(module, attention))
-        or _changed_reason(id(family), id(module))
+        or _changed_reason(id(family), id(type(module)))
     )
     if reason is not None:
         return reason

@@ -778,3 +778,17 @@ def test_orders_kept_by_the_torch_backend():
     before = cache.cache_info().misses
     cache(Geometry((8, 8), (4, 4), (0, 0)), 2, True, torch.device("cpu"))
     assert cache.cache_info().misses == before
+
+
+def test_blocks_that_are_compiled_one_by_one_share_code():
+    blocks = nn.ModuleList(helpers.timm_block((8, 8)) for _ in range(4)).to(TRITON_DEVICE)
+    swinaccel.accelerate(blocks, backend="triton")
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    x = torch.randn(1, 8, 8, 16, device=TRITON_DEVICE)
+    for block in blocks:
+        block.compile(backend="eager")
+        with torch.no_grad():
+            block(x)
+    assert counters["stats"]["unique_graphs"] == 1
