@@ -544,13 +544,13 @@ MUTANTS = [
         ("traced.py", "isinstance(reading, str) or reading.weights", "False", COPIES + " -k left"),
         (
             "traced.py",
-            "or _changed_reason(family, module)",
+            "or _changed_reason(id(family), id(type(module)))",
             "or None",
             EDITS + " -k 'method-compiled or class-attention'",
         ),
         (
             "traced.py",
-            "tokens is not None and _is_proven(adapter, module)",
+            "tokens is not None and _are_proven(id(adapter), id(type(module)))",
             "tokens is not None",
             EDITS + " -k class-norm1",
         ),
