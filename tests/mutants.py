@@ -61,6 +61,7 @@ OPERATORS = "tests/api/test_arguments.py -k operator"
 PACKAGES = "tests/runtime/test_packages.py"
 GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
 TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits"'
+GRAPH_CONTENTS = "tests/runtime/test_graph_contents.py"
 COPIES = "tests/families/test_copies.py"
 FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
@@ -631,17 +632,22 @@ MUTANTS = [
             ("graphs", "torch.is_inference_mode_enabled(), autocast", "autocast", GRAPHS),
             ("graphs", "(kinds, form, rest, modes, _settings())", "(kinds, form, rest, modes)", GRAPHS),
             ("graphs", "(one.shape, one.stride(), one.dtype", "(one.shape, one.dtype", GRAPHS),
-            ("graphs", "torch._C._current_graph_task_id() == -1", "True", TRAINING_GRAPHS),
-            ("graphs", "torch._C._autograd._top_saved_tensors_default_hooks(False) is None", "True", TRAINING_GRAPHS),
+            ("graphs", "torch._C._current_graph_task_id() == -1", "True", GRAPH_CONTENTS),
+            ("graphs", "torch._C._autograd._top_saved_tensors_default_hooks(False) is None", "True", GRAPH_CONTENTS),
             ("capture", "[one.clone() for one in self._outputs]", "list(self._outputs)", GRAPHS),
             ("capture", "self._where() == self._places and self._counts()", "self._counts()", GRAPHS),
             ("capture", "with _without_autocast_cache():", "if True:", GRAPHS),
             ("capture", "        with engine.lock:", "        if True:", GRAPHS),
             ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
             ("capture", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),
-            ("training_capture", "if self._turn() is not turn:", "if False:", TRAINING_GRAPHS),
-            ("training_capture", "looks_after &= not statistics", "looks_after = True", TRAINING_GRAPHS),
-            ("training_capture", "set_random_state(self._device, self._drawn_from)", "pass", TRAINING_GRAPHS),
+            ("capture", "self.looks_after &= not statistics", "pass", GRAPH_CONTENTS),
+            ("capture", "set_random_state(self._device, self._drawn_from)", "pass", GRAPH_CONTENTS),
+            ("capture", "if host_state(self._device) != hosts:", "if False:", GRAPH_CONTENTS),
+            ("capture", "or self._where() != self._places:", "or False:", GRAPH_CONTENTS),
+            ("training_capture", "if not guard.holds() or", "if", GRAPH_CONTENTS),
+            ("training_capture", "or [one.data_ptr() for one in twin.parameters()] != places", "", GRAPH_CONTENTS),
+            ("training_capture", "acquire(timeout=_PATIENCE)", "acquire()", GRAPH_CONTENTS),
+            ("training_capture", "is_latest = self._turn() is turn", "is_latest = True", TRAINING_GRAPHS),
             (
                 "training_capture",
                 "copies = list(map(torch.empty_like, kept))",
@@ -652,6 +658,10 @@ MUTANTS = [
             ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
             ("rehearsal", "one.data.copy_(kept)", "pass", TRAINING_GRAPHS),
+            ("rehearsal", "space.update(then)", "pass", GRAPH_CONTENTS),
+            ("rehearsal", "values[:] = old", "pass", GRAPH_CONTENTS),
+            ("rehearsal", "parameter.data = alike", "pass", GRAPH_CONTENTS),
+            ("rehearsal", "random.setstate(state)", "pass", GRAPH_CONTENTS),
             ("capture", "unsharded_class(type(one)) is not type(one)", "False", SHARDING + " -k graph"),
         )
     ),

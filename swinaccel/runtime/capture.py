@@ -16,10 +16,12 @@ from ..trust.libraries import unsharded_class
 from .cuda_graph import CudaGraphs
 from .guard import Guard, NotGuardable, same_tensors
 from .plan import State, known_states
+from .rehearsal import Contents, drawing_apart, host_state, random_state, set_random_state
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
 
 ENGINES: dict[str, Any] = {"cuda": CudaGraphs}  # by type of device
+CHANGES = "its forward changes settings of its own"
 RUNS = 2  # of a call, to capture it: libraries set themselves up in the first
 
 
@@ -72,13 +74,22 @@ class Capture:
         written = [one._version for one in self._inputs if not one.is_inference()]
         self._engine = ENGINES[self._device.type](self._device)
         self._calls: list[tuple[State, int, int]] = []
-        with _without_autocast_cache():
-            leaves, self._form = tree_flatten(self._capture(run, inputs))
-        if [one._version for one in self._inputs if not one.is_inference()] != written:
-            raise NotCapturable("it writes to its input")
-        self._outputs, self._leaves = _split(leaves)
-        if not self._guard.holds():
-            raise NotCapturable("its forward changes settings of its own")
+        contents, hosts = Contents(root), host_state(self._device)
+        try:
+            with _without_autocast_cache(), drawing_apart(self._device):
+                leaves, self._form = tree_flatten(self._capture(run, inputs))
+                if host_state(self._device) != hosts:
+                    raise NotCapturable("it draws random numbers on the host, which a graph would not draw anew")
+            if [one._version for one in self._inputs if not one.is_inference()] != written:
+                raise NotCapturable("it writes to its input")
+            self._outputs, self._leaves = _split(leaves)
+            if not self._guard.holds() or self._where() != self._places:
+                raise NotCapturable(CHANGES)
+        finally:
+            statistics = contents.restore()
+        self.looks_after &= not statistics  # which a replay whose result is thrown away would have written to
+        self._counted = [one for one in self._counted if not any(one is other for other in statistics)]
+        self._versions = self._counts()
         self.nbytes: int = self._engine.nbytes
 
     def _check(self) -> None:
@@ -89,12 +100,20 @@ class Capture:
         """Capture the call, note whose calls it makes, and return its output."""
         root, states = self._modules[0], known_states(self._modules)
         before = [(one, one.calls, one.fallbacks) for one in states]
-        self._engine.warm_up(lambda: run(root, self._inputs))
-        self._forward, output = self._engine.capture(lambda: run(root, self._inputs))
-        for state, calls, fallbacks in before:
-            self._calls.append((state, (state.calls - calls) // RUNS, (state.fallbacks - fallbacks) // RUNS))
-            state.calls, state.fallbacks = calls, fallbacks  # nobody has asked for those
+        try:
+            self._warm_up(lambda: run(root, self._inputs))
+            self._forward, output = self._engine.capture(lambda: run(root, self._inputs))
+        finally:
+            for state, calls, fallbacks in before:
+                self._calls.append((state, (state.calls - calls) // RUNS, (state.fallbacks - fallbacks) // RUNS))
+                state.calls, state.fallbacks = calls, fallbacks  # nobody has asked for those
         return output
+
+    def _warm_up(self, run: Callable[[], Any]) -> None:
+        """Run a call once, and see if it draws random numbers."""
+        before = random_state(self._device)
+        self._engine.warm_up(run)
+        self._draws = not torch.equal(before, random_state(self._device))
 
     def is_safe(self) -> bool:
         """Return True if indices hold what they did; through others a kernel might read anywhere.
@@ -125,6 +144,7 @@ class Capture:
         """Return copies of the tensors that the call returns for other inputs."""
         engine = self._engine
         with engine.lock:
+            self._drawn_from = random_state(self._device) if self._draws else None
             engine.start()
             for own, one in zip(self._inputs, inputs, strict=True):
                 own.copy_(one)
@@ -134,7 +154,9 @@ class Capture:
         return copies
 
     def undo(self) -> None:
-        """Take back what the latest replay did beside its result, which is thrown away."""
+        """Give the generator the state that it had before the latest replay, whose result is thrown away."""
+        if self._drawn_from is not None:
+            set_random_state(self._device, self._drawn_from)
 
     def count(self) -> None:
         """Count a replay, and the calls of the modules inside, which it does not make."""

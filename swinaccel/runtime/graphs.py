@@ -214,7 +214,7 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
     device, is_recorded = inputs[0].device.type, torch.is_grad_enabled()
     if device not in ENGINES or not _may_replay(device):
         return None
-    if is_recorded and not (trained and _is_ordinary_training()):
+    if is_recorded and not trained:
         return None
     if not is_recorded and any(one.requires_grad for one in inputs):
         return None
@@ -244,8 +244,13 @@ def _nested(leaves: list[Any], form: Any) -> tuple[tuple[Any, ...], dict[str, An
 
 
 def _may_replay(device: str) -> bool:
-    """Return True unless operators are observed, or are being captured by someone else."""
-    return not count_modes() and not (device == "cuda" and torch.cuda.is_current_stream_capturing())
+    """Return True unless the call is inside a backward, a checkpoint, or what observes or captures its operators."""
+    return (
+        not count_modes()
+        and torch._C._current_graph_task_id() == -1
+        and (not torch.is_grad_enabled() or _is_ordinary_training())
+        and not (device == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _distinct(leaves: list[Any]) -> tuple[list[int | None], list[Tensor]]:
@@ -267,12 +272,8 @@ def _is_input(x: Tensor) -> bool:
 
 
 def _is_ordinary_training() -> bool:
-    """Return True unless the call is inside a backward, a checkpoint, or a search for anomalies."""
-    return (
-        torch._C._current_graph_task_id() == -1
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and not torch.is_anomaly_enabled()
-    )
+    """Return True unless someone is shown what is saved for the backward, or searches it for anomalies."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None and not torch.is_anomaly_enabled()
 
 
 def _settings() -> tuple[Any, ...]:

@@ -6,8 +6,12 @@ A model's first call is rehearsed so that all its kernels are compiled at the sa
 from __future__ import annotations
 
 import copy
+import random
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from operator import is_
 from typing import Any
 
 import torch
@@ -34,7 +38,7 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
     device = inputs[0].device
     if device.type != "cuda":
         return
-    buffers = Buffers(module)
+    contents = Contents(module)
     before = {one: (one.calls, one.fallbacks) for one in known_states(module.modules())}
     # What fails is raised again by the call itself.
     with (
@@ -44,7 +48,7 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
         compiled_ahead(stream),
     ):
         _rehearse(module, run, inputs)
-    buffers.restore()
+    contents.restore()
     torch.cuda.empty_cache()  # of that stream
     for state in known_states(module.modules()):
         state.calls, state.fallbacks = before.get(state, (0, 0))
@@ -82,14 +86,34 @@ def twin_of(module: nn.Module, shared: Iterable[Tensor] = ()) -> tuple[nn.Module
     return copy.deepcopy(module, memo), found
 
 
-class Buffers:
-    """The buffers of a module, as they are now."""
+class Contents:
+    """What a forward may write to in a module, as it is now: settings, buffers, and tensors that are neither.
+
+    Of parameters it is where they lie, and not their numbers.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._kept = [(one, one.clone(), one._version) for one in module.buffers() if not one.is_inference()]
+        spaces = list(map(vars, module.modules()))
+        values = [one for space in spaces for one in space.values()]
+        spaces += [one for one in values if type(one) in (dict, OrderedDict)]
+        self._spaces = [(one, one.copy()) for one in spaces]
+        self._lists = [(one, one[:]) for one in values if type(one) is list]
+        self._places = [(one, one.detach(), one.data_ptr()) for one in module.parameters()]
+        tensors = {id(one): one for one in (*module.buffers(), *values) if type(one) is Tensor}.values()
+        self._kept = [(one, one.detach().clone(), one._version) for one in tensors if not one.is_inference()]
 
     def restore(self) -> list[Tensor]:
-        """Give those that were written to the numbers that they had, and return them."""
+        """Give the module what it held, and return the buffers and other tensors that were written to."""
+        for space, then in self._spaces:
+            if list(space) != list(then) or not all(map(is_, space.values(), then.values())):
+                space.update(then)
+                for name in space.keys() - then.keys():
+                    del space[name]
+        for values, old in self._lists:
+            values[:] = old
+        for parameter, alike, place in self._places:
+            if parameter.data_ptr() != place:
+                parameter.data = alike
         found = [
             (one, kept)
             for one, kept, version in self._kept
@@ -102,9 +126,26 @@ class Buffers:
 
 @contextmanager
 def drawing_apart(device: torch.device) -> Iterator[None]:
-    """Give the generators of a device, and of the CPU, their states back in the end."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+    """Give the generators of a device, and those of the host, their states back in the end."""
+    state, numpy = random.getstate(), sys.modules.get("numpy.random")
+    array_state = None if numpy is None else numpy.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.set_state(array_state)
+
+
+def host_state(device: torch.device) -> tuple[Any, ...]:
+    """Return the states of all generators but the device's, to be compared."""
+    numpy = sys.modules.get("numpy.random")
+    return (
+        random.getstate(),
+        None if numpy is None else repr(numpy.get_state()),
+        None if device.type == "cpu" else torch.get_rng_state().tolist(),
+    )
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import RUNS, Capture, NotCapturable, Run
+from .capture import CHANGES, RUNS, Capture, NotCapturable, Run
+from .guard import Guard
 from .plan import known_states
-from .rehearsal import Buffers, differentiable, drawing_apart, random_state, set_random_state, twin_of
+from .rehearsal import Contents, differentiable, drawing_apart, set_random_state, twin_of
 
+_PATIENCE = 1.0  # seconds that a backward waits for another thread
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
 
 
@@ -33,7 +35,7 @@ class TrainingCapture(Capture):
     def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
         root = self._modules[0]
         twin, parameters = self._copied(root)
-        buffers = Buffers(root)
+        guard, places = Guard(twin.modules()), [one.data_ptr() for one in twin.parameters()]
         given = [own.detach().requires_grad_(one.requires_grad) for own, one in zip(self._inputs, inputs, strict=True)]
         sources = [*given, *parameters.values()]
         wanted = [place for place, one in enumerate(sources) if one.requires_grad]
@@ -53,22 +55,17 @@ class TrainingCapture(Capture):
                 raise NotCapturable("nothing that it returns has a gradient")
             backward(outs, list(map(torch.ones_like, outs)))
 
-        with drawing_apart(self._device):
-            before = random_state(self._device)
-            self._engine.warm_up(both)
-            self._draws = not torch.equal(before, random_state(self._device))
-            self._forward, (output, self._differentiable) = self._engine.capture(forward)
-            if not _leaves_of(self._differentiable) <= set(map(id, sources)):
-                raise NotCapturable("its code reads parameters through something else than the modules inside")
-            self._given_grads = list(map(torch.zeros_like, self._differentiable))
-            self._backward, grads = self._engine.capture(lambda: backward(self._differentiable, self._given_grads))
+        self._warm_up(both)
+        self._forward, (output, self._differentiable) = self._engine.capture(forward)
+        if not _leaves_of(self._differentiable) <= set(map(id, sources)):
+            raise NotCapturable("its code reads parameters through something else than the modules inside")
+        self._given_grads = list(map(torch.zeros_like, self._differentiable))
+        self._backward, grads = self._engine.capture(lambda: backward(self._differentiable, self._given_grads))
+        if not guard.holds() or [one.data_ptr() for one in twin.parameters()] != places:
+            raise NotCapturable(CHANGES)
         for one, other in zip(self._modules, twin.modules(), strict=True):
             for state, counted in zip(known_states([one]), known_states([other]), strict=False):
                 self._calls.append((state, counted.calls // RUNS, counted.fallbacks // RUNS))
-        statistics = buffers.restore()
-        self.looks_after &= not statistics  # which a forward that is thrown away would have written to
-        self._counted = [one for one in self._counted if not any(one is other for other in statistics)]
-        self._versions = self._counts()
         found = dict(zip(wanted, grads, strict=True))
         # A parameter that takes no part has no gradient, which DDP must see.
         used = [place for place in range(len(sources)) if place < len(given) or found.get(place) is not None]
@@ -97,11 +94,6 @@ class TrainingCapture(Capture):
         """Return what the call returns for other inputs, with its gradients."""
         return self._formed(_Replayed.apply(self, *inputs, *self._parameters))
 
-    def undo(self) -> None:
-        """Give the generator the state that it had before the latest forward."""
-        if self._drawn_from is not None:
-            set_random_state(self._device, self._drawn_from)
-
     def begin(self, given: tuple[Tensor, ...]) -> tuple[list[Tensor], _Turn]:
         """Return copies of the tensors that the call returns, and what its backward is asked for by.
 
@@ -111,9 +103,10 @@ class TrainingCapture(Capture):
         turn, kind = _Turn(), self._device.type
         turn.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with self._engine.lock:
-            turn.random_state = self._drawn_from = random_state(self._device) if self._draws else None
             self._turn = weakref.ref(turn)
-            return self.forward(list(given[: len(self._inputs)])), turn
+            outputs = self.forward(list(given[: len(self._inputs)]))
+            turn.random_state = self._drawn_from
+        return outputs, turn
 
     def backward(self, turn: _Turn, given: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """Return the gradients of inputs and parameters.
@@ -131,30 +124,43 @@ class TrainingCapture(Capture):
         turn.is_over, engine = True, self._engine
         if torch.is_grad_enabled():
             return self._run_again(turn, given, grads)
-        with engine.lock:
-            if self._turn() is not turn:
-                return self._run_again(turn, given, grads)
-            engine.start()
-            for own, one in zip(self._given_grads, self._selected(grads), strict=True):
-                if one is None:
-                    own.zero_()
-                else:
-                    own.copy_(one)
-            self._backward()
-            # Copies, each of which may become a parameter's `grad` and be added to: the next replay writes its own.
-            kept = [one for one in self._grads if one is not None]
-            copies = list(map(torch.empty_like, kept))
-            torch._foreach_copy_(copies, kept)  # in few kernels
-            engine.finish()
+        # Who holds the lock for long is capturing, and may wait for this very thread to run a backward.
+        if not engine.lock.acquire(timeout=_PATIENCE):
+            return self._run_again(turn, given, grads)
+        try:
+            is_latest = self._turn() is turn
+            if is_latest:
+                copies = self._replayed_backward(grads)
+        finally:
+            engine.lock.release()
+        if not is_latest:
+            return self._run_again(turn, given, grads)
         rest = iter(copies)
         return [None if one is None else next(rest) for one in self._grads]
+
+    def _replayed_backward(self, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """Return copies of the gradients that a replay computes."""
+        engine = self._engine
+        engine.start()
+        for own, one in zip(self._given_grads, self._selected(grads), strict=True):
+            if one is None:
+                own.zero_()
+            else:
+                own.copy_(one)
+        self._backward()
+        # Copies, each of which may become a parameter's `grad` and be added to: the next replay writes its own.
+        kept = [one for one in self._grads if one is not None]
+        copies = list(map(torch.empty_like, kept))
+        torch._foreach_copy_(copies, kept)  # in few kernels
+        engine.finish()
+        return copies
 
     def _run_again(
         self, turn: _Turn, given: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
     ) -> list[Tensor | None]:
         """Return the gradients of a forward by running it anew, as it was; they have gradients themselves."""
         kind, count, creates = self._device.type, len(self._inputs), torch.is_grad_enabled()
-        buffers = Buffers(self._modules[0])
+        contents = Contents(self._modules[0])
         with (
             drawing_apart(self._device),
             torch.enable_grad(),
@@ -164,7 +170,7 @@ class TrainingCapture(Capture):
                 set_random_state(self._device, turn.random_state)
             inputs = [one if creates else one.detach().requires_grad_(one.requires_grad) for one in given[:count]]
             outs = differentiable(self._run(self._modules[0], inputs))
-        buffers.restore()
+        contents.restore()
         pairs = [(out, grad) for out, grad in zip(outs, self._selected(grads), strict=True) if grad is not None]
         sources = [*inputs, *given[count:]]
         wanted = [place for place, one in enumerate(sources) if one.requires_grad]
