@@ -66,8 +66,8 @@ def main() -> None:
     }
     for name, (block, inputs) in blocks.items():
         _is_empty = False
-        # Times are those of half precision: in fp32 PyTorch's own GELU is run. Moves are counted in fp32, whose launches
-        # are fewer: two more are four more moves to the launcher and back.
+        # Times are of half precision, since in fp32 PyTorch's own GELU is run; moves of fp32, which has fewer launches,
+        # each of them a move to the launcher and one back.
         dtype = torch.float32 if options.profile else torch.float16
         swinaccel.accelerate(block.eval().to(dtype), backend="triton")
         inputs = tuple(one.to(dtype) if isinstance(one, torch.Tensor) else one for one in inputs)
