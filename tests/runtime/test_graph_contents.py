@@ -104,7 +104,19 @@ def outcomes(model, trained, edit=None, setting="highest"):
 @pytest.mark.parametrize("change", ["nothing", "a setting", "the surroundings"])
 @pytest.mark.parametrize(
     "way",
-    ["number", "list", "dict", "tensor", "buffer", "another buffer", "counter", "parameter", "dropout", "random", "numpy"],
+    [
+        "number",
+        "list",
+        "dict",
+        "tensor",
+        "buffer",
+        "another buffer",
+        "counter",
+        "parameter",
+        "dropout",
+        "random",
+        "numpy",
+    ],
 )
 def test_what_a_forward_writes_to_and_draws(way, change, trained):
     if way not in ("buffer", "counter", "dropout") and change != "nothing":
