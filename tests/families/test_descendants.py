@@ -206,7 +206,11 @@ def test_trap_17_detection_mask_is_an_argument(backend):
     check(detection((8, 8), shift=0), x, mask, backend=backend)
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(4, 16, 16, dtype=torch.bool), torch.zeros(16, 16)], ids=["bool", "2d"])
+@pytest.mark.parametrize(
+    "mask",
+    [torch.zeros(4, 16, 16, dtype=torch.bool), torch.zeros(16, 16), torch.ones(4, 16, 16).to_sparse()],
+    ids=["bool", "2d", "sparse"],
+)
 def test_detection_mask_of_another_kind_runs_the_original(mask):
     model = detection((8, 8))
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")

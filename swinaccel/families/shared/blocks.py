@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...spec.block import Attend, Block, Tokens
@@ -74,7 +75,8 @@ def strange_mask(mask: Any, x: Tensor) -> str | None:
     """Return why a mask that came as an argument is left to the original, or None."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dim() != 3 or mask.device != x.device:
+    is_dense = isinstance(mask, Tensor) and mask.layout == torch.strided and mask.is_floating_point()
+    if not is_dense or mask.dim() != 3 or mask.device != x.device:
         return "the mask is no floating-point tensor (windows, N, N) on the device of the input"
     return None
 
