@@ -100,6 +100,7 @@ def _sequence_attention_bwd_query_kernel(
 ):  # fmt: skip
     """Compute dq, dq_factor and δ. One program: BLOCK_M queries of one sequence, which stay; keys pass."""
     assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
+    scale = tl.cast(scale, tl.float32)  # as in the forward, whose sums it goes with
     tl.static_assert(RANK > 0 or not FACTOR_GRAD)
     num_tiles = tl.cdiv(num_tokens, BLOCK_M)
     tile, sequence = place(num_tiles, num_sequences, group)
@@ -226,6 +227,7 @@ def _sequence_attention_bwd_key_kernel(
     The first keys have the most queries, so they come first.
     """
     assert_whole_tiles(num_tokens, HEAD_DIM, RANK, HAS_EDGES, DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R)
+    scale = tl.cast(scale, tl.float32)  # as in the forward, whose sums it goes with
     tl.static_assert(RANK > 0 or not FACTOR_GRAD)
     tile, sequence = place(tl.cdiv(num_tokens, BLOCK_N), num_sequences, group)
     first_key = tile * BLOCK_N

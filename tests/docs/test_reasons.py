@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 SOURCES = ("families", "trust", "runtime", "backends", "ops", "api.py", "patching.py")
 WITH_CONSTANTS = ("trust", "runtime", "api.py")
-GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "KernelError"}  # exceptions whose message becomes a reason
+GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "NotCapturable", "KernelError"}  # exceptions whose message becomes a reason
 
 
 def reasons() -> set[str]:
@@ -43,7 +43,7 @@ def values(tree: ast.Module) -> Iterator[ast.expr]:
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             if ast.unparse(node.exc.func).split(".")[-1] in GIVEN_AS:
                 yield node.exc.args[0]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("require", "self.refuse"):
             yield node.args[1]
 
 
