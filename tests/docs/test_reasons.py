@@ -12,7 +12,8 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 SOURCES = ("families", "trust", "runtime", "backends", "ops", "api.py", "patching.py")
 WITH_CONSTANTS = ("trust", "runtime", "api.py")
-GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "NotCapturable", "KernelError"}  # exceptions whose message becomes a reason
+# Exceptions whose message becomes a reason.
+GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "NotCapturable", "KernelError"}
 
 
 def reasons() -> set[str]:
