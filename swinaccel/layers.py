@@ -14,6 +14,9 @@ from torch import Tensor, nn
 DISPATCHER = "_swinaccel_dispatcher"  # attribute of a dispatcher: itself
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN_TENSORS = (Tensor, nn.Parameter)
+# What is put on modules and their classes: the marker of an instance, and what was proven of a class's instances.
+MARKER, PROVEN = "_swinaccel", "_swinaccel_proven"
+
 BASE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep

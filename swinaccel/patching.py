@@ -29,15 +29,13 @@ from torch import nn
 
 from .config import AccelConfig, env_disabled, may_be_disabled
 from .families import CAPTURED, by_name
-from .layers import as_replacement, owner, without_dispatcher
+from .layers import MARKER, PROVEN, as_replacement, owner, without_dispatcher
 from .runtime.call import Entry, call
 from .runtime.plan import forget_state
-from .runtime.traced import PROVEN, proven_facts
+from .runtime.traced import proven_facts
 from .spec.adapters import Adapter, block_method, is_family
 
 logger = logging.getLogger("swinaccel")
-
-MARKER = "_swinaccel"
 
 
 class _Switch:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..config import env_strict
 from ..errors import FallbackError
-from ..layers import BASE_ATTRIBUTES, has_hooks, has_own_forward, is_builtin, replaced_methods
+from ..layers import BASE_ATTRIBUTES, MARKER, PROVEN, has_hooks, has_own_forward, is_builtin, replaced_methods
 from ..ops import block as block_ops
 from ..spec.adapters import Adapter, BlockReader, Family, call_settings, is_family, reads_attention_blocks
 from ..spec.block import Attend, Block, Embedding
@@ -37,8 +37,6 @@ from .section import attend_triton, table_of
 
 if TYPE_CHECKING:
     from .call import Entry
-
-PROVEN = "_swinaccel_proven"  # attribute of a class with a dispatcher: what was proven of its instances
 
 _marked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose facts were asked for
 
@@ -58,7 +56,7 @@ def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
     """Return what was proven of a module and of all inside it, as code can look it up that a compiler traces."""
     _marked.add(module)
     found: list[Fact] = [("part", None, "", type(module))]
-    ignored = {*BASE_ATTRIBUTES, *call_settings(adapter), "_swinaccel"}
+    ignored = {*BASE_ATTRIBUTES, *call_settings(adapter), MARKER}
     for parent in module.modules():
         found += [("part", type(parent), name, type(child)) for name, child in parent.named_children()]
         if not is_of_library(parent):
@@ -155,7 +153,7 @@ def _object(address: int) -> Any:
 
 
 def _marked_of(cls: type) -> list[nn.Module]:
-    return [one for one in list(_marked) if type(one) is cls and "_swinaccel" in one.__dict__]
+    return [one for one in list(_marked) if type(one) is cls and MARKER in one.__dict__]
 
 
 def _attend(

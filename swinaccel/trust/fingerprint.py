@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import BASE_ATTRIBUTES, DISPATCHER
+from ..layers import BASE_ATTRIBUTES, DISPATCHER, MARKER, PROVEN
 from .libraries import is_installed, is_library_function, is_of_library
 from .names import bases_of, cell_content, functions_behind, is_method, names_in, reachable, unwrapped, wrapped_function
 
 # Settings that families read at each call, and what accelerated instances and classes hold.
 LIVE = frozenset(("H", "W", "img_size", "input_resolution", "shift_size", "window_size"))
-OURS = frozenset(("_swinaccel", "_swinaccel_proven"))
+OURS = frozenset((MARKER, PROVEN))
 # Of transformers' layers: whether and by what a call is checkpointed, which changes no number.
 _CHECKPOINTS = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
 
