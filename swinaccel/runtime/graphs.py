@@ -70,10 +70,13 @@ class Graphs:
             return None
         result = capture.replay([args[0]])
         found = signature(args, kwargs, trained)
-        self._goes_ahead = found is not None and found[0] == key  # once is enough for calls that take turns
+        # Signatures that take turns would launch each other's graphs: after the first such call none goes ahead.
+        self._goes_ahead = found is not None and found[0] == key
         if self._goes_ahead and capture.holds(module):
             return self._count(capture, result)
         capture.undo()
+        if self._goes_ahead:
+            self._drop(key, capture)
         return None
 
     def replay(self, module: nn.Module, key: tuple, inputs: list[Tensor]) -> tuple[Any] | None:
@@ -89,12 +92,16 @@ class Graphs:
                     self._latest = key, capture
                 return self._count(capture, result)
             capture.undo()
+        self._drop(key, capture)
+        return None
+
+    def _drop(self, key: tuple, capture: Capture) -> None:
+        """Forget a graph that does not hold any more; its signature may be captured anew."""
         self._latest = None
         self.captures.pop(key, None)
         self._seen.pop(key, None)
         if not capture.replays:
             self.refuse(key, "something in it changes at every call")
-        return None
 
     def _count(self, capture: Capture, result: Any) -> tuple[Any]:
         capture.count()
