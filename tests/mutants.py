@@ -628,6 +628,7 @@ MUTANTS = [
             ("graphs", "found is not None and found[0] == key", "found is not None", GRAPHS),
             ("graphs", "if self._goes_ahead and capture.holds(module):", "if self._goes_ahead:", GRAPHS),
             ("graphs", "if not capture.fits(*args) or", "if", GRAPHS),
+            ("capture", "torch.distributed.is_available() and torch.distributed.is_initialized()", "False", GRAPHS),
             ("graphs", "self._rehearsed.add(mode)", "pass", GRAPHS),
             ("graphs", "torch.is_inference_mode_enabled(), autocast", "autocast", GRAPHS),
             ("graphs", "(kinds, form, rest, modes, _settings())", "(kinds, form, rest, modes)", GRAPHS),

@@ -432,3 +432,15 @@ def test_only_the_first_signature_is_rehearsed(monkeypatch):
     model(x)
     model(x + 1)
     assert rehearsed == [False, True]
+
+
+def test_memory_that_fsdp_may_give_back_is_looked_at_before_a_replay(tapes, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model, twin, x = captured()
+    (one,) = state_of(model).graphs.captures.values()
+    started = []
+    monkeypatch.setattr(one, "replay", started.append)
+    for every in (model, twin):
+        every.head.fc.weight.data = 2 * every.head.fc.weight.data
+    assert_alike(model, twin, x)
+    assert not started
