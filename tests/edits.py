@@ -545,13 +545,20 @@ def input_size(model, number):
     """timm's way to resize; others take what they are given."""
     if hasattr(model, "set_input_size"):
         size = (32, 48, 40)[number % 3]
-        model.set_input_size(img_size=(size, size))
+        resize(model, img_size=(size, size))
 
 
 @edit
 def window_size(model, number):
     if hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=(32, 32), window_size=(2, 4)[number % 2])
+        resize(model, img_size=(32, 32), window_size=(2, 4)[number % 2])
+
+
+def resize(model, **sizes):
+    """timm resizes tables by arithmetic between them and tensors on the CPU, and so fails on a GPU."""
+    device = next(model.parameters()).device
+    model.cpu().set_input_size(**sizes)
+    model.to(device)
 
 
 # Copies.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 from swinaccel.kernels import run
 from triton import knobs
+from triton.backends.nvidia import driver
 from triton.compiler import CompiledKernel
 
 
@@ -30,3 +36,60 @@ def test_a_compiled_kernel_is_run_as_triton_runs_it():
     assert theirs[7:9] == (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     assert ours[6:9] == (None, None, None)  # what is said about a launch, for hooks that nobody has set
     assert theirs[9:] == ours[9:] == ("q", None, 7, 0.5)
+
+
+class Compiled:
+    """A compiled kernel of Triton 3.6: the module that launches it is imported under a name that all of them share."""
+
+    imported = ""
+
+    def __init__(self, name):
+        self.name, self.launcher = name, None
+
+    def __getitem__(self, grid):
+        if self.launcher is None:
+            Compiled.imported = self.name
+            time.sleep(0.01)
+            self.launcher = Compiled.imported
+
+
+class Kernel:
+    def __init__(self, name):
+        self.compiled = Compiled(name)
+
+    def warmup(self, *arguments, grid, **options):
+        return self.compiled
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.compiled[grid]
+            return self.compiled
+
+        return launch
+
+
+@pytest.mark.parametrize("has_launchers", [True, False])
+def test_kernels_are_launched_by_their_own_launchers(has_launchers, monkeypatch):
+    if has_launchers:
+        monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    else:
+        monkeypatch.delattr(driver, "make_launcher", raising=False)
+    kernels = [Kernel(str(number)) for number in range(24)]
+
+    def work(number):
+        for kernel in kernels[number::8]:
+            if number % 2:
+                run.compile_ahead(kernel, (1,), (), {})
+            run.launch_first(kernel, (1,), (), {})
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert [one.compiled.launcher for one in kernels] == [one.compiled.name for one in kernels]
+
+
+def test_launchers_are_built_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    together = threading.Barrier(4, timeout=20)
+    monkeypatch.setattr(Compiled, "__getitem__", lambda compiled, grid: together.wait())
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda name: run.compile_ahead(Kernel(name), (1,), (), {}), "abcd"))

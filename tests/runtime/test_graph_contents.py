@@ -127,7 +127,7 @@ def test_what_a_forward_writes_to_and_draws(way, change, trained):
         helpers.assert_close(ours, own, 1e-3)
     for ours, own in zip(model.buffers(), twin.buffers(), strict=True):
         helpers.assert_close(ours.double(), own.double(), 1e-4)
-    assert (replays(model) > 0) == (way in ("buffer", "counter", "dropout"))
+    assert (replays(model) > 0) == (way in ("buffer", "counter", "dropout")), str(swinaccel.report(model))
 
 
 @pytest.mark.parametrize("returns", ["what has no gradient", "something else"])

@@ -40,7 +40,8 @@ def test_states_of_graphs(device, seconds, monkeypatch):
         monkeypatch.setattr(test_states, "EDITS", edits)
     monkeypatch.setattr(GraphStates, "compared", 0)
     monkeypatch.setattr(GraphStates, "until", time.monotonic() + seconds)
-    settings = hypothesis.settings(max_examples=max(8, int(seconds)), stateful_step_count=12)
-    run_state_machine_as_test(GraphStates, settings=settings)
+    settings = hypothesis.settings(max_examples=8, stateful_step_count=12)
+    while time.monotonic() < GraphStates.until:
+        run_state_machine_as_test(GraphStates, settings=settings)
     print(f"{GraphStates.compared} comparisons on {device}")
     assert GraphStates.compared

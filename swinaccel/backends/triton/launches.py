@@ -47,12 +47,12 @@ class _Compilers:
             return
         self._begun.add(key)
         passed = launch._passed(tensors)
+        from ...kernels.run import compile_ahead
 
         def run() -> None:
             with suppress(Exception), torch.cuda.device(index):  # who runs it will be told
                 prepare().wait(_PATIENCE)
-                compiled = launch.kernel.warmup(*passed, *launch.arguments, grid=launch.grid, **launch.options)
-                compiled[launch.grid]  # loads it, and compiles what launches it
+                compile_ahead(launch.kernel, launch.grid, (*passed, *launch.arguments), launch.options)
 
         self._threads.submit(run)
 
@@ -162,10 +162,10 @@ class Launch:
             compilers = _compilers.get(torch._C._cuda_getCurrentRawStream(index))
             if compilers is not None:
                 return compilers.compile(self, index, tensors, signature)
-        compiled = self.kernel[self.grid](*self._passed(tensors), *self.arguments, **self.options)
-        if compiled is not None:  # the interpreter compiles nothing
-            from ...kernels.run import runner
+        from ...kernels.run import launch_first, runner
 
+        compiled = launch_first(self.kernel, self.grid, (*self._passed(tensors), *self.arguments), self.options)
+        if compiled is not None:  # the interpreter compiles nothing
             # Triton asks the driver of each tensor's memory whether its GPU sees it. Of a pointer it does not ask, and
             # need not where all tensors are on the one device.
             is_here = index >= 0 and all(one is None or one.get_device() == index for one in tensors)
