@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends.triton import block as triton_block
+from swinaccel.backends.triton import block_bwd as triton_block_bwd
 from swinaccel.backends.triton import devices, launches, quantise
 from swinaccel.backends.triton import sequence as triton_sequence
 from swinaccel.backends.triton import window as window_launches
@@ -153,8 +154,24 @@ def linear_gelu(channels: int, rows: int) -> None:
     x, up = torch.zeros(rows, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
     how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132)
     assert how is not None
-    launch = triton_block._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
-    launch(torch.zeros(rows, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
+    hidden = torch.zeros(rows, 4 * channels, dtype=BF16)
+    for kept in (None, hidden):
+        launch = triton_block._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how, kept is not None)
+        launch(hidden, x, up, up[:, 0].contiguous(), kept)
+
+
+def linear_gelu_backward(channels: int, rows: int) -> None:
+    """Pose the gradients of a product with GELU, of which two programs are to share a multiprocessor."""
+    from swinaccel.kernels import fusion_launch
+
+    x, down = torch.zeros(rows, channels, dtype=BF16), torch.zeros(channels, 4 * channels, dtype=BF16)
+    how = fusion_launch.training_linear_gelu(
+        rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132, backward=True
+    )
+    assert how is not None
+    hidden, sums = torch.zeros(rows, 4 * channels, dtype=BF16), torch.zeros(rows, 4 * channels)
+    launch = triton_block_bwd._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
+    launch(sums, hidden, hidden, hidden, x, down)
 
 
 def eight_bits(channels: int) -> None:
@@ -218,6 +235,12 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
         yield "sm_90", f"fp8 {channels}", lambda channels=channels: eight_bits(channels)
     for rows in (4096, 196):
         yield "sm_90 twice", f"linear_gelu 512 of {rows}", lambda rows=rows: linear_gelu(512, rows)
+    for channels in (96, 384):
+        yield (
+            "sm_90 twice",
+            f"linear_gelu backward {channels}",
+            lambda channels=channels: linear_gelu_backward(channels, 16384),
+        )
 
 
 def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:

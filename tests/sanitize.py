@@ -215,10 +215,16 @@ def mlps() -> Iterator[Any]:
     for shape in (fusion_launch.LINEAR_GELU, fusion_launch.LINEAR_GELU_FEW):
         if INTERPRETED or torch.cuda.get_device_capability()[0] >= 9:
             out = torch.zeros(131, 256, dtype=torch.float16, device=DEVICE)  # initcheck sees no stores by descriptors
-            kernels._plan_linear_gelu(x.device, 131, 128, 256, shape, 3)(out, x, weight, bias)
+            kept = torch.zeros_like(out)
+            kernels._plan_linear_gelu(x.device, 131, 128, 256, shape, 3, True)(out, x, weight, bias, kept)
             expected = torch.nn.functional.gelu(torch.nn.functional.linear(x.float(), weight.float(), bias.float()))
             torch.testing.assert_close(out.float().cpu(), expected.cpu(), atol=0.05, rtol=0.01)
-            yield out
+            yield from (out, kept)
+            grad_hidden, active = torch.zeros_like(out), torch.zeros_like(out)
+            sums = torch.zeros(-(-131 // shape.block_m), 256, device=DEVICE)
+            launch = backward._plan_linear_gelu(x.device, 131, 128, 256, shape, 3)
+            launch(sums, grad_hidden, active, kept, x, weight.t().contiguous())
+            yield from (sums, grad_hidden, active)
 
 
 def embeddings() -> Iterator[Any]:

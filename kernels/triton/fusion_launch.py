@@ -1,5 +1,6 @@
 """Launches of what stands around the attention. Chosen by measurement on an H200 (docs/notes.md)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -48,6 +49,7 @@ class LinearLaunch(NamedTuple):
 
 # Best or next to it of thirteen for the sizes of Swin's stages, from 1,568 rows of 512 channels to 50,176 of 256.
 LINEAR_GELU = LinearLaunch(128, 128, 64, 8, 2, 8, 3)
+LINEAR_GELU_BACKWARD = LinearLaunch(128, 128, 64, 8, 2, 8, 2)
 # The same of eight for few rows, such as those of one image: a tile for each program, and few steps to its end.
 LINEAR_GELU_FEW = LinearLaunch(64, 64, 128, 8, 2, 4, 3)
 _FEW_CHANNELS = 512  # at most; beyond, PyTorch's products, which share a long sum among programs, are faster
@@ -88,6 +90,19 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
     return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None
 
 
+def training_linear_gelu(
+    *, rows: int, channels: int, hidden: int, multiprocessors: int, backward: bool
+) -> tuple[LinearLaunch, int] | None:
+    """Launch and programs as `linear_gelu` where hidden values are kept, or of the backward; None as well."""
+    launch = LINEAR_GELU_BACKWARD if backward else LINEAR_GELU
+    if channels % launch.block_k:
+        launch = launch._replace(block_k=32)
+    programs = launch.programs * multiprocessors
+    if channels % launch.block_k or hidden % launch.block_n:
+        return None
+    return (launch, programs) if -(-rows // launch.block_m) * (hidden // launch.block_n) >= programs else None
+
+
 def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
     """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster."""
 
@@ -109,6 +124,11 @@ def describe(matrix: Any, block: tuple[int, int]) -> TensorDescriptor:
     """Return the descriptor of a contiguous tensor (..., columns) for tiles of so many rows and columns."""
     columns = matrix.shape[-1]
     return TensorDescriptor(matrix, [matrix.numel() // columns, columns], [columns, 1], list(block))
+
+
+def describers(tiles: dict[int, tuple[int, int]]) -> dict[int, Any]:
+    """Return what describes tensors, by their places in a launch, for tiles of these sizes."""
+    return {place: partial(describe, block=tile) for place, tile in tiles.items()}
 
 
 def embed(*, channels: int, numbers: int) -> EmbedLaunch | None:

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from .mlp import gelu_and_slope
-from .pointwise import NORM_ADD, load_channels, load_factors, place_rows
+from .pointwise import NORM, NORM_ADD, load_channels, load_factors, place_rows
 
 
 @triton.jit
 def _norm_bwd_kernel(
-    sums_ptr,  # (programs, 2, C), fp32: of the gradients of the norm's weight and bias
+    sums_ptr,  # (programs, 2 or 3, C), fp32: of the gradients of the norm's weight and bias, and of the branch's
     grad_x_ptr,  # (rows, C), or None where it is grad_out itself
     grad_branch_ptr,  # (rows, C), or None
     grad_out_ptr,  # (rows, C)
@@ -28,6 +28,8 @@ def _norm_bwd_kernel(
 ):  # fmt: skip
     """Compute the gradients of `_norm_kernel`, whose MODE and operands these are.
 
+    The branch's is summed as well where there is one: most often it is a product's, and that the gradient of its bias.
+
     One program: every programs-th tile of ROWS rows.
     """
     tl.static_assert(C <= BLOCK_C)
@@ -36,6 +38,7 @@ def _norm_bwd_kernel(
         weight = load_channels(weight_ptr, offs_c, C)
     weight_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     bias_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    branch_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, start, offs, inside = place_rows(tile, rows, offs_c, C, ROWS)
         offs += start
@@ -66,9 +69,14 @@ def _norm_bwd_kernel(
                 grad *= load_factors(scale_ptr, row, rows, sample_rows)
         if grad_branch_ptr is not None:
             tl.store(grad_branch_ptr + offs, grad.to(grad_branch_ptr.dtype.element_ty), mask=inside)
-    sums_ptr += tl.cast(tl.program_id(0), tl.int64) * (2 * C) + offs_c
+        if MODE != NORM:
+            branch_sums += grad
+    SUMS: tl.constexpr = 2 if MODE == NORM else 3
+    sums_ptr += tl.cast(tl.program_id(0), tl.int64) * (SUMS * C) + offs_c
     tl.store(sums_ptr, tl.sum(weight_sums, axis=0), mask=offs_c < C)
     tl.store(sums_ptr + C, tl.sum(bias_sums, axis=0), mask=offs_c < C)
+    if MODE != NORM:
+        tl.store(sums_ptr + 2 * C, tl.sum(branch_sums, axis=0), mask=offs_c < C)
 
 
 @triton.jit

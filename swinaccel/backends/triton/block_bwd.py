@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .block import _launch, sample_rows
-from .launches import Launch
+from .block import NORM, _launch, are_describable, sample_rows, training_launch
+from .launches import DescribedLaunch, Launch
 
 
 def norm(
@@ -28,17 +28,17 @@ def norm(
     """Run `kernels.pointwise_bwd._norm_bwd_kernel`, whose operands these are.
 
     Returns:
-        (2, C), fp32: gradients of the norm's weight and bias.
+        (2 or 3, C), fp32: gradients of the norm's weight and bias, and the sums of the branch's, if there is one.
     """
     from ...kernels import fusion_launch
 
     channels, device = source.shape[-1], source.device
-    rows = source.numel() // channels
+    rows, kinds = source.numel() // channels, 2 if mode == NORM else 3
     if not rows:
-        return torch.zeros((2, channels), dtype=torch.float32, device=device)
+        return torch.zeros((kinds, channels), dtype=torch.float32, device=device)
     shape = fusion_launch.rows(channels)
     programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
-    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=device)
+    sums = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
     key = ("norm backward", device, rows, sample_rows(rows, scale), channels, mode, programs)
     _launch(key, _plan_norm, sums, grad_x, grad_branch, grad_out, grad_total, source, stats, scale, weight)
     return sums.sum(0)
@@ -65,6 +65,44 @@ def gelu(grad_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, out = torch.empty_like(x), torch.empty_like(x)
     sums = _columns(_plan_gelu, x, None, (grad_x, out), (grad_out, x))
     return grad_x, out, sums
+
+
+def linear_gelu(grad_out: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the gradients of GELU(hidden) weightᵀ, or None where PyTorch's product and `gelu` are to be preferred.
+
+    Args:
+        grad_out, weight, hidden: (rows, C), (C, N) and (rows, N), of 16-bit numbers.
+    Returns:
+        As `gelu`, of hidden.
+    """
+    (rows, channels), numbers = grad_out.shape, hidden.shape[1]
+    how = training_launch(hidden.device, rows, channels, numbers, True)
+    given = grad_out, weight, hidden
+    if how is None or not all(one.is_contiguous() and are_describable(one, one) for one in given):
+        return None
+    grad_hidden, out = torch.empty_like(hidden), torch.empty_like(hidden)
+    sums = torch.empty((-(-rows // how[0].block_m), numbers), dtype=torch.float32, device=hidden.device)
+    key = ("linear gelu backward", hidden.device, rows, channels, numbers, *how)
+    _launch(key, _plan_linear_gelu, sums, grad_hidden, out, hidden, grad_out, weight)
+    return grad_hidden, out, sums.sum(0)
+
+
+def _plan_linear_gelu(
+    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int
+) -> DescribedLaunch:
+    from ...kernels import fusion_launch, mlp
+
+    block_m, block_n, block_k = shape[:3]
+    half = block_m, block_n // 2
+    tiles = {1: half, 2: half, 3: half, 4: (block_m, block_k), 5: (block_k, block_n)}
+    return DescribedLaunch(
+        fusion_launch.describers(tiles),
+        mlp._linear_gelu_bwd_kernel,
+        (programs,),
+        (rows, hidden, channels, block_m, block_n, block_k, shape.group),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
 
 
 def scaled_columns(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
