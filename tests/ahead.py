@@ -23,7 +23,6 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends.triton import block as triton_block
-from swinaccel.backends.triton import block_bwd as triton_block_bwd
 from swinaccel.backends.triton import devices, launches, quantise
 from swinaccel.backends.triton import sequence as triton_sequence
 from swinaccel.backends.triton import window as window_launches
@@ -160,20 +159,6 @@ def linear_gelu(channels: int, rows: int) -> None:
         launch(hidden, x, up, up[:, 0].contiguous(), kept)
 
 
-def linear_gelu_backward(channels: int, rows: int) -> None:
-    """Pose the gradients of a product with GELU, of which two programs are to share a multiprocessor."""
-    from swinaccel.kernels import fusion_launch
-
-    x, down = torch.zeros(rows, channels, dtype=BF16), torch.zeros(channels, 4 * channels, dtype=BF16)
-    how = fusion_launch.training_linear_gelu(
-        rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132, backward=True
-    )
-    assert how is not None
-    hidden, sums = torch.zeros(rows, 4 * channels, dtype=BF16), torch.zeros(rows, 4 * channels)
-    launch = triton_block_bwd._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
-    launch(sums, hidden, hidden, hidden, x, down)
-
-
 def eight_bits(channels: int) -> None:
     """Pose all that writes in 8 bits, for the channels of a block and for the hidden ones."""
     for mode, numbers in itertools.product(range(5), (channels, 4 * channels)):
@@ -235,12 +220,6 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
         yield "sm_90", f"fp8 {channels}", lambda channels=channels: eight_bits(channels)
     for rows in (4096, 196):
         yield "sm_90 twice", f"linear_gelu 512 of {rows}", lambda rows=rows: linear_gelu(512, rows)
-    for channels in (96, 384):
-        yield (
-            "sm_90 twice",
-            f"linear_gelu backward {channels}",
-            lambda channels=channels: linear_gelu_backward(channels, 16384),
-        )
 
 
 def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:

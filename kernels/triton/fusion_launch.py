@@ -49,7 +49,6 @@ class LinearLaunch(NamedTuple):
 
 # Best or next to it of thirteen for the sizes of Swin's stages, from 1,568 rows of 512 channels to 50,176 of 256.
 LINEAR_GELU = LinearLaunch(128, 128, 64, 8, 2, 8, 3)
-LINEAR_GELU_BACKWARD = LinearLaunch(128, 128, 64, 8, 2, 8, 2)
 # The same of eight for few rows, such as those of one image: a tile for each program, and few steps to its end.
 LINEAR_GELU_FEW = LinearLaunch(64, 64, 128, 8, 2, 4, 3)
 _FEW_CHANNELS = 512  # at most; beyond, PyTorch's products, which share a long sum among programs, are faster
@@ -91,15 +90,13 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
 
 
 def training_linear_gelu(
-    *, rows: int, channels: int, hidden: int, multiprocessors: int, backward: bool
+    *, rows: int, channels: int, hidden: int, multiprocessors: int
 ) -> tuple[LinearLaunch, int] | None:
-    """Launch and programs as `linear_gelu` where hidden values are kept, or of the backward; None as well."""
-    launch = LINEAR_GELU_BACKWARD if backward else LINEAR_GELU
-    if channels % launch.block_k:
-        launch = launch._replace(block_k=32)
-    programs = launch.programs * multiprocessors
+    """Launch and programs, or None, as `linear_gelu` where hidden values are kept, which are many."""
+    launch = LINEAR_GELU if channels % LINEAR_GELU.block_k == 0 else LINEAR_GELU._replace(block_k=32)
     if channels % launch.block_k or hidden % launch.block_n:
         return None
+    programs = launch.programs * multiprocessors
     return (launch, programs) if -(-rows // launch.block_m) * (hidden // launch.block_n) >= programs else None
 
 

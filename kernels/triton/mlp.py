@@ -63,23 +63,6 @@ def _gelu_kernel(
 
 
 @triton.jit
-def _place_tile(tile, tiles_m, TILES_N: tl.constexpr, GROUP: tl.constexpr):
-    """Return the row and the column of a product's tile: GROUP down, then the next ones across.
-
-    Tiles that are worked on at a time so share rows and columns.
-    """
-    top = tile // (GROUP * TILES_N) * GROUP
-    height = tl.minimum(tiles_m - top, GROUP)
-    return top + tile % (GROUP * TILES_N) % height, tile % (GROUP * TILES_N) // height
-
-
-@triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the left and the right half of a tile's columns."""
-    return tl.split(tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
-
-
-@triton.jit
 def _linear_gelu_kernel(
     out_desc,  # (rows, N), in tiles (BLOCK_M, BLOCK_N / 2)
     x_desc,  # (rows, K), in tiles (BLOCK_M, BLOCK_K)
@@ -101,12 +84,15 @@ def _linear_gelu_kernel(
     tl.static_assert(N % BLOCK_N == 0)
     tl.static_assert(K % BLOCK_K == 0)
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
-        down, across = _place_tile(tile, tiles_m, TILES_N, GROUP)
-        row, col = down * BLOCK_M, across * BLOCK_N
+        # Tiles that are worked on at a time share rows and columns: GROUP down, then the next ones across.
+        top = tile // (GROUP * TILES_N) * GROUP
+        height = tl.minimum(tiles_m - top, GROUP)
+        row = (top + tile % (GROUP * TILES_N) % height) * BLOCK_M
+        col = tile % (GROUP * TILES_N) // height * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
         offs = col + tl.arange(0, HALF)
         if bias_ptr is not None:
             left += tl.load(bias_ptr + offs).to(tl.float32)[None, :]
@@ -117,40 +103,6 @@ def _linear_gelu_kernel(
             left, right = left.to(hidden_desc.dtype).to(tl.float32), right.to(hidden_desc.dtype).to(tl.float32)
         out_desc.store([row, col], gelu(left).to(out_desc.dtype))
         out_desc.store([row, col + HALF], gelu(right).to(out_desc.dtype))
-
-
-@triton.jit
-def _linear_gelu_bwd_kernel(
-    sums_ptr,  # (tiles of rows, N), fp32: of the columns of grad_hidden
-    grad_hidden_desc,  # (rows, N), in tiles (BLOCK_M, BLOCK_N / 2)
-    out_desc,  # likewise: GELU(hidden), which the forward does not keep
-    hidden_desc,  # likewise
-    grad_desc,  # (rows, K), in tiles (BLOCK_M, BLOCK_K)
-    weight_desc,  # (K, N), in tiles (BLOCK_K, BLOCK_N)
-    rows,
-    N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradient of hidden from that of GELU(hidden) weightᵀ. Programs as those of `_linear_gelu_kernel`."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    tiles_m, TILES_N = tl.cdiv(rows, BLOCK_M), N // BLOCK_N
-    tl.static_assert(N % BLOCK_N == 0)
-    tl.static_assert(K % BLOCK_K == 0)
-    for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
-        down, across = _place_tile(tile, tiles_m, TILES_N, GROUP)
-        row, col = down * BLOCK_M, across * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(0, K, BLOCK_K):
-            acc = tl.dot(grad_desc.load([row, k]), weight_desc.load([k, col]), acc)
-        acc = tl.where((row + tl.arange(0, BLOCK_M) < rows)[:, None], acc, 0.0)
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        offs = tl.cast(down, tl.int64) * N + col + tl.arange(0, HALF)
-        for half in tl.static_range(2):
-            out, slope = gelu_and_slope(hidden_desc.load([row, col + half * HALF]).to(tl.float32))
-            grad = (left if half == 0 else right) * slope
-            tl.store(sums_ptr + offs + half * HALF, tl.sum(grad, axis=0))
-            grad_hidden_desc.store([row, col + half * HALF], grad.to(grad_hidden_desc.dtype))
-            out_desc.store([row, col + half * HALF], out.to(out_desc.dtype))
 
 
 @triton.jit

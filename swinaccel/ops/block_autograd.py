@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends.triton import block as kernels
 from ..backends.triton import block_bwd as backward_kernels
 from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
+from ..spec.reference_block import merged
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -132,6 +133,37 @@ class _NormAdd(torch.autograd.Function):
         function = partial(_layer_norm, ctx.eps, total.dtype)
         grad, *others = _recompute_grads(function, (branch, weight, bias), _scaled(total, scale))
         return total.to(ctx.dtype), grad, None, *others, None, None, None
+
+
+def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype) -> Tensor:
+    """Return each four neighbours of an image (B, H, W, C), or their layer norm, in a dtype."""
+    return _Merge.apply(x, *(affine or (None, None, None)), dtype)
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float | None, dtype: torch.dtype) -> Tensor:
+        stats, affine = None, None
+        if eps is not None:
+            tokens = x.shape[0] * ((x.shape[1] + 1) // 2) * ((x.shape[2] + 1) // 2)
+            stats, affine = torch.empty((2, tokens), dtype=torch.float32, device=x.device), (weight, bias, eps)
+        ctx.save_for_backward(x, stats, weight, bias)
+        ctx.eps = eps
+        return kernels.merge(x, affine, dtype, stats)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, stats, weight, bias = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            with suppress(kernels.LaunchError):
+                grad_x, sums = backward_kernels.merge(grad.contiguous(), x, stats, weight)
+                return grad_x, *_like(sums, weight, bias), None, None
+        function = partial(_merged_norm, ctx.eps, grad.dtype)
+        return *_recompute_grads(function, (x, weight, bias), grad), None, None
+
+
+def _merged_norm(eps: float | None, dtype: torch.dtype, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    return merged(x).to(dtype) if eps is None else _layer_norm(eps, dtype, merged(x), weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -247,10 +279,9 @@ def _hidden(y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 
 def _hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of hidden from that of GELU(hidden) weightᵀ, GELU(hidden), and the gradient's column sums."""
-    if hidden.dtype in _HALVES:
-        both = backward_kernels.linear_gelu(grad, weight, hidden)
-        return backward_kernels.gelu(grad @ weight, hidden) if both is None else both
     grad = grad @ weight
+    if hidden.dtype in _HALVES:
+        return backward_kernels.gelu(grad, hidden)
     grad = torch.ops.aten.gelu_backward(grad, hidden)
     return grad, F.gelu(hidden), grad.sum(0)
 

@@ -1,16 +1,18 @@
-"""Products that compute GELU or its slope, in training, and gradients that bring the sums of their columns."""
+"""What training fuses beside norms: GELU in a product, gradients that bring the sums of their columns, mergings."""
 
 from __future__ import annotations
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TRITON_DEVICE
-from test_fusion_autograd import DTYPES, HALF, HALVES, check, narrowed, random, scaled
+from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, narrowed, random, scaled
 
 from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import block_bwd, devices
 from swinaccel.ops import block_autograd as recorded
+from swinaccel.spec.reference_block import merged
 
 AFFINE = 1e-5
 
@@ -62,32 +64,18 @@ def test_mlp(rows, channels, hidden, dtype, biases, few_processors, launched, po
 
     check(ours, original, (x, y, *weights), [random(3, rows, channels, seed=8)], dtype)
     assert "_linear_gelu_kernel" in launched
-    assert "_linear_gelu_bwd_kernel" in launched
     assert "_gelu_kernel" not in launched
 
 
 def test_what_lies_otherwise_is_left_to_others(few_processors):
-    x, weight, hidden = random(300, 64, dtype=HALF), random(128, 64, dtype=HALF), random(300, 128, dtype=HALF)
-    grad, second = random(300, 64, dtype=HALF), random(64, 128, dtype=HALF)
+    x, weight = random(300, 64, dtype=HALF), random(128, 64, dtype=HALF)
     assert kernels.linear_gelu_kept(x, weight, None) is not None
-    assert block_bwd.linear_gelu(grad, second, hidden) is not None
     shifted = torch.empty(300 * 64 + 1, dtype=HALF, device=TRITON_DEVICE)[1:].view(300, 64).copy_(x)
     for one in (shifted, x.t().contiguous().t()):
         assert kernels.linear_gelu_kept(one, weight, None) is None
-        assert block_bwd.linear_gelu(one, second, hidden) is None
     assert kernels.linear_gelu_kept(x, weight.t().contiguous().t(), None) is None
-    assert block_bwd.linear_gelu(grad, second.t().contiguous().t(), hidden) is None
     assert kernels.linear_gelu_kept(x, weight[:96], None) is None  # no whole tile of columns
     assert kernels.linear_gelu_kept(x[:128], weight, None) is None  # a single tile
-
-
-def test_rows_that_do_not_exist_are_in_no_sum(few_processors):
-    """An infinite weight meets the zeros that stand for them."""
-    weight = torch.full((32, 128), torch.inf)
-    given = [one.to(TRITON_DEVICE, HALF) for one in (torch.ones(129, 32), weight, torch.ones(129, 128))]
-    found = block_bwd.linear_gelu(*given)
-    assert found is not None
-    assert not found[2].isnan().any()
 
 
 BRANCHES = ["added", "normalised and added"]
@@ -140,3 +128,44 @@ def test_gradients_that_are_changed_are_summed_again(way):
         out.backward(random(3, 37, 24, seed=2).to(out.dtype))
         found.append(bias.grad)
     torch.testing.assert_close(found[1], 2 * found[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("wide", "dtype"), DTYPES)
+@pytest.mark.parametrize("size", [(2, 6, 4, 24), (3, 5, 7, 12), (1, 1, 2, 180)])
+@pytest.mark.parametrize("norm", ["none", "plain", "affine"])
+def test_merging(size, norm, wide, dtype, poisoned):
+    """Of sides that are odd, too."""
+    x, channels = random(*size, dtype=wide), 4 * size[-1]
+    weight, bias = (random(channels), random(channels, seed=1)) if norm == "affine" else (None, None)
+
+    def original(x, weight, bias):
+        patches = merged(x)
+        if norm != "none":
+            patches = layer_norm(patches, weight, bias)
+        return (narrowed(patches, dtype),)
+
+    def ours(x, weight, bias):
+        return (recorded.merge(x, None if norm == "none" else (weight, bias, AFFINE), dtype),)
+
+    check(
+        ours,
+        original,
+        (x, weight, bias),
+        [random(size[0], -(-size[1] // 2), -(-size[2] // 2), channels, seed=8)],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("affine", [None, AFFINE])
+def test_second_derivatives_of_a_merging(affine):
+    x, weight, bias = random(2, 3, 4, 8), random(32), random(32, seed=1)
+    found = []
+    for function in (
+        lambda x, w, b: recorded.merge(x, None if affine is None else (w, b, affine), torch.float32),
+        lambda x, w, b: merged(x) if affine is None else layer_norm(merged(x), w, b),
+    ):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, weight, bias).pow(3).mean()
+        (first,) = torch.autograd.grad(out, leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    helpers.assert_close(found[0], found[1])

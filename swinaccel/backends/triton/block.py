@@ -112,13 +112,18 @@ def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
     return out
 
 
-def merge(x: Tensor, affine: Affine | None) -> Tensor:
-    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
+def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype | None = None, stats: Tensor | None = None) -> Tensor:
+    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm.
+
+    Args:
+        dtype: of the result; None: that of x.
+        stats: (2, tokens), fp32, for what a backward needs: means and 1 / sqrt(variance + eps).
+    """
     batch, height, width, channels = x.shape
-    out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
+    out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels), dtype=dtype or x.dtype)
     if out.numel():
         weight, bias, eps = (None, None, None) if affine is None else affine
-        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, weight, bias)
+        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, stats, weight, bias)
     return out
 
 
@@ -225,7 +230,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
 def linear_gelu_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Return x weightᵀ + bias and its GELU, as `linear_gelu`, for a backward."""
     hidden, channels = weight.shape
-    how = training_launch(x.device, x.numel() // channels, channels, hidden, False)
+    how = training_launch(x.device, x.numel() // channels, channels, hidden)
     if how is None or not (x.is_contiguous() and weight.is_contiguous() and are_describable(x, weight)):
         return None
     kept_hidden, out = (x.new_empty((*x.shape[:-1], hidden)) for _ in range(2))
@@ -235,15 +240,15 @@ def linear_gelu_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 @lru_cache(maxsize=256)
-def training_launch(device: torch.device, rows: int, channels: int, hidden: int, backward: bool) -> Any:
-    """Return how products with GELU would run in training, forward or backward, or None where they are not to."""
+def training_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
+    """Return how a product with GELU would run in training, or None where PyTorch's product is to be preferred."""
     if not devices.has_copy_engine(device) or devices.shared_memory_override:
         return None
     from ...kernels import fusion_launch
 
     multiprocessors = devices.multiprocessors(device)
     return fusion_launch.training_linear_gelu(
-        rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors, backward=backward
+        rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors
     )
 
 

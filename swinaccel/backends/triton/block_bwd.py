@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .block import NORM, _launch, are_describable, sample_rows, training_launch
-from .launches import DescribedLaunch, Launch
+from .block import NORM, _launch, sample_rows
+from .launches import Launch
 
 
 def norm(
@@ -56,6 +56,40 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
     )
 
 
+def merge(grad_out: Tensor, x: Tensor, stats: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of merging x (B, H, W, C), with a norm where there are statistics of it.
+
+    Returns:
+        The gradient of x, and those of the norm's weight and bias, (2, 4 * C), fp32.
+    """
+    from ...kernels import fusion_launch
+
+    (_, height, width, channels), device = x.shape, x.device
+    grad_x, rows = torch.empty_like(x), grad_out.numel() // (4 * channels)
+    if not rows:
+        return grad_x, torch.zeros((2, 4 * channels), dtype=torch.float32, device=device)
+    shape = fusion_launch.rows(4 * channels)
+    programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
+    sums = None if stats is None else torch.empty((programs, 2, 4 * channels), dtype=torch.float32, device=device)
+    key = ("merge backward", device, rows, height, width, channels, stats is not None, programs)
+    _launch(key, _plan_merge, grad_x, sums, grad_out, None if stats is None else x, stats, weight)
+    return grad_x, torch.empty((2, 0)) if sums is None else sums.sum(0)
+
+
+def _plan_merge(
+    device: torch.device, rows: int, height: int, width: int, channels: int, has_norm: bool, programs: int
+) -> Any:
+    from ...kernels import fusion_launch, pointwise_bwd
+
+    shape = fusion_launch.rows(4 * channels)
+    return Launch(
+        pointwise_bwd._merge_bwd_kernel,
+        (programs,),
+        (rows, height, width, channels, has_norm, shape.block_c, shape.rows),
+        num_warps=fusion_launch.BACKWARD_WARPS,
+    )
+
+
 def gelu(grad_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of exact GELU, of 16-bit numbers (rows, C).
 
@@ -65,44 +99,6 @@ def gelu(grad_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, out = torch.empty_like(x), torch.empty_like(x)
     sums = _columns(_plan_gelu, x, None, (grad_x, out), (grad_out, x))
     return grad_x, out, sums
-
-
-def linear_gelu(grad_out: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the gradients of GELU(hidden) weightᵀ, or None where PyTorch's product and `gelu` are to be preferred.
-
-    Args:
-        grad_out, weight, hidden: (rows, C), (C, N) and (rows, N), of 16-bit numbers.
-    Returns:
-        As `gelu`, of hidden.
-    """
-    (rows, channels), numbers = grad_out.shape, hidden.shape[1]
-    how = training_launch(hidden.device, rows, channels, numbers, True)
-    given = grad_out, weight, hidden
-    if how is None or not all(one.is_contiguous() and are_describable(one, one) for one in given):
-        return None
-    grad_hidden, out = torch.empty_like(hidden), torch.empty_like(hidden)
-    sums = torch.empty((-(-rows // how[0].block_m), numbers), dtype=torch.float32, device=hidden.device)
-    key = ("linear gelu backward", hidden.device, rows, channels, numbers, *how)
-    _launch(key, _plan_linear_gelu, sums, grad_hidden, out, hidden, grad_out, weight)
-    return grad_hidden, out, sums.sum(0)
-
-
-def _plan_linear_gelu(
-    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int
-) -> DescribedLaunch:
-    from ...kernels import fusion_launch, mlp
-
-    block_m, block_n, block_k = shape[:3]
-    half = block_m, block_n // 2
-    tiles = {1: half, 2: half, 3: half, 4: (block_m, block_k), 5: (block_k, block_n)}
-    return DescribedLaunch(
-        fusion_launch.describers(tiles),
-        mlp._linear_gelu_bwd_kernel,
-        (programs,),
-        (rows, hidden, channels, block_m, block_n, block_k, shape.group),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-    )
 
 
 def scaled_columns(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
