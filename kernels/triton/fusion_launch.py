@@ -11,6 +11,7 @@ _NUMBERS = 2048  # that a program holds of each tensor
 GELU_BLOCK = 2048
 NORM_WARPS, MERGE_WARPS, GELU_WARPS = 4, 2, 4
 COLUMNS, COLUMN_ROWS, BACKWARD_WARPS = 128, 16, 4  # of a program that sums over rows
+PARTS_COLUMNS, PARTS_ROWS, PARTS_WARPS = 16, 256, 8  # of one that adds up what those have summed
 _BACKWARD_PROGRAMS = 8  # on a multiprocessor
 
 MLP_CHANNELS = 128  # at most; beyond, products of their own are faster

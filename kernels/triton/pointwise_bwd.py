@@ -174,3 +174,20 @@ def _column_sums_kernel(
         if scaled_ptr is not None:
             tl.store(scaled_ptr + offs, x.to(scaled_ptr.dtype.element_ty), mask=inside)
     tl.store(sums_ptr + tl.cast(tl.program_id(0), tl.int64) * C + offs_c, tl.sum(sums, axis=0), mask=offs_c < C)
+
+
+@triton.jit
+def _add_parts_kernel(
+    sums_ptr,  # (columns,)
+    parts_ptr,  # (parts, columns)
+    parts, columns,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up the sums that programs have left, fp32. One program: BLOCK_C columns."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for first in tl.range(0, parts, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < parts)[:, None] & (offs_c < columns)[None, :]
+        sums += tl.load(parts_ptr + row[:, None] * columns + offs_c[None, :], mask=inside, other=0.0)
+    tl.store(sums_ptr + offs_c, tl.sum(sums, axis=0), mask=offs_c < columns)
