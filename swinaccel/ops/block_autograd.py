@@ -224,12 +224,13 @@ def _column_sums(grad: Tensor, twice: bool) -> Tensor:
     if not twice:
         with suppress(kernels.LaunchError):
             return _scaled_columns(grad, None, grad.dtype)[1]
-    return grad.sum(tuple(range(grad.dim() - 1)), dtype=torch.float32)
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
 
 
 def _with_sums(grad: Tensor, sums: Tensor) -> Tensor:
     """Return a gradient, with the sums of its columns for the layer that it goes to next."""
-    grad.column_sums = sums, grad._version  # type: ignore[attr-defined]
+    if not grad.is_inference():  # whose changes nobody counts
+        grad.column_sums = sums, grad._version  # type: ignore[attr-defined]
     return grad
 
 
@@ -237,7 +238,8 @@ def _scaled_columns(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> t
     """Return `block_bwd.scaled_columns` of a gradient (..., C), whose sums may have come with it."""
     rows = grad.contiguous().view(-1, grad.shape[-1])
     if scale is None and grad.dtype is dtype:
-        sums, version = getattr(grad, "column_sums", (None, None))
+        # Taken away: they may become a parameter's gradient, which is its owner's to change.
+        sums, version = grad.__dict__.pop("column_sums", (None, None))
         if sums is not None and version == grad._version:
             return rows, sums
     return backward_kernels.scaled_columns(rows, scale, dtype)

@@ -211,3 +211,43 @@ def test_a_merging_whose_backward_fails(affine, monkeypatch):
         assert (one is None) == (other is None)
         if other is not None:
             helpers.assert_close(one, other)
+
+
+@pytest.mark.parametrize("way", BRANCHES)
+def test_a_backward_in_inference_mode(way):
+    """Where nobody counts changes of tensors."""
+    x, y, weight = random(3, 37, 24), random(3, 37, 24, dtype=HALF), random(24, 24).requires_grad_()
+    found = []
+    for mode in (False, True):
+        bias = random(24, seed=1).requires_grad_()
+        out = branch_of(way, x.clone().requires_grad_(), y, weight, bias)
+        grad = random(3, 37, 24, seed=2).to(out.dtype)
+        with torch.inference_mode(mode):
+            found += torch.autograd.grad(out, bias, grad)
+    helpers.assert_close(found[1], found[0], 1e-2)
+
+
+def test_gradients_of_two_biases_are_two_tensors():
+    """Which hooks may change in place, one and not the other."""
+    x, y, weight = random(3, 37, 24).requires_grad_(), random(3, 37, 24, dtype=HALF), random(24, 24)
+    biases = [random(24, seed=seed).requires_grad_() for seed in (1, 2)]
+    for bias in biases:
+        bias.register_hook(lambda grad: grad.mul_(2))
+    first, second = (recorded.linear(y, weight, bias, HALF) for bias in biases)
+    recorded.add_norm(x, first + second, None, (None, None, AFFINE))[1].backward(random(3, 37, 24, dtype=HALF, seed=2))
+    helpers.assert_close(biases[0].grad, biases[1].grad, 1e-2)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_product_of_one_row(twice, fails, monkeypatch):
+    """Whose only axis is that of channels."""
+
+    def fail(*args):
+        raise kernels.LaunchError("no")
+
+    if fails:
+        monkeypatch.setattr(block_bwd, "scaled_columns", fail)
+    bias = random(40).requires_grad_()
+    recorded.linear(random(24, dtype=HALF), random(40, 24), bias, HALF).sum().backward(create_graph=twice)
+    assert bias.grad.tolist() == [1] * 40
