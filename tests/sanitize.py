@@ -191,9 +191,10 @@ def norms() -> Iterator[Any]:
         image = torch.randn(2, 5, 7, channels, dtype=dtype).to(DEVICE)
         wide = [torch.randn(4 * channels, dtype=dtype).to(DEVICE) for _ in range(2)]
         yield from (kernels.merge(image, None), kernels.merge(image, (*wide, 1e-5)))
-        stats = torch.empty(2, 2 * 3 * 4, device=DEVICE)
-        grad = kernels.merge(image, (*wide, 1e-5), dtype, stats)
-        yield from (stats, backward.merge(grad, image, None, None)[0], *backward.merge(grad, image, stats, wide[0]))
+        kept = torch.empty(2, 3, 4, 4 * channels, dtype=dtype, device=DEVICE), torch.empty(2, 2 * 3 * 4, device=DEVICE)
+        grad = kernels.merge(image, (*wide, 1e-5), dtype, kept)
+        yield from (*kept, backward.merge(grad, image.shape, dtype)[0])
+        yield from backward.merge(grad, image.shape, dtype, kept, wide[0])
 
 
 def mlps() -> Iterator[Any]:

@@ -149,6 +149,7 @@ def merged_offsets(token, offs_c, C: tl.constexpr):
 def _merge_kernel(
     out_ptr,  # (batch, ceil(height / 2), ceil(width / 2), 4 * C)
     x_ptr,  # (batch, height, width, C)
+    patches_ptr,  # as out: what is normalised, in the dtype of x, for a backward; or None
     stats_ptr,  # (2, rows): mean and 1 / sqrt(variance + eps), fp32, or None
     weight_ptr, bias_ptr,  # (4 * C,) or None
     rows,  # of the output: batch * ceil(height / 2) * ceil(width / 2)
@@ -164,10 +165,13 @@ def _merge_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     offs, real, inside = place_patches(token, rows, height, width, offs_c, C)
     out = tl.load(x_ptr + offs, mask=real, other=0.0)
+    out_offs = merged_offsets(token, offs_c, C)
+    if patches_ptr is not None:
+        tl.store(patches_ptr + out_offs, out, mask=inside)
     if HAS_NORM:
         out, mean, rstd = standardised(out.to(tl.float32), offs_c, eps, 4 * C)
         if stats_ptr is not None:
             tl.store(stats_ptr + token, mean, mask=token < rows)
             tl.store(stats_ptr + rows + token, rstd, mask=token < rows)
         out = weighted(out, weight_ptr, bias_ptr, offs_c, 4 * C)
-    tl.store(out_ptr + merged_offsets(token, offs_c, C), out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -90,7 +90,7 @@ def _merge_bwd_kernel(
     grad_x_ptr,  # (batch, height, width, C)
     sums_ptr,  # (programs, 2, 4 * C), fp32: of the gradients of the norm's weight and bias; with HAS_NORM only
     grad_out_ptr,  # (batch, ceil(height / 2), ceil(width / 2), 4 * C)
-    x_ptr,  # as grad_x; with HAS_NORM only
+    patches_ptr,  # as grad_out: what was normalised; with HAS_NORM only
     stats_ptr,  # (2, rows), fp32; with HAS_NORM only
     weight_ptr,  # (4 * C,), or None
     rows,  # of grad_out
@@ -107,10 +107,11 @@ def _merge_bwd_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         token = tile * ROWS + tl.arange(0, ROWS)
         offs, real, inside = place_patches(token, rows, height, width, offs_c, C)
-        grad = tl.load(grad_out_ptr + merged_offsets(token, offs_c, C), mask=inside, other=0.0)
+        out_offs = merged_offsets(token, offs_c, C)
+        grad = tl.load(grad_out_ptr + out_offs, mask=inside, other=0.0)
         if HAS_NORM:
             grad = grad.to(tl.float32)
-            x = tl.load(x_ptr + offs, mask=real, other=0.0).to(tl.float32)
+            x = tl.load(patches_ptr + out_offs, mask=inside, other=0.0).to(tl.float32)
             mean = tl.load(stats_ptr + token, mask=token < rows, other=0.0)[:, None]
             rstd = tl.load(stats_ptr + rows + token, mask=token < rows, other=0.0)[:, None]
             hat = tl.where(inside, (x - mean) * rstd, 0.0)

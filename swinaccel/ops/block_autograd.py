@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends.triton import block as kernels
 from ..backends.triton import block_bwd as backward_kernels
 from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
-from ..spec.reference_block import merged
+from ..spec.reference_block import unmerged
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -137,33 +137,59 @@ class _NormAdd(torch.autograd.Function):
 
 def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype) -> Tensor:
     """Return each four neighbours of an image (B, H, W, C), or their layer norm, in a dtype."""
-    return _Merge.apply(x, *(affine or (None, None, None)), dtype)
+    return _Merge.apply(x, dtype) if affine is None else _MergeNorm.apply(x, *affine, dtype)[1]
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float | None, dtype: torch.dtype) -> Tensor:
-        stats, affine = None, None
-        if eps is not None:
-            tokens = x.shape[0] * ((x.shape[1] + 1) // 2) * ((x.shape[2] + 1) // 2)
-            stats, affine = torch.empty((2, tokens), dtype=torch.float32, device=x.device), (weight, bias, eps)
-        ctx.save_for_backward(x, stats, weight, bias)
-        ctx.eps = eps
-        return kernels.merge(x, affine, dtype, stats)
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.image = x.shape, x.dtype
+        return kernels.merge(x, None, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, stats, weight, bias = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            with suppress(kernels.LaunchError):
-                grad_x, sums = backward_kernels.merge(grad.contiguous(), x, stats, weight)
-                return grad_x, *_like(sums, weight, bias), None, None
-        function = partial(_merged_norm, ctx.eps, grad.dtype)
-        return *_recompute_grads(function, (x, weight, bias), grad), None, None
+        return _unmerged(grad, *ctx.image), None
 
 
-def _merged_norm(eps: float | None, dtype: torch.dtype, x: Tensor, weight: Any, bias: Any) -> Tensor:
-    return merged(x).to(dtype) if eps is None else _layer_norm(eps, dtype, merged(x), weight, bias)
+class _MergeNorm(torch.autograd.Function):
+    """Keeps the neighbours, as the original does, and not the image, which others may write to.
+
+    They are an output for the sake of second derivatives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        batch, height, width, channels = x.shape
+        patches = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
+        stats = _stats(patches)
+        out = kernels.merge(x, (weight, bias, eps), dtype, (patches, stats))
+        ctx.save_for_backward(patches, stats, weight, bias)
+        ctx.eps, ctx.image = eps, (x.shape, x.dtype)
+        return patches, out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_out: Tensor | None) -> tuple[Any, ...]:
+        patches, stats, weight, bias = ctx.saved_tensors
+        others: list[Tensor | None] = [None, None]
+        if grad_out is not None:
+            if grad is None and not torch.is_grad_enabled():
+                (shape, dtype), kept = ctx.image, (patches, stats)
+                with suppress(kernels.LaunchError):
+                    grad_x, sums = backward_kernels.merge(grad_out.contiguous(), shape, dtype, kept, weight)
+                    return grad_x, *_like(sums, weight, bias), None, None
+            function = partial(_layer_norm, ctx.eps, grad_out.dtype)
+            own, *others = _recompute_grads(function, (patches, weight, bias), grad_out)
+            grad = own if grad is None else grad if own is None else grad + own
+        return None if grad is None else _unmerged(grad, *ctx.image), *others, None, None
+
+
+def _unmerged(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of an image from that of its merged neighbours."""
+    if not torch.is_grad_enabled():
+        with suppress(kernels.LaunchError):
+            return backward_kernels.merge(grad.contiguous(), shape, dtype)[0]
+    return unmerged(grad, shape).to(dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -198,12 +224,13 @@ def _column_sums(grad: Tensor, twice: bool) -> Tensor:
     if not twice:
         with suppress(kernels.LaunchError):
             return _scaled_columns(grad, None, grad.dtype)[1]
-    return grad.sum(tuple(range(grad.dim() - 1)), dtype=torch.float32)
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
 
 
 def _with_sums(grad: Tensor, sums: Tensor) -> Tensor:
     """Return a gradient, with the sums of its columns for the layer that it goes to next."""
-    grad.column_sums = sums, grad._version  # type: ignore[attr-defined]
+    if not grad.is_inference():  # whose changes nobody counts
+        grad.column_sums = sums, grad._version  # type: ignore[attr-defined]
     return grad
 
 
@@ -211,7 +238,8 @@ def _scaled_columns(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> t
     """Return `block_bwd.scaled_columns` of a gradient (..., C), whose sums may have come with it."""
     rows = grad.contiguous().view(-1, grad.shape[-1])
     if scale is None and grad.dtype is dtype:
-        sums, version = getattr(grad, "column_sums", (None, None))
+        # Taken away: they may become a parameter's gradient, which is its owner's to change.
+        sums, version = grad.__dict__.pop("column_sums", (None, None))
         if sums is not None and version == grad._version:
             return rows, sums
     return backward_kernels.scaled_columns(rows, scale, dtype)

@@ -73,6 +73,12 @@ def merged(x: Tensor) -> Tensor:
     return parts.permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
+def unmerged(patches: Tensor, shape: torch.Size) -> Tensor:
+    """Return the image, of a shape (B, H, W, C), that `merged` made such patches of."""
+    parts = patches.unflatten(3, (2, 2, -1)).permute(0, 1, 4, 2, 3, 5)
+    return parts.flatten(3, 4).flatten(1, 2)[:, : shape[1], : shape[2]]
+
+
 def embedding_reference(embedding: Embedding, x: Tensor) -> Any:
     """Return what a patch embedding returns, by its own modules."""
     return embedded(embedding, embedding.projection(x).permute(0, 2, 3, 1))

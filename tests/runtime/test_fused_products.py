@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TRITON_DEVICE
-from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, narrowed, random, scaled
+from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, leaves, narrowed, random, results, scaled
 
 from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import block_bwd, devices
@@ -169,3 +169,85 @@ def test_second_derivatives_of_a_merging(affine):
         (first,) = torch.autograd.grad(out, leaf, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
     helpers.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("affine", [None, AFFINE])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_merged_may_be_written_to(affine, when):
+    """By who was given the output of a stage; the original has copied it."""
+    image, weight, bias = random(2, 5, 4, 8), random(32), random(32, seed=1)
+    found = []
+    for function in (
+        lambda x, w, b: recorded.merge(x, None if affine is None else (w, b, affine), torch.float32),
+        lambda x, w, b: merged(x).clone() if affine is None else layer_norm(merged(x), w, b),
+    ):
+        tensors = leaves(image, weight, bias)
+        x = tensors[0] * 1
+        if when == "before":
+            x.mul_(2)
+        out = function(x, *tensors[1:])
+        if when == "after":
+            x.mul_(2)
+        (out.square().sum() + x.square().sum()).backward()
+        found.append([one.grad for one in tensors])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            helpers.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("affine", [None, AFFINE])
+def test_a_merging_whose_backward_fails(affine, monkeypatch):
+    def fail(*args):
+        raise kernels.LaunchError("no")
+
+    def ours(x, weight, bias):
+        return [recorded.merge(x, None if affine is None else (weight, bias, affine), torch.float32)]
+
+    given = (random(2, 5, 3, 8), random(32), random(32, seed=1)), [random(2, 3, 2, 32)]
+    expected = results(ours, *given)
+    monkeypatch.setattr(block_bwd, "merge", fail)
+    for one, other in zip(results(ours, *given), expected, strict=True):
+        assert (one is None) == (other is None)
+        if other is not None:
+            helpers.assert_close(one, other)
+
+
+@pytest.mark.parametrize("way", BRANCHES)
+def test_a_backward_in_inference_mode(way):
+    """Where nobody counts changes of tensors."""
+    x, y, weight = random(3, 37, 24), random(3, 37, 24, dtype=HALF), random(24, 24).requires_grad_()
+    found = []
+    for mode in (False, True):
+        bias = random(24, seed=1).requires_grad_()
+        out = branch_of(way, x.clone().requires_grad_(), y, weight, bias)
+        grad = random(3, 37, 24, seed=2).to(out.dtype)
+        with torch.inference_mode(mode):
+            found += torch.autograd.grad(out, bias, grad)
+    helpers.assert_close(found[1], found[0], 1e-2)
+
+
+def test_gradients_of_two_biases_are_two_tensors():
+    """Which hooks may change in place, one and not the other."""
+    x, y, weight = random(3, 37, 24).requires_grad_(), random(3, 37, 24, dtype=HALF), random(24, 24)
+    biases = [random(24, seed=seed).requires_grad_() for seed in (1, 2)]
+    for bias in biases:
+        bias.register_hook(lambda grad: grad.mul_(2))
+    first, second = (recorded.linear(y, weight, bias, HALF) for bias in biases)
+    recorded.add_norm(x, first + second, None, (None, None, AFFINE))[1].backward(random(3, 37, 24, dtype=HALF, seed=2))
+    helpers.assert_close(biases[0].grad, biases[1].grad, 1e-2)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_product_of_one_row(twice, fails, monkeypatch):
+    """Whose only axis is that of channels."""
+
+    def fail(*args):
+        raise kernels.LaunchError("no")
+
+    if fails:
+        monkeypatch.setattr(block_bwd, "scaled_columns", fail)
+    bias = random(40).requires_grad_()
+    recorded.linear(random(24, dtype=HALF), random(40, 24), bias, HALF).sum().backward(create_graph=twice)
+    assert bias.grad.tolist() == [1] * 40

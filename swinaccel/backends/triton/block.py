@@ -112,18 +112,24 @@ def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
     return out
 
 
-def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype | None = None, stats: Tensor | None = None) -> Tensor:
+def merge(
+    x: Tensor,
+    affine: Affine | None,
+    dtype: torch.dtype | None = None,
+    kept: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+) -> Tensor:
     """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm.
 
     Args:
         dtype: of the result; None: that of x.
-        stats: (2, tokens), fp32, for what a backward needs: means and 1 / sqrt(variance + eps).
+        kept: room for what the backward of a norm needs: the neighbours in the dtype of x, as the result; and
+            (2, tokens), fp32, for means and 1 / sqrt(variance + eps).
     """
     batch, height, width, channels = x.shape
     out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels), dtype=dtype or x.dtype)
     if out.numel():
         weight, bias, eps = (None, None, None) if affine is None else affine
-        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, stats, weight, bias)
+        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, *kept, weight, bias)
     return out
 
 

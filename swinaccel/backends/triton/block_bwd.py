@@ -56,23 +56,33 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
     )
 
 
-def merge(grad_out: Tensor, x: Tensor, stats: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of merging x (B, H, W, C), with a norm where there are statistics of it.
+def merge(
+    grad_out: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    kept: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of merging an image (B, H, W, C), with a norm where something is kept of that.
+
+    Args:
+        shape, dtype: of the image.
+        kept: see `block.merge`.
 
     Returns:
-        The gradient of x, and those of the norm's weight and bias, (2, 4 * C), fp32.
+        The gradient of the image, and those of the norm's weight and bias, (2, 4 * C), fp32.
     """
     from ...kernels import fusion_launch
 
-    (_, height, width, channels), device = x.shape, x.device
-    grad_x, rows = torch.empty_like(x), grad_out.numel() // (4 * channels)
+    (_, height, width, channels), device, (_, stats) = shape, grad_out.device, kept
+    grad_x, rows = grad_out.new_empty(shape, dtype=dtype), grad_out.numel() // (4 * channels)
     if not rows:
         return grad_x, torch.zeros((2, 4 * channels), dtype=torch.float32, device=device)
-    shape = fusion_launch.merged_rows(rows, channels)
-    programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
+    tiles = -(-rows // fusion_launch.merged_rows(rows, channels).rows)
+    programs = fusion_launch.backward_programs(tiles, devices.multiprocessors(device))
     sums = None if stats is None else torch.empty((programs, 2, 4 * channels), dtype=torch.float32, device=device)
     key = ("merge backward", device, rows, height, width, channels, stats is not None, programs)
-    _launch(key, _plan_merge, grad_x, sums, grad_out, None if stats is None else x, stats, weight)
+    _launch(key, _plan_merge, grad_x, sums, grad_out, *kept, weight)
     return grad_x, torch.empty((2, 0)) if sums is None else _add_parts(sums)
 
 
