@@ -85,7 +85,7 @@ class BoundRest:
         if kernels.pays_in_one(device, dtype, expected(rows), channels, hidden):
             launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
             self._in_one = bound(launch)
-            self._run = BoundRest._post_norm_in_one if post_norm else BoundRest._pre_norm_in_one
+            self._run = BoundRest._with_mlp_in_one
             return
         if self._is_half:
             if bound is not TracedLaunch:  # it has descriptors
@@ -144,13 +144,12 @@ class BoundRest:
         total.view(-1, self._channels).addmm_(hidden.view(-1, self._hidden), weight2.t())
         return total
 
-    def _pre_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
+    def _with_mlp_in_one(self, x: Tensor, branch: Tensor | None, norms: Any, linears: Any) -> Tensor:
+        if self._add is not None:
+            x, branch = self._added(x, cast(Tensor, branch), norms[0]), None
         out, (weight, bias, _), (fc1, fc2) = torch.empty_like(x), norms[1], linears
         self._in_one(out, x, branch, weight, bias, *fc1, *fc2)
         return out
-
-    def _post_norm_in_one(self, x: Tensor, branch: Tensor, norms: Any, linears: Any) -> Tensor:
-        return self._pre_norm_in_one(self._added(x, branch, norms[0]), None, norms, linears)  # type: ignore[arg-type]
 
     def _added(self, x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
         """Return x + norm(branch)."""
