@@ -153,8 +153,10 @@ def linear_gelu(channels: int, rows: int) -> None:
     x, up = torch.zeros(rows, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
     how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132)
     assert how is not None
-    launch = triton_block._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how)
-    launch(torch.zeros(rows, 4 * channels, dtype=BF16), x, up, up[:, 0].contiguous())
+    hidden = torch.zeros(rows, 4 * channels, dtype=BF16)
+    for kept in (None, hidden):
+        launch = triton_block._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how, kept is not None)
+        launch(hidden, x, up, up[:, 0].contiguous(), kept)
 
 
 def eight_bits(channels: int) -> None:

@@ -191,6 +191,9 @@ def norms() -> Iterator[Any]:
         image = torch.randn(2, 5, 7, channels, dtype=dtype).to(DEVICE)
         wide = [torch.randn(4 * channels, dtype=dtype).to(DEVICE) for _ in range(2)]
         yield from (kernels.merge(image, None), kernels.merge(image, (*wide, 1e-5)))
+        stats = torch.empty(2, 2 * 3 * 4, device=DEVICE)
+        grad = kernels.merge(image, (*wide, 1e-5), dtype, stats)
+        yield from (stats, backward.merge(grad, image, None, None)[0], *backward.merge(grad, image, stats, wide[0]))
 
 
 def mlps() -> Iterator[Any]:
@@ -215,10 +218,11 @@ def mlps() -> Iterator[Any]:
     for shape in (fusion_launch.LINEAR_GELU, fusion_launch.LINEAR_GELU_FEW):
         if INTERPRETED or torch.cuda.get_device_capability()[0] >= 9:
             out = torch.zeros(131, 256, dtype=torch.float16, device=DEVICE)  # initcheck sees no stores by descriptors
-            kernels._plan_linear_gelu(x.device, 131, 128, 256, shape, 3)(out, x, weight, bias)
+            kept = torch.zeros_like(out)
+            kernels._plan_linear_gelu(x.device, 131, 128, 256, shape, 3, True)(out, x, weight, bias, kept)
             expected = torch.nn.functional.gelu(torch.nn.functional.linear(x.float(), weight.float(), bias.float()))
             torch.testing.assert_close(out.float().cpu(), expected.cpu(), atol=0.05, rtol=0.01)
-            yield out
+            yield from (out, kept)
 
 
 def embeddings() -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Launches of what stands around the attention. Chosen by measurement on an H200 (docs/notes.md)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -10,6 +11,7 @@ _NUMBERS = 2048  # that a program holds of each tensor
 GELU_BLOCK = 2048
 NORM_WARPS, MERGE_WARPS, GELU_WARPS = 4, 2, 4
 COLUMNS, COLUMN_ROWS, BACKWARD_WARPS = 128, 16, 4  # of a program that sums over rows
+PARTS_COLUMNS, PARTS_ROWS, PARTS_WARPS = 16, 256, 8  # of one that adds up what those have summed
 _BACKWARD_PROGRAMS = 8  # on a multiprocessor
 
 MLP_CHANNELS = 128  # at most; beyond, products of their own are faster
@@ -88,6 +90,17 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
     return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None
 
 
+def training_linear_gelu(
+    *, rows: int, channels: int, hidden: int, multiprocessors: int
+) -> tuple[LinearLaunch, int] | None:
+    """Launch and programs, or None, as `linear_gelu` where hidden values are kept, which are many."""
+    launch = LINEAR_GELU if channels % LINEAR_GELU.block_k == 0 else LINEAR_GELU._replace(block_k=32)
+    if channels % launch.block_k or hidden % launch.block_n:
+        return None
+    programs = launch.programs * multiprocessors
+    return (launch, programs) if -(-rows // launch.block_m) * (hidden // launch.block_n) >= programs else None
+
+
 def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
     """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster."""
 
@@ -109,6 +122,11 @@ def describe(matrix: Any, block: tuple[int, int]) -> TensorDescriptor:
     """Return the descriptor of a contiguous tensor (..., columns) for tiles of so many rows and columns."""
     columns = matrix.shape[-1]
     return TensorDescriptor(matrix, [matrix.numel() // columns, columns], [columns, 1], list(block))
+
+
+def describers(tiles: dict[int, tuple[int, int]]) -> dict[int, Any]:
+    """Return what describes tensors, by their places in a launch, for tiles of these sizes."""
+    return {place: partial(describe, block=tile) for place, tile in tiles.items()}
 
 
 def embed(*, channels: int, numbers: int) -> EmbedLaunch | None:

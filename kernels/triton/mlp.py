@@ -68,6 +68,7 @@ def _linear_gelu_kernel(
     x_desc,  # (rows, K), in tiles (BLOCK_M, BLOCK_K)
     weight_desc,  # (N, K), in tiles (BLOCK_N, BLOCK_K)
     bias_ptr,  # (N,) or None
+    hidden_desc,  # as out: what GELU is computed of, for the backward, or None
     rows,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -96,6 +97,10 @@ def _linear_gelu_kernel(
         if bias_ptr is not None:
             left += tl.load(bias_ptr + offs).to(tl.float32)[None, :]
             right += tl.load(bias_ptr + HALF + offs).to(tl.float32)[None, :]
+        if hidden_desc is not None:  # GELU of what the backward finds, which is rounded
+            hidden_desc.store([row, col], left.to(hidden_desc.dtype))
+            hidden_desc.store([row, col + HALF], right.to(hidden_desc.dtype))
+            left, right = left.to(hidden_desc.dtype).to(tl.float32), right.to(hidden_desc.dtype).to(tl.float32)
         out_desc.store([row, col], gelu(left).to(out_desc.dtype))
         out_desc.store([row, col + HALF], gelu(right).to(out_desc.dtype))
 

@@ -119,9 +119,29 @@ def _norm_kernel(
 
 
 @triton.jit
+def place_patches(token, rows, height, width, offs_c, C: tl.constexpr):
+    """Return where the four patches of tokens that are merged lie in an image, and which exist; (tokens, BLOCK_C) each.
+
+    Left column first, top to bottom.
+
+    Returns:
+        Offsets; True where a token's patch lies in the image; True where the token has such a channel.
+    """
+    patch, channel = offs_c // C, offs_c % C
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    row = (token // out_width % out_height * 2)[:, None] + (patch % 2)[None, :]
+    col = (token % out_width * 2)[:, None] + (patch // 2)[None, :]
+    image = (token // (out_width * out_height))[:, None]
+    offs = ((image * height + row) * width + col) * C + channel[None, :]
+    inside = (token < rows)[:, None] & (offs_c < 4 * C)[None, :]
+    return offs, inside & (row < height) & (col < width), inside
+
+
+@triton.jit
 def _merge_kernel(
     out_ptr,  # (batch, ceil(height / 2), ceil(width / 2), 4 * C)
     x_ptr,  # (batch, height, width, C)
+    stats_ptr,  # (2, rows): mean and 1 / sqrt(variance + eps), fp32, or None
     weight_ptr, bias_ptr,  # (4 * C,) or None
     rows,  # of the output: batch * ceil(height / 2) * ceil(width / 2)
     height, width, eps,
@@ -135,15 +155,12 @@ def _merge_kernel(
     first = tl.cast(tl.program_id(0), tl.int64) * ROWS
     token = first + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
-    patch, channel = offs_c // C, offs_c % C
-    out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    row = (token // out_width % out_height * 2)[:, None] + (patch % 2)[None, :]
-    col = (token % out_width * 2)[:, None] + (patch // 2)[None, :]
-    image = (token // (out_width * out_height))[:, None]
-    real = (token < rows)[:, None] & (offs_c < 4 * C)[None, :] & (row < height) & (col < width)
-    offs = ((image * height + row) * width + col) * C + channel[None, :]
+    offs, real, inside = place_patches(token, rows, height, width, offs_c, C)
     out = tl.load(x_ptr + offs, mask=real, other=0.0)
     if HAS_NORM:
-        out = normalised(out.to(tl.float32), weight_ptr, bias_ptr, offs_c, eps, 4 * C)
-    inside = (token < rows)[:, None] & (offs_c < 4 * C)[None, :]
+        out, mean, rstd = standardised(out.to(tl.float32), offs_c, eps, 4 * C)
+        if stats_ptr is not None:
+            tl.store(stats_ptr + token, mean, mask=token < rows)
+            tl.store(stats_ptr + rows + token, rstd, mask=token < rows)
+        out = weighted(out, weight_ptr, bias_ptr, offs_c, 4 * C)
     tl.store(out_ptr + token[:, None] * (4 * C) + offs_c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

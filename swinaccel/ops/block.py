@@ -129,7 +129,7 @@ class BoundRest:
             self._last(x, y, total, None, branch, None, weight, bias, bias2)
         if self._active is not None and kernels.are_describable(y, fc1[0]):
             hidden = x.new_empty((*x.shape[:-1], self._hidden))
-            self._active(hidden, y, *fc1)
+            self._active(hidden, y, *fc1, None)
         else:
             hidden = F.linear(y, *fc1)
             if self._is_half:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends.triton import block as kernels
 from ..backends.triton import block_bwd as backward_kernels
 from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
+from ..spec.reference_block import merged
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -80,7 +81,8 @@ class _AddNorm(torch.autograd.Function):
             grads, saved = (grad_out.contiguous(), grad_total.contiguous()), (total, stats, scale, weight)
             with suppress(kernels.LaunchError):
                 sums = backward_kernels.norm(ADD_NORM, *grads, *saved, grad_x=grad_x, grad_branch=grad_branch)
-                return grad_x, grad_x if is_same else grad_branch, None, *_like(sums, weight, bias), None
+                grad_branch = _with_sums(grad_x if grad_branch is None else grad_branch, sums[2])
+                return grad_x, grad_branch, None, *_like(sums[:2], weight, bias), None
         grad, *others = _recompute_grads(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
         grad_x = grad_total if grad is None else grad_total + grad
         return grad_x, _scaled(grad_x, scale).to(grad_out.dtype), None, *others, None
@@ -125,11 +127,43 @@ class _NormAdd(torch.autograd.Function):
             with suppress(kernels.LaunchError):
                 sums = backward_kernels.norm(NORM_ADD, *grads, *saved, grad_x=grad_x, grad_branch=grad_branch)
                 grad_x = grads[0] if grad_x is None else grad_x
-                return grad_x, grad_branch, None, *_like(sums, weight, bias), None, None, None
+                grad_branch = _with_sums(grad_branch, sums[2])
+                return grad_x, grad_branch, None, *_like(sums[:2], weight, bias), None, None, None
         total = grad_out if grad_other is None else grad_out + grad_other
         function = partial(_layer_norm, ctx.eps, total.dtype)
         grad, *others = _recompute_grads(function, (branch, weight, bias), _scaled(total, scale))
         return total.to(ctx.dtype), grad, None, *others, None, None, None
+
+
+def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype) -> Tensor:
+    """Return each four neighbours of an image (B, H, W, C), or their layer norm, in a dtype."""
+    return _Merge.apply(x, *(affine or (None, None, None)), dtype)
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float | None, dtype: torch.dtype) -> Tensor:
+        stats, affine = None, None
+        if eps is not None:
+            tokens = x.shape[0] * ((x.shape[1] + 1) // 2) * ((x.shape[2] + 1) // 2)
+            stats, affine = torch.empty((2, tokens), dtype=torch.float32, device=x.device), (weight, bias, eps)
+        ctx.save_for_backward(x, stats, weight, bias)
+        ctx.eps = eps
+        return kernels.merge(x, affine, dtype, stats)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, stats, weight, bias = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            with suppress(kernels.LaunchError):
+                grad_x, sums = backward_kernels.merge(grad.contiguous(), x, stats, weight)
+                return grad_x, *_like(sums, weight, bias), None, None
+        function = partial(_merged_norm, ctx.eps, grad.dtype)
+        return *_recompute_grads(function, (x, weight, bias), grad), None, None
+
+
+def _merged_norm(eps: float | None, dtype: torch.dtype, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    return merged(x).to(dtype) if eps is None else _layer_norm(eps, dtype, merged(x), weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -156,15 +190,31 @@ class _Linear(torch.autograd.Function):
             others = x.reshape(-1, x.shape[-1])
             grad_weight = (rows.t() @ others).to(weight.dtype) if twice else _product(rows.t(), others, weight.dtype)
         if needs[2]:
-            grad_bias = _column_sums(rows, twice).to(bias.dtype)
+            grad_bias = _column_sums(grad, twice).to(bias.dtype)
         return grad_x, grad_weight, grad_bias
 
 
-def _column_sums(rows: Tensor, twice: bool) -> Tensor:
+def _column_sums(grad: Tensor, twice: bool) -> Tensor:
     if not twice:
         with suppress(kernels.LaunchError):
-            return backward_kernels.scaled_columns(rows.contiguous(), None, rows.dtype)[1]
-    return rows.sum(0, dtype=torch.float32)
+            return _scaled_columns(grad, None, grad.dtype)[1]
+    return grad.sum(tuple(range(grad.dim() - 1)), dtype=torch.float32)
+
+
+def _with_sums(grad: Tensor, sums: Tensor) -> Tensor:
+    """Return a gradient, with the sums of its columns for the layer that it goes to next."""
+    grad.column_sums = sums, grad._version  # type: ignore[attr-defined]
+    return grad
+
+
+def _scaled_columns(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `block_bwd.scaled_columns` of a gradient (..., C), whose sums may have come with it."""
+    rows = grad.contiguous().view(-1, grad.shape[-1])
+    if scale is None and grad.dtype is dtype:
+        sums, version = getattr(grad, "column_sums", (None, None))
+        if sums is not None and version == grad._version:
+            return rows, sums
+    return backward_kernels.scaled_columns(rows, scale, dtype)
 
 
 def mlp(x: Tensor | None, y: Tensor, scale: Tensor | None, fc1: Any, fc2: Any) -> Tensor:
@@ -177,8 +227,7 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Any, y: Tensor, scale: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
         dtype, rows = y.dtype, y.view(-1, y.shape[-1])
         first, second = weight1.detach().to(dtype), weight2.detach().to(dtype)
-        hidden = F.linear(rows, first, None if bias1 is None else bias1.to(dtype))
-        active = F.gelu(hidden) if dtype not in _HALVES else kernels.gelu(hidden)
+        hidden, active = _hidden(rows, first, None if bias1 is None else bias1.to(dtype))
         branch = F.linear(active, second, None if bias2 is None else bias2.to(dtype)).view(y.shape)
         ctx.save_for_backward(y, scale, hidden, first, second)
         ctx.parameters = weight1, bias1, weight2, bias2  # which may change meanwhile: what was saved counts
@@ -200,8 +249,8 @@ class _Mlp(torch.autograd.Function):
             )
         rows = y.view(-1, y.shape[-1])
         try:
-            grad_branch, sums2 = backward_kernels.scaled_columns(grad.contiguous().view(rows.shape), scale, y.dtype)
-            grad_hidden, active, sums1 = _gelu_backward(grad_branch @ second, hidden)
+            grad_branch, sums2 = _scaled_columns(grad, scale, y.dtype)
+            grad_hidden, active, sums1 = _hidden_backward(grad_branch, second, hidden)
         except kernels.LaunchError:
             return grad if needs[0] else None, *_recompute_mlp_grads(
                 y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype)
@@ -216,8 +265,21 @@ class _Mlp(torch.autograd.Function):
         return grad if needs[0] else None, grad_y, None, *grads
 
 
-def _gelu_backward(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of hidden, GELU(hidden), and the sums of the gradient's columns."""
+def _hidden(y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return y weightᵀ + bias, and its GELU."""
+    if y.dtype not in _HALVES:
+        hidden = F.linear(y, weight, bias)
+        return hidden, F.gelu(hidden)
+    with suppress(kernels.LaunchError):
+        if (both := kernels.linear_gelu_kept(y, weight, bias)) is not None:
+            return both
+    hidden = F.linear(y, weight, bias)
+    return hidden, kernels.gelu(hidden)
+
+
+def _hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of hidden from that of GELU(hidden) weightᵀ, GELU(hidden), and the gradient's column sums."""
+    grad = grad @ weight
     if hidden.dtype in _HALVES:
         return backward_kernels.gelu(grad, hidden)
     grad = torch.ops.aten.gelu_backward(grad, hidden)

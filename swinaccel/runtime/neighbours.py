@@ -13,7 +13,7 @@ from ..config import AccelConfig
 from ..layers import is_builtin
 from ..ops import block_autograd as recorded
 from ..spec.block import Embedding, Merging
-from ..spec.reference_block import embedded, embedding_reference, merged, merging_reference
+from ..spec.reference_block import embedded, embedding_reference, merging_reference
 from .block import failed, needs_autograd, norm_dtype, require, require_no_dropout, require_no_hooks, require_norm_size
 from .context import product_dtype
 
@@ -64,10 +64,10 @@ class FusedMerging:
         image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
         try:
             if self._needs_autograd:
+                patches = recorded.merge(image, None if merging.post_norm else affine, product_dtype(x))
+                out = F.linear(patches, *reduction)
                 if merging.post_norm:
-                    out = recorded.norm(F.linear(merged(image), *reduction), affine, norm_dtype(x))[1]
-                else:
-                    out = F.linear(recorded.norm(merged(image), affine, product_dtype(x))[1], *reduction)
+                    out = recorded.norm(out, affine, norm_dtype(x))[1]
             elif merging.post_norm:
                 out = kernels.norm(F.linear(kernels.merge(image, None), *reduction), affine)
             else:

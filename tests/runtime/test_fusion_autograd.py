@@ -55,7 +55,7 @@ def ran(monkeypatch):
 
         monkeypatch.setattr(recorded, name, run)
 
-    for name in ("norm", "add_norm", "norm_add", "mlp"):
+    for name in ("norm", "add_norm", "norm_add", "mlp", "merge"):
         spy(name)
     return names
 
@@ -294,12 +294,14 @@ def pair(model):
 
 
 WHOLE = {
-    "timm-v1": (["norm"] + ["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"]),
-    "timm-v2": (["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"]),
-    "torchvision-v1-padded": (["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
-    "torchvision-v2": (["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
-    "hf-swin-padded": (["norm"] + ["norm", "add_norm", "mlp"] * 2 + ["norm"] + ["norm", "add_norm", "mlp"] * 2),
-    "hf-swinv2": (["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["norm"] + ["norm_add", "mlp", "norm_add"] * 2),
+    "timm-v1": (["norm"] + ["norm", "add_norm", "mlp"] * 2 + ["merge"] + ["norm", "add_norm", "mlp"]),
+    "timm-v2": (["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["merge", "norm"] + ["norm_add", "mlp", "norm_add"]),
+    "torchvision-v1-padded": (["norm", "add_norm", "mlp"] * 2 + ["merge"] + ["norm", "add_norm", "mlp"] * 2),
+    "torchvision-v2": (["norm_add", "mlp", "norm_add"] * 2 + ["merge", "norm"] + ["norm_add", "mlp", "norm_add"] * 2),
+    "hf-swin-padded": (["norm"] + ["norm", "add_norm", "mlp"] * 2 + ["merge"] + ["norm", "add_norm", "mlp"] * 2),
+    "hf-swinv2": (
+        ["norm"] + ["norm_add", "mlp", "norm_add"] * 2 + ["merge", "norm"] + ["norm_add", "mlp", "norm_add"] * 2
+    ),
     "microsoft-v1": ["norm", "add_norm", "mlp"] * 2,
     "microsoft-v2": ["norm_add", "mlp", "norm_add"] * 2,
 }

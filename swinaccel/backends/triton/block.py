@@ -7,7 +7,7 @@ failure to compile or launch is a `LaunchError`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -112,13 +112,18 @@ def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
     return out
 
 
-def merge(x: Tensor, affine: Affine | None) -> Tensor:
-    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm."""
+def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype | None = None, stats: Tensor | None = None) -> Tensor:
+    """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 4 * C): each four neighbours, or their layer norm.
+
+    Args:
+        dtype: of the result; None: that of x.
+        stats: (2, tokens), fp32, for what a backward needs: means and 1 / sqrt(variance + eps).
+    """
     batch, height, width, channels = x.shape
-    out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels))
+    out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels), dtype=dtype or x.dtype)
     if out.numel():
         weight, bias, eps = (None, None, None) if affine is None else affine
-        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, weight, bias)
+        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, stats, weight, bias)
     return out
 
 
@@ -218,14 +223,41 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     if launch is None or not are_describable(x, weight):
         return None
     out = x.new_empty((*x.shape[:-1], hidden))
-    run(launch, out, x, weight, bias)
+    run(launch, out, x, weight, bias, None)
     return out
+
+
+def linear_gelu_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return x weightᵀ + bias and its GELU, as `linear_gelu`, for a backward."""
+    hidden, channels = weight.shape
+    how = training_launch(x.device, x.numel() // channels, channels, hidden)
+    if how is None or not (x.is_contiguous() and weight.is_contiguous() and are_describable(x, weight)):
+        return None
+    kept_hidden, out = (x.new_empty((*x.shape[:-1], hidden)) for _ in range(2))
+    key = ("linear gelu", x.device, x.numel() // channels, channels, hidden, *how, True)
+    _launch(key, _plan_linear_gelu, out, x, weight, bias, kept_hidden)
+    return kept_hidden, out
+
+
+@lru_cache(maxsize=256)
+def training_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
+    """Return how a product with GELU would run in training, or None where PyTorch's product is to be preferred."""
+    if not devices.has_copy_engine(device) or devices.shared_memory_override:
+        return None
+    from ...kernels import fusion_launch
+
+    multiprocessors = devices.multiprocessors(device)
+    return fusion_launch.training_linear_gelu(
+        rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors
+    )
 
 
 def linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
     """Return the launch of the product with GELU, or None where PyTorch's product is to be preferred."""
     how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
-    return None if how is None else kept(("linear gelu", device, rows, channels, hidden, *how), _plan_linear_gelu)
+    return (
+        None if how is None else kept(("linear gelu", device, rows, channels, hidden, *how, False), _plan_linear_gelu)
+    )
 
 
 def are_describable(x: Tensor, weight: Tensor) -> bool:
@@ -244,14 +276,15 @@ def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: 
 
 
 def _plan_linear_gelu(
-    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int
-) -> Any:  # fmt: skip
+    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int, keeps: bool
+) -> Any:
     from ...kernels import fusion_launch, mlp
 
     block_m, block_n, block_k = shape[:3]
-    tiles = (block_m, block_n // 2), (block_m, block_k), (block_n, block_k)  # of the output, x and the weight
+    half = block_m, block_n // 2
+    tiles = {0: half, 1: (block_m, block_k), 2: (block_n, block_k)}  # of the output, x and the weight
     return DescribedLaunch(
-        {place: partial(fusion_launch.describe, block=tile) for place, tile in enumerate(tiles)},
+        fusion_launch.describers({**tiles, 4: half} if keeps else tiles),
         mlp._linear_gelu_kernel,
         (programs,),
         (rows, hidden, channels, block_m, block_n, block_k, shape.group),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .block import _launch, sample_rows
+from .block import NORM, _launch, sample_rows
 from .launches import Launch
 
 
@@ -28,20 +28,20 @@ def norm(
     """Run `kernels.pointwise_bwd._norm_bwd_kernel`, whose operands these are.
 
     Returns:
-        (2, C), fp32: gradients of the norm's weight and bias.
+        (2 or 3, C), fp32: gradients of the norm's weight and bias, and the sums of the branch's, if there is one.
     """
     from ...kernels import fusion_launch
 
     channels, device = source.shape[-1], source.device
-    rows = source.numel() // channels
+    rows, kinds = source.numel() // channels, 2 if mode == NORM else 3
     if not rows:
-        return torch.zeros((2, channels), dtype=torch.float32, device=device)
+        return torch.zeros((kinds, channels), dtype=torch.float32, device=device)
     shape = fusion_launch.rows(channels)
     programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
-    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=device)
+    sums = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
     key = ("norm backward", device, rows, sample_rows(rows, scale), channels, mode, programs)
     _launch(key, _plan_norm, sums, grad_x, grad_branch, grad_out, grad_total, source, stats, scale, weight)
-    return sums.sum(0)
+    return _add_parts(sums)
 
 
 def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, mode: int, programs: int) -> Any:
@@ -52,6 +52,40 @@ def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int,
         pointwise_bwd._norm_bwd_kernel,
         (programs,),
         (rows, sample_rows, channels, mode, shape.block_c, shape.rows),
+        num_warps=fusion_launch.BACKWARD_WARPS,
+    )
+
+
+def merge(grad_out: Tensor, x: Tensor, stats: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of merging x (B, H, W, C), with a norm where there are statistics of it.
+
+    Returns:
+        The gradient of x, and those of the norm's weight and bias, (2, 4 * C), fp32.
+    """
+    from ...kernels import fusion_launch
+
+    (_, height, width, channels), device = x.shape, x.device
+    grad_x, rows = torch.empty_like(x), grad_out.numel() // (4 * channels)
+    if not rows:
+        return grad_x, torch.zeros((2, 4 * channels), dtype=torch.float32, device=device)
+    shape = fusion_launch.rows(4 * channels)
+    programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
+    sums = None if stats is None else torch.empty((programs, 2, 4 * channels), dtype=torch.float32, device=device)
+    key = ("merge backward", device, rows, height, width, channels, stats is not None, programs)
+    _launch(key, _plan_merge, grad_x, sums, grad_out, None if stats is None else x, stats, weight)
+    return grad_x, torch.empty((2, 0)) if sums is None else _add_parts(sums)
+
+
+def _plan_merge(
+    device: torch.device, rows: int, height: int, width: int, channels: int, has_norm: bool, programs: int
+) -> Any:
+    from ...kernels import fusion_launch, pointwise_bwd
+
+    shape = fusion_launch.rows(4 * channels)
+    return Launch(
+        pointwise_bwd._merge_bwd_kernel,
+        (programs,),
+        (rows, height, width, channels, has_norm, shape.block_c, shape.rows),
         num_warps=fusion_launch.BACKWARD_WARPS,
     )
 
@@ -93,7 +127,7 @@ def _columns(
     sums = torch.empty((programs, channels), dtype=torch.float32, device=device)
     key = (plan.__name__, device, rows, sample_rows(rows, scale), channels, programs)
     _launch(key, plan, sums, *results, *operands)
-    return sums.sum(0)
+    return _add_parts(sums)
 
 
 def _plan_gelu(device: torch.device, rows: int, _: int, channels: int, programs: int) -> Any:
@@ -116,4 +150,23 @@ def _plan_columns(kernel: Any, sizes: tuple[int, ...], channels: int, programs: 
         (programs, -(-channels // fusion_launch.COLUMNS)),
         (*sizes, channels, fusion_launch.COLUMNS, fusion_launch.COLUMN_ROWS),
         num_warps=fusion_launch.BACKWARD_WARPS,
+    )
+
+
+def _add_parts(parts: Tensor) -> Tensor:
+    """Return the sum over the first axis of what programs have summed; PyTorch takes twice as long for so few."""
+    columns = parts[0].numel()
+    sums = parts.new_empty(parts.shape[1:])
+    _launch(("add parts", parts.device, parts.shape[0], columns), _plan_parts, sums, parts)
+    return sums
+
+
+def _plan_parts(device: torch.device, parts: int, columns: int) -> Any:
+    from ...kernels import fusion_launch, pointwise_bwd
+
+    return Launch(
+        pointwise_bwd._add_parts_kernel,
+        (-(-columns // fusion_launch.PARTS_COLUMNS),),
+        (parts, columns, fusion_launch.PARTS_COLUMNS, fusion_launch.PARTS_ROWS),
+        num_warps=fusion_launch.PARTS_WARPS,
     )
