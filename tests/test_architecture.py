@@ -233,5 +233,5 @@ def test_one_call_moves_between_few_files():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     moves = {line.split(":")[0]: int(line.split()[-2]) for line in done.stdout.splitlines()}
-    assert len(moves) == 16
+    assert len(moves) == 24
     assert max(moves.values()) <= 15, moves

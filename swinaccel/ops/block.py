@@ -127,7 +127,7 @@ class BoundRest:
         else:
             total, y = torch.empty_like(x), torch.empty_like(x)
             self._last(x, y, total, None, branch, None, weight, bias, bias2)
-        if self._active is not None and kernels.are_describable(y, fc1[0]):
+        if self._active is not None and not (y.data_ptr() | fc1[0].data_ptr()) & 15:  # where a descriptor can begin
             hidden = x.new_empty((*x.shape[:-1], self._hidden))
             self._active(hidden, y, *fc1, None)
         else:
