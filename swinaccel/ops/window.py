@@ -148,38 +148,19 @@ class BoundAttention:
 def bind(
     geometry: Geometry,
     *,
-    device: torch.device,
     dtype: torch.dtype,
-    batch: int,
     num_heads: int,
-    head_dim: int,
-    packed: bool,
-    table: tuple[torch.Size, tuple[int, ...]] | None,
-    has_padding: bool = False,
-    has_mask: bool = False,
     mask_value: float = -100.0,
     scale: float = 1.0,
-    cosine: bool = False,
+    **form: Any,
 ) -> BoundAttention:
     """Bind a problem of attention in inference, without dropout and factors, to its launches: no tensor is needed yet.
 
-    Every tensor of a call is contiguous, but for the table.
-
     Args:
-        device: with its index, as tensors have it.
-        packed: qkv is one tensor (B, H, W, 3 * heads * D), and not three (B, H, W, heads * D).
-        table: shape and strides of the table (T, heads), which comes with an index (N, N).
-        has_padding, has_mask: there is a padding vector (3 * heads * D,), a mask (windows, N, N).
-        cosine: there is a logit_scale (heads,).
-    Raises:
-        ArgumentError: the problem does not fit together.
+        **form: of the tensors of a call; see `backends.triton.window.bind`, also for what it raises.
     """
     options: dict[str, Any] = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
-    forward = forward_launches.bind(
-        geometry, device=device, dtype=dtype, batch=batch, head_dim=head_dim, packed=packed, table=table,
-        has_padding=has_padding, has_mask=has_mask, cosine=cosine, **options,
-    )  # fmt: skip
-    return BoundAttention(forward, geometry, dtype, options)
+    return BoundAttention(forward_launches.bind(geometry, dtype=dtype, **options, **form), geometry, dtype, options)
 
 
 def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = None) -> tuple[Tensor, Any]:
