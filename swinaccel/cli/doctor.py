@@ -108,13 +108,12 @@ def _is_disabled() -> bool:
 
 
 def _choice(device: torch.device) -> tuple[str, str]:
-    backend = backend_of(AccelConfig(), device)
-    if backend == "triton":
-        return (
-            backend,
-            "TRITON_INTERPRET=1 interprets the kernels, slowly" if device.type == "cpu" else "there is a GPU",
-        )
-    return backend, "there is no GPU; inference runs a rearranged section in plain PyTorch, training the originals"
+    backend, reason = backend_of(AccelConfig(), device), "there is a GPU"
+    if backend == "torch":
+        reason = "there is no GPU; inference runs a rearranged section in plain PyTorch, training the originals"
+    elif device.type == "cpu":
+        reason = "TRITON_INTERPRET=1 interprets the kernels, slowly"
+    return backend, reason
 
 
 def _try(device: torch.device, backend: str) -> float:
