@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_plain_linear, pair
-from .shared.separate import zero_token
+from .shared.common import drop_rate, pair
+from .shared.separate import separate_padding
 from .timm import Timm, few_windows
 
 
@@ -39,22 +39,20 @@ class TimmCr(Timm):
 
     def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
         bias = _bias(attn, geometry.tokens) if _has_bias(attn) else _no_bias(attn, geometry.tokens)
-        return (
-            bias
-            if isinstance(bias, str)
-            else Section(
-                geometry=geometry,
-                num_heads=attn.num_heads,
-                head_dim=attn.proj.in_features // attn.num_heads,
-                project=attn.qkv,
-                output=lambda y: attn.proj_drop(attn.proj(y)),
-                padding=(lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
-                **bias,
-                logit_scale=attn.logit_scale,
-                mask=mask,
-                mask_value=mask_value,
-                dropout=drop_rate(attn.attn_drop),
-            )
+        if isinstance(bias, str):
+            return bias
+        return Section(
+            geometry=geometry,
+            num_heads=attn.num_heads,
+            head_dim=attn.proj.in_features // attn.num_heads,
+            project=attn.qkv,
+            output=lambda y: attn.proj_drop(attn.proj(y)),
+            padding=separate_padding(attn.qkv),
+            **bias,
+            logit_scale=attn.logit_scale,
+            mask=mask,
+            mask_value=mask_value,
+            dropout=drop_rate(attn.attn_drop),
         )
 
     def example(self, module: Any) -> tuple[Any, ...]:

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..spec.block import Product
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import is_position_mlp, is_table, logit_scale_reason, position_bias, sides
+from .shared.common import AttentionItself, is_position_mlp, is_table, logit_scale_reason, position_bias, sides
 from .shared.shrinking import example_sizes, prefix, shrinking_geometry
 
 
-class Torchvision:
+class Torchvision(AttentionItself):
     name = "torchvision"
-    method = "forward"
     axes, form = 2, "(B, H, W, C)"
 
     def match(self, module: Any) -> WindowSpec | None:
@@ -40,9 +39,6 @@ class Torchvision:
         elif not is_table(module.relative_position_bias_table, module.relative_position_index, window, heads):
             return None
         return WindowSpec(self.name, window, shift, heads, module.qkv.in_features // heads, cosine)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return ()  # their weights are read past them

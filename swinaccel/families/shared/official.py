@@ -29,7 +29,7 @@ from .common import (
     separate_bias,
     sides,
 )
-from .separate import zero_token
+from .separate import separate_padding, zero_token
 
 
 def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index: bool = True) -> WindowSpec | None:
@@ -92,7 +92,7 @@ def attention_section(
         common |= {"project": _project_v2(attn), "padding": _padding_v2(attn)}
     else:
         common["project"] = attn.qkv
-        common["padding"] = (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None
+        common["padding"] = separate_padding(attn.qkv)
     if (mlp := _position_mlp(attn)) is None:
         table = attn.relative_position_bias_table
         return Section(table=lambda: table, sources=(table,), **common)

@@ -12,12 +12,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...spec.block import Attend
 from ...spec.window import Axes, Geometry, Section, is_plain
 from .blocks import strange_mask
-from .common import positional_names
+from .common import AttentionItself, positional_names
 
 
 def stacked_geometry(x: Tensor, mask: Any, window: Axes, count: int = 1) -> Geometry | str:
@@ -50,10 +50,8 @@ def attend_stacked(attend: Any, x: Tensor, mask: Tensor | None, window: Axes) ->
     return out.reshape(*x.shape[:2], out.shape[-1])
 
 
-class StackedAttention:
+class StackedAttention(AttentionItself):
     """Members that families of attention by itself share: (windows, N, C) in and out, with the mask of its block."""
-
-    method = "forward"
 
     def window(self, module: Any) -> Axes:
         return tuple(module.window_size)
@@ -63,9 +61,6 @@ class StackedAttention:
 
     def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
         raise NotImplementedError
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
 
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = window_arguments(module, args, kwargs)
