@@ -219,7 +219,7 @@ def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
 def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
     found, marked = families.match(module), patching.marking_of(module)
     if found is None and marked is not None and is_family(family := marked.adapter):
-        return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
+        return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0)  # changed beyond recognition
     return found
 
 

@@ -32,7 +32,7 @@ class Aurora(AttentionItself):
             return None
         if not callable(module.lora_qkv) or not callable(module.lora_proj):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
+        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         called = module.qkv, module.proj, module.lora_qkv, module.lora_proj

@@ -34,7 +34,7 @@ class Earth(AttentionItself):
             return None
         if not is_index(module.earth_position_index, math.prod(window)):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
+        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.qkv, module.proj

@@ -31,16 +31,15 @@ class HuggingFaceSwinLegacy(HuggingFaceLayer):
         if not all(hasattr(module, name) for name in ("layernorm_before", "layernorm_after", "intermediate")):
             return None
         window, heads = pair(tuple(attn.window_size)), attn.num_attention_heads
-        cosine = hasattr(attn, "logit_scale")
         if window is None or not is_index(attn.relative_position_index, window[0] * window[1]):
             return None
-        if cosine:
+        if hasattr(attn, "logit_scale"):
             mlp = attn.continuous_position_bias_mlp
             if not is_position_mlp(mlp, heads) or attn.logit_scale.numel() != heads:
                 return None
         elif not has_table_rows(attn.relative_position_bias_table, window, heads):
             return None
-        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine)
+        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         attn = module.attention.self

@@ -35,7 +35,7 @@ class Rectangles(AttentionItself):
             return None
         if not is_index(module.relative_position_index, rows * cols):
             return None
-        return WindowSpec(self.name, window, (0, 0), heads, module.dim // heads, False)
+        return WindowSpec(self.name, window, (0, 0), heads, module.dim // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return (module.pos,)

@@ -32,7 +32,7 @@ class TimmCr(Timm):
                 return None
             if attn.meta_mlp.fc1.in_features != 2 or attn.meta_mlp.fc2.out_features != heads:
                 return None
-        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, True)
+        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.attn.qkv, module.attn.proj

@@ -25,15 +25,11 @@ def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str =
     regions = torch.zeros((), device=device)
     for length, window, shift in zip(geometry.padded, geometry.window, geometry.shift, strict=True):
         along = torch.zeros(length, device=device)
-        for number, part in enumerate(_slices(window, shift)):
+        for number, part in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
             along[part] = number
         regions = 3 * regions[..., None] + along  # one axis more; nine regions in the end, or 27 of volumes
     windows = partition(regions[None, ..., None], geometry).squeeze(-1)  # (M, N)
     return (windows[:, :, None] != windows[:, None, :]).float() * value
-
-
-def _slices(window: int, shift: int) -> tuple[slice, slice, slice]:
-    return slice(0, -window), slice(-window, -shift), slice(-shift, None)
 
 
 def partition(image: Tensor, geometry: Geometry) -> Tensor:
