@@ -19,7 +19,7 @@ from ..layers import PLAIN_TENSORS
 from .failures import failures
 from .packaged import open_in_packages
 
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -47,17 +47,7 @@ class BoundRest:
         LaunchError: a kernel cannot be planned.
     """
 
-    __slots__ = (
-        "_active",
-        "_add",
-        "_channels",
-        "_gelu",
-        "_hidden",
-        "_in_one",
-        "_is_half",
-        "_last",
-        "_run",
-    )
+    __slots__ = ("_active", "_add", "_channels", "_gelu", "_hidden", "_in_one", "_is_half", "_last", "_run")
 
     def __init__(
         self,
@@ -71,7 +61,7 @@ class BoundRest:
     ) -> None:
         channels = shape[-1]
         rows = math.prod(shape[:-1])  # may be a symbol
-        self._channels, self._hidden, self._is_half = channels, hidden, dtype in _HALVES
+        self._channels, self._hidden, self._is_half = channels, hidden, dtype in HALVES
         self._add: Any = None
         self._in_one: Any = None
         self._last: Any = None

@@ -134,12 +134,13 @@ class BoundAttention:
             except Exception:  # which the operator meets again, notes, and does without
                 pass
         tokens = qkv if k is None or v is None else (qkv, k, v)
+        logit_scale = None if logit_scale is None else logit_scale.reshape(-1)
         given: dict[str, Any] = {
             "table": table,
             "index": index,
             "padding": padding,
             "mask": mask,
-            "logit_scale": None if logit_scale is None else logit_scale.reshape(-1),
+            "logit_scale": logit_scale,
         }
         with torch.no_grad():
             return shifted_window_attention(tokens, self._geometry, **given, **self._options)
@@ -173,25 +174,12 @@ def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = Non
         geometry = geometry_of(qkv, window, shift, roll_first)
     if not is_readable(qkv, k, v, geometry):
         qkv, k, v = (None if t is None else dense(t, geometry) for t in (qkv, k, v))
+    options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
+    factors = None if factors is None or bound is not None else tuple(factors)
+    drawn = {"dropout": dropout, "seed": seed}
     try:
         return forward_launches.shifted_window_attention(
-            qkv,
-            k,
-            v,
-            geometry,
-            num_heads=num_heads,
-            table=table,
-            index=None if index is None else index.contiguous(),
-            padding=None if padding is None else padding.contiguous(),
-            mask=None if mask is None else mask.contiguous(),
-            mask_value=mask_value,
-            scale=scale,
-            logit_scale=None if logit_scale is None else logit_scale.contiguous(),
-            factors=None if factors is None or bound is not None else tuple(factors),
-            dropout=dropout,
-            seed=seed,
-            for_backward=for_backward,
-            bound=bound,
+            qkv, k, v, geometry, **options, **drawn, factors=factors, for_backward=for_backward, bound=bound
         )
     except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
@@ -200,7 +188,6 @@ def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = Non
             raise
         head_dim = head_dim_of(qkv, k, num_heads, geometry)
         note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
-        options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         out = dense(reference_of(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
         shape = lse_shape_of(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
         return out, torch.empty(shape, device=qkv.device)

@@ -268,15 +268,10 @@ def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x
     """
     if section.dropout > 0:
         return "attention dropout is active, and the torch backend has none; call eval(), or set its rate to 0"
-    if config.backend != "torch" and _records_gradients(attention, x):
+    is_recorded = torch.is_grad_enabled() and any(one.requires_grad for one in (x, *attention.parameters()))
+    if config.backend != "torch" and is_recorded:
         return "gradients are recorded, and here only inference is accelerated; call it inside torch.no_grad()"
     return None
-
-
-def _records_gradients(attention: nn.Module, x: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters())
 
 
 def problem_of(section: Section, x: Tensor) -> tuple:

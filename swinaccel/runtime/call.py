@@ -35,7 +35,7 @@ from ..trust.registry import block_key, registry
 from . import graphs, precision, traced
 from .attention import bind_backend, guard_of, parts_reason, plan_attention, proven_reading, reading_of, section_of
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
-from .context import backend_of, call_key, context_reason
+from .context import backend_of, call_key, context_reason, tokens_of
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
 from .plan import Plan, PlanCache, State, state_of
 
@@ -193,8 +193,13 @@ def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) ->
     if cache.holds(module):
         return cache.facts
     root = alias(module)
+    facts: Any
     try:
-        facts = _facts_of(adapter, module, root)
+        facts = adapter.block(root)
+        if registry.reading(block_key(adapter, module)) is None:
+            raise NotFusable("it was changed after accelerate(); call accelerate() again")
+        kinds = {Merging: MergingFacts, Embedding: EmbeddingFacts}
+        facts = kinds.get(type(facts), BlockFacts)(module, facts)
     except NotFusable as reason:
         facts = str(reason)
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable) as error:
@@ -202,17 +207,6 @@ def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) ->
     parts = [root, *(part for part in module.modules() if part is not module)]
     cache.renew(facts, lambda: guard_of(adapter, root, parts))
     return facts
-
-
-def _facts_of(adapter: BlockReader, module: nn.Module, root: nn.Module) -> Any:
-    facts = adapter.block(root)
-    if registry.reading(block_key(adapter, module)) is None:
-        raise NotFusable("it was changed after accelerate(); call accelerate() again")
-    if isinstance(facts, Merging):
-        return MergingFacts(module, facts)
-    if isinstance(facts, Embedding):
-        return EmbeddingFacts(module, facts)
-    return BlockFacts(module, facts)
 
 
 def _plan_fused(
@@ -293,16 +287,3 @@ def _attention_of_block(
     products = precision.products_of(section)  # before they are bound
     bound = bind_backend(section, attention, config, state_of(inner), x, size)
     return bound if isinstance(bound, str) else (*bound, section, inner, products)
-
-
-def tokens_of(
-    adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[int, int] | None] | None:
-    """Return what a call is about, or None where it is not a call that the original would take."""
-    try:
-        tokens, size = adapter.tokens(module, *args, **kwargs)
-    except (AttributeError, TypeError, ValueError, KeyError):
-        return None
-    if tokens is not x or x.dim() != (4 if size is None else 3):
-        return None
-    return (x, size) if size is None or x.shape[1] == size[0] * size[1] else None

@@ -124,12 +124,7 @@ def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tup
 
 
 def _is_rate(
-    name: str,
-    module: nn.Module,
-    family: Family,
-    moved: set[nn.Module],
-    original: Callable[..., Any],
-    compared: Compare,
+    name: str, module: nn.Module, family: Family, moved: set[nn.Module], original: Callable[..., Any], compared: Compare
 ) -> bool:
     """Return True if a number of an attention is the rate at which weights are dropped, in the attention's training.
 

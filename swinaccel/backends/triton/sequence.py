@@ -293,12 +293,7 @@ def _plan(
 
 
 def _plan_forward(
-    q: Tensor,
-    q_factor: Tensor | None,
-    mask: Tensor | None,
-    problem: Problem,
-    strides: tuple[int, ...],
-    described: bool,
+    q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem, strides: tuple[int, ...], described: bool
 ) -> Launch:
     from ...kernels import sequence_fwd, sequence_launch
 
