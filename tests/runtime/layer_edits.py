@@ -6,30 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import helpers
+import part_edits as parts
 import test_embedding as embeddings
 import test_fusion_autograd as training
 import torch
 import torch.nn.functional as F
 from helpers import TRITON_DEVICE
-from part_edits import (
-    KEPT,
-    Doubled,
-    Edit,
-    all_data,
-    all_hooks,
-    class_method,
-    data,
-    doubling_hook,
-    hook,
-    in_place,
-    method,
-    new,
-    parametrized,
-    quietly,
-    replaced,
-    setting,
-    tensor,
-)
+from part_edits import KEPT, Edit
 from torch import nn
 
 
@@ -68,33 +51,33 @@ def scaled_after_a_call(model: nn.Module, _: Any) -> None:
 
 
 BLOCK = {
-    "parameters": Edit(all_data(""), KEPT),
-    "eps": Edit(setting("norm1", "eps", 0.1), KEPT),
-    "norm-without-affine": Edit(replaced("norm2", lambda _: nn.LayerNorm(16, elementwise_affine=False)), KEPT),
-    "product-without-bias": Edit(setting("mlp.fc2", "bias", None), KEPT),
-    "bias-size": Edit(tensor("mlp.fc1", "bias", lambda one: nn.Parameter(one.detach()[:1]))),
-    "product": Edit(replaced("mlp.fc2", lambda _: helpers.randomize(nn.Linear(64, 16))), KEPT),
-    "dtype": Edit(quietly(lambda model: model.half()), KEPT),
-    "parameter-unread": Edit(setting("", "gamma", nn.Parameter(torch.ones(16, device=TRITON_DEVICE))), KEPT),
-    "child": Edit(setting("", "adapter", nn.Identity())),
-    "hook-norm": Edit(doubling_hook("norm1")),
-    "hook-mlp": Edit(hook("mlp", "forward_pre_hook")),
-    "hook-fc2": Edit(doubling_hook("mlp.fc2")),
-    "hook-drop-path": Edit(doubling_hook("drop_path2")),
-    "hook-activation": Edit(hook("mlp.act", "full_backward_hook")),
-    "all-hooks-norm": Edit(all_hooks(nn.LayerNorm), reason="global module hook"),
-    "all-hooks-linear": Edit(all_hooks(nn.Linear), reason="global module hook"),
-    "norm": Edit(replaced("norm2", odd_norm)),
-    "activation": Edit(replaced("mlp.act", lambda _: nn.ReLU())),
-    "tanh": Edit(replaced("mlp.act", lambda _: nn.GELU("tanh"))),
-    "mlp-norm": Edit(replaced("mlp.norm", lambda _: nn.LayerNorm(64))),
-    "drop-path": Edit(replaced("drop_path1", lambda _: Scaled(2.0))),
+    "parameters": Edit(parts.all_data(""), KEPT),
+    "eps": Edit(parts.setting("norm1", "eps", 0.1), KEPT),
+    "norm-without-affine": Edit(parts.replaced("norm2", lambda _: nn.LayerNorm(16, elementwise_affine=False)), KEPT),
+    "product-without-bias": Edit(parts.setting("mlp.fc2", "bias", None), KEPT),
+    "bias-size": Edit(parts.tensor("mlp.fc1", "bias", lambda one: nn.Parameter(one.detach()[:1]))),
+    "product": Edit(parts.replaced("mlp.fc2", lambda _: helpers.randomize(nn.Linear(64, 16))), KEPT),
+    "dtype": Edit(parts.quietly(lambda model: model.half()), KEPT),
+    "parameter-unread": Edit(parts.setting("", "gamma", nn.Parameter(torch.ones(16, device=TRITON_DEVICE))), KEPT),
+    "child": Edit(parts.setting("", "adapter", nn.Identity())),
+    "hook-norm": Edit(parts.doubling_hook("norm1")),
+    "hook-mlp": Edit(parts.hook("mlp", "forward_pre_hook")),
+    "hook-fc2": Edit(parts.doubling_hook("mlp.fc2")),
+    "hook-drop-path": Edit(parts.doubling_hook("drop_path2")),
+    "hook-activation": Edit(parts.hook("mlp.act", "full_backward_hook")),
+    "all-hooks-norm": Edit(parts.all_hooks(nn.LayerNorm), reason="global module hook"),
+    "all-hooks-linear": Edit(parts.all_hooks(nn.Linear), reason="global module hook"),
+    "norm": Edit(parts.replaced("norm2", odd_norm)),
+    "activation": Edit(parts.replaced("mlp.act", lambda _: nn.ReLU())),
+    "tanh": Edit(parts.replaced("mlp.act", lambda _: nn.GELU("tanh"))),
+    "mlp-norm": Edit(parts.replaced("mlp.norm", lambda _: nn.LayerNorm(64))),
+    "drop-path": Edit(parts.replaced("drop_path1", lambda _: Scaled(2.0))),
     "drop-path-setting": Edit(scaled_after_a_call),
-    "forward": Edit(method("mlp.fc1")),
-    "parametrized": Edit(parametrized("mlp.fc1")),
+    "forward": Edit(parts.method("mlp.fc1")),
+    "parametrized": Edit(parts.parametrized("mlp.fc1")),
     "dropout": Edit(active_dropout),
     **{
-        f"class-{part}": Edit(class_method(part))
+        f"class-{part}": Edit(parts.class_method(part))
         for part in ("norm1", "mlp", "mlp.act", "mlp.fc2", "mlp.drop1", "drop_path1")
     },
 }
@@ -168,22 +151,22 @@ class Counting(nn.Module):
 TRAINING = {
     name: Edit(change, modes=("training",))
     for name, change in {
-        "dropout-in-training": setting("mlp.drop1", "p", 0.5),
-        "drop-path-of-tokens": replaced("drop_path1", lambda _: training.PerToken()),
-        "drop-path-by-value": replaced("drop_path1", lambda _: Centred()),
-        "dropout-as-drop-path": replaced("drop_path1", lambda _: nn.Dropout(0.5)),
-        "small-dropout-as-drop-path": replaced("drop_path1", lambda _: nn.Dropout(1e-3)),
-        "straight-through-drop-path": replaced("drop_path1", lambda _: StraightThrough()),
-        "drop-path-that-promotes": replaced("drop_path1", lambda _: Promoting()),
-        "halving": replaced("mlp.drop1", lambda _: Halving()),
-        "gelu-without-gradient": replaced("mlp.act", lambda _: SlowGelu()),
-        "gelu-that-counts": replaced("mlp.act", lambda _: Counting()),
+        "dropout-in-training": parts.setting("mlp.drop1", "p", 0.5),
+        "drop-path-of-tokens": parts.replaced("drop_path1", lambda _: training.PerToken()),
+        "drop-path-by-value": parts.replaced("drop_path1", lambda _: Centred()),
+        "dropout-as-drop-path": parts.replaced("drop_path1", lambda _: nn.Dropout(0.5)),
+        "small-dropout-as-drop-path": parts.replaced("drop_path1", lambda _: nn.Dropout(1e-3)),
+        "straight-through-drop-path": parts.replaced("drop_path1", lambda _: StraightThrough()),
+        "drop-path-that-promotes": parts.replaced("drop_path1", lambda _: Promoting()),
+        "halving": parts.replaced("mlp.drop1", lambda _: Halving()),
+        "gelu-without-gradient": parts.replaced("mlp.act", lambda _: SlowGelu()),
+        "gelu-that-counts": parts.replaced("mlp.act", lambda _: Counting()),
         "child-in-two-roles": lambda model, _: setattr(model.mlp, "drop2", model.mlp.act),
-        "hook-drop-path-in-training": hook("drop_path2"),
-        "hook-norm-in-training": hook("norm1", "forward_pre_hook"),
-        "hook-fc2-in-training": hook("mlp.fc2", "full_backward_hook"),
-        "tanh-in-training": replaced("mlp.act", lambda _: nn.GELU("tanh")),
-        "norm-of-another-dtype": quietly(lambda model: model.norm2.double()),
+        "hook-drop-path-in-training": parts.hook("drop_path2"),
+        "hook-norm-in-training": parts.hook("norm1", "forward_pre_hook"),
+        "hook-fc2-in-training": parts.hook("mlp.fc2", "full_backward_hook"),
+        "tanh-in-training": parts.replaced("mlp.act", lambda _: nn.GELU("tanh")),
+        "norm-of-another-dtype": parts.quietly(lambda model: model.norm2.double()),
     }.items()
 }
 
@@ -198,26 +181,26 @@ TRAINING_V2 = {
 # Patch mergings, and patch embeddings with a block beside them that is not called.
 
 MERGING = {
-    "parameters": Edit(all_data("embedding"), KEPT),
-    "in-place": Edit(in_place("embedding", lambda one: one.mul_(2)), KEPT),
-    "parameter": Edit(tensor("embedding.reduction", "weight", new), KEPT),
-    "eps": Edit(setting("embedding.norm", "eps", 0.1), KEPT),
-    "hook-norm": Edit(doubling_hook("embedding.norm")),
-    "hook-reduction": Edit(hook("embedding.reduction", "forward_pre_hook")),
-    "all-hooks": Edit(all_hooks(nn.LayerNorm)),
-    "forward": Edit(method("embedding")),
-    "forward-reduction": Edit(method("embedding.reduction")),
-    "class": Edit(setting("embedding.reduction", "__class__", Doubled)),
-    "class-norm": Edit(class_method("embedding.norm")),
-    "class-reduction": Edit(class_method("embedding.reduction")),
-    "norm": Edit(replaced("embedding.norm", odd_norm)),
-    "child": Edit(setting("embedding", "adapter", nn.Identity())),
-    "parametrized": Edit(parametrized("embedding.reduction")),
+    "parameters": Edit(parts.all_data("embedding"), KEPT),
+    "in-place": Edit(parts.in_place("embedding", lambda one: one.mul_(2)), KEPT),
+    "parameter": Edit(parts.tensor("embedding.reduction", "weight", parts.new), KEPT),
+    "eps": Edit(parts.setting("embedding.norm", "eps", 0.1), KEPT),
+    "hook-norm": Edit(parts.doubling_hook("embedding.norm")),
+    "hook-reduction": Edit(parts.hook("embedding.reduction", "forward_pre_hook")),
+    "all-hooks": Edit(parts.all_hooks(nn.LayerNorm)),
+    "forward": Edit(parts.method("embedding")),
+    "forward-reduction": Edit(parts.method("embedding.reduction")),
+    "class": Edit(parts.setting("embedding.reduction", "__class__", parts.Doubled)),
+    "class-norm": Edit(parts.class_method("embedding.norm")),
+    "class-reduction": Edit(parts.class_method("embedding.reduction")),
+    "norm": Edit(parts.replaced("embedding.norm", odd_norm)),
+    "child": Edit(parts.setting("embedding", "adapter", nn.Identity())),
+    "parametrized": Edit(parts.parametrized("embedding.reduction")),
 }
 
 
 def convolution(**options: Any) -> Callable:
-    return replaced("embedding.proj", lambda _: helpers.randomize(nn.Conv2d(3, 48, **options)))
+    return parts.replaced("embedding.proj", lambda _: helpers.randomize(nn.Conv2d(3, 48, **options)))
 
 
 def wrapped(layer: nn.Module) -> nn.Module:
@@ -243,62 +226,64 @@ def numbers(*shape: int) -> nn.Parameter:
 
 
 EMBEDDING = {
-    "parameters": Edit(all_data("embedding"), KEPT),
-    "in-place": Edit(quietly(lambda model: model.embedding.proj.bias.data.mul_(2)), KEPT),
-    "parameter": Edit(tensor("embedding.proj", "weight", lambda one: nn.Parameter(1.5 * one.detach())), KEPT),
-    "eps": Edit(setting("embedding.norm", "eps", 0.1), KEPT),
-    "dtype": Edit(quietly(lambda model: model.float()), None),
-    "bias-size": Edit(tensor("embedding.proj", "bias", lambda one: nn.Parameter(one.detach()[:1]))),
-    "hook-projection": Edit(doubling_hook("embedding.proj")),
-    "pre-hook-projection": Edit(hook("embedding.proj", "forward_pre_hook")),
-    "hook-norm": Edit(doubling_hook("embedding.norm")),
-    "backward-hook-norm": Edit(hook("embedding.norm", "full_backward_hook")),
-    "all-hooks": Edit(all_hooks(nn.Conv2d)),
-    "forward-projection": Edit(method("embedding.proj")),
-    "forward-norm": Edit(method("embedding.norm")),
-    "forward": Edit(method("embedding")),
-    "method-convolution": Edit(method("embedding.proj", "_conv_forward")),
-    "method": Edit(setting("embedding", "feat_ratio", lambda: 1)),
-    "class-convolution": Edit(class_method("embedding.proj", "_conv_forward")),
-    "class-projection": Edit(class_method("embedding.proj")),
-    "class": Edit(setting("embedding.proj", "__class__", DoubledConvolution)),
-    "norm": Edit(replaced("embedding.norm", odd_norm)),
-    "norm-is-none": Edit(setting("embedding", "norm", nn.ReLU())),
-    "norm-of-groups": Edit(replaced("embedding.norm", lambda _: nn.GroupNorm(3, 6))),
-    "norm-of-more-axes": Edit(replaced("embedding.norm", lambda _: nn.LayerNorm((6, 48)))),
-    "identity-class": Edit(replaced("embedding.norm", lambda _: Scaled(2.0))),
-    "parametrized": Edit(parametrized("embedding.proj")),
-    "memory-format": Edit(data("embedding.proj", "weight", lambda one: one.to(memory_format=torch.channels_last))),
-    "weight-class": Edit(tensor("embedding.proj", "weight", lambda one: Marked(one.data))),
-    "bias-class": Edit(tensor("embedding.proj", "bias", lambda one: Marked(one.data))),
-    "padding": Edit(setting("embedding.proj", "padding", (2, 2))),
-    "dilation": Edit(setting("embedding.proj", "dilation", (1, 2))),
-    "stride": Edit(setting("embedding.proj", "stride", (2, 2))),
-    "patch-size": Edit(setting("embedding", "patch_size", (8, 8))),
-    "format": Edit(setting("embedding", "output_fmt", "NLC")),
+    "parameters": Edit(parts.all_data("embedding"), KEPT),
+    "in-place": Edit(parts.quietly(lambda model: model.embedding.proj.bias.data.mul_(2)), KEPT),
+    "parameter": Edit(parts.tensor("embedding.proj", "weight", lambda one: nn.Parameter(1.5 * one.detach())), KEPT),
+    "eps": Edit(parts.setting("embedding.norm", "eps", 0.1), KEPT),
+    "dtype": Edit(parts.quietly(lambda model: model.float()), None),
+    "bias-size": Edit(parts.tensor("embedding.proj", "bias", lambda one: nn.Parameter(one.detach()[:1]))),
+    "hook-projection": Edit(parts.doubling_hook("embedding.proj")),
+    "pre-hook-projection": Edit(parts.hook("embedding.proj", "forward_pre_hook")),
+    "hook-norm": Edit(parts.doubling_hook("embedding.norm")),
+    "backward-hook-norm": Edit(parts.hook("embedding.norm", "full_backward_hook")),
+    "all-hooks": Edit(parts.all_hooks(nn.Conv2d)),
+    "forward-projection": Edit(parts.method("embedding.proj")),
+    "forward-norm": Edit(parts.method("embedding.norm")),
+    "forward": Edit(parts.method("embedding")),
+    "method-convolution": Edit(parts.method("embedding.proj", "_conv_forward")),
+    "method": Edit(parts.setting("embedding", "feat_ratio", lambda: 1)),
+    "class-convolution": Edit(parts.class_method("embedding.proj", "_conv_forward")),
+    "class-projection": Edit(parts.class_method("embedding.proj")),
+    "class": Edit(parts.setting("embedding.proj", "__class__", DoubledConvolution)),
+    "norm": Edit(parts.replaced("embedding.norm", odd_norm)),
+    "norm-is-none": Edit(parts.setting("embedding", "norm", nn.ReLU())),
+    "norm-of-groups": Edit(parts.replaced("embedding.norm", lambda _: nn.GroupNorm(3, 6))),
+    "norm-of-more-axes": Edit(parts.replaced("embedding.norm", lambda _: nn.LayerNorm((6, 48)))),
+    "identity-class": Edit(parts.replaced("embedding.norm", lambda _: Scaled(2.0))),
+    "parametrized": Edit(parts.parametrized("embedding.proj")),
+    "memory-format": Edit(
+        parts.data("embedding.proj", "weight", lambda one: one.to(memory_format=torch.channels_last))
+    ),
+    "weight-class": Edit(parts.tensor("embedding.proj", "weight", lambda one: Marked(one.data))),
+    "bias-class": Edit(parts.tensor("embedding.proj", "bias", lambda one: Marked(one.data))),
+    "padding": Edit(parts.setting("embedding.proj", "padding", (2, 2))),
+    "dilation": Edit(parts.setting("embedding.proj", "dilation", (1, 2))),
+    "stride": Edit(parts.setting("embedding.proj", "stride", (2, 2))),
+    "patch-size": Edit(parts.setting("embedding", "patch_size", (8, 8))),
+    "format": Edit(parts.setting("embedding", "output_fmt", "NLC")),
     "channels-first": Edit(channels_first),
-    "flatten": Edit(setting("embedding", "flatten", True)),
-    "child": Edit(setting("embedding", "adapter", nn.Identity())),
+    "flatten": Edit(parts.setting("embedding", "flatten", True)),
+    "child": Edit(parts.setting("embedding", "adapter", nn.Identity())),
     "convolution-stride": Edit(convolution(kernel_size=4, stride=2)),
     "convolution-padding": Edit(convolution(kernel_size=4, stride=4, padding=2)),
     "convolution-dilation": Edit(convolution(kernel_size=4, stride=4, dilation=2)),
     "convolution-groups": Edit(convolution(kernel_size=4, stride=4, groups=3)),
     "convolution-patch": Edit(convolution(kernel_size=2, stride=2)),
-    "convolution-in-a-sequence": Edit(replaced("embedding.proj", wrapped)),
+    "convolution-in-a-sequence": Edit(parts.replaced("embedding.proj", wrapped)),
 }
 # Hugging Face's norm is a module's around the patch embedding; where that is unusual, the norm is its own.
 EMBEDDING_AND_NORM = {
-    "hook-norm": Edit(doubling_hook("embedding.norm")),
-    "hook-patches": Edit(hook("embedding.patch_embeddings")),
-    "forward-norm": Edit(method("embedding.norm")),
+    "hook-norm": Edit(parts.doubling_hook("embedding.norm")),
+    "hook-patches": Edit(parts.hook("embedding.patch_embeddings")),
+    "forward-norm": Edit(parts.method("embedding.norm")),
     "forward-patches": Edit(
-        setting("embedding.patch_embeddings", "forward", lambda x: (x.mean() * x.new_ones(2, 36, 48), (6, 6)))
+        parts.setting("embedding.patch_embeddings", "forward", lambda x: (x.mean() * x.new_ones(2, 36, 48), (6, 6)))
     ),
-    "norm": Edit(replaced("embedding.norm", odd_norm)),
-    "method-padding": Edit(method("embedding.patch_embeddings", "maybe_pad")),
-    "positions": Edit(setting("embedding", "position_embeddings", numbers(1, 36, 48))),
-    "mask-token": Edit(setting("embedding", "mask_token", numbers(1, 1, 48))),
-    "dropout": Edit(setting("embedding", "dropout", nn.Dropout(1.0).train())),
-    "another-dropout": Edit(setting("embedding", "dropout", nn.ReLU())),
-    "child": Edit(setting("embedding", "adapter", nn.Identity())),
+    "norm": Edit(parts.replaced("embedding.norm", odd_norm)),
+    "method-padding": Edit(parts.method("embedding.patch_embeddings", "maybe_pad")),
+    "positions": Edit(parts.setting("embedding", "position_embeddings", numbers(1, 36, 48))),
+    "mask-token": Edit(parts.setting("embedding", "mask_token", numbers(1, 1, 48))),
+    "dropout": Edit(parts.setting("embedding", "dropout", nn.Dropout(1.0).train())),
+    "another-dropout": Edit(parts.setting("embedding", "dropout", nn.ReLU())),
+    "child": Edit(parts.setting("embedding", "adapter", nn.Identity())),
 }
