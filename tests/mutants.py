@@ -188,7 +188,7 @@ MUTANTS = [
         ("dropping.py", "if len(heard) == 1 else 0.0", "if heard else 0.0", "tests/trust/test_switches_in_numbers.py"),
         (
             "dropping.py",
-            "holds = _given_rate(original, clone, arguments) == rate",
+            "holds = _given_rate(subject.original, clone, arguments) == rate",
             "holds = True",
             COPIES + " -k taken",
         ),

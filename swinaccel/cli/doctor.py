@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,9 +80,10 @@ def examine() -> Diagnosis:
     _look_at_cache(found)
     _look_at_packages(found)
     _look_at_device(found, device)
-    if _is_disabled():
-        found.backend, found.reason = None, "SWINACCEL_DISABLE is set; unset it to accelerate"
-        return found
+    with suppress(ValueError):  # which is a problem already
+        if env_disabled():
+            found.reason = "SWINACCEL_DISABLE is set; unset it to accelerate"
+            return found
     found.backend, found.reason = _choice(device)
     try:
         error = _try(device, found.backend)
@@ -98,13 +100,6 @@ def examine() -> Diagnosis:
             found.trial = f"one shifted window attention ran, and is wrong by {error:.0e}, against fp64"
             found.problems.append("a kernel computes wrong numbers here; please report it, with this output")
     return found
-
-
-def _is_disabled() -> bool:
-    try:
-        return env_disabled()
-    except ValueError:  # which is a problem already
-        return False
 
 
 def _choice(device: torch.device) -> tuple[str, str]:
