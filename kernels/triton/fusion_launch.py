@@ -70,6 +70,13 @@ def rows(channels: int) -> RowsLaunch:
     return RowsLaunch(max(1, _NUMBERS // block_c), block_c)
 
 
+def merged_rows(tokens: int, channels: int) -> RowsLaunch:
+    """Return the rows of a program that merges patches of so many channels; tokens are counted in 32 bits."""
+    if tokens >= 2**31 - _NUMBERS:
+        raise ValueError(f"{tokens} tokens are more than the kernel counts")
+    return rows(4 * channels)
+
+
 def quantise_warps(block_c: int) -> int:
     """Return how many warps hold rows with room for so many channels, each of which has to be there as a whole."""
     return 4 if block_c <= 2 * _NUMBERS else 8

@@ -120,21 +120,29 @@ def _norm_kernel(
 
 @triton.jit
 def place_patches(token, rows, height, width, offs_c, C: tl.constexpr):
-    """Return where the four patches of tokens that are merged lie in an image, and which exist; (tokens, BLOCK_C) each.
+    """Return where the four patches of tokens that are merged lie, and which exist; (tokens, BLOCK_C) each.
 
-    Left column first, top to bottom.
+    Left column first, top to bottom. Tokens are counted in 32 bits.
 
     Returns:
         Offsets; True where a token's patch lies in the image; True where the token has such a channel.
     """
     patch, channel = offs_c // C, offs_c % C
+    down, right = patch % 2, patch // 2
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    row = (token // out_width % out_height * 2)[:, None] + (patch % 2)[None, :]
-    col = (token % out_width * 2)[:, None] + (patch // 2)[None, :]
-    image = (token // (out_width * out_height))[:, None]
-    offs = ((image * height + row) * width + col) * C + channel[None, :]
+    row, col = token // out_width % out_height * 2, token % out_width * 2
+    image = tl.cast(token // (out_width * out_height), tl.int64)
+    # In 64 bits only where a token's first patch lies: all else is within an image, or the same for all tokens.
+    offs = (((image * height + row) * width + col) * C)[:, None] + ((down * width + right) * C + channel)[None, :]
     inside = (token < rows)[:, None] & (offs_c < 4 * C)[None, :]
-    return offs, inside & (row < height) & (col < width), inside
+    real = inside & (row[:, None] + down[None, :] < height) & (col[:, None] + right[None, :] < width)
+    return offs, real, inside
+
+
+@triton.jit
+def merged_offsets(token, offs_c, C: tl.constexpr):
+    """Return where the merged channels of tokens lie, (tokens, BLOCK_C)."""
+    return (tl.cast(token, tl.int64) * (4 * C))[:, None] + offs_c[None, :]
 
 
 @triton.jit
@@ -152,8 +160,7 @@ def _merge_kernel(
     Patches beyond an odd height or width are zeros, which count in the statistics.
     """
     tl.static_assert(4 * C <= BLOCK_C)
-    first = tl.cast(tl.program_id(0), tl.int64) * ROWS
-    token = first + tl.arange(0, ROWS)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     offs, real, inside = place_patches(token, rows, height, width, offs_c, C)
     out = tl.load(x_ptr + offs, mask=real, other=0.0)
@@ -163,4 +170,4 @@ def _merge_kernel(
             tl.store(stats_ptr + token, mean, mask=token < rows)
             tl.store(stats_ptr + rows + token, rstd, mask=token < rows)
         out = weighted(out, weight_ptr, bias_ptr, offs_c, 4 * C)
-    tl.store(out_ptr + token[:, None] * (4 * C) + offs_c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + merged_offsets(token, offs_c, C), out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .mlp import gelu_and_slope
-from .pointwise import NORM, NORM_ADD, load_channels, load_factors, place_patches, place_rows
+from .pointwise import NORM, NORM_ADD, load_channels, load_factors, merged_offsets, place_patches, place_rows
 
 
 @triton.jit
@@ -105,9 +105,9 @@ def _merge_bwd_kernel(
     weight_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     bias_sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        token = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        token = tile * ROWS + tl.arange(0, ROWS)
         offs, real, inside = place_patches(token, rows, height, width, offs_c, C)
-        grad = tl.load(grad_out_ptr + (token[:, None] * (4 * C) + offs_c[None, :]), mask=inside, other=0.0)
+        grad = tl.load(grad_out_ptr + merged_offsets(token, offs_c, C), mask=inside, other=0.0)
         if HAS_NORM:
             grad = grad.to(tl.float32)
             x = tl.load(x_ptr + offs, mask=real, other=0.0).to(tl.float32)

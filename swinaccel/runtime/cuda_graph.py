@@ -42,6 +42,13 @@ class _Shared:
                 torch.zeros(_WIDTH, _WIDTH, device="cuda", dtype=dtype, requires_grad=True)
                 for dtype in (torch.float32, torch.float16)
             ]
+        self.multiply()  # at its first product in a process cuBLAS sets itself up, which cannot be captured
+
+    def multiply(self) -> None:
+        """Multiply on this thread, and on the one that runs its backwards."""
+        with torch.inference_mode(False), torch.enable_grad():
+            outs = [torch.nn.functional.linear(one, one, one[0]) @ one for one in self.factors]
+            torch.autograd.grad([one.sum() for one in outs], self.factors)
 
     def pool(self) -> _Pool:
         """Return the pool of the graphs that live now; it is given back when the last of them has gone."""
@@ -102,9 +109,8 @@ class CudaGraphs:
     def _make_workspaces(self) -> None:
         """Make the workspaces of this thread, and of the one that runs its backwards, if they are not there."""
         graph, shared = torch.cuda.CUDAGraph(), self._shared
-        with self.lock, self._captured(graph, shared.workspaces), torch.inference_mode(False), torch.enable_grad():
-            outs = [torch.nn.functional.linear(one, one, one[0]) @ one for one in shared.factors]
-            torch.autograd.grad([one.sum() for one in outs], shared.factors)
+        with self.lock, self._captured(graph, shared.workspaces):
+            shared.multiply()
         if not shared.kept:
             shared.kept.append(graph)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import helpers
 import pytest
 from swinaccel.kernels import run
 from triton import knobs
@@ -93,3 +98,30 @@ def test_launchers_are_built_at_the_same_time(monkeypatch):
     monkeypatch.setattr(Compiled, "__getitem__", lambda compiled, grid: together.wait())
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda name: run.compile_ahead(Kernel(name), (1,), (), {}), "abcd"))
+
+
+FIRST = """
+import sys, torch, swinaccel, helpers
+from swinaccel.kernels import run
+
+def noted(kernel, *given, plain=run.compile_ahead):
+    plain(kernel, *given)
+    names.append(kernel.__name__)
+
+names, run.compile_ahead = [], noted
+model = swinaccel.accelerate(helpers.timm_v1().cuda().half().eval())
+with torch.inference_mode():
+    model(torch.randn(2, 3, 56, 56, device="cuda", dtype=torch.float16))
+print(*sorted(set(names)))
+"""
+
+
+@pytest.mark.gpu
+def test_the_first_call_of_a_process_compiles_all_kernels_at_once(tmp_path):
+    """Nothing has set up the GPU's libraries before."""
+    paths = [str(Path(helpers.__file__).parent), *sys.path]
+    given = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | given
+    command = [sys.executable, "-c", FIRST]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert {"_window_attention_fwd_small_kernel", "_norm_kernel"} <= set(done.stdout.split()), done.stderr

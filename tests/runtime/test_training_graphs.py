@@ -94,6 +94,25 @@ def test_steps_of_an_optimizer(name):
     assert {entry.calls for entry in swinaccel.report(model)} == {12}
 
 
+def test_the_same_numbers_in_all_buffers_change_nothing():
+    """DDP of several ranks writes them before each forward, in indices too."""
+    model, twin, x = made()
+    for number in range(6):
+        for one in model.buffers():
+            one.copy_(one.clone())
+        step(model, x + number)
+        step(twin, x + number)
+    assert_alike(model, twin)
+    assert replays(model) == 5
+    for every in (model, twin):
+        every.zero_grad()
+        index = every.layers[0].blocks[0].attn.relative_position_index
+        index.copy_(torch.zeros_like(index))
+        step(every, x)
+    assert_alike(model, twin)
+    assert replays(model) == 5
+
+
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_after_the_capture(edit):
     if edit in ("half", "bfloat16") and DEVICE == "cpu":

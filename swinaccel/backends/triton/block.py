@@ -130,7 +130,8 @@ def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype | None = None, st
 def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float | None) -> Any:
     from ...kernels import fusion_launch, pointwise
 
-    rows, shape = batch * ((height + 1) // 2) * ((width + 1) // 2), fusion_launch.rows(4 * channels)
+    rows = batch * ((height + 1) // 2) * ((width + 1) // 2)
+    shape = fusion_launch.merged_rows(rows, channels)
     numbers = rows, height, width, 0.0 if eps is None else eps, channels, eps is not None
     return Launch(
         pointwise._merge_kernel,

@@ -68,7 +68,7 @@ def merge(grad_out: Tensor, x: Tensor, stats: Tensor | None, weight: Tensor | No
     grad_x, rows = torch.empty_like(x), grad_out.numel() // (4 * channels)
     if not rows:
         return grad_x, torch.zeros((2, 4 * channels), dtype=torch.float32, device=device)
-    shape = fusion_launch.rows(4 * channels)
+    shape = fusion_launch.merged_rows(rows, channels)
     programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
     sums = None if stats is None else torch.empty((programs, 2, 4 * channels), dtype=torch.float32, device=device)
     key = ("merge backward", device, rows, height, width, channels, stats is not None, programs)
@@ -81,7 +81,7 @@ def _plan_merge(
 ) -> Any:
     from ...kernels import fusion_launch, pointwise_bwd
 
-    shape = fusion_launch.rows(4 * channels)
+    shape = fusion_launch.merged_rows(rows, channels)
     return Launch(
         pointwise_bwd._merge_bwd_kernel,
         (programs,),
