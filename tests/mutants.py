@@ -636,7 +636,7 @@ MUTANTS = [
             ("graphs", "torch._C._current_graph_task_id() == -1", "True", GRAPH_CONTENTS),
             ("graphs", "torch._C._autograd._top_saved_tensors_default_hooks(False) is None", "True", GRAPH_CONTENTS),
             ("capture", "[one.clone() for one in self._outputs]", "list(self._outputs)", GRAPHS),
-            ("capture", "self._where() == self._places and self._counts()", "self._counts()", GRAPHS),
+            ("capture", "self._where() == self._places and self.is_safe()", "self.is_safe()", GRAPHS),
             ("capture", "with _without_autocast_cache(), ", "with ", GRAPHS),
             ("capture", "        with engine.lock:", "        if True:", GRAPHS),
             ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
