@@ -70,7 +70,7 @@ class TileMixers:
             return None
         window, shift = (module.tile,) * 2, (module.offset,) * 2
         head_dim = module.to_out.in_features // module.heads
-        return WindowSpec(self.name, window, shift, module.heads, head_dim, cosine=False)
+        return WindowSpec(self.name, window, shift, module.heads, head_dim)
 
     def attention(self, module: nn.Module) -> nn.Module:
         return module

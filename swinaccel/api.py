@@ -128,23 +128,15 @@ def report(model: nn.Module) -> Report:
         found.append(module)
         marked = patching.marking_of(module)
         if marked is None:
-            reason = _refusal(module, family, spec) or "accelerate() was not called on it, or its filter left it out"
+            reason = patching.foreign_reason(module, family.method) or probe.judge(module, family, spec)
+            reason = reason or "accelerate() was not called on it, or its filter left it out"
             entries.append(_entry(name, spec, "original", reason))
             continue
         state = state_of(module)
         precision, why = _precision(marked.config, state)
-        entries.append(
-            _entry(
-                name,
-                spec,
-                "accelerated",
-                state.reason or _failure(model, module) or why,
-                precision=precision,
-                bias=state.bias,
-                calls=state.calls,
-                fallbacks=state.fallbacks,
-            )
-        )
+        reason = state.reason or _failure(model, module) or why
+        counts = {"bias": state.bias, "calls": state.calls, "fallbacks": state.fallbacks, "precision": precision}
+        entries.append(_entry(name, spec, "accelerated", reason, **counts))
     return Report([*entries, *_near_misses(model, found)], _graphs(model))
 
 
@@ -227,7 +219,7 @@ def _is_marked(name: str, module: nn.Module, *_: Any) -> Verdict:
 def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
     found, marked = families.match(module), patching.marking_of(module)
     if found is None and marked is not None and is_family(family := marked.adapter):
-        return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0, False)  # changed beyond recognition
+        return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0)  # changed beyond recognition
     return found
 
 
@@ -248,21 +240,13 @@ def _survey(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, 
         if config.filter is not None and not config.filter(name, module):
             reasons[module] = _LEFT_OUT
             return "leave"
-        reasons[module] = foreign = patching.foreign_reason(module, family.method)
-        if foreign is None:
-            reasons[module] = _refusal(module, family, spec)
+        foreign = patching.foreign_reason(module, family.method)
+        reasons[module] = foreign or probe.judge(module, family, spec)
         return "yes" if reasons[module] is None else "no" if foreign is None else "leave"
 
     for name, module, family, spec in _attentions(model, judge):
         status = "accelerated" if reasons[module] is None else "original"
         yield module, family, spec, _entry(name, spec, status, reasons[module])
-
-
-def _refusal(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
-    reason = patching.foreign_reason(module, family.method)
-    if reason is not None:
-        return reason
-    return probe.judge(module, family, spec)
 
 
 def _entry(name: str, spec: WindowSpec, status: str, reason: str | None, **counts: Any) -> Entry:

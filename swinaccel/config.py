@@ -110,17 +110,15 @@ class AccelConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
         if not isinstance(self.graphs, (str, bool)):  # 0 and 1 are equal to them
             raise ValueError(f"graphs must be 'auto', True or False; got {self.graphs!r}")
-        share = self.graphs_memory
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        share, error, energy = self.graphs_memory, self.max_error, self.bias_energy
+        if not _is_number(share) or not 0 < share <= 1:
             raise ValueError(
                 f"graphs_memory must be a number in (0, 1], a fraction of the device's memory; got {share!r}"
             )
-        error = self.max_error
-        if isinstance(error, bool) or not isinstance(error, (int, float)) or not error > 0:
+        if not _is_number(error) or not error > 0:
             raise ValueError(f"max_error must be a positive number, a relative error such as 0.1; got {error!r}")
-        energy = self.bias_energy
         if energy is not None:
-            if isinstance(energy, bool) or not isinstance(energy, (int, float)):
+            if not _is_number(energy):
                 raise TypeError(f"bias_energy must be None or a number in (0, 1]; got {energy!r}")
             if not 0 < energy <= 1:
                 raise ValueError(f"bias_energy must lie in (0, 1], a fraction such as 0.995; got {energy!r}")
@@ -143,6 +141,10 @@ class AccelConfig:
         options = asdict(self)
         del options["filter"]
         return json.dumps(options, sort_keys=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def takes_options(function: _Function) -> _Function:
@@ -237,11 +239,7 @@ def setup_logging() -> None:
     text = os.environ.get("SWINACCEL_LOG")
     if not text:
         return
-    level = (
-        logging.getLevelNamesMapping().get(text.strip().upper())
-        if hasattr(logging, "getLevelNamesMapping")
-        else getattr(logging, text.strip().upper(), None)
-    )
+    level = logging.getLevelName(text.strip().upper())  # of a name that is none, a text
     if not isinstance(level, int):
         raise ValueError(f"SWINACCEL_LOG={text!r} is not usable: set it to debug, info, warning or error")
     logging.getLogger("swinaccel").setLevel(level)

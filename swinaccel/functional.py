@@ -269,7 +269,8 @@ def _check_images(qkv: Any) -> tuple[Tensor, ...]:
     """Return qkv, checked, as one packed tensor or three."""
     parts = tuple(qkv) if isinstance(qkv, (tuple, list)) else (qkv,)
     if len(parts) not in (1, 3) or (len(parts) == 1 and not isinstance(qkv, Tensor)):
-        raise TypeError(f"qkv must be a tensor or three of them; got {_kind(qkv)}")
+        count = f" of {len(qkv)}" if isinstance(qkv, (tuple, list)) else ""
+        raise TypeError(f"qkv must be a tensor or three of them; got {type(qkv).__name__}{count}")
     for part in parts:
         check_tensor("qkv", part)
         if part.dim() not in (4, 5):
@@ -284,10 +285,6 @@ def _check_images(qkv: Any) -> tuple[Tensor, ...]:
             raise TypeError(f"qkv must be three tensors of one dtype; got {', '.join(str(p.dtype) for p in parts)}")
         check_device("qkv's three", part, parts[0], "the first one")
     return parts
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 def factored_bias_attention(

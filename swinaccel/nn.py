@@ -174,10 +174,8 @@ class ShiftedWindowAttention(_Attention):
         self.shift_size = check_axes("shift_size", shift_size, 0)
         if not all(step < side for step, side in zip(self.shift_size, self.window_size, strict=True)):
             raise ValueError(f"shift_size must be less than window_size, {self.window_size}; got {shift_size!r}")
-        self.attention_dropout, self.dropout = (
-            check_dropout(attention_dropout, "attention_dropout"),
-            check_dropout(dropout),
-        )
+        self.attention_dropout = check_dropout(attention_dropout, "attention_dropout")
+        self.dropout = check_dropout(dropout)
         self._positions()
 
     def _positions(self) -> None:

@@ -241,7 +241,7 @@ def unmark(modules: Iterable[nn.Module]) -> None:
             try:
                 remove(key)
             except ValueError as error:  # what stays runs originals, and goes when the wrapper on top has gone
-                logger.warning("swinaccel: %s.%s keeps a dispatcher that does nothing: %s", *_named(key), error)
+                logger.warning("%s.%s keeps a dispatcher that does nothing: %s", key[0].__name__, key[1], error)
 
 
 @contextmanager
@@ -282,10 +282,6 @@ def _install(cls: type, method: str) -> None:
     setattr(cls, PROVEN, getattr(cls, PROVEN, frozenset()))
 
 
-def _named(key: tuple[type, str]) -> tuple[str, str]:
-    return key[0].__name__, key[1]
-
-
 def remove(key: tuple[type, str]) -> None:
     """Remove the dispatcher from a method of a class; wrapt raises where another wrapper has been put on top of it."""
     cls, method = key
@@ -315,14 +311,10 @@ def _run(method: Callable[..., Any], name: str, module: Any, args: tuple[Any, ..
     if text is None or _is_off(compiling) or ((compiling or may_be_disabled()) and env_disabled()):
         return method(module, *args, **kwargs)
     found = _parsed.get(text)
-    if found is None:
-        found = None if compiling else decode(text)  # another process may have written it
-        if found is None:
-            return method(module, *args, **kwargs)
-    entry = found.entries.get(name)
-    if entry is None:
-        return method(module, *args, **kwargs)
-    return call(entry, module, method, args, kwargs)
+    if found is None and not compiling:
+        found = decode(text)  # another process may have written it
+    entry = None if found is None else found.entries.get(name)
+    return method(module, *args, **kwargs) if entry is None else call(entry, module, method, args, kwargs)
 
 
 def _dispatcher(method: Callable[..., Any], name: str) -> Callable[..., Any]:

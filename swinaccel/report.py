@@ -65,6 +65,15 @@ class Graph:
         return f"{self.name or '(model)'}: {self.captured} graphs of {size}, {self.replays} replays{why}"
 
 
+def as_text(shown: Any, width: int) -> str:
+    """Return what rich shows of something, in so many columns."""
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=width, highlight=False).print(shown.__rich__())
+    return text.getvalue().rstrip()
+
+
 class Report:
     """Entries in the order of the model, unknown families last; iterates, counts and prints as a table.
 
@@ -116,13 +125,7 @@ class Report:
         return f"<{self.summary()}>"
 
     def __str__(self) -> str:
-        if not self.entries:
-            return self.summary()
-        from rich.console import Console
-
-        text = StringIO()
-        Console(file=text, width=140, highlight=False).print(self.__rich__())
-        return text.getvalue().rstrip()
+        return as_text(self, 140) if self.entries else self.summary()
 
     def __rich__(self) -> Any:
         """Return the table, for rich."""

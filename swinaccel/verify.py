@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -51,9 +51,7 @@ class VerifyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
-        values = asdict(self)
-        values["report"] = self.report.to_dict()
-        return values
+        return asdict(self) | {"report": self.report.to_dict()}
 
     def __str__(self) -> str:
         errors = (
@@ -105,7 +103,7 @@ def verify(model: nn.Module, *example_inputs: Any, **options: Unpack[Options]) -
                 original = _flat(model(*example_inputs))
             if api.report(model).graphs:  # what is compared shall be a replay, after other inputs
                 for _ in range(CAPTURED_CALL):
-                    model(*map(_shifted, example_inputs))
+                    model(*_changed(example_inputs, lambda one: one + 1))
             found = _flat(model(*example_inputs))
             with api.disabled():
                 reference, dtype = _reference(model, example_inputs)
@@ -140,31 +138,20 @@ def _reference(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor],
     dtype = torch.float32 if any(p.device.type == "mps" for p in model.parameters()) else torch.float64
     twin = copy.deepcopy(model)
     twin.to(dtype)
-    return _flat(twin(*(_cast(value, dtype) for value in inputs))), dtype
+    return _flat(twin(*_changed(inputs, lambda one: one.to(dtype)))), dtype
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _shifted(value: Any) -> Any:
-    return value + 1 if isinstance(value, Tensor) and value.is_floating_point() else value
+def _changed(inputs: Iterable[Any], change: Callable[[Tensor], Tensor]) -> list[Any]:
+    """Return inputs of a model, with a change of all that are floating-point tensors."""
+    return [change(one) if isinstance(one, Tensor) and one.is_floating_point() else one for one in inputs]
 
 
 def _flat(output: Any) -> list[Tensor]:
-    return list(_tensors(output))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
+    """Return the floating-point tensors of an output, in whatever containers."""
     if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _flat(part)]
 
 
 def _kinds(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 Prints microseconds of thread time, the smallest of 40 repeats, of a block in inference: the original's modules aside,
 what is left is dispatch, guards, plans, allocations and the launchers. No GPU is needed, and no number means anything
-on one; compare two versions on the same machine, in turns.
+on one; compare two versions on the same machine, in turns. With --profile it counts calls and moves in place of that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _is_empty = False
 def _product(x, weight, bias=None):
     if not _is_empty:
         return _linear(x, weight, bias)
-    key = (x.shape, weight.shape)
+    key = (x.dtype, x.shape, weight.shape)
     found = _outputs.get(key)
     if found is None:
         found = _outputs[key] = _linear(x, weight, bias)
@@ -39,7 +39,7 @@ def _product(x, weight, bias=None):
 def main() -> None:
     global _is_empty
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", action="store_true", help="count the calls and moves between files of one call")
+    parser.add_argument("--profile", action="store_true", help="count calls and moves between files, in fp32 and fp16")
     options = parser.parse_args()
     torch.set_num_threads(1)
     F.linear = functools.partial(_product)  # before anyone looks at whose function it is
@@ -48,6 +48,7 @@ def main() -> None:
     import helpers
 
     import swinaccel
+    from swinaccel.backends.triton import block as kernels
     from swinaccel.backends.triton import launches
 
     def compile_nothing(self, index, tensors, kind):
@@ -64,11 +65,15 @@ def main() -> None:
         "torchvision V1": (helpers.torchvision_model().features[1][1], (torch.randn(1, 8, 8, 16),)),
         "torchvision V2": (helpers.torchvision_model(v2=True).features[1][1], (torch.randn(1, 8, 8, 16),)),
     }
-    for name, (block, inputs) in blocks.items():
+    chosen = kernels.pays_in_one, kernels.linear_gelu_launch
+    in_parts = lambda *_: False, lambda device, rows, _, hidden: kernels.gelu_launch(device, rows * hidden)
+    # Times are of half precision, since in fp32 PyTorch's own GELU is run. Moves are of both, whose launches differ,
+    # and of an MLP in parts, which larger models have on GPUs with a copy engine.
+    ways = ["float16", "float32", "float16 in parts"] if options.profile else ["float16"]
+    for (name, (block, inputs)), way in itertools.product(blocks.items(), ways):
         _is_empty = False
-        # Times are of half precision, since in fp32 PyTorch's own GELU is run; moves of fp32, which has fewer launches,
-        # each of them a move to the launcher and one back.
-        dtype = torch.float32 if options.profile else torch.float16
+        dtype = getattr(torch, way.split()[0])
+        kernels.pays_in_one, kernels.linear_gelu_launch = in_parts if "parts" in way else chosen
         swinaccel.accelerate(block.eval().to(dtype), backend="triton")
         inputs = tuple(one.to(dtype) if isinstance(one, torch.Tensor) else one for one in inputs)
         _is_empty = True
@@ -77,11 +82,13 @@ def main() -> None:
         with torch.no_grad():
             for _ in range(5):
                 block(*inputs)
-            best = min(_repeat(block, inputs) for _ in range(40))
-            moves = _trace(block, inputs) if options.profile else ""
+            if options.profile:
+                measured = f"{way}: {_trace(block, inputs)}"
+            else:
+                measured = f"{min(_repeat(block, inputs) for _ in range(40)):6.1f} us"
         (entry,) = swinaccel.report(block)
         assert entry.fallbacks == 0, entry.reason
-        print(f"{name:22} {best:6.1f} us  {moves}")
+        print(f"{name:22} {measured}")
 
 
 def _repeat(block, inputs, calls: int = 200) -> float:

@@ -101,11 +101,7 @@ def test_kernels_import_triton_only(path):
     for name in imports(path):
         root = name.split(".")[0]
         own = name.startswith("swinaccel.kernels.")
-        assert (
-            root == "triton"
-            or own
-            or name.startswith(("collections", "dataclasses", "functools", "math", "typing", "__future__"))
-        ), name
+        assert root == "triton" or own or root in sys.stdlib_module_names, name
 
 
 def test_only_the_triton_backend_imports_the_kernels():
@@ -228,10 +224,10 @@ def test_public_names():
 
 
 def test_one_call_moves_between_few_files():
-    """A reader who follows one inference call of a block, in whatever family, opens another file 15 times at most."""
+    """Whoever follows an inference call of a block, of whatever family and dtype, changes files 15 times at most."""
     command = [sys.executable, str(ROOT / "tests" / "host_time.py"), "--profile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    moves = {line[:22].strip(): int(line.split()[-2]) for line in done.stdout.splitlines()}
-    assert len(moves) == 8
+    moves = {line.split(":")[0]: int(line.split()[-2]) for line in done.stdout.splitlines()}
+    assert len(moves) == 24
     assert max(moves.values()) <= 15, moves

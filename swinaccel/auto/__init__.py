@@ -85,12 +85,9 @@ def _follow(module: types.ModuleType) -> None:
     """Watch the classes of a library's module, where this version has them."""
     with _lock:
         for name in LIBRARIES[module.__name__] if _is_on else ():
-            cls = getattr(module, name, None)
-            if (
-                isinstance(cls, type)
-                and cls not in _handles
-                and isinstance(cls.__dict__.get("forward"), types.FunctionType)
-            ):
+            cls: Any = getattr(module, name, None)
+            has_forward = isinstance(cls, type) and isinstance(vars(cls).get("forward"), types.FunctionType)
+            if has_forward and cls not in _handles:
                 _handles[cls] = wrapt.wrap_object(cls, "forward", cast(Any, _watched))
 
 
@@ -108,8 +105,10 @@ def _watched(forward: Any) -> Any:
 
 def _first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Accelerate an instance, unless the program has done so, or this call is none of its own."""
+    global _has_told
     first = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-    if context_reason(first) is not None or _is_capturing():
+    is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if context_reason(first) is not None or is_capturing:
         return
     with _lock:
         if model in _seen or not _is_on:  # what could not be taken away looks at no model
@@ -122,15 +121,6 @@ def _first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         except Exception as error:  # an unusable variable, or strict
             logger.warning("auto mode leaves a %s as it is: %s", type(model).__name__, error)
         else:
-            _tell(type(model).__name__, report(model).summary())
-
-
-def _tell(name: str, text: str) -> None:
-    """Log one line that is seen by default, and of further models one each at the level of information."""
-    global _has_told
-    logger.log(logging.INFO if _has_told else logging.WARNING, "auto mode, %s: %s", name, text)
-    _has_told = True
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            level = logging.INFO if _has_told else logging.WARNING  # of one model it is seen by default
+            logger.log(level, "auto mode, %s: %s", type(model).__name__, report(model).summary())
+            _has_told = True

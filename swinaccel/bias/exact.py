@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..spec.arguments import check_positive
+
 
 def alibi_factors(
     num_heads: int,
@@ -33,10 +35,7 @@ def alibi_factors(
     Source: Press et al. 2022, arXiv:2108.12409.
     """
     for name, value in (("num_heads", num_heads), ("num_tokens", num_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer; got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more; got {value}")
+        check_positive(name, value)
     slope = torch.as_tensor(alibi_slopes(num_heads) if slopes is None else slopes, device=device, dtype=dtype)
     if slope.shape != (num_heads,):
         raise ValueError(f"slopes must hold one number per head, {num_heads}; got shape {tuple(slope.shape)}")

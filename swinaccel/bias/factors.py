@@ -43,9 +43,8 @@ def factorize_bias(
     """
     _check_bias(bias)
     least, largest = 1, min(bias.shape[1:])
-    given = [
-        name for name, value in (("rank", rank), ("energy", energy), ("tolerance", tolerance)) if value is not None
-    ]
+    options = {"rank": rank, "energy": energy, "tolerance": tolerance}
+    given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"rank, energy and tolerance exclude each other; got {' and '.join(given)}")
     bias = bias.detach()
@@ -70,7 +69,10 @@ def factorize_bias(
     if rank is not None:
         return of(rank)
     if energy is not None:
-        _check_energy(energy)
+        if isinstance(energy, bool) or not isinstance(energy, (int, float)):
+            raise TypeError(f"energy must be None or a number in (0, 1]; got {energy!r}")
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy must lie in (0, 1], a fraction such as 0.995; got {energy!r}")
         kept = values.double().square().cumsum(-1)
         enough = kept >= energy * (1 - 1e-12) * kept[..., -1:]
         return of(int(enough.int().argmax(-1).max()) + 1)
@@ -103,13 +105,6 @@ def _check_bias(bias: Tensor) -> None:
         raise ValueError(f"bias must have shape (heads, N, K), none of them 0; got {tuple(bias.shape)}")
     if not bool(torch.isfinite(bias).all()):
         raise ValueError("bias must be finite to have factors; keep -inf for the mask")
-
-
-def _check_energy(energy: float) -> None:
-    if isinstance(energy, bool) or not isinstance(energy, (int, float)):
-        raise TypeError(f"energy must be None or a number in (0, 1]; got {energy!r}")
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy must lie in (0, 1], a fraction such as 0.995; got {energy!r}")
 
 
 def factorize(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -66,12 +66,7 @@ def factors(section: Section, config: AccelConfig, dtype: torch.dtype) -> Factor
     """
     if section.table is None or section.index is None or section.geometry.tokens < MIN_TOKENS or not wanted(config):
         return None
-    key = (
-        *(_version(tensor) for tensor in (*section.sources, section.index)),
-        dtype,
-        config.bias,
-        config.bias_energy,
-    )
+    key = (*map(_version, (*section.sources, section.index)), dtype, config.bias, config.bias_energy)
     per_source = _known.get(section.sources[0])
     if per_source is None or per_source[0] != key:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

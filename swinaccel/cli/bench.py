@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -22,7 +21,7 @@ from typing_extensions import Unpack
 
 from .. import api
 from ..config import Options
-from ..report import Report
+from ..report import Report, as_text
 from ..runtime.block import HALVES
 from ..runtime.precision import device_reason
 from ..verify import _flat
@@ -81,11 +80,7 @@ class BenchResult:
         return variant.name
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = StringIO()
-        Console(file=text, width=120, highlight=False).print(self.__rich__())
-        return text.getvalue().rstrip()
+        return as_text(self, 120)
 
     def __rich__(self) -> Any:
         """Return the table and what explains it, for rich."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,9 +80,10 @@ def examine() -> Diagnosis:
     _look_at_cache(found)
     _look_at_packages(found)
     _look_at_device(found, device)
-    if _is_disabled():
-        found.backend, found.reason = None, "SWINACCEL_DISABLE is set; unset it to accelerate"
-        return found
+    with suppress(ValueError):  # which is a problem already
+        if env_disabled():
+            found.reason = "SWINACCEL_DISABLE is set; unset it to accelerate"
+            return found
     found.backend, found.reason = _choice(device)
     try:
         error = _try(device, found.backend)
@@ -100,21 +102,13 @@ def examine() -> Diagnosis:
     return found
 
 
-def _is_disabled() -> bool:
-    try:
-        return env_disabled()
-    except ValueError:  # which is a problem already
-        return False
-
-
 def _choice(device: torch.device) -> tuple[str, str]:
-    backend = backend_of(AccelConfig(), device)
-    if backend == "triton":
-        return (
-            backend,
-            "TRITON_INTERPRET=1 interprets the kernels, slowly" if device.type == "cpu" else "there is a GPU",
-        )
-    return backend, "there is no GPU; inference runs a rearranged section in plain PyTorch, training the originals"
+    backend, reason = backend_of(AccelConfig(), device), "there is a GPU"
+    if backend == "torch":
+        reason = "there is no GPU; inference runs a rearranged section in plain PyTorch, training the originals"
+    elif device.type == "cpu":
+        reason = "TRITON_INTERPRET=1 interprets the kernels, slowly"
+    return backend, reason
 
 
 def _try(device: torch.device, backend: str) -> float:

@@ -40,8 +40,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Such as timm:swinv2_tiny_window16_256.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Pretrained = Annotated[
-    bool,
-    typer.Option("--pretrained/--no-pretrained", help="The library's weights (a download), or random ones."),
+    bool, typer.Option("--pretrained/--no-pretrained", help="The library's weights (a download), or random ones.")
 ]
 Size = Annotated[int | None, typer.Option(help="Side of the input images, in pixels. Default: the model's own.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a call.")]
@@ -53,8 +52,7 @@ Device = Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu. Default
 Backend = Annotated[str, typer.Option(help="auto, triton or torch.")]
 Bias = Annotated[str, typer.Option(help="Form of the position bias: auto, table or factors.")]
 BiasEnergy = Annotated[
-    float | None,
-    typer.Option(help="Energy that bias factors must hold, such as 0.995. Default: all but rounding."),
+    float | None, typer.Option(help="Energy that bias factors must hold, such as 0.995. Default: all but rounding.")
 ]
 
 

@@ -36,29 +36,10 @@ from .window_attention import WindowAttention
 
 # A module is the first's that recognises it: attention by itself comes last.
 FAMILIES: list[Family] = [
-    Timm(),
-    TimmCr(),
-    Torchvision(),
-    Torchvision3d(),
-    HuggingFaceSwin(),
-    HuggingFaceSwinLegacy(),
-    Microsoft(),
-    SwinIR(),
-    Rolling(),
-    Hat(),
-    Detection(),
-    ShiftWindowMSA(),
-    Video(),
-    Aurora(),
-    Earth(),
-    Rectangles(),
-    WindowAttention(),
-    HuggingFaceAttention(),
-    Renamed(),
-    Mutual(),
-]
-
-
+    Timm(), TimmCr(), Torchvision(), Torchvision3d(), HuggingFaceSwin(), HuggingFaceSwinLegacy(), Microsoft(), SwinIR(),
+    Rolling(), Hat(), Detection(), ShiftWindowMSA(), Video(), Aurora(), Earth(), Rectangles(), WindowAttention(),
+    HuggingFaceAttention(), Renamed(), Mutual(),
+]  # fmt: skip
 BLOCK_ADAPTERS: list[BlockAdapter] = [TorchvisionBlock(), PatchMerging(), PatchEmbed(), Embeddings()]
 CAPTURED = Captured()
 

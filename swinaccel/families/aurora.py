@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..spec.window import Axes, Section, WindowSpec
-from .shared.common import is_idle, sides
+from .shared.common import AttentionItself, is_idle, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
-class Aurora:
+class Aurora(AttentionItself):
     """An attention with `lora_qkv` and `lora_proj` beside its projections; they are modules, or give 0."""
 
     name = "aurora"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         window, heads = sides(getattr(module, "window_size", None)), getattr(module, "num_heads", None)
@@ -33,10 +32,7 @@ class Aurora:
             return None
         if not callable(module.lora_qkv) or not callable(module.lora_proj):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
+        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         called = module.qkv, module.proj, module.lora_qkv, module.lora_proj

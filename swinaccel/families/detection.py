@@ -13,19 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.block import Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import OfficialBlock, block_spec, strange_mask
+from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
+from .shared.blocks import OfficialBlock, block_spec, sized_geometry, strange_mask
 from .shared.common import pair, positional_names
 from .shared.official import attention_projections, attention_section, attention_spec
-
-
-def padded_geometry(module: Any, x: Tensor, size: Any, shift: int) -> Geometry | str:
-    sides = pair(size)
-    if sides is None:
-        return "height and width are not there as numbers"
-    if x.dim() != 3 or x.shape[1] != sides[0] * sides[1]:
-        return f"the input's tokens are not {sides[0]}x{sides[1]}"
-    return Geometry(sides, (module.window_size,) * 2, (shift, shift))
 
 
 class Detection(OfficialBlock):
@@ -40,7 +31,7 @@ class Detection(OfficialBlock):
         return block_spec(self.name, module, 2)
 
     def section(self, module: Any, x: Tensor, mask_matrix: Any) -> Section | str:
-        geometry = padded_geometry(module, x, (module.H, module.W), module.shift_size)
+        geometry = sized_geometry(x, (module.H, module.W), module.window_size, module.shift_size)
         if isinstance(geometry, str):
             return geometry
         mask = mask_matrix if module.shift_size > 0 else None
@@ -88,7 +79,7 @@ class ShiftWindowMSA:
                 return "the image is smaller than the window, which the original refuses"
             if min(sides) == module.window_size:
                 shift = 0
-        geometry = padded_geometry(module, query, hw_shape, shift)
+        geometry = sized_geometry(query, hw_shape, module.window_size, shift)
         return geometry if isinstance(geometry, str) else attention_section(module.w_msa, geometry)
 
     def forward(self, module: Any, attend: Any, query: Tensor, hw_shape: Any) -> Tensor:

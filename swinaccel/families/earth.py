@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
-from .shared.common import drop_rate, is_idle, is_index, sides
+from .shared.common import AttentionItself, drop_rate, is_idle, is_index, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
-class Earth:
+class Earth(AttentionItself):
     """An attention with `earth_position_bias_table` (T, rows, heads) and `earth_position_index` (N, N)."""
 
     name = "earth"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         window, heads = sides(getattr(module, "window_size", None)), getattr(module, "num_heads", None)
@@ -35,10 +34,7 @@ class Earth:
             return None
         if not is_index(module.earth_position_index, math.prod(window)):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
+        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.qkv, module.proj

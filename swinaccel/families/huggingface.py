@@ -62,19 +62,14 @@ class HuggingFaceSwin(HuggingFaceLayer):
             return None
         if not hasattr(module, "set_shift_and_window_size") or not hasattr(attn, "o_proj"):
             return None
-        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.head_dim, False)
+        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.head_dim)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         attn = module.attention
         return attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
 
     def section(
-        self,
-        module: Any,
-        hidden_states: Tensor,
-        input_dimensions: Any,
-        always_partition: bool = False,
-        **kwargs: Any,
+        self, module: Any, hidden_states: Tensor, input_dimensions: Any, always_partition: bool = False, **kwargs: Any
     ) -> Section | str:
         attn = module.attention
         if attn.config._attn_implementation != "sdpa":
@@ -110,13 +105,7 @@ class HuggingFaceSwin(HuggingFaceLayer):
         )
 
     def forward(
-        self,
-        module: Any,
-        attend: Any,
-        hidden_states: Tensor,
-        input_dimensions: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, module: Any, attend: Any, hidden_states: Tensor, input_dimensions: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         batch, _, channels = hidden_states.shape
         image = module.layernorm_before(hidden_states).view(batch, *input_dimensions, channels)

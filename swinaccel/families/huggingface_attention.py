@@ -31,7 +31,7 @@ class HuggingFaceAttention(StackedAttention):
             return None
         if not is_table(attn.relative_position_bias_table, attn.relative_position_index, window, heads):
             return None
-        return WindowSpec(self.name, window, (0, 0), heads, attn.attention_head_size, False)
+        return WindowSpec(self.name, window, (0, 0), heads, attn.attention_head_size)
 
     def window(self, module: Any) -> Axes:
         return tuple(module.self.window_size)

@@ -15,12 +15,7 @@ from ..spec.block import Block, Tokens
 from ..spec.window import Section, WindowSpec
 from .huggingface import HuggingFaceLayer, square_geometry
 from .huggingface_attention import outer_section
-from .shared.common import (
-    is_index,
-    is_position_mlp,
-    pair,
-    positional_names,
-)
+from .shared.common import has_table_rows, is_index, is_position_mlp, pair, positional_names
 
 
 class HuggingFaceSwinLegacy(HuggingFaceLayer):
@@ -35,22 +30,16 @@ class HuggingFaceSwinLegacy(HuggingFaceLayer):
             return None
         if not all(hasattr(module, name) for name in ("layernorm_before", "layernorm_after", "intermediate")):
             return None
-        window, heads, cosine = (
-            pair(tuple(attn.window_size)),
-            attn.num_attention_heads,
-            hasattr(attn, "logit_scale"),
-        )
+        window, heads = pair(tuple(attn.window_size)), attn.num_attention_heads
         if window is None or not is_index(attn.relative_position_index, window[0] * window[1]):
             return None
-        if cosine:
+        if hasattr(attn, "logit_scale"):
             mlp = attn.continuous_position_bias_mlp
             if not is_position_mlp(mlp, heads) or attn.logit_scale.numel() != heads:
                 return None
-        elif not isinstance(attn.relative_position_bias_table, Tensor) or attn.relative_position_bias_table.shape[
-            0
-        ] != (2 * window[0] - 1) * (2 * window[1] - 1):
+        elif not has_table_rows(attn.relative_position_bias_table, window, heads):
             return None
-        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size, cosine)
+        return WindowSpec(self.name, (size, size), (module.shift_size,) * 2, heads, attn.attention_head_size)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         attn = module.attention.self

@@ -14,14 +14,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import strange_mask, undivided
-from .shared.common import drop_rate, is_index, pair
+from .shared.common import AttentionItself, drop_rate, is_index, pair
 
 
-class Rectangles:
+class Rectangles(AttentionItself):
     """An attention with `H_sp`, `W_sp`, and `pos` over `rpe_biases`, without projections."""
 
     name = "rectangles"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         window, heads = pair((module.H_sp, module.W_sp)), module.num_heads
@@ -36,10 +35,7 @@ class Rectangles:
             return None
         if not is_index(module.relative_position_index, rows * cols):
             return None
-        return WindowSpec(self.name, window, (0, 0), heads, module.dim // heads, False)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
+        return WindowSpec(self.name, window, (0, 0), heads, module.dim // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return (module.pos,)

@@ -34,7 +34,7 @@ class Renamed(StackedAttention):
             return None
         if not is_table(module.relative_position_bias_table, module.relative_position_index, window, heads):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads, False)
+        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
 
     def window(self, module: Any) -> Axes:
         return tuple(_window(module))

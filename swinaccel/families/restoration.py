@@ -14,21 +14,15 @@ from torch import Tensor, nn
 
 from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
-from .shared.blocks import OfficialAttention, OfficialBlock, block_spec, strange_mask, undivided
-from .shared.common import is_index, pair
+from .shared.blocks import OfficialAttention, OfficialBlock, block_spec, sized_geometry, strange_mask, undivided
+from .shared.common import is_index
 from .shared.official import attention_section
 
 
 def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
     """Return the windows of a block that is told its size and does not pad."""
-    sides = pair(size)
-    if sides is None:
-        return "the size of the image is given as tensors, as it is while a model is traced"
-    if x.dim() != 3 or x.shape[1] != sides[0] * sides[1]:
-        return f"the input's tokens are not {sides[0]}x{sides[1]}"
-    window, shift = pair(module.window_size), module.shift_size
-    geometry = Geometry(sides, window or (0, 0), (shift, shift))
-    return undivided(geometry) or geometry
+    geometry = sized_geometry(x, size, module.window_size, module.shift_size)
+    return geometry if isinstance(geometry, str) else undivided(geometry) or geometry
 
 
 def told_section(module: Any, attn: Any, x: Tensor, x_size: Any) -> Section | str:

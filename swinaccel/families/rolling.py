@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
 from .restoration import told_examples, told_section
-from .shared.common import pair, positional_names
+from .shared.common import AttentionItself, pair, positional_names
 from .shared.official import attention_projections, attention_spec
 
 
-class Rolling:
+class Rolling(AttentionItself):
     """The official attention with `shift_size`, `attn_mask` and `input_resolution`."""
 
     name = "rolling_attention"
-    method = "forward"
 
     def match(self, module: Any) -> WindowSpec | None:
         shift = getattr(module, "shift_size", None)
@@ -28,9 +27,6 @@ class Rolling:
         if len(positional_names(type(module).forward)) != 2:
             return None
         return attention_spec(self.name, module, (shift, shift))
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return attention_projections(module)

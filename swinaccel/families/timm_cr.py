@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_plain_linear, pair
-from .shared.separate import zero_token
+from .shared.common import drop_rate, pair
+from .shared.separate import separate_padding
 from .timm import Timm, few_windows
 
 
@@ -32,29 +32,27 @@ class TimmCr(Timm):
                 return None
             if attn.meta_mlp.fc1.in_features != 2 or attn.meta_mlp.fc2.out_features != heads:
                 return None
-        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads, True)
+        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.attn.qkv, module.attn.proj
 
     def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
         bias = _bias(attn, geometry.tokens) if _has_bias(attn) else _no_bias(attn, geometry.tokens)
-        return (
-            bias
-            if isinstance(bias, str)
-            else Section(
-                geometry=geometry,
-                num_heads=attn.num_heads,
-                head_dim=attn.proj.in_features // attn.num_heads,
-                project=attn.qkv,
-                output=lambda y: attn.proj_drop(attn.proj(y)),
-                padding=(lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None,
-                **bias,
-                logit_scale=attn.logit_scale,
-                mask=mask,
-                mask_value=mask_value,
-                dropout=drop_rate(attn.attn_drop),
-            )
+        if isinstance(bias, str):
+            return bias
+        return Section(
+            geometry=geometry,
+            num_heads=attn.num_heads,
+            head_dim=attn.proj.in_features // attn.num_heads,
+            project=attn.qkv,
+            output=lambda y: attn.proj_drop(attn.proj(y)),
+            padding=separate_padding(attn.qkv),
+            **bias,
+            logit_scale=attn.logit_scale,
+            mask=mask,
+            mask_value=mask_value,
+            dropout=drop_rate(attn.attn_drop),
         )
 
     def example(self, module: Any) -> tuple[Any, ...]:

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..spec.block import Product
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import is_position_mlp, is_table, logit_scale_reason, position_bias, sides
+from .shared.common import AttentionItself, is_position_mlp, is_table, logit_scale_reason, position_bias, sides
 from .shared.shrinking import example_sizes, prefix, shrinking_geometry
 
 
-class Torchvision:
+class Torchvision(AttentionItself):
     name = "torchvision"
-    method = "forward"
     axes, form = 2, "(B, H, W, C)"
 
     def match(self, module: Any) -> WindowSpec | None:
@@ -33,16 +32,13 @@ class Torchvision:
             return None
         if not isinstance(module.attention_dropout, float) or not isinstance(module.dropout, float):
             return None
-        heads, cosine = module.num_heads, hasattr(module, "logit_scale")
-        if cosine:
+        heads = module.num_heads
+        if hasattr(module, "logit_scale"):
             if not is_position_mlp(module.cpb_mlp, heads) or module.logit_scale.numel() != heads:
                 return None
         elif not is_table(module.relative_position_bias_table, module.relative_position_index, window, heads):
             return None
-        return WindowSpec(self.name, window, shift, heads, module.qkv.in_features // heads, cosine)
-
-    def attention(self, module: Any) -> nn.Module:
-        return module
+        return WindowSpec(self.name, window, shift, heads, module.qkv.in_features // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return ()  # their weights are read past them
@@ -51,9 +47,8 @@ class Torchvision:
         if x.dim() != self.axes + 2:
             return f"torchvision's window attention takes {self.form}, not {x.dim()} axes"
         heads, geometry = module.num_heads, self.geometry(tuple(x.shape[1:-1]), module.window_size, module.shift_size)
-        cosine = hasattr(module, "logit_scale")
         product, drops = Product(module.proj), module.training and module.dropout
-        if cosine:
+        if hasattr(module, "logit_scale"):
             reason = logit_scale_reason(module.logit_scale, heads)
             if reason is not None:
                 return reason
@@ -71,9 +66,9 @@ class Torchvision:
             geometry=geometry,
             num_heads=heads,
             head_dim=x.shape[-1] // heads,
-            project=Product(module.qkv, lambda: _qkv_bias(module, cosine)),
+            project=Product(module.qkv, lambda: _qkv_bias(module)),
             output=(lambda y: F.dropout(product(y), p=module.dropout)) if drops else product,
-            padding=lambda: _qkv_bias(module, cosine),
+            padding=lambda: _qkv_bias(module),
             index=prefix(module.relative_position_index, module.window_size, geometry),
             dropout=module.attention_dropout if module.training else 0.0,
             **bias,
@@ -106,9 +101,9 @@ class Torchvision3d(Torchvision):
         return [(torch.Size((1, *size, module.qkv.in_features)),) for size in sizes]
 
 
-def _qkv_bias(module: Any, cosine: bool) -> Tensor | None:
+def _qkv_bias(module: Any) -> Tensor | None:
     bias = module.qkv.bias
-    if bias is None or not cosine or bias.dim() != 1 or bias.numel() % 3:
+    if bias is None or not hasattr(module, "logit_scale") or bias.dim() != 1 or bias.numel() % 3:
         return bias  # of another size it is spread over the product, and k's part of it is none
     q_bias, k_bias, v_bias = bias.chunk(3)
     return torch.cat((q_bias, torch.zeros_like(k_bias), v_bias))

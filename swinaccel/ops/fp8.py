@@ -125,12 +125,5 @@ def _product(x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
     """Return x weightᵀ + bias, (rows, N)."""
     (left, left_scale), (right, right_scale) = x, weight
     bias = None if bias is None else bias.to(WIDE)
-    return torch._scaled_mm(
-        left,
-        right,
-        scale_a=left_scale,
-        scale_b=right_scale,
-        bias=bias,
-        out_dtype=WIDE,
-        use_fast_accum=fast_accumulation,
-    )
+    scales = {"scale_a": left_scale, "scale_b": right_scale}
+    return torch._scaled_mm(left, right, **scales, bias=bias, out_dtype=WIDE, use_fast_accum=fast_accumulation)

@@ -30,7 +30,8 @@ def open_in_packages(library: Any, name: str, inside: Callable[..., Any], batche
     """
 
     def decompose(mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        if _is_packaging() and _is_on_gpu(args):
+        is_on_gpu = all(type(one) is FunctionalTensor and one.device.type == "cuda" for _, one in _tensors(args))
+        if _is_packaging() and is_on_gpu:
             try:
                 if _are_sizes_known(args, batched):
                     with mode:
@@ -58,10 +59,6 @@ def _is_packaging() -> bool:
 
 def _tensors(args: tuple[Any, ...]) -> list[tuple[int, Tensor]]:
     return [(place, one) for place, one in enumerate(args) if isinstance(one, Tensor)]
-
-
-def _is_on_gpu(args: tuple[Any, ...]) -> bool:
-    return all(type(one) is FunctionalTensor and one.device.type == "cuda" for _, one in _tensors(args))
 
 
 def _are_sizes_known(args: tuple[Any, ...], batched: int) -> bool:

@@ -73,11 +73,11 @@ def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, 
         return 16 * torch.sigmoid(weight.float() @ hidden.t()).t()
 
 
-def _fake_position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
-    return coords.new_empty((weight.shape[0], coords.numel() // 2), dtype=torch.float32).t()
-
-
 open_in_packages(_library, "position_table", backend.position_table, batched=0)
 for _key in ("CUDA", "CPU"):
     _library.impl("position_table", _position_table, _key)
-torch.library.register_fake("swinaccel::position_table", _fake_position_table, lib=_library)
+torch.library.register_fake(
+    "swinaccel::position_table",
+    lambda coords, _, __, weight: coords.new_empty((len(weight), coords.numel() // 2), dtype=torch.float32).t(),
+    lib=_library,
+)

@@ -134,12 +134,13 @@ class BoundAttention:
             except Exception:  # which the operator meets again, notes, and does without
                 pass
         tokens = qkv if k is None or v is None else (qkv, k, v)
+        logit_scale = None if logit_scale is None else logit_scale.reshape(-1)
         given: dict[str, Any] = {
             "table": table,
             "index": index,
             "padding": padding,
             "mask": mask,
-            "logit_scale": None if logit_scale is None else logit_scale.reshape(-1),
+            "logit_scale": logit_scale,
         }
         with torch.no_grad():
             return shifted_window_attention(tokens, self._geometry, **given, **self._options)
@@ -148,38 +149,19 @@ class BoundAttention:
 def bind(
     geometry: Geometry,
     *,
-    device: torch.device,
     dtype: torch.dtype,
-    batch: int,
     num_heads: int,
-    head_dim: int,
-    packed: bool,
-    table: tuple[torch.Size, tuple[int, ...]] | None,
-    has_padding: bool = False,
-    has_mask: bool = False,
     mask_value: float = -100.0,
     scale: float = 1.0,
-    cosine: bool = False,
+    **form: Any,
 ) -> BoundAttention:
     """Bind a problem of attention in inference, without dropout and factors, to its launches: no tensor is needed yet.
 
-    Every tensor of a call is contiguous, but for the table.
-
     Args:
-        device: with its index, as tensors have it.
-        packed: qkv is one tensor (B, H, W, 3 * heads * D), and not three (B, H, W, heads * D).
-        table: shape and strides of the table (T, heads), which comes with an index (N, N).
-        has_padding, has_mask: there is a padding vector (3 * heads * D,), a mask (windows, N, N).
-        cosine: there is a logit_scale (heads,).
-    Raises:
-        ArgumentError: the problem does not fit together.
+        **form: of the tensors of a call; see `backends.triton.window.bind`, also for what it raises.
     """
     options: dict[str, Any] = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
-    forward = forward_launches.bind(
-        geometry, device=device, dtype=dtype, batch=batch, head_dim=head_dim, packed=packed, table=table,
-        has_padding=has_padding, has_mask=has_mask, cosine=cosine, **options,
-    )  # fmt: skip
-    return BoundAttention(forward, geometry, dtype, options)
+    return BoundAttention(forward_launches.bind(geometry, dtype=dtype, **options, **form), geometry, dtype, options)
 
 
 def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = None) -> tuple[Tensor, Any]:
@@ -192,25 +174,12 @@ def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = Non
         geometry = geometry_of(qkv, window, shift, roll_first)
     if not is_readable(qkv, k, v, geometry):
         qkv, k, v = (None if t is None else dense(t, geometry) for t in (qkv, k, v))
+    options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
+    factors = None if factors is None or bound is not None else tuple(factors)
+    drawn = {"dropout": dropout, "seed": seed}
     try:
         return forward_launches.shifted_window_attention(
-            qkv,
-            k,
-            v,
-            geometry,
-            num_heads=num_heads,
-            table=table,
-            index=None if index is None else index.contiguous(),
-            padding=None if padding is None else padding.contiguous(),
-            mask=None if mask is None else mask.contiguous(),
-            mask_value=mask_value,
-            scale=scale,
-            logit_scale=None if logit_scale is None else logit_scale.contiguous(),
-            factors=None if factors is None or bound is not None else tuple(factors),
-            dropout=dropout,
-            seed=seed,
-            for_backward=for_backward,
-            bound=bound,
+            qkv, k, v, geometry, **options, **drawn, factors=factors, for_backward=for_backward, bound=bound
         )
     except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
         raise
@@ -219,7 +188,6 @@ def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = Non
             raise
         head_dim = head_dim_of(qkv, k, num_heads, geometry)
         note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
-        options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
         out = dense(reference_of(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
         shape = lse_shape_of(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
         return out, torch.empty(shape, device=qkv.device)

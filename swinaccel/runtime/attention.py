@@ -126,13 +126,11 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
-    mask_of = getattr(family, "mask_of", _no_mask)
+    mask_of: Any = getattr(family, "mask_of", lambda *_: None)
     mask = mask_of(module, args, kwargs)
     is_given = mask is not None and section.mask is mask
-    if mask is not None and is_given:
+    if is_given:
         section.mask = mask.new_empty(0)  # each call brings its own, of this form, and this one is not kept
-    else:
-        mask_of = _no_mask
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
@@ -142,7 +140,7 @@ def plan_attention(
         return family.forward(module, lambda image: attend(image, mask), *args, **kwargs)
 
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        images, mask = [], mask_of(module, args, kwargs)
+        images, mask = [], mask_of(module, args, kwargs) if is_given else None
 
         def watched(image: Tensor) -> Tensor:
             images.append(image)
@@ -154,10 +152,6 @@ def plan_attention(
 
     way = run_with_weights if reading.weights else run_with_mask if is_given else run
     return Plan(way, problem, guard, section.index, is_reusable=mask is None or is_given)
-
-
-def _no_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    return None
 
 
 def section_of(
@@ -268,15 +262,10 @@ def _torch_reason(section: Section, attention: nn.Module, config: AccelConfig, x
     """
     if section.dropout > 0:
         return "attention dropout is active, and the torch backend has none; call eval(), or set its rate to 0"
-    if config.backend != "torch" and _records_gradients(attention, x):
+    is_recorded = torch.is_grad_enabled() and any(one.requires_grad for one in (x, *attention.parameters()))
+    if config.backend != "torch" and is_recorded:
         return "gradients are recorded, and here only inference is accelerated; call it inside torch.no_grad()"
     return None
-
-
-def _records_gradients(attention: nn.Module, x: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters())
 
 
 def problem_of(section: Section, x: Tensor) -> tuple:

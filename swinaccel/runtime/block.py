@@ -24,7 +24,7 @@ from ..errors import FallbackError
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
 from ..ops import block as block_ops
 from ..ops import block_autograd as recorded
-from ..ops.block import is_like
+from ..ops.block import HALVES, is_like
 from ..ops.failures import failures
 from ..spec.block import Attend, Block
 from ..spec.reference_block import drop_factors
@@ -34,7 +34,6 @@ from .context import are_functions_torchs, has_dispatch_mode, product_dtype
 
 logger = logging.getLogger("swinaccel")
 
-HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
 
 
@@ -190,14 +189,7 @@ class FusedBlock:
 
     __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "bare", "run")
 
-    def __init__(
-        self,
-        facts: BlockFacts,
-        attend: Attend,
-        x: Tensor,
-        backend: str,
-        config: AccelConfig,
-    ) -> None:
+    def __init__(self, facts: BlockFacts, attend: Attend, x: Tensor, backend: str, config: AccelConfig) -> None:
         self._facts, self._config, self._attend = facts, config, attend
         self._problem = block_problem(facts, x, backend)
         as_output = facts.block.as_output

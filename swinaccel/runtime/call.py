@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,7 +35,7 @@ from ..trust.registry import block_key, registry
 from . import graphs, precision, traced
 from .attention import bind_backend, guard_of, parts_reason, plan_attention, proven_reading, reading_of, section_of
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
-from .context import backend_of, call_key, context_reason
+from .context import backend_of, call_key, context_reason, tokens_of
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
 from .plan import Plan, PlanCache, State, state_of
 
@@ -98,12 +98,8 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
     state, family = state_of(module), entry.family
     if family is not None:
         state.calls += 1
-    if reason is not None:
-        return _original(reason, entry, module, original, state, args, kwargs)
-    if entry.block is not None:
-        fused = state.block.find(module, key) or _fused_plan(
-            entry.block, entry.config, module, state, key, x, args, kwargs
-        )
+    if reason is None and entry.block is not None:
+        fused = state.block.find(module, key) or _fused_plan(entry, module, state, key, args, kwargs)
         if fused is not None:
             try:
                 result = fused.run(x)
@@ -118,17 +114,19 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
                 return result
     if family is None:
         return original(module, *args, **kwargs)
-    plan = state.attention.find(module, key) or _attention_plan(family, entry.config, module, state, key, args, kwargs)
+    plan = reason or state.attention.find(module, key) or _attention_plan(entry, module, state, key, args, kwargs)
     if isinstance(plan, str):
-        return _original(plan, entry, module, original, state, args, kwargs)
-    try:
-        result = plan.run(module, args, kwargs)
-        reason = None if plan.failures == failures.count else failures.get(plan.problem)
-    except KernelError as error:
-        reason = str(error)
-    if reason is not None:
-        return _original(reason, entry, module, original, state, args, kwargs)
-    return result
+        reason = plan
+    else:
+        try:
+            result = plan.run(module, args, kwargs)
+            reason = None if plan.failures == failures.count else failures.get(plan.problem)
+        except KernelError as error:
+            reason = str(error)
+    if reason is None:
+        return result
+    _note_fallback(reason, module, entry.config, state)
+    return original(module, *args, **kwargs)
 
 
 def _input_first(original: Original, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -142,21 +140,6 @@ def _input_first(original: Original, kwargs: dict[str, Any]) -> dict[str, Any]:
 _FIRST: WeakKeyDictionary[Original, str] = WeakKeyDictionary()
 
 
-def _original(
-    reason: str,
-    entry: Entry,
-    module: nn.Module,
-    original: Original,
-    state: State,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Run the original, because of a reason that the report gives; of blocks, whose attention is asked, without one."""
-    if entry.family is not None:
-        _note_fallback(reason, module, entry.config, state)
-    return original(module, *args, **kwargs)
-
-
 def _note_fallback(reason: str, module: nn.Module, config: AccelConfig, state: State) -> None:
     """Count a call that runs no kernel, and warn of its reason once; raise where strict."""
     if config.strict or env_strict():
@@ -165,41 +148,29 @@ def _note_fallback(reason: str, module: nn.Module, config: AccelConfig, state: S
     state.reason = reason
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"swinaccel: the original runs, and its results are right: {reason}", stacklevel=5)
+        warnings.warn(f"swinaccel: the original runs, and its results are right: {reason}", stacklevel=4)
 
 
 def _attention_plan(
-    family: Family,
-    config: AccelConfig,
-    module: nn.Module,
-    state: State,
-    key: tuple | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    entry: Entry, module: nn.Module, state: State, key: tuple | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Plan | str:
     """Return a new plan of a call of an attention, or why its original must run."""
-    cache = state.attention
+    cache, family = state.attention, cast(Family, entry.family)
     reading = proven_reading(family, module, cache)
     if isinstance(reading, str):
         return reading
-    plan = plan_attention(family, module, reading, config, state, cache.guard, args, kwargs)
+    plan = plan_attention(family, module, reading, entry.config, state, cache.guard, args, kwargs)
     if not isinstance(plan, str):
         cache.add(key, plan)
     return plan
 
 
 def _fused_plan(
-    adapter: BlockReader,
-    config: AccelConfig,
-    module: nn.Module,
-    state: State,
-    key: tuple | None,
-    x: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    entry: Entry, module: nn.Module, state: State, key: tuple | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Plan | None:
     """Return a new plan of a call of a whole block, merging or embedding, or None where its own forward must run."""
-    cache = state.block
+    cache, config, adapter = state.block, entry.config, cast(BlockReader, entry.block)
+    x = args[0] if args else next(iter(kwargs.values()))
     backend = backend_of(config, x.device)
     if backend == "torch" and not (reads_attention_blocks(adapter) and torch_block.is_worth(x)):
         precision.note(adapter, module, config, None)
@@ -222,8 +193,13 @@ def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) ->
     if cache.holds(module):
         return cache.facts
     root = alias(module)
+    facts: Any
     try:
-        facts = _facts_of(adapter, module, root)
+        facts = adapter.block(root)
+        if registry.reading(block_key(adapter, module)) is None:
+            raise NotFusable("it was changed after accelerate(); call accelerate() again")
+        kinds = {Merging: MergingFacts, Embedding: EmbeddingFacts}
+        facts = kinds.get(type(facts), BlockFacts)(module, facts)
     except NotFusable as reason:
         facts = str(reason)
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable) as error:
@@ -231,17 +207,6 @@ def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) ->
     parts = [root, *(part for part in module.modules() if part is not module)]
     cache.renew(facts, lambda: guard_of(adapter, root, parts))
     return facts
-
-
-def _facts_of(adapter: BlockReader, module: nn.Module, root: nn.Module) -> Any:
-    facts = adapter.block(root)
-    if registry.reading(block_key(adapter, module)) is None:
-        raise NotFusable("it was changed after accelerate(); call accelerate() again")
-    if isinstance(facts, Merging):
-        return MergingFacts(module, facts)
-    if isinstance(facts, Embedding):
-        return EmbeddingFacts(module, facts)
-    return BlockFacts(module, facts)
 
 
 def _plan_fused(
@@ -322,16 +287,3 @@ def _attention_of_block(
     products = precision.products_of(section)  # before they are bound
     bound = bind_backend(section, attention, config, state_of(inner), x, size)
     return bound if isinstance(bound, str) else (*bound, section, inner, products)
-
-
-def tokens_of(
-    adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[int, int] | None] | None:
-    """Return what a call is about, or None where it is not a call that the original would take."""
-    try:
-        tokens, size = adapter.tokens(module, *args, **kwargs)
-    except (AttributeError, TypeError, ValueError, KeyError):
-        return None
-    if tokens is not x or x.dim() != (4 if size is None else 3):
-        return None
-    return (x, size) if size is None or x.shape[1] == size[0] * size[1] else None

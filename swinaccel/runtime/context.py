@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from ..config import AccelConfig, env_interpret
 from ..layers import PLAIN_TENSORS, is_torch_function
+from ..spec.adapters import BlockReader
 
 _tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 _active_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
@@ -127,3 +128,16 @@ def _is_plain(values: tuple[Any, ...]) -> bool:
 
 
 _PLAIN_VALUES = (int, str, type(None))
+
+
+def tokens_of(
+    adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[int, int] | None] | None:
+    """Return what a call is about, or None where it is not a call that the original would take."""
+    try:
+        tokens, size = adapter.tokens(module, *args, **kwargs)
+    except (AttributeError, TypeError, ValueError, KeyError):
+        return None
+    if tokens is not x or x.dim() != (4 if size is None else 3):
+        return None
+    return (x, size) if size is None or x.shape[1] == size[0] * size[1] else None

@@ -126,11 +126,10 @@ def _packed(layers: list[Layer]) -> list[Layer]:
     if len(parts) == 1:
         return layers
     weights, biases = zip(*parts, strict=True)
-    bias = None
-    if any(one is not None for one in biases):
-        filled = [w.new_zeros(len(w)) if one is None else one for w, one in zip(weights, biases, strict=True)]
-        bias = torch.cat(filled)
-    return [(torch.cat(weights), bias), output, fc1, fc2]
+    if all(one is None for one in biases):
+        return [(torch.cat(weights), None), output, fc1, fc2]
+    filled = [w.new_zeros(len(w)) if one is None else one for w, one in zip(weights, biases, strict=True)]
+    return [(torch.cat(weights), torch.cat(filled)), output, fc1, fc2]
 
 
 def _version(tensor: Tensor) -> tuple[int, int, int]:
@@ -161,11 +160,8 @@ def _reason(facts: BlockFacts, section: Section, reads: list[Read] | str, x: Ten
             return "a parameter of it is not contiguous, and products of 8 bits take no other"
     width, channels = section.num_heads * section.head_dim, facts.channels
     share = 3 * width // (len(layers) - 3)  # of one product before the attention
-    shapes = [(share, channels)] * (len(layers) - 3) + [
-        (channels, width),
-        (facts.hidden, channels),
-        (channels, facts.hidden),
-    ]
+    mlp = (facts.hidden, channels), (channels, facts.hidden)
+    shapes = [*[(share, channels)] * (len(layers) - 3), (channels, width), *mlp]
     for (weight, bias), shape in zip(layers, shapes, strict=True):
         if tuple(weight.shape) != shape or (bias is not None and tuple(bias.shape) != shape[:1]):
             return "the sizes of its projections do not fit each other"
@@ -220,25 +216,21 @@ class _Block:
 
     def _measured(self, x: Tensor, layers: list[Layer], versions: list[tuple[int, int, int]]) -> Tensor:
         """Return what the block gives, and note how far products of 8 bits are from it."""
-        known, reason = self._known, None
-        expected = self._plain.bare(x)
+        known, expected = self._known, self._plain.bare(x)
         if is_captured(x):
-            reason = "its error was not measured before a CUDA graph is captured; run the model once before"
-            known.reason = reason
+            known.reason = "its error was not measured before a CUDA graph is captured; run the model once before"
             return expected
         known.error, known.failure = None, None
         out = self._in_eight(x, layers)
         if out is not None and (out.shape, out.dtype) != (expected.shape, expected.dtype):
-            reason = "products of 8 bits gave another shape or dtype than the block does"
-            known.reason = known.failure = reason
-        if out is None or reason is not None:
+            known.reason = known.failure = "products of 8 bits gave another shape or dtype than the block does"
+        if out is None or known.failure is not None:
             known.versions = versions
             return expected
         wide = expected.float()
         error = ((out.float() - wide).norm() / wide.norm()).item()
         if not math.isfinite(error):
-            reason = "its error could not be measured on an output that is zero or not finite"
-            known.reason = reason
+            known.reason = "its error could not be measured on an output that is zero or not finite"
             return expected
         known.versions, known.error = versions, error
         known.reason = self._excess()

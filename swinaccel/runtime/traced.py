@@ -22,7 +22,7 @@ from ..config import env_strict
 from ..errors import FallbackError
 from ..layers import BASE_ATTRIBUTES, MARKER, PROVEN, has_hooks, has_own_forward, is_builtin, replaced_methods
 from ..ops import block as block_ops
-from ..spec.adapters import Adapter, BlockReader, Family, call_settings, is_family, reads_attention_blocks
+from ..spec.adapters import Adapter, Family, call_settings, is_family, reads_attention_blocks
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section
@@ -31,7 +31,7 @@ from ..trust.libraries import is_of_library
 from ..trust.registry import block_key, mask_kind, registry
 from .attention import CHANGED, parts_reason, problem_of, reading_of, section_of, section_reason, triton_reason
 from .block import HALVES, rest
-from .context import backend_of, product_dtype
+from .context import backend_of, product_dtype, tokens_of
 from .neighbours import embedding_of, is_patchwise
 from .section import attend_triton, table_of
 
@@ -78,12 +78,7 @@ def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
 
 
 def call(
-    entry: Entry,
-    module: nn.Module,
-    original: Callable[..., Any],
-    x: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    entry: Entry, module: nn.Module, original: Callable[..., Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Return what one call of an accelerated module's method returns, as `call.call` does."""
     family, adapter, config = entry.family, entry.block, entry.config
@@ -98,14 +93,14 @@ def call(
             return original(module, *args, **kwargs)
     if adapter is not None and reads_attention_blocks(adapter):
         block = _plain_block(adapter, module, x)
-        tokens = None if block is None else _tokens(adapter, module, x, args, kwargs)
+        tokens = None if block is None else tokens_of(adapter, module, x, args, kwargs)
         if block is not None and tokens is not None and _are_proven(id(adapter), id(type(module))):
             return _block(block, adapter.attend(module) if attend is None else attend, *tokens)
     elif adapter is not None:
         embedding = _plain_embedding(adapter, module, x)
         if (
             embedding is not None
-            and _tokens(adapter, module, x, args, kwargs) is not None
+            and tokens_of(adapter, module, x, args, kwargs) is not None
             and _are_proven(id(adapter), id(type(module)))
         ):
             return embedding_of(embedding, x)
@@ -251,12 +246,6 @@ def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
             if fact[0] == "rate" and fact[1] is type(module) and getattr(module, fact[2]):
                 return f"{fact[2]} is not zero, and only its own code says when that drops"
     return None
-
-
-def _tokens(adapter: BlockReader, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from .call import tokens_of
-
-    return tokens_of(adapter, module, x, args, kwargs)
 
 
 def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:

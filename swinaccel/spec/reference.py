@@ -25,15 +25,11 @@ def shift_mask(geometry: Geometry, value: float, *, device: torch.device | str =
     regions = torch.zeros((), device=device)
     for length, window, shift in zip(geometry.padded, geometry.window, geometry.shift, strict=True):
         along = torch.zeros(length, device=device)
-        for number, part in enumerate(_slices(window, shift)):
+        for number, part in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
             along[part] = number
         regions = 3 * regions[..., None] + along  # one axis more; nine regions in the end, or 27 of volumes
     windows = partition(regions[None, ..., None], geometry).squeeze(-1)  # (M, N)
     return (windows[:, :, None] != windows[:, None, :]).float() * value
-
-
-def _slices(window: int, shift: int) -> tuple[slice, slice, slice]:
-    return slice(0, -window), slice(-window, -shift), slice(-shift, None)
 
 
 def partition(image: Tensor, geometry: Geometry) -> Tensor:
@@ -145,6 +141,12 @@ def split_heads(windows: Tensor, num_heads: int) -> Tensor:
     return windows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def windows_of(images: tuple[Tensor, ...], geometry: Geometry, num_heads: int, padding: Tensor | None) -> list[Tensor]:
+    """Cut q, k and v into (windows, heads, N, D) each; `padding` as in `shifted_window_attention`."""
+    pads = (None,) * 3 if padding is None else padding.chunk(3)
+    return [split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip(images, pads, strict=True)]
+
+
 def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
     """Return the relative position bias (heads, N, N) from its table (T, heads) and index (N, N).
 
@@ -192,8 +194,7 @@ def shifted_window_attention(
     Returns:
         (B, H, W, heads * D), as q.
     """
-    pads = padding.chunk(3) if padding is not None else (None, None, None)
-    q, k, v = (split_heads(cut(image, geometry, pad), num_heads) for image, pad in zip((q, k, v), pads, strict=True))
+    q, k, v = windows_of((q, k, v), geometry, num_heads, padding)
     if mask is None and geometry.is_shifted and mask_value:
         mask = shift_mask(geometry, mask_value, device=q.device)
     bias = _bias(table, index, geometry)
@@ -212,8 +213,7 @@ def section_weights(section: Section, image: Tensor) -> Tensor:
     qkv, geometry, mask = section.project(image), section.geometry, section.mask
     parts = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
     padding = section.padding() if section.padding is not None else None
-    pads = (None, None) if padding is None else padding.chunk(3)[:2]
-    q, k = (split_heads(cut(part, geometry, pad), section.num_heads) for part, pad in zip(parts[:2], pads, strict=True))
+    q, k, _ = windows_of(parts, geometry, section.num_heads, padding)
     if mask is None and geometry.is_shifted and section.mask_value:
         mask = shift_mask(geometry, section.mask_value, device=image.device)
     bias = _bias(None if section.table is None else section.table(), section.index, geometry)

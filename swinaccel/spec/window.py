@@ -28,7 +28,6 @@ class WindowSpec:
         family: the family that recognised the module.
         window, shift: along each axis, at the time of the look; both are read again at every call.
         num_heads, head_dim: of the attention.
-        cosine: scaled cosine attention (SwinV2) rather than scaled dot product.
     """
 
     family: str
@@ -36,7 +35,6 @@ class WindowSpec:
     shift: Axes
     num_heads: int
     head_dim: int
-    cosine: bool
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,6 +186,26 @@ def calls(family: Any, clone: nn.Module, setting: Setting) -> list[tuple[Any, ..
 
     seed()
     return [tuple(made(*argument) for argument in enumerate(example)) for example in examples(family, clone)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module that copies are made of, and how they are called.
+
+    Attributes:
+        moved: as for `random_copy`.
+        original: the module's own method, unbound.
+    """
+
+    module: nn.Module
+    family: Any
+    moved: set[nn.Module]
+    original: Callable[..., Any]
+
+    def prepared(self, setting: Setting = EXACT[0]) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+        """Return a random copy, and the arguments of its calls."""
+        clone = random_copy(self.module, self.moved, setting)
+        return clone, calls(self.family, clone, setting)
 
 
 def set_drop_rates(facts: Any, rate: float) -> None:

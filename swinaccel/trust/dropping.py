@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..families import Family
 from .compare import PADDED, Inconclusive
-from .copies import Setting, calls, isolated, random_copy, set_path_rates
+from .copies import Setting, Subject, isolated, set_path_rates
 from .fingerprint import rates
 from .libraries import is_of_library
 from .registry import Reading
@@ -28,26 +28,19 @@ from .registry import Reading
 Compare = Callable[..., str | None]  # of (original, reading, arguments, setting): why they differ, or None
 
 
-def with_dropouts(
-    module: nn.Module,
-    family: Family,
-    moved: set[nn.Module],
-    original: Callable[..., Any],
-    reading: Reading,
-    compared: Callable[[Reading], Compare],
-) -> Reading:
+def with_dropouts(subject: Subject, reading: Reading, compared: Callable[[Reading], Compare]) -> Reading:
     """Return a proven reading that also holds what the module's dropouts and rates of dropout do.
 
     Args:
-        moved: as for `random_copy`.
         compared: what judges a reading.
     """
 
     def completed(reading: Reading) -> Reading:
-        unread, always = _unread(module, family, moved, original, reading, compared(reading))
+        unread, always = _unread(subject, reading, compared(reading))
         return dataclasses.replace(reading, unread=unread, always=always)
 
-    found, attention = completed(reading), family.attention(module)
+    module = subject.module
+    found, attention = completed(reading), subject.family.attention(module)
     if all(map(is_of_library, module.modules())):
         return found
     unread = {module.get_submodule(name.rpartition(".")[0]) for name in found.unread}
@@ -55,24 +48,18 @@ def with_dropouts(
     names += [f"{name}.p" for name, part in attention.named_children() if part in unread]
     for name in names:
         candidate = dataclasses.replace(reading, rate=name)
-        if _is_rate(name, module, family, moved, original, compared(candidate)):
+        if _is_rate(name, subject, compared(candidate)):
             return completed(candidate)
     return found
 
 
-def _unread(
-    module: nn.Module,
-    family: Family,
-    moved: set[nn.Module],
-    original: Callable[..., Any],
-    reading: Reading,
-    compared: Compare,
-) -> tuple[tuple[str, ...], frozenset[str]]:
+def _unread(subject: Subject, reading: Reading, compared: Compare) -> tuple[tuple[str, ...], frozenset[str]]:
     """Return the names of rates of which a family does not do what the original does; and those that count always.
 
     They are those of dropouts, and numbers around the attention. Of the weights' dropout, which kernels draw for
     themselves, PyTorch must also be told the rate, once a call.
     """
+    module, family, moved = subject.module, subject.family, subject.moved
     parts = dict(module.named_modules())
     drops = {f"{path}.p": part for path, part in parts.items() if isinstance(part, _DropoutNd)}
     others = [name for name, part in drops.items() if part in moved and type(part).forward is not nn.Dropout.forward]
@@ -83,8 +70,7 @@ def _unread(
     numbers = [f"{path}.{name}".lstrip(".") for path, part in around for name, _ in rates(part)]
 
     def prepared(name: str, trains: str, rate: float) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-        clone = random_copy(module, moved, Setting())
-        arguments = calls(family, clone, Setting())
+        clone, arguments = subject.prepared()
         set_path_rates(clone, 0.0)
         path, _, last = name.rpartition(".")
         dropping = clone.get_submodule(path)
@@ -104,7 +90,7 @@ def _unread(
             return True
         clone, arguments = prepared(name, trains, 0.25)
         is_weights = any(_drops_weights(family, clone, reading, args) for args in arguments)
-        return not is_weights or _given_rate(original, clone, arguments) == 0.25
+        return not is_weights or _given_rate(subject.original, clone, arguments) == 0.25
 
     with isolated(), torch.no_grad():
         always = frozenset(name for name in (*drops, *numbers) if not is_read(name, ""))
@@ -123,23 +109,15 @@ def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tup
     return not isinstance(section, str) and section.dropout > 0
 
 
-def _is_rate(
-    name: str,
-    module: nn.Module,
-    family: Family,
-    moved: set[nn.Module],
-    original: Callable[..., Any],
-    compared: Compare,
-) -> bool:
+def _is_rate(name: str, subject: Subject, compared: Compare) -> bool:
     """Return True if a number of an attention is the rate at which weights are dropped, in the attention's training.
 
     At 1 everything is dropped, which shows where; that a rate is taken as it is shows in what PyTorch is told.
     """
     with isolated(), torch.no_grad():
         for is_training, rate in ((False, 1.0), (True, 1.0), (True, 0.25)):
-            clone = random_copy(module, moved, Setting())
-            arguments = calls(family, clone, Setting())
-            attention = family.attention(clone)
+            clone, arguments = subject.prepared()
+            attention = subject.family.attention(clone)
             attention.training = is_training
             holder, _, last = name.rpartition(".")
             if holder:
@@ -149,7 +127,7 @@ def _is_rate(
                 if rate == 1.0:
                     holds = _is_alike(clone, arguments, compared)
                 else:
-                    holds = _given_rate(original, clone, arguments) == rate
+                    holds = _given_rate(subject.original, clone, arguments) == rate
             except Inconclusive:
                 holds = False
             if not holds:

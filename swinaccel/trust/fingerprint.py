@@ -193,9 +193,6 @@ class Trace:
     def _watch(self, namespace: Mapping[str, Any], name: str) -> None:
         self.cells.append((namespace, name, namespace[name]))
 
-    def _watch_all(self, value: Any, attributes: Mapping[str, Any]) -> None:
-        self.cells += ((value, name, one) for name, one in attributes.items())
-
     def _function(self, function: Any, names: frozenset[str], depth: int = 0) -> Hashable:
         """Return what decides what a function does, given the names that the code around it uses."""
         self._count_value(depth)
@@ -246,7 +243,7 @@ class Trace:
             return type(value), repr(value) if isinstance(value, (float, complex, range, slice)) else value
         if isinstance(value, enum.Enum):
             extra = {name: one for name, one in vars(value).items() if not name.startswith("_")}
-            self._watch_all(value, extra)
+            self.cells += ((value, name, one) for name, one in extra.items())
             return type(value), value.name, self._value(extra, names, depth + 1)
         if isinstance(value, types.FunctionType):
             return self._function(value, names, depth)

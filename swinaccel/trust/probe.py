@@ -29,18 +29,7 @@ from ..spec.adapters import is_family
 from ..spec.window import Section, WindowSpec
 from . import projections
 from .compare import PADDED, Inconclusive
-from .copies import (
-    EXACT,
-    OTHERS,
-    Setting,
-    Widened,
-    calls,
-    isolated,
-    random_copy,
-    set_drop_rates,
-    set_idle_rates,
-    set_path_rates,
-)
+from .copies import EXACT, OTHERS, Setting, Subject, Widened, isolated, set_drop_rates, set_idle_rates, set_path_rates
 from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_installed, is_library_function, is_of_library
@@ -207,38 +196,39 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> R
     def compared(reading: Reading) -> Callable[..., str | None]:
         return functools.partial(compare_attention, family=family, original=original, reading=reading)
 
-    first, refused = None, _refused(module, family, inside, original)
+    subject = Subject(module, family, inside, original)
+    first, refused = None, _refused(subject)
     for weights in (False, True):
         if weights and not str(first).startswith("its forward gives 2 outputs"):
             continue
         for default_scale in (False, True):
             reading = Reading(default_scale=default_scale, weights=weights, refused=refused)
-            reason = _run(module, family, inside, compared(reading))
+            reason = _run(subject, compared(reading))
             if reason is None:
-                return with_dropouts(module, family, inside, original, reading, compared)
+                return with_dropouts(subject, reading, compared)
             first = first or reason
     for without in ("position bias and the mask", "position bias", "mask"):
         for power in (0, 1, 2):
             bare = _Bare(power=power, without=without, refused=refused)
-            if _run(module, family, inside, compared(bare), settings=EXACT[:1]) is None:
+            if _run(subject, compared(bare), settings=EXACT[:1]) is None:
                 return _BARE.format(without)
     assert first is not None
     return first
 
 
-def _refused(module: nn.Module, family: Family, moved: set[nn.Module], original: Callable[..., Any]) -> frozenset[str]:
+def _refused(subject: Subject) -> frozenset[str]:
     """Return the kinds of masks at which a module raises an error, where it takes calls of other kinds."""
     taken, raised = set(), set()
-    if all(map(is_of_library, module.modules())):
+    if all(map(is_of_library, subject.module.modules())):
         return frozenset()
     try:
         with isolated(), torch.no_grad():
-            clone = random_copy(module, moved, Setting())
-            for args in calls(family, clone, Setting()):
-                section = family.section(copy.deepcopy(clone), *args)
+            clone, arguments = subject.prepared()
+            for args in arguments:
+                section = subject.family.section(copy.deepcopy(clone), *args)
                 kind = section if isinstance(section, str) else mask_kind(section, args[0])
                 try:
-                    original(copy.deepcopy(clone), *args)
+                    subject.original(copy.deepcopy(clone), *args)
                     taken.add(kind)
                 except Exception:
                     raised.add(kind)
@@ -277,26 +267,21 @@ def _probe_block(
     reading = (registry.reading(attention_key(family, module)) if is_family(family) else None) or Reading()
     if isinstance(reading, str):
         return reading
-    moved = set(module.modules())
+    subject = Subject(module, family, set(module.modules()), original)
     compared = functools.partial(compare_block, family=family, original=original, attention=attention, reading=reading)
-    return _run(module, family, moved, compared, drops=True) or reading
+    return _run(subject, compared, drops=True) or reading
 
 
 def _run(
-    module: nn.Module,
-    family: Any,
-    moved: set[nn.Module],
-    compared: Callable[..., str | None],
-    drops: bool = False,
-    settings: tuple[Setting, ...] = (),
+    subject: Subject, compared: Callable[..., str | None], drops: bool = False, settings: tuple[Setting, ...] = ()
 ) -> str | None:
     """Return the first difference that two copies show in any setting and call, or None."""
+    module, family = subject.module, subject.family
     empty, narrows = False, _speaks_of(module.modules(), ("float", "float32", "type")) is not None
     try:
         with isolated():
             for setting in settings or _settings(module):
-                clone = random_copy(module, moved, setting)
-                arguments = calls(family, clone, setting)
+                clone, arguments = subject.prepared(setting)
                 if drops and not setting.training:
                     set_idle_rates(clone, family)
                 compares = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
+
+from ..layers import PLAIN_TENSORS
 
 # Beginnings of the names of packages, and what they do to a layer; the first that fits.
 _MAKERS = (
@@ -22,7 +24,6 @@ _MAKERS = (
     ("torch.distributed", "distributed by PyTorch"),
 )
 _PROJECTIONS = {"qkv", "proj", "query", "key", "value", "q_proj", "k_proj", "v_proj", "o_proj", "dense"}
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def name_layer(attention: nn.Module, reason: str | None) -> str | None:
@@ -59,7 +60,7 @@ def describe(layer: nn.Module) -> str | None:
         if done is not None:
             return f"{done} (a {type(layer).__name__})"
     for name, tensor in layer._parameters.items():
-        if tensor is not None and type(tensor) not in _PLAIN and not is_lazy(tensor):
+        if tensor is not None and type(tensor) not in PLAIN_TENSORS and not is_lazy(tensor):
             done = _maker_of(type(tensor)) or "not plain"
             return f"{done} (its {name} is a {type(tensor).__name__})"
     return None

@@ -13,6 +13,7 @@ import test_functional
 import torch
 from helpers import BACKENDS, TRITON_DEVICE
 from swinaccel.kernels import launch
+from test_switches import Counting
 from timm.layers import DropPath
 from torch import nn
 
@@ -59,14 +60,6 @@ class Unclamped(microsoft_models.WindowAttentionV2):
         return nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT * self.logit_scale.exp() + (
             self.bias()
         )
-
-
-class Counting(microsoft_models.WindowAttention):
-    calls = 0
-
-    def forward(self, x, mask=None):
-        self.calls += 1
-        return super().forward(x, mask)
 
 
 class Scaled(microsoft_models.WindowAttention):

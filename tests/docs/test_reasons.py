@@ -19,7 +19,7 @@ GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "NotCapturable", "Kerne
 def reasons() -> set[str]:
     """Return the reasons in the code, with … for each value that is put in.
 
-    They are what functions return that may return a string, what is assigned to `reason` or `facts`, messages of some
+    They are what functions return that may return a string, what is assigned to a `reason` or `facts`, messages of some
     exceptions, and constants of modules.
     """
     found: set[str] = set()
@@ -39,7 +39,7 @@ def values(tree: ast.Module) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and re.search(r"\b(str|Any)\b", ast.unparse(node.returns or node.args)):
             yield from (one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value is not None)
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("reason", "facts"):
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).split(".")[-1] in ("reason", "facts"):
             yield node.value
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             if ast.unparse(node.exc.func).split(".")[-1] in GIVEN_AS:

@@ -229,13 +229,20 @@ def saved(one):
     return torch.load(io.BytesIO(file.getvalue()))
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_weights_however_they_are_read(reader):
+@torch.no_grad()
+def weights_of_a_call():
+    """Return an accelerated block and its input, the weights that its original gave, and those to be read later."""
     model, x = htsat().blocks[1], torch.randn(2, 64, 16)
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    expected, found = model(x)[1], twin(x)[1]
+    assert type(found) is weights.LazyTensor
+    return twin, x, expected, found
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_weights_however_they_are_read(reader):
+    _, _, expected, found = weights_of_a_call()
     with torch.no_grad():
-        expected, found = model(x)[1], twin(x)[1]
-        assert type(found) is weights.LazyTensor
         helpers.assert_close(READERS[reader](found), READERS[reader](expected))
         helpers.assert_close(found + 0, expected)
 
@@ -254,11 +261,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_are_no_others_than_those_of_their_call(change):
-    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    twin, x, expected, found = weights_of_a_call()
     with torch.no_grad():
-        expected, found = model(x)[1], twin(x)[1]
-        assert type(found) is weights.LazyTensor
         CHANGES[change](twin, x)
         helpers.assert_close(found + 0, expected)
 

@@ -128,16 +128,21 @@ def test_aurora_lora_that_mixes_tokens_is_refused():
     assert [entry.status for entry in swinaccel.report(twin)] == ["original", "accelerated"]
 
 
-def test_aurora_wrong_calls_raise_as_before():
-    model = randomize(models.AuroraAttention(16, WINDOW, 2))
+def check_errors(model, calls):
+    """Check that calls raise what they raise of the original."""
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
-    for given in ((torch.randn(16),), (torch.randn(4, 24, 16), torch.zeros(3, 24, 24))):
+    for given in calls:
         messages = []
         for one in (model, twin):
             with pytest.raises((RuntimeError, ValueError)) as caught, torch.no_grad():
                 one(*given)
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
+
+
+def test_aurora_wrong_calls_raise_as_before():
+    wrong = (torch.randn(16),), (torch.randn(4, 24, 16), torch.zeros(3, 24, 24))
+    check_errors(randomize(models.AuroraAttention(16, WINDOW, 2)), wrong)
 
 
 # Pangu's attention.
@@ -197,16 +202,8 @@ def test_earth_with_rows_that_its_bias_has_not_runs_the_original():
 
 
 def test_earth_wrong_calls_raise_as_before():
-    model = earth()
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
     x, mask = earth_windows()
-    for given in ((x[0],), (x[:3], mask), (x[:, :2],), (x, mask[:, :2])):
-        messages = []
-        for one in (model, twin):
-            with pytest.raises((RuntimeError, ValueError)) as caught, torch.no_grad():
-                one(*given)
-            messages.append(str(caught.value))
-        assert messages[0] == messages[1]
+    check_errors(earth(), ((x[0],), (x[:3], mask), (x[:, :2],), (x, mask[:, :2])))
 
 
 @pytest.mark.parametrize("kind", ["aurora", "earth"])

@@ -384,6 +384,18 @@ def test_other_layouts_of_memory(launched):
         helpers.assert_close(found, outputs(model, x))
 
 
+def check_attention_alone(cls, launched):
+    """Check that of a class of blocks only the attention is accelerated."""
+    model = accelerated(
+        helpers.randomize(cls(dim=16, input_resolution=(8, 8), num_heads=2, window_size=4, shift_size=2))
+    )
+    found = outputs(model, X)
+    assert launched == []
+    with swinaccel.disabled():
+        helpers.assert_close(found, outputs(model, X))
+    helpers.assert_accelerated(model, 1)
+
+
 def test_layer_scale_is_no_known_block(launched):
     from timm.models.swin_transformer import SwinTransformerBlock
 
@@ -396,13 +408,7 @@ def test_layer_scale_is_no_known_block(launched):
             x = x + self.gamma * self._attn(self.norm1(x))
             return x + self.gamma * self.mlp(self.norm2(x))
 
-    plain = LayerScaled(dim=16, input_resolution=(8, 8), num_heads=2, window_size=4, shift_size=2)
-    model = accelerated(helpers.randomize(plain))
-    found = outputs(model, X)
-    assert launched == []
-    with swinaccel.disabled():
-        helpers.assert_close(found, outputs(model, X))
-    helpers.assert_accelerated(model, 1)
+    check_attention_alone(LayerScaled, launched)
 
 
 def test_block_of_another_order_is_no_known_block(launched):
@@ -413,12 +419,7 @@ def test_block_of_another_order_is_no_known_block(launched):
             x = x + self._attn(self.norm2(x))
             return x + self.mlp(self.norm1(x))
 
-    plain = Swapped(dim=16, input_resolution=(8, 8), num_heads=2, window_size=4, shift_size=2)
-    model = accelerated(helpers.randomize(plain))
-    found = outputs(model, X)
-    assert launched == []
-    with swinaccel.disabled():
-        helpers.assert_close(found, outputs(model, X))
+    check_attention_alone(Swapped, launched)
 
 
 def test_merging_in_another_order_is_not_known(launched):

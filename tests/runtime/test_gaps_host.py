@@ -186,7 +186,7 @@ def test_memory_that_runs_out_in_a_probe_is_no_verdict(monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("swinaccel.trust.probe.random_copy", full)
+        patch.setattr("swinaccel.trust.copies.random_copy", full)
         assert "no memory" in swinaccel.plan(model).entries[0].reason
     assert statuses(swinaccel.accelerate(model, backend="torch")) == ["accelerated"]
 

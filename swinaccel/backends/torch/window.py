@@ -130,13 +130,12 @@ def _cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor,
     return (q * (inverse_norm(q) * scale)).to(q.dtype), (k * inverse_norm(k)).to(k.dtype)
 
 
-def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = None, in_parts: bool = False) -> Tensor:
+def shifted_window_attention(section: Section, x: Tensor, in_parts: bool = False) -> Tensor:
     """Run the whole section, projections included.
 
     Args:
         section: the live facts.
         x: (B, H, W, C), what `section.project` takes.
-        fill: (C,), what a padding token holds in `x`; zeros without.
         in_parts: images may be walked a few at a time, which keeps what is between them in cache.
     Returns:
         (B, H, W, C'), what `section.output` gives.
@@ -154,14 +153,14 @@ def shifted_window_attention(section: Section, x: Tensor, fill: Tensor | None = 
     size = -(-batch // parts) if batch else 1
     starts = _Starts(section, bias, is_implied, {})
     if size >= batch:
-        windows, order = _windows(section, x, fill, starts, masked)
+        windows, order = _windows(section, x, starts, masked)
         if order.scatter is not None:
             windows = windows.index_select(0, order.scatter)
         return windows.view(*x.shape[:-1], windows.shape[-1])
     out = None
     for first in range(0, batch, size):
         part = x[first : first + size]
-        windows, order = _windows(section, part, fill, starts, masked)
+        windows, order = _windows(section, part, starts, masked)
         if out is None:
             out = windows.new_empty(*x.shape[:-1], windows.shape[-1])
         place = out[first : first + size].view(-1, windows.shape[-1])
@@ -208,15 +207,14 @@ class _Starts(NamedTuple):
         return self.sums[key]
 
 
-def _windows(section: Section, x: Tensor, fill: Tensor | None, starts: _Starts, masked: bool) -> tuple[Tensor, _Order]:
+def _windows(section: Section, x: Tensor, starts: _Starts, masked: bool) -> tuple[Tensor, _Order]:
     """Return what `section.output` gives for the tokens of all windows, (windows * N, C'), and their order."""
     geometry = section.geometry
     batch = x.shape[0]
     order = _order(geometry, batch, masked, x.device)
     rows = x.reshape(-1, x.shape[-1])
     if geometry.is_padded:
-        pad = x.new_zeros(1, x.shape[-1]) if fill is None else fill.to(x.dtype).view(1, -1)
-        rows = torch.cat((rows, pad))
+        rows = torch.cat((rows, x.new_zeros(1, x.shape[-1])))
     if order.gather is not None:
         rows = rows.index_select(0, order.gather)
     windows = rows.view(-1, geometry.tokens, x.shape[-1])

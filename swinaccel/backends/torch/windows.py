@@ -85,11 +85,7 @@ def shifted_window_attention(
     """
     if q.numel() == 0:
         return nothing(q, k, v, bias, padding, logit_scale)
-    pads = (None,) * 3 if padding is None else padding.chunk(3)
-    windows = [
-        reference.split_heads(reference.cut(image, geometry, pad), num_heads)
-        for image, pad in zip((q, k, v), pads, strict=True)
-    ]
+    windows = reference.windows_of((q, k, v), geometry, num_heads, padding)
     if bias is not None and bias.dim() == 4:
         bias = reference.bias_of_windows(bias, geometry)
         if mask is None and geometry.is_shifted and mask_value:

@@ -35,10 +35,7 @@ def is_small(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: in
     from ...kernels import launch
 
     return launch.is_small_backward(
-        tokens=tokens,
-        head_dim=head_dim,
-        element_size=dtype.itemsize,
-        shared_memory=devices.shared_memory(device),
+        tokens=tokens, head_dim=head_dim, element_size=dtype.itemsize, shared_memory=devices.shared_memory(device)
     )
 
 

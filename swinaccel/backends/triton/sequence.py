@@ -251,23 +251,27 @@ def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor)
 
 def _plan(
     kernel: Any,
-    shape: Any,
-    plain_shape: Any,
+    shapes: tuple[Any, Any],
     facts: _Facts,
     q: Tensor,
     strides: tuple[int, ...],
-    has_mask: bool,
-    flags: tuple[bool, ...],
-    passing: dict[int, str],
-    keys: bool,
     names: tuple[str, ...],
+    passing: tuple[int, int],
+    *flags: bool,
+    keys: bool = False,
 ) -> Launch:
-    """Plan one launch: with descriptors of the tensors at the places `passing`, if `shape` fits, or without."""
+    """Plan one launch: of a shape with descriptors of the tensors at the places `passing`, or of one without.
+
+    Args:
+        shapes: the one, if it may be, and what gives the other.
+        keys: programs go through the keys, and queries pass; else queries, and keys pass.
+    """
     batch, heads, tokens, head_dim = q.shape
+    shape, has_mask = shapes[0], facts.shape["has_mask"]
     described = shape is not None and not _has_edges(facts, tokens, shape.block_m, shape.block_n)
     if not described:
-        shape = plain_shape(**facts.shape)
-    rows = shape.block_n if keys else shape.block_m
+        shape = shapes[1](**facts.shape)
+    rows, passing_rows = (shape.block_n, shape.block_m) if keys else (shape.block_m, shape.block_n)
     options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     if shape.max_registers is not None:
         options["maxnreg"] = shape.max_registers
@@ -283,34 +287,19 @@ def _plan(
     if described:
         from ...kernels import sequence_launch
 
-        tiles = {place: partial(sequence_launch.describe, rows=getattr(shape, rows)) for place, rows in passing.items()}
+        tiles = dict.fromkeys(passing, partial(sequence_launch.describe, rows=passing_rows))
         return DescribedLaunch(tiles, kernel, *arguments, **options)
     return Launch(kernel, *arguments, **options)
 
 
 def _plan_forward(
-    q: Tensor,
-    q_factor: Tensor | None,
-    mask: Tensor | None,
-    problem: Problem,
-    strides: tuple[int, ...],
-    described: bool,
+    q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem, strides: tuple[int, ...], described: bool
 ) -> Launch:
     from ...kernels import sequence_fwd, sequence_launch
 
-    return _plan(
-        sequence_fwd._sequence_attention_fwd_kernel,
-        sequence_launch.DESCRIBED_FORWARD if described else None,
-        sequence_launch.forward,
-        _facts(q, q_factor, mask, problem),
-        q,
-        strides,
-        mask is not None,
-        (),
-        {3: "block_n", 4: "block_n"},  # k and v
-        keys=False,
-        names=("", "", "q", "k", "v"),
-    )
+    shapes = sequence_launch.DESCRIBED_FORWARD if described else None, sequence_launch.forward
+    kernel, names, passing = sequence_fwd._sequence_attention_fwd_kernel, ("", "", "q", "k", "v"), (3, 4)
+    return _plan(kernel, shapes, _facts(q, q_factor, mask, problem), q, strides, names, passing)
 
 
 def _plan_backward(
@@ -324,32 +313,12 @@ def _plan_backward(
 ) -> tuple[Launch, Launch]:
     from ...kernels import sequence_bwd, sequence_launch
 
-    facts, has_mask = _facts(q, q_factor, mask, problem), mask is not None
+    facts = _facts(q, q_factor, mask, problem)
     dq, dk, dv, grad, out, rest = *(strides[3 * i : 3 * i + 3] for i in range(5)), strides[15:]
-    queries = _plan(
-        sequence_bwd._sequence_attention_bwd_query_kernel,
-        sequence_launch.DESCRIBED_QUERY if described else None,
-        sequence_launch.grad_query,
-        facts,
-        q,
-        (*dq, *grad, *out, *rest),
-        has_mask,
-        (factor_grad,),
-        {6: "block_n", 7: "block_n"},  # k and v
-        keys=False,
-        names=("", "", "", "grad", "out", "q", "k", "v", "lse"),
-    )
-    keys = _plan(
-        sequence_bwd._sequence_attention_bwd_key_kernel,
-        sequence_launch.DESCRIBED_KEY if described else None,
-        sequence_launch.grad_key,
-        facts,
-        q,
-        (*dk, *dv, *grad, *rest),
-        has_mask,
-        (factor_grad,),
-        {4: "block_m", 5: "block_m"},  # grad and q
-        keys=True,
-        names=("", "", "", "", "grad", "q", "k", "v", "lse"),
-    )
+    shapes = sequence_launch.DESCRIBED_QUERY if described else None, sequence_launch.grad_query
+    kernel, names = sequence_bwd._sequence_attention_bwd_query_kernel, ("", "", "", "grad", "out", "q", "k", "v", "lse")
+    queries = _plan(kernel, shapes, facts, q, (*dq, *grad, *out, *rest), names, (6, 7), factor_grad)
+    shapes = sequence_launch.DESCRIBED_KEY if described else None, sequence_launch.grad_key
+    kernel, names = sequence_bwd._sequence_attention_bwd_key_kernel, ("", "", "", "", "grad", "q", "k", "v", "lse")
+    keys = _plan(kernel, shapes, facts, q, (*dk, *dv, *grad, *rest), names, (4, 5), factor_grad, keys=True)
     return queries, keys

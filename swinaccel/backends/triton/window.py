@@ -39,7 +39,6 @@ class Forward:
 
         check_shapes(problem)
         geometry, tokens = problem.geometry, problem.geometry.tokens
-        shared_memory = devices.shared_memory(problem.device)
         self.is_small, self.for_backward = problem.is_small, problem.for_backward
         self.out_shape, self.swaps_heads = image_shape(problem.shape, geometry, problem.packed)
         self.is_empty = 0 in map(expected, self.out_shape)
@@ -48,16 +47,13 @@ class Forward:
         self.checks_shape = (geometry.num_windows, _CHECKS)
         self.lse_shape = (0,)
         table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
-        batch = expected(problem.batch)
+        sizes: dict[str, int] = {
+            "tokens": tokens, "head_dim": problem.head_dim, "batch": expected(problem.batch),
+            "positions": geometry.num_windows * problem.num_heads, "element_size": problem.dtype.itemsize,
+            "shared_memory": devices.shared_memory(problem.device),
+        }  # fmt: skip
         if self.is_small:
-            small = launch.small(
-                tokens=tokens,
-                head_dim=problem.head_dim,
-                batch=batch,
-                positions=geometry.num_windows * problem.num_heads,
-                element_size=problem.dtype.itemsize,
-                shared_memory=shared_memory,
-            )
+            small = launch.small(**sizes)
             self.attention: Any = Launch(
                 window_fwd._window_attention_fwd_small_kernel,
                 (geometry.num_windows * problem.num_heads, -(-problem.batch // small.images)),
@@ -70,14 +66,7 @@ class Forward:
                 num_stages=small.num_stages,
             )  # fmt: skip
             return
-        large = launch.large(
-            tokens=tokens,
-            head_dim=problem.head_dim,
-            batch=batch,
-            positions=geometry.num_windows * problem.num_heads,
-            element_size=problem.dtype.itemsize,
-            shared_memory=shared_memory,
-        )
+        large = launch.large(**sizes)
         self.dense = problem.dense(large.block_m, large.block_n)
         _, rows, cols = self.dense[0]
         if problem.bias_mode == tiles.BIAS_DENSE.value:
@@ -175,13 +164,23 @@ def bind(
     head_dim: int,
     packed: bool,
     table: tuple[torch.Size, tuple[int, ...]] | None,
-    has_padding: bool,
-    has_mask: bool,
     mask_value: float,
     scale: float,
-    cosine: bool,
+    has_padding: bool = False,
+    has_mask: bool = False,
+    cosine: bool = False,
 ) -> Forward:
-    """Return the launches of inference where every tensor but the table is contiguous; see `ops.window.bind`."""
+    """Return the launches of inference where every tensor but the table is contiguous.
+
+    Args:
+        device: with its index, as tensors have it.
+        packed: qkv is one tensor (B, H, W, 3 * heads * D), and not three (B, H, W, heads * D).
+        table: shape and strides of the table (T, heads), which comes with an index (N, N).
+        has_padding, has_mask: there is a padding vector (3 * heads * D,), a mask (windows, N, N).
+        cosine: there is a logit_scale (heads,).
+    Raises:
+        ArgumentError: the problem does not fit together.
+    """
     tokens, channels = geometry.tokens, num_heads * head_dim
     width = 3 * channels if packed else channels
     shape = torch.Size((batch, *geometry.size, width))

@@ -208,10 +208,10 @@ def shifted_window_attention_backward(
         None
         if grad_bias is None or given is None
         else reduce_bias(grad_bias, table, None if is_dense else index, backward.reduce).view(given.shape),
-        None if padding is None else _sum_parts(grad_pad, padding),
+        None
+        if padding is None
+        else torch.zeros_like(padding)
+        if grad_pad is None
+        else grad_pad.sum(0).to(padding.dtype),
         None if grad_scale is None else grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype),  # type: ignore[union-attr]
     )
-
-
-def _sum_parts(parts: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if parts is None else parts.sum(0).to(like.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...spec.block import Attend, Block, Tokens
 from ...spec.reference_block import attend_tokens
 from ...spec.window import Geometry, WindowSpec
-from .common import positional_names
+from .common import pair, positional_names
 from .official import attention_projections, attention_spec
 
 
@@ -69,6 +69,16 @@ class OfficialBlock(OfficialAttention):
 
     def inner(self, module: Any) -> tuple[Any, nn.Module]:
         return self, module
+
+
+def sized_geometry(x: Tensor, size: Any, window: Any, shift: int) -> Geometry | str:
+    """Return the windows of tokens (B, H * W, C) that a call is told H and W of, or why the original must run."""
+    sides = pair(size)
+    if sides is None:
+        return "height and width are not there as numbers"
+    if x.dim() != 3 or x.shape[1] != sides[0] * sides[1]:
+        return f"the input's tokens are not {sides[0]}x{sides[1]}"
+    return Geometry(sides, pair(window) or (0, 0), (shift, shift))
 
 
 def strange_mask(mask: Any, x: Tensor) -> str | None:

@@ -13,6 +13,15 @@ from ...layers import is_builtin
 from ...spec.window import Axes
 
 
+class AttentionItself:
+    """Members of families whose module is the attention and nothing around it."""
+
+    method = "forward"
+
+    def attention(self, module: Any) -> nn.Module:
+        return module
+
+
 def pair(value: object) -> tuple[int, int] | None:
     """Return (int, int) of an int or of two of them; None of anything else."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -75,7 +75,7 @@ def _judge(module: nn.Module, above: list[nn.Module]) -> tuple[WindowSpec, str] 
     seen = f"relative positions, {traits.positions}" if traits.positions else "windows and shifts"
     if traits.rows in counts(axes):
         seen = f"a relative position bias table of {traits.rows} rows"
-    return WindowSpec("unknown", axes, steps, traits.num_heads, head_dim, traits.mlp is not None), (
+    return WindowSpec("unknown", axes, steps, traits.num_heads, head_dim), (
         f"looks like window attention ({seen}), but {_difference(module, traits)}; its own forward runs and its"
         " results are right, and a family of your own (examples/new_variant.py) or swinaccel.functional makes it faster"
     )

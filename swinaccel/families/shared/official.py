@@ -29,7 +29,7 @@ from .common import (
     separate_bias,
     sides,
 )
-from .separate import zero_token
+from .separate import separate_padding, zero_token
 
 
 def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index: bool = True) -> WindowSpec | None:
@@ -53,7 +53,7 @@ def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index:
             return None
     elif cosine or not has_table_rows(attn.relative_position_bias_table, window, heads):
         return None
-    return WindowSpec(family, window, shift or (0,) * len(window), heads, attn.proj.in_features // heads, cosine)
+    return WindowSpec(family, window, shift or (0,) * len(window), heads, attn.proj.in_features // heads)
 
 
 def attention_section(
@@ -89,10 +89,14 @@ def attention_section(
     if reason is not None:
         return reason
     if hasattr(attn, "q_bias"):
-        common |= {"project": _project_v2(attn), "padding": _padding_v2(attn)}
+        common["padding"] = _padding_v2(attn)
+        if not _calls_qkv(attn):
+            common["project"] = Product(attn.qkv, functools.partial(separate_bias, attn))
+        else:
+            common["project"] = attn.qkv if attn.q_bias is None else lambda x: attn.qkv(x) + separate_bias(attn)
     else:
         common["project"] = attn.qkv
-        common["padding"] = (lambda: zero_token(attn.qkv)) if is_plain_linear(attn.qkv) else None
+        common["padding"] = separate_padding(attn.qkv)
     if (mlp := _position_mlp(attn)) is None:
         table = attn.relative_position_bias_table
         return Section(table=lambda: table, sources=(table,), **common)
@@ -129,12 +133,6 @@ def _dropout(attn: Any) -> float:
 def _calls_qkv(attn: Any) -> bool:
     separate = getattr(attn, "qkv_bias_separate", None)  # timm's
     return separate is not None and (separate or attn.q_bias is None)
-
-
-def _project_v2(attn: Any) -> Any:
-    if not _calls_qkv(attn):
-        return Product(attn.qkv, functools.partial(separate_bias, attn))
-    return attn.qkv if attn.q_bias is None else lambda x: attn.qkv(x) + separate_bias(attn)
 
 
 def _padding_v2(attn: Any) -> Any:

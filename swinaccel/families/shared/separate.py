@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...layers import PLAIN_TENSORS
 from .common import is_plain_linear
 
 # By measurement (docs/notes.md): at 24 rows a channel and 512 channels it still wins, at 3 and 1024 it loses.
@@ -23,8 +24,6 @@ widest = 512
 rows_per_channel = 8  # putting together moves 6 * C^2 numbers, and saves reading 2 * rows * C of them
 smallest = 1 << 20  # numbers in x; below, a call waits for the host, to which both ways are three launches
 packs_inference = packs_training = True  # to time the one way against the other
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def separate_projections(*projections: Any) -> Callable[[Tensor], Any]:
@@ -46,13 +45,9 @@ def separate_padding(*projections: Any) -> Callable[[], Tensor | None] | None:
 
 def zero_token(*projections: Any) -> Tensor | None:
     """Return what plain projections make of a zero token: their biases one after the other; None where none has one."""
-    biases = [projection.bias for projection in projections]
-    if all(bias is None for bias in biases):
+    if all(projection.bias is None for projection in projections):
         return None
-    parts = [
-        bias if bias is not None else projection.weight.new_zeros(projection.weight.shape[0])
-        for bias, projection in zip(biases, projections, strict=True)
-    ]
+    parts = [one.weight.new_zeros(one.weight.shape[0]) if one.bias is None else one.bias for one in projections]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -62,7 +57,7 @@ def _is_packed(x: Tensor, projections: tuple[Any, ...]) -> bool:
         return False
     first, *others = weights = [projection.weight for projection in projections]
     biases = [projection.bias for projection in projections if projection.bias is not None]
-    if not all(type(tensor) in _PLAIN_TENSORS and tensor.dtype == first.dtype for tensor in (*weights, *biases)):
+    if not all(type(tensor) in PLAIN_TENSORS and tensor.dtype == first.dtype for tensor in (*weights, *biases)):
         return False
     if not all(weight.shape == first.shape and weight.device == first.device for weight in others):
         return False

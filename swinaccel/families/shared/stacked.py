@@ -12,12 +12,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...spec.block import Attend
 from ...spec.window import Axes, Geometry, Section, is_plain
 from .blocks import strange_mask
-from .common import positional_names
+from .common import AttentionItself, positional_names
 
 
 def stacked_geometry(x: Tensor, mask: Any, window: Axes, count: int = 1) -> Geometry | str:
@@ -44,16 +44,8 @@ def stacked_image(x: Tensor, mask: Tensor | None, window: Axes, count: int = 1) 
     return x.reshape(x.shape[0] // count, count * first, *rest, x.shape[2])
 
 
-def attend_stacked(attend: Any, x: Tensor, mask: Tensor | None, window: Axes) -> Tensor:
-    """Return what `attend`, from image to image, makes of stacked windows."""
-    out = attend(stacked_image(x, mask, window))
-    return out.reshape(*x.shape[:2], out.shape[-1])
-
-
-class StackedAttention:
+class StackedAttention(AttentionItself):
     """Members that families of attention by itself share: (windows, N, C) in and out, with the mask of its block."""
-
-    method = "forward"
 
     def window(self, module: Any) -> Axes:
         return tuple(module.window_size)
@@ -64,9 +56,6 @@ class StackedAttention:
     def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
         raise NotImplementedError
 
-    def attention(self, module: Any) -> nn.Module:
-        return module
-
     def section(self, module: Any, *args: Any, **kwargs: Any) -> Section | str:
         x, mask = window_arguments(module, args, kwargs)
         geometry = stacked_geometry(x, mask, self.window(module))
@@ -76,7 +65,9 @@ class StackedAttention:
         return window_arguments(module, args, kwargs)[1]
 
     def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        return attend_stacked(attend, *window_arguments(module, args, kwargs), self.window(module))
+        x, mask = window_arguments(module, args, kwargs)
+        out = attend(stacked_image(x, mask, self.window(module)))
+        return out.reshape(*x.shape[:2], out.shape[-1])
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
         """Return calls with a mask that images share, with one of all windows, and without; and of one window alone."""
@@ -124,14 +115,11 @@ def _arguments(cls: type) -> _Arguments:
         defaults = {one.name: one.default for one in parameters if one.kind not in stars}
         needed = frozenset(name for name, one in defaults.items() if one is empty)
         masks = [name for name in names[1:] if defaults[name] is None or name in needed]
-        masks = sorted((name for name in masks if "mask" in name or name == names[1]), key=_likeness, reverse=True)
+        masks = [name for name in masks if "mask" in name or name == names[1]]
+        masks.sort(key=lambda name: (name != "mask", "mask" not in name))
         others = {name: one for name, one in defaults.items() if name not in (*masks[:1], *names[:1])}
         known = _ARGUMENTS[cls] = names, needed, "".join(masks[:1]), others
     return known
-
-
-def _likeness(name: str) -> int:
-    return 2 * (name == "mask") + ("mask" in name)
 
 
 def _is_same(value: Any, default: Any) -> bool:
