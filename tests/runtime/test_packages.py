@@ -134,12 +134,17 @@ def test_programs_hold_kernels_where_a_package_is_made_of_them():
 
 LOADS = """
 import sys, torch
+print("opens", flush=True)
 run = torch._inductor.aoti_load_package(sys.argv[1])
 for name in sys.argv[2:]:
     x, expected = torch.load(name)
-    torch.testing.assert_close(run(x), expected, rtol=2e-2, atol=2e-2)
+    print("runs", len(x), flush=True)
+    found = run(x)
+    torch.cuda.synchronize()
+    print("compares", flush=True)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 assert not [name for name in sys.modules if name.startswith("swinaccel")]
-print("loaded")
+print("loaded", flush=True)
 """
 
 
@@ -165,5 +170,7 @@ def test_packages_run_where_swinaccel_is_not(version, tmp_path):
         if "cuda.h: No such file" in str(error):
             pytest.skip("AOTInductor needs CUDA's headers here")
         raise
-    done = subprocess.run([sys.executable, "-c", LOADS, path, *files], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "loaded", done.stderr
+    command = [sys.executable, "-X", "faulthandler", "-c", LOADS, path, *files]  # a crash says where it was, too
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = f"return code {done.returncode}, got to: {done.stdout.split()}\n{done.stderr}"
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["loaded"]), told
