@@ -69,8 +69,30 @@ WEATHER = "tests/families/test_weather.py"
 TRAPS = "tests/runtime/test_traps.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 FP8 = "tests/runtime/test_fp8.py"
+FUSED = "tests/runtime/test_fused_products.py"
+SAME_NUMBERS = "tests/runtime/test_training_graphs.py -k same_numbers"
+LAUNCHERS = "tests/backends/test_triton_interface.py"
 
 MUTANTS = [
+    *under(
+        "swinaccel",  # what training fuses beside norms
+        ("ops/block_autograd.py", "is not None and version == grad._version", "is not None", FUSED),
+        ("ops/block_autograd.py", "grad.__dict__.pop(", "grad.__dict__.get(", FUSED),
+        ("ops/block_autograd.py", "if not grad.is_inference():", "if True:", FUSED),
+        ("backends/triton/block.py", "x.is_contiguous() and weight.is_contiguous() and are_d", "are_d", FUSED),
+        ("runtime/capture.py", "if not all(map(torch.equal,", "if not any(map(torch.equal,", SAME_NUMBERS),
+        ("runtime/capture.py", "self._versions = counts", "return False", SAME_NUMBERS),
+    ),
+    *under(
+        "kernels/triton",
+        ("pointwise.py", "patches_ptr + out_offs, out, mask=inside", "patches_ptr + out_offs, out, mask=real", FUSED),
+        ("pointwise_bwd.py", "branch_sums += grad", "branch_sums += total", FUSED),
+        ("pointwise_bwd.py", "grad.to(grad_x_ptr.dtype.element_ty), mask=real", "grad, mask=inside", FUSED),
+        ("pointwise_bwd.py", "for first in tl.range(0, parts, ROWS):", "for first in tl.range(0, ROWS, ROWS):", FUSED),
+        ("mlp.py", "hidden_desc.store([row, col + HALF], right", "hidden_desc.store([row, col + HALF], left", FUSED),
+        ("run.py", "copy.copy(compiled)[grid]", "compiled[grid]", LAUNCHERS),
+        ("run.py", "lambda: not self._is_loading and not self._builders", "lambda: True", LAUNCHERS),
+    ),
     *under(
         "kernels/triton",  # packages of AOTInductor
         ("traced.py", "isinstance(one, type) and issubclass(one, tuple)", "False", PACKAGES),
@@ -636,8 +658,8 @@ MUTANTS = [
             ("graphs", "torch._C._current_graph_task_id() == -1", "True", GRAPH_CONTENTS),
             ("graphs", "torch._C._autograd._top_saved_tensors_default_hooks(False) is None", "True", GRAPH_CONTENTS),
             ("capture", "[one.clone() for one in self._outputs]", "list(self._outputs)", GRAPHS),
-            ("capture", "self._where() == self._places and self._counts()", "self._counts()", GRAPHS),
-            ("capture", "with _without_autocast_cache():", "if True:", GRAPHS),
+            ("capture", "self._where() == self._places and self.is_safe()", "self.is_safe()", GRAPHS),
+            ("capture", "with _without_autocast_cache(), drawing", "with drawing", GRAPHS),
             ("capture", "        with engine.lock:", "        if True:", GRAPHS),
             ("capture", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
             ("capture", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),
@@ -1191,7 +1213,7 @@ MUTANTS = [
         ),
         (
             "tiles.py",
-            "1.0 / tl.maximum(1.0 - dropout.probability, 1e-6)",
+            "1.0 / tl.maximum(1.0 - probability, 1e-6)",
             "1.0",
             "tests/backends/test_kernels.py tests/backends/test_backward.py -k dropout",
         ),
