@@ -221,8 +221,9 @@ def test_a_merging_whose_backward_fails(affine, monkeypatch):
 
 
 @pytest.mark.parametrize("affine", [None, AFFINE])
-def test_batches_of_gradients_of_a_merging(affine):
-    x, grads = random(2, 5, 3, 8).requires_grad_(), random(4, 2, 3, 2, 32)
+@pytest.mark.parametrize("sides", [(5, 3), (6, 4)])
+def test_batches_of_gradients_of_a_merging(sides, affine):
+    x, grads = random(2, *sides, 8).requires_grad_(), random(4, 2, 3, 2, 32)
     weight, bias = random(32), random(32, seed=1)
     out = recorded.merge(x, None if affine is None else (weight, bias, affine), torch.float32)
     (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
