@@ -137,6 +137,8 @@ class _NormAdd(torch.autograd.Function):
 
 def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype) -> Tensor:
     """Return each four neighbours of an image (B, H, W, C), or their layer norm, in a dtype."""
+    if not torch.is_grad_enabled():  # as under autocast in inference, where nothing is kept
+        return kernels.merge(x, affine, dtype)
     return _Merge.apply(x, dtype) if affine is None else _MergeNorm.apply(x, *affine, dtype)[1]
 
 

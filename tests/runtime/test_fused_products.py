@@ -163,6 +163,18 @@ def test_merging(size, norm, wide, dtype, poisoned):
     )
 
 
+def test_nothing_is_kept_of_a_merging_without_gradients(monkeypatch):
+    kept, plain = [], kernels.merge
+    monkeypatch.setattr(kernels, "merge", lambda *args: kept.extend(args[3:]) or plain(*args))
+    x, affine = random(2, 5, 4, 8), (random(32).requires_grad_(), random(32, seed=1), AFFINE)
+    expected = recorded.merge(x, affine, HALF)
+    assert len(kept) == 1
+    with torch.no_grad():
+        found = recorded.merge(x, affine, HALF)
+    assert len(kept) == 1
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("affine", [None, AFFINE])
 def test_second_derivatives_of_a_merging(affine):
     x, weight, bias = random(2, 3, 4, 8), random(32), random(32, seed=1)
