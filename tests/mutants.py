@@ -79,6 +79,7 @@ MUTANTS = [
         ("ops/block_autograd.py", "is not None and version == grad._version", "is not None", FUSED),
         ("ops/block_autograd.py", "grad.__dict__.pop(", "grad.__dict__.get(", FUSED),
         ("ops/block_autograd.py", "if not grad.is_inference():", "if True:", FUSED),
+        ("ops/block_autograd.py", "if not torch.is_grad_enabled():  # as under", "if False:  # as under", FUSED),
         ("backends/triton/block.py", "x.is_contiguous() and weight.is_contiguous() and are_d", "are_d", FUSED),
         ("runtime/capture.py", "if not all(map(torch.equal,", "if not any(map(torch.equal,", SAME_NUMBERS),
         ("runtime/capture.py", "self._versions = counts", "return False", SAME_NUMBERS),
