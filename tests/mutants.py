@@ -69,8 +69,31 @@ WEATHER = "tests/families/test_weather.py"
 TRAPS = "tests/runtime/test_traps.py"
 NONFINITE = "tests/backends/test_nonfinite.py"
 FP8 = "tests/runtime/test_fp8.py"
+FUSED = "tests/runtime/test_fused_products.py"
+SAME_NUMBERS = "tests/runtime/test_training_graphs.py -k same_numbers"
+LAUNCHERS = "tests/backends/test_triton_interface.py"
 
 MUTANTS = [
+    *under(
+        "swinaccel",  # what training fuses beside norms
+        ("ops/block_autograd.py", "is not None and version == grad._version", "is not None", FUSED),
+        ("ops/block_autograd.py", "grad.__dict__.pop(", "grad.__dict__.get(", FUSED),
+        ("ops/block_autograd.py", "if not grad.is_inference():", "if True:", FUSED),
+        ("ops/block_autograd.py", "if not torch.is_grad_enabled():  # as under", "if False:  # as under", FUSED),
+        ("backends/triton/block.py", "x.is_contiguous() and weight.is_contiguous() and are_d", "are_d", FUSED),
+        ("runtime/capture.py", "if not all(map(torch.equal,", "if not any(map(torch.equal,", SAME_NUMBERS),
+        ("runtime/capture.py", "self._versions = counts", "return False", SAME_NUMBERS),
+    ),
+    *under(
+        "kernels/triton",
+        ("pointwise.py", "patches_ptr + out_offs, out, mask=inside", "patches_ptr + out_offs, out, mask=real", FUSED),
+        ("pointwise_bwd.py", "branch_sums += grad", "branch_sums += total", FUSED),
+        ("pointwise_bwd.py", "grad.to(grad_x_ptr.dtype.element_ty), mask=real", "grad, mask=inside", FUSED),
+        ("pointwise_bwd.py", "for first in tl.range(0, parts, ROWS):", "for first in tl.range(0, ROWS, ROWS):", FUSED),
+        ("mlp.py", "hidden_desc.store([row, col + HALF], right", "hidden_desc.store([row, col + HALF], left", FUSED),
+        ("run.py", "copy.copy(compiled)[grid]", "compiled[grid]", LAUNCHERS),
+        ("run.py", "lambda: not self._is_loading and not self._builders", "lambda: True", LAUNCHERS),
+    ),
     *under(
         "kernels/triton",  # packages of AOTInductor
         ("traced.py", "isinstance(one, type) and issubclass(one, tuple)", "False", PACKAGES),

@@ -100,7 +100,7 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
 def training_linear_gelu(
     *, rows: int, channels: int, hidden: int, multiprocessors: int
 ) -> tuple[LinearLaunch, int] | None:
-    """Launch and programs, or None, as `linear_gelu` where hidden values are kept, which are many."""
+    """Launch and programs of the first product and GELU where its input is kept; None as for `linear_gelu`."""
     launch = LINEAR_GELU if channels % LINEAR_GELU.block_k == 0 else LINEAR_GELU._replace(block_k=32)
     if channels % launch.block_k or hidden % launch.block_n:
         return None

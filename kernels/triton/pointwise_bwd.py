@@ -14,7 +14,7 @@ from .pointwise import NORM, NORM_ADD, load_channels, load_factors, merged_offse
 
 @triton.jit
 def through_norm(grad, hat, rstd, C: tl.constexpr):
-    """Return the gradient of rows from that of `hat`, the rows less their means, times rstd; all (rows, BLOCK_C)."""
+    """Return the gradient of rows from that of `hat`, which is (rows - mean) * rstd; (rows, BLOCK_C)."""
     along = tl.sum(grad * hat, axis=1)[:, None] / C
     return (grad - tl.sum(grad, axis=1)[:, None] / C - hat * along) * rstd
 
@@ -35,7 +35,8 @@ def _norm_bwd_kernel(
 ):  # fmt: skip
     """Compute the gradients of `_norm_kernel`, whose MODE and operands these are.
 
-    The branch's is summed as well where there is one: most often it is a product's, and that the gradient of its bias.
+    Where there is a branch, the columns of its gradient are summed too: most often it comes from a product, and the
+    sums are the gradient of that product's bias.
 
     One program: every programs-th tile of ROWS rows.
     """

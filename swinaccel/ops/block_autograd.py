@@ -2,7 +2,7 @@
 
 As in inference, norms are fused with the sums beside them; what a layer is given is written in that layer's dtype at
 once, and gradients are added where they are made. Kept for the backward are the residual stream, two numbers of each
-row for each norm, and two inputs of the MLP: not GELU, which is computed again.
+row for each norm, two inputs of the MLP, and patches that are merged: not GELU, which is computed again.
 
 Gradients that are to be differentiated again are PyTorch's own, of the same formulas; and so are those that a kernel
 cannot give, such as of a batch of gradients.
@@ -137,6 +137,8 @@ class _NormAdd(torch.autograd.Function):
 
 def merge(x: Tensor, affine: Affine | None, dtype: torch.dtype) -> Tensor:
     """Return each four neighbours of an image (B, H, W, C), or their layer norm, in a dtype."""
+    if not torch.is_grad_enabled():  # as under autocast in inference, where nothing is kept
+        return kernels.merge(x, affine, dtype)
     return _Merge.apply(x, dtype) if affine is None else _MergeNorm.apply(x, *affine, dtype)[1]
 
 

@@ -57,6 +57,10 @@ class Precision:
         self.failure: str | None = None
         self.versions: list[tuple[int, int, int]] = []
 
+    def become(self, other: Precision) -> None:
+        """Take another's place."""
+        self.error, self.reason, self.failure, self.versions = other.error, other.reason, other.failure, other.versions
+
     def __str__(self) -> str:
         """Return the cell of a report."""
         if self.reason is not None or self.error is None:

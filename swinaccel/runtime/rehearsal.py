@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..backends.triton.launches import compiled_ahead, prepare
 from .cuda_graph import CudaGraphs
 from .plan import known_states
+from .precision import Precision
 
 
 def prepare_compilers(module: nn.Module) -> None:
@@ -39,9 +40,9 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
     if device.type != "cuda":
         return
     contents = Contents(module)
-    before = {one: (one.calls, one.fallbacks) for one in known_states(module.modules())}
     # What fails is raised again by the call itself.
     with (
+        states_kept(module),
         suppress(Exception),
         drawing_apart(device),
         CudaGraphs(device).aside() as stream,
@@ -50,8 +51,19 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
         _rehearse(module, run, inputs)
     contents.restore()
     torch.cuda.empty_cache()  # of that stream
-    for state in known_states(module.modules()):
-        state.calls, state.fallbacks = before.get(state, (0, 0))
+
+
+@contextmanager
+def states_kept(module: nn.Module) -> Iterator[None]:
+    """Give calls that are counted, and errors that are measured, their values back: what is rehearsed is no call."""
+    before = {one: (one.calls, one.fallbacks, copy.copy(one.precision)) for one in known_states(module.modules())}
+    try:
+        yield
+    finally:
+        for state in known_states(module.modules()):
+            state.calls, state.fallbacks, known = before.get(state, (0, 0, None))
+            if state.precision is not None:
+                state.precision.become(known or Precision())
 
 
 def _rehearse(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor]) -> None:

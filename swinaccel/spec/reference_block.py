@@ -75,8 +75,10 @@ def merged(x: Tensor) -> Tensor:
 
 def unmerged(patches: Tensor, shape: torch.Size) -> Tensor:
     """Return the image, of a shape (B, H, W, C), that `merged` made such patches of."""
-    parts = patches.unflatten(3, (2, 2, -1)).permute(0, 1, 4, 2, 3, 5)
-    return parts.flatten(3, 4).flatten(1, 2)[:, : shape[1], : shape[2]]
+    batch, down, across, channels = patches.shape
+    parts = patches.reshape(batch, down, across, 2, 2, channels // 4).permute(0, 1, 4, 2, 3, 5)
+    image = parts.reshape(batch, 2 * down, 2 * across, channels // 4)
+    return image.narrow(1, 0, shape[1]).narrow(2, 0, shape[2])
 
 
 def embedding_reference(embedding: Embedding, x: Tensor) -> Any:

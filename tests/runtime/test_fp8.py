@@ -19,7 +19,7 @@ from torch import nn
 import swinaccel
 from swinaccel.backends.triton import quantise
 from swinaccel.ops import fp8
-from swinaccel.runtime import precision
+from swinaccel.runtime import precision, rehearsal
 from swinaccel.runtime.plan import state_of
 
 KEEPS_VERDICTS = True
@@ -632,3 +632,24 @@ def test_compiled_calls_run_without():
     found = call(torch.compile(fast), X)
     assert relative(found, call(plain, X)) < 0.02
     assert "Calls that were compiled" in str(swinaccel.report(fast))
+
+
+def test_what_is_rehearsed_measures_nothing():
+    """Kernels do not run in it, and what stands in their results' place says nothing of an error."""
+    model = made()
+    fast = accelerated(model)
+    with rehearsal.states_kept(fast):
+        call(fast, X)
+    assert knows(fast)
+    for known in knows(fast):
+        assert (known.error, known.reason, known.failure, known.versions) == (None, None, None, [])
+    call(fast, X)
+    errors, calls = [known.error for known in knows(fast)], [entry.calls for entry in swinaccel.report(fast)]
+    with rehearsal.states_kept(fast), torch.no_grad():
+        for part in fast.modules():
+            if isinstance(part, nn.Linear):
+                part.weight.mul_(1.5)
+        call(fast, X)
+        assert errors != [known.error for known in knows(fast)]
+    assert errors == [known.error for known in knows(fast)]
+    assert calls == [entry.calls for entry in swinaccel.report(fast)]

@@ -78,6 +78,13 @@ def test_what_lies_otherwise_is_left_to_others(few_processors):
     assert kernels.linear_gelu_kept(x[:128], weight, None) is None  # a single tile
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 5), (700, 24), (257, 2, 180)])
+def test_sums_of_programs_are_added_up(shape):
+    """More of them than are loaded at once, and columns that fill no whole tile."""
+    parts = random(*shape)
+    helpers.assert_close(block_bwd._add_parts(parts).double(), parts.double().sum(0), 1e-6)
+
+
 BRANCHES = ["added", "normalised and added"]
 
 
@@ -156,6 +163,18 @@ def test_merging(size, norm, wide, dtype, poisoned):
     )
 
 
+def test_nothing_is_kept_of_a_merging_without_gradients(monkeypatch):
+    kept, plain = [], kernels.merge
+    monkeypatch.setattr(kernels, "merge", lambda *args: kept.extend(args[3:]) or plain(*args))
+    x, affine = random(2, 5, 4, 8), (random(32).requires_grad_(), random(32, seed=1), AFFINE)
+    expected = recorded.merge(x, affine, HALF)
+    assert len(kept) == 1
+    with torch.no_grad():
+        found = recorded.merge(x, affine, HALF)
+    assert len(kept) == 1
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("affine", [None, AFFINE])
 def test_second_derivatives_of_a_merging(affine):
     x, weight, bias = random(2, 3, 4, 8), random(32), random(32, seed=1)
@@ -211,6 +230,17 @@ def test_a_merging_whose_backward_fails(affine, monkeypatch):
         assert (one is None) == (other is None)
         if other is not None:
             helpers.assert_close(one, other)
+
+
+@pytest.mark.parametrize("affine", [None, AFFINE])
+@pytest.mark.parametrize("sides", [(5, 3), (6, 4)])
+def test_batches_of_gradients_of_a_merging(sides, affine):
+    x, grads = random(2, *sides, 8).requires_grad_(), random(4, 2, 3, 2, 32)
+    weight, bias = random(32), random(32, seed=1)
+    out = recorded.merge(x, None if affine is None else (weight, bias, affine), torch.float32)
+    (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+    for one, grad in zip(found, grads, strict=True):
+        helpers.assert_close(one, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("way", BRANCHES)
