@@ -11,6 +11,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel.cli import bench, timing
+from swinaccel.runtime import precision
 
 IMAGES = (torch.randn(2, 3, 56, 56),)
 
@@ -141,8 +142,10 @@ def test_memory_and_compile_on_a_gpu():
         assert row.difference < 2e-2
         assert row.timed == ("CUDA graph" if "graph" in row.name else "calls")
     names = [row.name for row in result.variants]
+    has_eighth = precision.device_reason(torch.device("cuda")) is None
     assert names == [
         "original", "original, CUDA graph", "SDPA", "torch.compile", "accelerated", "accelerated, CUDA graph",
+        *(["accelerated, fp8", "accelerated, fp8, CUDA graph"] if has_eighth else []),
         "accelerated + torch.compile",
     ]  # fmt: skip
 
