@@ -681,6 +681,7 @@ MUTANTS = [
             ("training_capture", "super().lies() and self._wanted() == self._flags", "super().lies()", TRAINING_GRAPHS),
             ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
+            ("rehearsal", "state.precision.become(known or Precision())", "pass", FP8 + " -k rehearsed"),
             ("rehearsal", "one.data.copy_(kept)", "pass", TRAINING_GRAPHS),
             ("rehearsal", "space.update(then)", "pass", GRAPH_CONTENTS),
             ("rehearsal", "values[:] = old", "pass", GRAPH_CONTENTS),
