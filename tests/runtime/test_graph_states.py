@@ -28,7 +28,7 @@ class GraphStates(test_states.States):
             GraphStates.compared += 1
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(SECONDS, marks=pytest.mark.long)], ids=["quick", "long"])
+@pytest.mark.parametrize("seconds", [12, pytest.param(SECONDS, marks=pytest.mark.long)], ids=["quick", "long"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_states_of_graphs(device, seconds, monkeypatch):
     monkeypatch.setattr(GraphStates, "device", device)
