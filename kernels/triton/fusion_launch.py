@@ -97,28 +97,26 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
     return MlpLaunch(block_m, block_c, block_h, 4, num_stages) if num_stages >= 1 and element_size == 2 else None
 
 
-def training_linear_gelu(
-    *, rows: int, channels: int, hidden: int, multiprocessors: int
+def linear_gelu(
+    *, rows: int, channels: int, hidden: int, multiprocessors: int, keeps: bool = False
 ) -> tuple[LinearLaunch, int] | None:
-    """Launch and programs of the first product and GELU where its input is kept; None as for `linear_gelu`."""
-    launch = LINEAR_GELU if channels % LINEAR_GELU.block_k == 0 else LINEAR_GELU._replace(block_k=32)
-    if channels % launch.block_k or hidden % launch.block_n:
-        return None
-    programs = launch.programs * multiprocessors
-    return (launch, programs) if -(-rows // launch.block_m) * (hidden // launch.block_n) >= programs else None
+    """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster.
 
-
-def linear_gelu(*, rows: int, channels: int, hidden: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
-    """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster."""
+    Args:
+        keeps: what GELU is computed of is kept for a backward, whose rows are many.
+    """
 
     def tiles(launch: LinearLaunch) -> int:
         if channels % launch.block_k or hidden % launch.block_n:
             return 0
         return -(-rows // launch.block_m) * (hidden // launch.block_n)
 
-    programs = LINEAR_GELU.programs * multiprocessors
-    if tiles(LINEAR_GELU) >= programs:
-        return LINEAR_GELU, programs
+    many = LINEAR_GELU._replace(block_k=32) if keeps and channels % LINEAR_GELU.block_k else LINEAR_GELU
+    programs = many.programs * multiprocessors
+    if tiles(many) >= programs:
+        return many, programs
+    if keeps:
+        return None
     few, most = tiles(LINEAR_GELU_FEW), LINEAR_GELU_FEW.programs * multiprocessors
     if most // 3 < few <= most and channels <= _FEW_CHANNELS:
         return LINEAR_GELU_FEW, few

@@ -25,9 +25,9 @@ def few_processors(monkeypatch):
         monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
     elif not devices.has_copy_engine(torch.device("cuda", 0)):
         pytest.skip("this GPU has no copy engine")
-    kernels.training_launch.cache_clear()
+    kernels._linear_gelu_launch.cache_clear()
     yield
-    kernels.training_launch.cache_clear()
+    kernels._linear_gelu_launch.cache_clear()
 
 
 @pytest.fixture

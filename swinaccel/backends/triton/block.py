@@ -237,34 +237,24 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
 def linear_gelu_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Return x weightᵀ + bias and its GELU, as `linear_gelu`, for a backward."""
     hidden, channels = weight.shape
-    how = training_launch(x.device, x.numel() // channels, channels, hidden)
-    if how is None or not (x.is_contiguous() and weight.is_contiguous() and are_describable(x, weight)):
+    launch = linear_gelu_launch(x.device, x.numel() // channels, channels, hidden, keeps=True)
+    if launch is None or not (x.is_contiguous() and weight.is_contiguous() and are_describable(x, weight)):
         return None
-    kept_hidden, out = (x.new_empty((*x.shape[:-1], hidden)) for _ in range(2))
-    key = ("linear gelu", x.device, x.numel() // channels, channels, hidden, *how, True)
-    _launch(key, _plan_linear_gelu, out, x, weight, bias, kept_hidden)
-    return kept_hidden, out
+    before, out = (x.new_empty((*x.shape[:-1], hidden)) for _ in range(2))
+    run(launch, out, x, weight, bias, before)
+    return before, out
 
 
-@lru_cache(maxsize=256)
-def training_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
-    """Return how a product with GELU would run in training, or None where PyTorch's product is to be preferred."""
-    if not devices.has_copy_engine(device) or devices.shared_memory_override:
+def linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int, keeps: bool = False) -> Any:
+    """Return the launch of the product with GELU, or None where PyTorch's product is to be preferred.
+
+    Args:
+        keeps: it also writes what GELU is computed of.
+    """
+    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden, keeps)
+    if how is None:
         return None
-    from ...kernels import fusion_launch
-
-    multiprocessors = devices.multiprocessors(device)
-    return fusion_launch.training_linear_gelu(
-        rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors
-    )
-
-
-def linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
-    """Return the launch of the product with GELU, or None where PyTorch's product is to be preferred."""
-    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden)
-    return (
-        None if how is None else kept(("linear gelu", device, rows, channels, hidden, *how, False), _plan_linear_gelu)
-    )
+    return kept(("linear gelu", device, rows, channels, hidden, *how, keeps), _plan_linear_gelu)
 
 
 def are_describable(x: Tensor, weight: Tensor) -> bool:
@@ -273,13 +263,15 @@ def are_describable(x: Tensor, weight: Tensor) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int) -> Any:
+def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int, keeps: bool) -> Any:
     if not devices.has_copy_engine(device):
         return None
     from ...kernels import fusion_launch
 
     multiprocessors = devices.multiprocessors(device)
-    return fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors)
+    return fusion_launch.linear_gelu(
+        rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors, keeps=keeps
+    )
 
 
 def _plan_linear_gelu(
