@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from triton import knobs
-from triton.backends.nvidia import driver
+from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
 
@@ -67,6 +68,11 @@ def launch_first(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...],
         return kernel[grid](*arguments, **options)
 
 
+def builds_launchers() -> bool:
+    """Return True if Triton builds a launcher for each signature, for the GPUs of this process."""
+    return hasattr(sys.modules[driver.active.launcher_cls.__module__], "make_launcher")
+
+
 def compile_ahead(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Compile a kernel for such arguments, and what launches it; `launch_first` finds both, and only loads them.
 
@@ -74,7 +80,7 @@ def compile_ahead(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]
     that of another kernel afterwards, and is thrown away. Where all kernels have one launcher, nothing is built.
     """
     compiled = kernel.warmup(*arguments, grid=grid, **options)
-    if hasattr(driver, "make_launcher") and not hasattr(compiled, "__del__"):  # which would unload what it shares
+    if builds_launchers() and not hasattr(compiled, "__del__"):  # which would unload what it shares
         with _loading.shared():
             copy.copy(compiled)[grid]
     else:

@@ -22,8 +22,7 @@ from ..backends.triton import block as kernels
 from ..backends.triton import block_bwd as backward_kernels
 from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
 from ..spec.reference_block import unmerged
-
-_HALVES = (torch.float16, torch.bfloat16)
+from .block import HALVES
 
 
 def norm(x: Tensor, affine: Affine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -297,7 +296,7 @@ class _Mlp(torch.autograd.Function):
 
 def _hidden(y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return y weightᵀ + bias, and its GELU."""
-    if y.dtype not in _HALVES:
+    if y.dtype not in HALVES:
         hidden = F.linear(y, weight, bias)
         return hidden, F.gelu(hidden)
     with suppress(kernels.LaunchError):
@@ -310,7 +309,7 @@ def _hidden(y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 def _hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of hidden from that of GELU(hidden) weightᵀ, GELU(hidden), and the gradient's column sums."""
     grad = grad @ weight
-    if hidden.dtype in _HALVES:
+    if hidden.dtype in HALVES:
         return backward_kernels.gelu(grad, hidden)
     grad = torch.ops.aten.gelu_backward(grad, hidden)
     return grad, F.gelu(hidden), grad.sum(0)
@@ -318,7 +317,7 @@ def _hidden_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tens
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a b in a dtype, to which sums are rounded from fp32 but once, where that is possible."""
-    if a.is_cuda and a.dtype in _HALVES and dtype is torch.float32:
+    if a.is_cuda and a.dtype in HALVES and dtype is torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 

@@ -58,7 +58,7 @@ class Precision:
         self.versions: list[tuple[int, int, int]] = []
 
     def become(self, other: Precision) -> None:
-        """Take another's place."""
+        """Know what another one does."""
         self.error, self.reason, self.failure, self.versions = other.error, other.reason, other.failure, other.versions
 
     def __str__(self) -> str:
