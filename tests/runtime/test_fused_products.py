@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TRITON_DEVICE
+from swinaccel.kernels import fusion_launch
 from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, leaves, narrowed, random, results, scaled
 
 from swinaccel.backends.triton import block as kernels
@@ -281,3 +282,10 @@ def test_a_product_of_one_row(twice, fails, monkeypatch):
     bias = random(40).requires_grad_()
     recorded.linear(random(24, dtype=HALF), random(40, 24), bias, HALF).sum().backward(create_graph=twice)
     assert bias.grad.tolist() == [1] * 40
+
+
+def test_tokens_that_32_bits_do_not_count_are_not_merged():
+    most = 2**31 - 2048
+    assert fusion_launch.merged_rows(most - 1, 8) == fusion_launch.rows(32)
+    with pytest.raises(ValueError, match="more than the kernel counts"):
+        fusion_launch.merged_rows(most, 8)
