@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
 from .shared.blocks import OfficialBlock, block_spec, sized_geometry, strange_mask
-from .shared.common import pair, positional_names
+from .shared.common import argument, pair, positional_names
 from .shared.official import attention_projections, attention_section, attention_spec
 
 
@@ -37,6 +37,9 @@ class Detection(OfficialBlock):
         mask = mask_matrix if module.shift_size > 0 else None
         value = 0.0 if mask is None else SHIFT_MASK_VALUE
         return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value)
+
+    def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return argument(1, "mask_matrix", args, kwargs)
 
     def tokens(self, module: Any, x: Tensor, mask_matrix: Any) -> Tokens:
         return x, (module.H, module.W)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
-from .shared.common import AttentionItself, drop_rate, is_idle, is_index, sides
+from .shared.common import AttentionItself, argument, drop_rate, is_idle, is_index, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
@@ -64,6 +64,10 @@ class Earth(AttentionItself):
             mask_value=0.0,
             dropout=drop_rate(module.attn_drop),
         )
+
+    def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        mask = argument(1, "mask", args, kwargs)
+        return mask.flatten(0, 1) if isinstance(mask, Tensor) else None
 
     def forward(self, module: Any, attend: Any, x: Tensor, mask: Any = None) -> Tensor:
         out = attend(stacked_image(*_stacked(x, mask), (1, x.shape[2]), x.shape[1]))

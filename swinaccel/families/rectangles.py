@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import strange_mask, undivided
-from .shared.common import AttentionItself, drop_rate, is_index, pair
+from .shared.common import AttentionItself, argument, drop_rate, is_index, pair
 
 
 class Rectangles(AttentionItself):
@@ -68,6 +68,9 @@ class Rectangles(AttentionItself):
             mask=mask,
             dropout=drop_rate(module.attn_drop),
         )
+
+    def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return argument(3, "mask", args, kwargs)
 
     def forward(self, module: Any, attend: Any, qkv: Tensor, H: int, W: int, mask: Any = None) -> Tensor:
         return attend(qkv.permute(1, 2, 0, 3).reshape(qkv.shape[1], H, W, -1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..spec.block import Tokens
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from .shared.blocks import OfficialAttention, OfficialBlock, block_spec, sized_geometry, strange_mask, undivided
-from .shared.common import is_index
+from .shared.common import argument, is_index
 from .shared.official import attention_section
 
 
@@ -82,6 +82,9 @@ class Hat(OfficialAttention):
         mask = attn_mask if module.shift_size > 0 else None
         value, index = 0.0 if mask is None else SHIFT_MASK_VALUE, rpi_sa.to(x.device)  # it may be no buffer, and lag
         return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value, index)
+
+    def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return argument(3, "attn_mask", args, kwargs)
 
     def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any, rpi_sa: Tensor, attn_mask: Any) -> Tensor:
         image = module.norm1(x).view(x.shape[0], *x_size, x.shape[2])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from .shared.blocks import OfficialAttention, strange_mask
-from .shared.common import positional_names, sides
+from .shared.common import argument, positional_names, sides
 from .shared.official import attention_section, attention_spec, flash_reason
 from .shared.shrinking import example_sizes, prefix, shrinking_geometry
 
@@ -48,6 +48,9 @@ class Video(OfficialAttention):
         value = 0.0 if mask is None else SHIFT_MASK_VALUE
         reason = strange_mask(mask, x) or flash_reason(attn)
         return reason or attention_section(attn, geometry, mask, value, index)
+
+    def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return argument(1, "mask_matrix", args, kwargs)
 
     def forward(self, module: Any, attend: Any, x: Tensor, mask_matrix: Any) -> Tensor:
         return attend(module.norm1(x))

@@ -27,7 +27,9 @@ from .context import PATCHABLE, backend_of, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
-from .weights import lazy_weights, weights_reason
+from .weights import lazy_weights, refuse_capture, weights_reason
+
+MaskOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 CHANGED = (
     "its {} was changed after accelerate(), or came from a file or another process; call"
@@ -126,32 +128,45 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
-    mask_of: Any = getattr(family, "mask_of", lambda *_: None)
-    mask = mask_of(module, args, kwargs)
-    is_given = mask is not None and section.mask is mask
-    if is_given:
-        section.mask = mask.new_empty(0)  # each call brings its own, of this form, and this one is not kept
+    mask_of = release_mask(family, module, section, args, kwargs)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
 
     def run_with_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask = mask_of(module, args, kwargs)
+        mask = mask_of(module, args, kwargs)  # type: ignore[misc]
         return family.forward(module, lambda image: attend(image, mask), *args, **kwargs)
 
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        images, mask = [], mask_of(module, args, kwargs) if is_given else None
+        given = args[0] if args else next(iter(kwargs.values()))
+        refuse_capture(given)
+        images, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:
             images.append(image)
             return attend(image, mask)
 
         out = family.forward(module, watched, *args, **kwargs)
-        given = args[0] if args else next(iter(kwargs.values()))
         return out, lazy_weights(with_mask(section, mask), images[0], given)
 
-    way = run_with_weights if reading.weights else run_with_mask if is_given else run
-    return Plan(way, problem, guard, section.index, is_reusable=mask is None or is_given)
+    way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
+    return Plan(way, problem, guard, section.index)
+
+
+def release_mask(
+    family: Family, module: nn.Module, section: Section, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> MaskOf | None:
+    """Let a section that takes the mask of its call keep none, since each call of its plan brings another.
+
+    Returns:
+        What finds a call's mask, of (module, args, kwargs); None where the section takes none.
+    """
+    mask_of = getattr(family, "mask_of", None)
+    mask = None if mask_of is None else mask_of(module, args, kwargs)
+    if mask is None or section.mask is None:
+        return None
+    section.mask = mask.new_empty(0)
+    return mask_of
 
 
 def section_of(
@@ -196,7 +211,9 @@ def bind_backend(
         def attend(image: Tensor, mask: Tensor | None = None) -> Tensor:
             return torch_backend.shifted_window_attention(with_mask(section, mask), image, in_parts=in_parts)
 
-        return (attend if size is None else lambda y: attend_tokens(attend, y, size)), None
+        if size is None:
+            return attend, None
+        return (lambda y, mask=None: attend_tokens(lambda image: attend(image, mask), y, size)), None
     problem = problem_of(section, x)
     reason = triton_reason(section, x, problem) or index_reason(section)
     if reason is not None:

@@ -26,7 +26,7 @@ from ..ops import block as block_ops
 from ..ops import block_autograd as recorded
 from ..ops.block import HALVES, is_like
 from ..ops.failures import failures
-from ..spec.block import Attend, Block
+from ..spec.block import Block
 from ..spec.reference_block import drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
@@ -180,16 +180,18 @@ class FusedBlock:
     """A block in few kernels.
 
     Args:
-        attend: the attention, of x's shape to the same.
+        attend: the attention, of x's shape to the same; and of a mask in place of its own, or None.
         backend: "torch" on CPUs.
     Attributes:
-        run: the block's forward, of x.
+        run: the block's forward, of x, and of the mask of a call that has brought it.
         bare: the same, but for `as_output`.
     """
 
     __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "bare", "run")
 
-    def __init__(self, facts: BlockFacts, attend: Attend, x: Tensor, backend: str, config: AccelConfig) -> None:
+    def __init__(
+        self, facts: BlockFacts, attend: Callable[..., Tensor], x: Tensor, backend: str, config: AccelConfig
+    ) -> None:
         self._facts, self._config, self._attend = facts, config, attend
         self._problem = block_problem(facts, x, backend)
         as_output = facts.block.as_output
@@ -199,8 +201,8 @@ class FusedBlock:
             run = self._on_cpu
         else:
             run = self._bound if self._bind(x) else self._unfused
-        self.bare: Callable[[Tensor], Tensor] = run
-        self.run: Callable[[Tensor], Any] = run if as_output is None else lambda x: as_output(run(x))
+        self.bare: Callable[..., Tensor] = run
+        self.run: Callable[..., Any] = run if as_output is None else lambda *call: as_output(run(*call))
 
     def _bind(self, x: Tensor) -> bool:
         """Bind what is around the attention to its launches; return False where that fails."""
@@ -214,14 +216,14 @@ class FusedBlock:
             return False
         return True
 
-    def _bound(self, x: Tensor) -> Tensor:
+    def _bound(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         facts, first = self._facts, self._first
         try:
             y = x if first is None else first.run(x, *facts.norms[0][:2])
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             y = facts.block.norm1(x)
-        branch = self._attend(y)
+        branch = self._attend(y, mask)
         if branch.requires_grad and torch.is_grad_enabled():
             return rest(facts.block, x, branch)
         try:
@@ -231,16 +233,16 @@ class FusedBlock:
             out = None
         return rest(facts.block, x, branch) if out is None else out
 
-    def _unfused(self, x: Tensor) -> Tensor:
+    def _unfused(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         block = self._facts.block
-        return rest(block, x, self._attend(x if block.post_norm else block.norm1(x)))
+        return rest(block, x, self._attend(x if block.post_norm else block.norm1(x), mask))
 
-    def _on_cpu(self, x: Tensor) -> Tensor:
+    def _on_cpu(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         block = self._facts.block
-        branch = self._attend(x if block.post_norm else block.norm1(x))
+        branch = self._attend(x if block.post_norm else block.norm1(x), mask)
         return torch_block.rest(x, branch, block) if is_like(branch, x, x.dtype) else rest(block, x, branch)
 
-    def _with_autograd(self, x: Tensor) -> Tensor:
+    def _with_autograd(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the result where gradients are recorded or autocast is active."""
         facts, block = self._facts, self._facts.block
         (norm1, norm2), (fc1, fc2), (drop1, drop2) = facts.norms, facts.linears, facts.drops
@@ -250,8 +252,8 @@ class FusedBlock:
             x, y = (x, x) if block.post_norm else recorded.norm(x, norm1, narrow)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
-            return rest(block, x, self._attend(block.norm1(x)))
-        branch = self._attend(y)
+            return rest(block, x, self._attend(block.norm1(x), mask))
+        branch = self._attend(y, mask)
         if not is_like(branch, x, dtype):
             return rest(block, x, branch)
         try:

@@ -33,7 +33,17 @@ from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
 from . import graphs, precision, traced
-from .attention import bind_backend, guard_of, parts_reason, plan_attention, proven_reading, reading_of, section_of
+from .attention import (
+    MaskOf,
+    bind_backend,
+    guard_of,
+    parts_reason,
+    plan_attention,
+    proven_reading,
+    reading_of,
+    release_mask,
+    section_of,
+)
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason, tokens_of
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
@@ -71,7 +81,7 @@ class Entry:
             self.family = adapter
         if config.fuse == "auto" and reads_blocks(adapter) and method == block_method(adapter):
             self.block = adapter
-        self.takes_mask = self.block is None and hasattr(self.family, "mask_of")
+        self.takes_mask = hasattr(self.family, "mask_of")
 
 
 def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,7 +112,8 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         fused = state.block.find(module, key) or _fused_plan(entry, module, state, key, args, kwargs)
         if fused is not None:
             try:
-                result = fused.run(x)
+                mask_of = fused.mask_of
+                result = fused.run(x) if mask_of is None else fused.run(x, mask_of(module, args, kwargs))
             except KernelError:  # on which the attention by itself has a word
                 pass
             else:
@@ -228,7 +239,7 @@ def _plan_fused(
     if tokens is None or not facts.accepts(x):
         return "the call is not one that kernels can stand in for"
     size = tokens[1]
-    section = counted = attention_problem = None
+    section = counted = attention_problem = mask_of = None
     run: Callable[..., Any]
     if isinstance(facts, BlockFacts) and reads_attention_blocks(adapter):
         problem = block_problem(facts, x, backend)
@@ -238,7 +249,7 @@ def _plan_fused(
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
             return bound
-        attend, attention_problem, section, inner, products = bound
+        attend, attention_problem, section, inner, products, mask_of = bound
         fused = FusedBlock(facts, attend, x, backend, config)
         run = fused.run
         if config.precision == "fp8":
@@ -254,7 +265,7 @@ def _plan_fused(
             raise FallbackError(f"{type(module).__name__} would run its own layers: {failure}")
         return failure
     index = None if section is None else section.index
-    return Plan(run, attention_problem, cache.guard, index, counted)
+    return Plan(run, attention_problem, cache.guard, index, counted, mask_of)
 
 
 def _attention_of_block(
@@ -266,10 +277,10 @@ def _attention_of_block(
     size: tuple[int, int] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Callable[[Tensor], Tensor], tuple | None, Section, nn.Module, Any] | str:
-    """Return what runs the attention of a block, with its problem, section, module and products (see `precision`).
+) -> tuple[Callable[..., Tensor], tuple | None, Section, nn.Module, Any, MaskOf | None] | str:
+    """Return what runs the attention of a block, or why it must run itself.
 
-    Or why it must run itself.
+    With it come its problem, section, module and products (see `precision`), and what finds its mask.
     """
     family, inner = adapter.inner(module)
     reading = reading_of(family, inner)
@@ -281,9 +292,12 @@ def _attention_of_block(
         return reason
     if inner is not module or block_method(adapter) != adapter.method:
         args, kwargs = (x if size is None else x.view(x.shape[0], *size, x.shape[2]),), {}
-    section = section_of(family, root if inner is module else inner, reading, args, kwargs)
+    root = root if inner is module else inner
+    section = section_of(family, root, reading, args, kwargs)
     if isinstance(section, str):
         return section
     products = precision.products_of(section)  # before they are bound
     bound = bind_backend(section, attention, config, state_of(inner), x, size)
-    return bound if isinstance(bound, str) else (*bound, section, inner, products)
+    if isinstance(bound, str):
+        return bound
+    return *bound, section, inner, products, release_mask(family, root, section, args, kwargs)

@@ -115,16 +115,38 @@ def call_key(
 
 
 def _form_of(value: Any) -> tuple | None:
-    """Return what decides about a plan in an argument, of a mask all but its numbers; None for one of other kinds."""
+    """Return what decides about a plan in an argument, of a mask all but its numbers; None for one of other kinds.
+
+    An index is what it is until it is written to.
+    """
     if _is_plain((value,)):
         return "value", value
-    if type(value) not in PLAIN_TENSORS:
+    if type(value) not in PLAIN_TENSORS or value.layout != torch.strided:
         return None
-    return "tensor", value.shape, value.dtype, value.device, value.requires_grad, value.stride()
+    if not value.is_floating_point():
+        return None if value.is_inference() else ("index", _Same(value), value._version)
+    return "mask", value.shape, value.dtype, value.device, value.requires_grad, value.stride()
+
+
+class _Same:
+    """A tensor as part of a key: equal to itself alone, and kept, so that no other comes to lie in its place."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Same and other._tensor is self._tensor
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
 
 
 def _is_plain(values: tuple[Any, ...]) -> bool:
-    return all(isinstance(one, _PLAIN_VALUES) or (type(one) is tuple and _is_plain(one)) for one in values)
+    return all(
+        isinstance(one, _PLAIN_VALUES) or (type(one) in (tuple, torch.Size) and _is_plain(one)) for one in values
+    )
 
 
 _PLAIN_VALUES = (int, str, type(None))

@@ -36,7 +36,7 @@ fewest_channels = 512  # of a block: with fewer, quantising takes what products 
 _OTHER_DEVICE = "products of 8 bits run by Triton kernels, on NVIDIA GPUs of compute capability 8.9 or newer"
 
 Read = Callable[[], tuple[Tensor, Tensor | None]]  # weight and bias of now
-Run = Callable[[Tensor], Any]
+Run = Callable[..., Any]
 
 
 class Precision:
@@ -96,9 +96,9 @@ def run_of(
     reason = _reason(facts, section, reads, x, backend)
     if reason is not None or isinstance(reads, str):
 
-        def run(x: Tensor) -> Any:
+        def run(x: Tensor, mask: Tensor | None = None) -> Any:
             known.reason = reason
-            return plain.run(x)
+            return plain.run(x, mask)
 
         return run
     return _Block(plain, facts, section, reads, x, config, state, known).run
@@ -202,30 +202,30 @@ class _Block:
         self._size, self._section = section.geometry.size, TritonSection(section, config, state)
         self._bound: fp8.BoundBlock | None = None
 
-    def run(self, x: Tensor) -> Any:
+    def run(self, x: Tensor, mask: Tensor | None = None) -> Any:
         """Return what the block returns: by products of 8 bits, if they were measured and err no more than allowed."""
         known = self._known
         layers = _layers(self._reads, self._facts)
         versions = [_version(weight) for weight, _ in layers]
         if versions != known.versions:
-            return self._returned(self._measured(x, layers, versions))
+            return self._returned(self._measured(x, mask, layers, versions))
         known.reason = known.failure or self._excess()
-        if known.reason is not None:
-            return self._plain.run(x)
-        out = self._in_eight(x, layers)
-        return self._plain.run(x) if out is None else self._returned(out)
+        out = self._in_eight(x, mask, layers) if known.reason is None else None
+        return self._plain.run(x, mask) if out is None else self._returned(out)
 
     def _returned(self, out: Tensor) -> Any:
         return out if self._as_output is None else self._as_output(out)
 
-    def _measured(self, x: Tensor, layers: list[Layer], versions: list[tuple[int, int, int]]) -> Tensor:
+    def _measured(
+        self, x: Tensor, mask: Tensor | None, layers: list[Layer], versions: list[tuple[int, int, int]]
+    ) -> Tensor:
         """Return what the block gives, and note how far products of 8 bits are from it."""
-        known, expected = self._known, self._plain.bare(x)
+        known, expected = self._known, self._plain.bare(x, mask)
         if is_captured(x):
             known.reason = "its error was not measured before a CUDA graph is captured; run the model once before"
             return expected
         known.error, known.failure = None, None
-        out = self._in_eight(x, layers)
+        out = self._in_eight(x, mask, layers)
         if out is not None and (out.shape, out.dtype) != (expected.shape, expected.dtype):
             known.reason = known.failure = "products of 8 bits gave another shape or dtype than the block does"
         if out is None or known.failure is not None:
@@ -247,13 +247,13 @@ class _Block:
             return None
         return f"products of 8 bits err by {error:.1e} of its output on its first input; raise max_error for them"
 
-    def _in_eight(self, x: Tensor, layers: list[Layer]) -> Tensor | None:
+    def _in_eight(self, x: Tensor, mask: Tensor | None, layers: list[Layer]) -> Tensor | None:
         """Return what the block gives by products of 8 bits; None where these fail, which is noted."""
         facts, attended = self._facts, self._section.attended
         try:
             bound = self._bound = self._bound or self._bind(x)
             image = (x.shape[0], *self._size, -1)
-            return bound.run(x, lambda qkv: attended(qkv.view(image)), facts.norms, _packed(layers))
+            return bound.run(x, lambda qkv: attended(qkv.view(image), mask=mask), facts.norms, _packed(layers))
         except (torch.OutOfMemoryError, KernelError):
             raise
         except Exception as error:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..errors import KernelError
 from ..layers import has_hooks, is_builtin
 from ..spec.reference import section_weights
 from ..spec.window import Section
@@ -95,15 +96,34 @@ def _with_numbers(tree: Any) -> Any:
     return tree_map_only(LazyTensor, LazyTensor.read, tree)
 
 
+_likes: dict[tuple, Tensor] = {}  # what functions give, by what they are given: to find that out takes their time
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments of a deferrable function, which are tensors, lists of tensors and settings, as one list."""
+    leaves: list[Any] = []
+    for name, one in (*enumerate(args), *kwargs.items()):
+        leaves += (name, len(one), *one) if isinstance(one, (list, tuple)) else (name, one)
+    return leaves
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def _defer(func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
     """Return what a function gives, computed when it is asked for; None where it is given other tensors as well."""
-    found: list[Any] = []
-    tree_map_only(Tensor, found.append, (args, kwargs))
+    leaves = _leaves(args, kwargs)
+    found: list[Any] = [one for one in leaves if isinstance(one, Tensor)]
     if not all(type(one) is LazyTensor and one._value is None for one in found):
         return None
-    likes = {id(one): torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta") for one in found}
-    given = tree_map_only(LazyTensor, lambda one: likes[id(one)], (args, kwargs))
-    like = func(*given[0], **given[1])
+    key = func, *((one.shape, one.stride(), one.dtype) if isinstance(one, Tensor) else one for one in leaves)
+    like = _likes.get(key)
+    if like is None:
+        if len(_likes) > 256:
+            _likes.clear()
+        given = tree_map_only(LazyTensor, _on_meta, (args, kwargs))
+        like = _likes[key] = func(*given[0], **given[1])
 
     def compute() -> Tensor:
         numbers = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs))
@@ -127,9 +147,13 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
         return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
     if torch.is_autocast_enabled(x.device.type) or has_dispatch_mode():
         return "it returns its attention weights, and autocast or another mode decides how they are computed"
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "it returns its attention weights, which nobody could read after a CUDA graph has run"
     return None
+
+
+def refuse_capture(x: Tensor) -> None:
+    """Raise KernelError inside a capture, whose replays would not compute the weights of a call anew."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelError("it returns its attention weights, which nobody could read after a CUDA graph has run")
 
 
 def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class Family(Adapter, Protocol):
     A family whose module is a whole block may also be an `AttentionBlock`; where the method that runs the block is
     another than `method`, it has that method's name as `block_method`. Where callers set attributes of the module
     before each call, it has their names as `call_settings`. Where calls are given their mask, it may have `mask_of`,
-    which returns it, of (module, args, kwargs): if its section takes that mask as it is, and is made of no other number
-    in it than its shape, calls with masks of one form have one plan.
+    which returns it, of (module, args, kwargs), as the section takes it where it takes one: calls with masks of one
+    form have one plan, so nothing of a section but its mask may depend on the numbers in it.
     """
 
     def match(self, module: nn.Module) -> WindowSpec | None:

@@ -427,3 +427,17 @@ def test_dropout_and_sizes_of_halves():
     with torch.no_grad():
         assert (twin(qkv.to(helpers.TRITON_DEVICE), 8, 8) == 0).float().mean() > 0.9
     helpers.assert_accelerated(twin, 1)
+
+
+@torch.no_grad()
+def test_weights_are_computed_at_once_inside_a_capture(monkeypatch):
+    """A plan of before must not defer them: whoever reads them after a replay would find those of the capture."""
+    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    twin(x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = twin(x)[1]
+    monkeypatch.undo()
+    assert type(found) is torch.Tensor
+    helpers.assert_close(found, model(x)[1])

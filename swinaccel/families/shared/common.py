@@ -118,6 +118,11 @@ def is_idle(dropout: Any) -> bool:
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
+def argument(place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return an argument of a call by its place or its name, or None."""
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
 def positional_names(method: object) -> tuple[str, ...]:
     """Return the names of a method's positional parameters after self."""
     parameters = list(inspect.signature(method).parameters.values())[1:]  # type: ignore[arg-type]
