@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends.triton import block as triton_block
 from swinaccel.backends.triton import devices, launches, quantise
+from swinaccel.backends.triton import linear as triton_linear
 from swinaccel.backends.triton import sequence as triton_sequence
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.backends.triton import window_bwd as window_bwd_launches
@@ -151,12 +152,12 @@ def linear_gelu(channels: int, rows: int) -> None:
     from swinaccel.kernels import fusion_launch
 
     x, up = torch.zeros(rows, channels, dtype=BF16), torch.zeros(4 * channels, channels, dtype=BF16)
-    how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=4 * channels, multiprocessors=132)
+    how = fusion_launch.linear_gelu(rows=rows, channels=channels, outputs=4 * channels, multiprocessors=132)
     assert how is not None
     hidden = torch.zeros(rows, 4 * channels, dtype=BF16)
     for kept in (None, hidden):
-        launch = triton_block._plan_linear_gelu(x.device, rows, channels, 4 * channels, *how, kept is not None)
-        launch(hidden, x, up, up[:, 0].contiguous(), kept)
+        launch = triton_linear._plan(x.device, rows, channels, 4 * channels, *how, True, kept is not None, False)
+        launch(hidden, x, up, up[:, 0].contiguous(), kept, None)
 
 
 def eight_bits(channels: int) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
 
     import swinaccel
     from swinaccel.backends.triton import block as kernels
-    from swinaccel.backends.triton import launches
+    from swinaccel.backends.triton import launches, linear
 
     def compile_nothing(self, index, tensors, kind):
         self.runners[kind] = (lambda pointers: None), True
@@ -65,15 +65,18 @@ def main() -> None:
         "torchvision V1": (helpers.torchvision_model().features[1][1], (torch.randn(1, 8, 8, 16),)),
         "torchvision V2": (helpers.torchvision_model(v2=True).features[1][1], (torch.randn(1, 8, 8, 16),)),
     }
-    chosen = kernels.pays_in_one, kernels.linear_gelu_launch
-    in_parts = lambda *_: False, lambda device, rows, _, hidden: kernels.gelu_launch(device, rows * hidden)
+    chosen = kernels.pays_in_one, linear.linear_launch
+    in_parts = (
+        lambda *_: False,
+        lambda device, rows, _, hidden, gelu=False, **__: kernels.gelu_launch(device, rows * hidden) if gelu else None,
+    )
     # Times are of half precision, since in fp32 PyTorch's own GELU is run. Moves are of both, whose launches differ,
     # and of an MLP in parts, which larger models have on GPUs with a copy engine.
     ways = ["float16", "float32", "float16 in parts"] if options.profile else ["float16"]
     for (name, (block, inputs)), way in itertools.product(blocks.items(), ways):
         _is_empty = False
         dtype = getattr(torch, way.split()[0])
-        kernels.pays_in_one, kernels.linear_gelu_launch = in_parts if "parts" in way else chosen
+        kernels.pays_in_one, linear.linear_launch = in_parts if "parts" in way else chosen
         swinaccel.accelerate(block.eval().to(dtype), backend="triton")
         inputs = tuple(one.to(dtype) if isinstance(one, torch.Tensor) else one for one in inputs)
         _is_empty = True

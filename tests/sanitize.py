@@ -202,6 +202,7 @@ def mlps() -> Iterator[Any]:
 
     from swinaccel.backends.triton import block as kernels
     from swinaccel.backends.triton import block_bwd as backward
+    from swinaccel.backends.triton import linear
 
     def random(*shape: int) -> Any:
         return torch.randn(shape).to(torch.float16).to(DEVICE)
@@ -220,10 +221,18 @@ def mlps() -> Iterator[Any]:
         if INTERPRETED or torch.cuda.get_device_capability()[0] >= 9:
             out = torch.zeros(131, 256, dtype=torch.float16, device=DEVICE)  # initcheck sees no stores by descriptors
             kept = torch.zeros_like(out)
-            kernels._plan_linear_gelu(x.device, 131, 128, 256, shape, 3, True)(out, x, weight, bias, kept)
+            linear._plan(x.device, 131, 128, 256, shape, 3, True, True, False)(out, x, weight, bias, kept, None)
             expected = torch.nn.functional.gelu(torch.nn.functional.linear(x.float(), weight.float(), bias.float()))
             torch.testing.assert_close(out.float().cpu(), expected.cpu(), atol=0.05, rtol=0.01)
             yield from (out, kept)
+    x, weight, bias, added = random(131, 72), random(200, 72), random(200), random(131, 200)
+    if INTERPRETED or torch.cuda.get_device_capability()[0] >= 9:
+        out = torch.zeros_like(added)
+        how = fusion_launch.LINEAR, 3, False, False, True
+        linear._plan(x.device, 131, 72, 200, *how)(out, x, weight, bias, None, added)
+        expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float()) + added.float()
+        torch.testing.assert_close(out.float().cpu(), expected.cpu(), atol=0.05, rtol=0.01)
+        yield out
 
 
 def embeddings() -> Iterator[Any]:

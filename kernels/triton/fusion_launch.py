@@ -50,6 +50,9 @@ class LinearLaunch(NamedTuple):
 
 # Best or next to it of thirteen for the sizes of Swin's stages, from 1,568 rows of 512 channels to 50,176 of 256.
 LINEAR_GELU = LinearLaunch(128, 128, 64, 8, 2, 8, 3)
+# Without GELU, of six. With more channels, or where tiles are far from full, PyTorch's products are faster.
+LINEAR = LinearLaunch(128, 128, 64, 8, 2, 4, 3)
+_CHANNELS, _SQUARE_CHANNELS, _WASTE = 384, 256, 1.15
 # The same of eight for few rows, such as those of one image: a tile for each program, and few steps to its end.
 LINEAR_GELU_FEW = LinearLaunch(64, 64, 128, 8, 2, 4, 3)
 _FEW_CHANNELS = 512  # at most; beyond, PyTorch's products, which share a long sum among programs, are faster
@@ -98,7 +101,7 @@ def mlp(*, channels: int, hidden: int, element_size: int, shared_memory: int) ->
 
 
 def linear_gelu(
-    *, rows: int, channels: int, hidden: int, multiprocessors: int, keeps: bool = False
+    *, rows: int, channels: int, outputs: int, multiprocessors: int, keeps: bool = False
 ) -> tuple[LinearLaunch, int] | None:
     """Launch and programs of the first product and GELU; None where PyTorch's and a kernel for GELU are faster.
 
@@ -107,9 +110,9 @@ def linear_gelu(
     """
 
     def tiles(launch: LinearLaunch) -> int:
-        if channels % launch.block_k or hidden % launch.block_n:
+        if channels % launch.block_k or outputs % launch.block_n:
             return 0
-        return -(-rows // launch.block_m) * (hidden // launch.block_n)
+        return -(-rows // launch.block_m) * (outputs // launch.block_n)
 
     many = LINEAR_GELU._replace(block_k=32) if keeps and channels % LINEAR_GELU.block_k else LINEAR_GELU
     programs = many.programs * multiprocessors
@@ -121,6 +124,16 @@ def linear_gelu(
     if most // 3 < few <= most and channels <= _FEW_CHANNELS:
         return LINEAR_GELU_FEW, few
     return None
+
+
+def linear(*, rows: int, channels: int, outputs: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
+    """Launch and programs of a product, with a sum or without; None where PyTorch's is faster."""
+    columns, programs = -(-outputs // LINEAR.block_n), LINEAR.programs * multiprocessors
+    if channels % 8 or outputs % 8 or -(-rows // LINEAR.block_m) * columns < programs:
+        return None  # rows do not begin where descriptors can, or are few
+    is_full = columns == 1 or columns * LINEAR.block_n <= _WASTE * outputs
+    most = _SQUARE_CHANNELS if channels == outputs else _CHANNELS
+    return (LINEAR, programs) if is_full and channels <= most else None
 
 
 def describe(matrix: Any, block: tuple[int, int]) -> TensorDescriptor:

@@ -1,5 +1,4 @@
-"""The MLP of a block: its activation, alone or with the product before it, and, for few channels, all that follows
-the attention in one kernel.
+"""The MLP of a block: its activation alone, and, for few channels, all that follows the attention in one kernel.
 
 GELU is x · Φ(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415), written as (x + |x| − |x| · erfc(|x| / √2)) / 2, which
 cancels nothing, and is NaN at −∞ as PyTorch's is. With h = |x| / 2, erfc is p(h) to the power of −16, p of degree 6
@@ -63,53 +62,10 @@ def _gelu_kernel(
 
 
 @triton.jit
-def _linear_gelu_kernel(
-    out_desc,  # (rows, N), in tiles (BLOCK_M, BLOCK_N / 2)
-    x_desc,  # (rows, K), in tiles (BLOCK_M, BLOCK_K)
-    weight_desc,  # (N, K), in tiles (BLOCK_N, BLOCK_K)
-    bias_ptr,  # (N,) or None
-    hidden_desc,  # as out: what GELU is computed of, for the backward, or None
-    rows,
-    N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Compute GELU(x weightᵀ + bias). One program takes one tile (BLOCK_M, BLOCK_N) after the other.
-
-    Both loops are one to the compiler, so that the next tile's operands are on their way while the last one's GELU is
-    computed, and another program of the multiprocessor multiplies meanwhile. Tiles leave in halves, for the sake of
-    the shared memory which that other program needs.
-    """
-    HALF: tl.constexpr = BLOCK_N // 2
-    tiles_m, TILES_N = tl.cdiv(rows, BLOCK_M), N // BLOCK_N
-    tl.static_assert(N % BLOCK_N == 0)
-    tl.static_assert(K % BLOCK_K == 0)
-    for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
-        # Tiles that are worked on at a time share rows and columns: GROUP down, then the next ones across.
-        top = tile // (GROUP * TILES_N) * GROUP
-        height = tl.minimum(tiles_m - top, GROUP)
-        row = (top + tile % (GROUP * TILES_N) % height) * BLOCK_M
-        col = tile % (GROUP * TILES_N) // height * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(0, K, BLOCK_K):
-            acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)
-        left, right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
-        offs = col + tl.arange(0, HALF)
-        if bias_ptr is not None:
-            left += tl.load(bias_ptr + offs).to(tl.float32)[None, :]
-            right += tl.load(bias_ptr + HALF + offs).to(tl.float32)[None, :]
-        if hidden_desc is not None:  # GELU of what the backward finds, which is rounded
-            hidden_desc.store([row, col], left.to(hidden_desc.dtype))
-            hidden_desc.store([row, col + HALF], right.to(hidden_desc.dtype))
-            left, right = left.to(hidden_desc.dtype).to(tl.float32), right.to(hidden_desc.dtype).to(tl.float32)
-        out_desc.store([row, col], gelu(left).to(out_desc.dtype))
-        out_desc.store([row, col + HALF], gelu(right).to(out_desc.dtype))
-
-
-@triton.jit
 def _mlp_kernel(
     out_ptr,  # (rows, C)
     x_ptr,  # (rows, C)
-    branch_ptr,  # (rows, C): the attention's output; with PRE_NORM only
+    branch_ptr,  # (rows, C): the attention's output, or None where x holds it already; with PRE_NORM only
     norm_weight_ptr, norm_bias_ptr,  # (C,) or None
     weight1_ptr, bias1_ptr,  # (HIDDEN, C), and (HIDDEN,) or None
     weight2_ptr, bias2_ptr,  # (C, HIDDEN), and (C,) or None
@@ -133,7 +89,9 @@ def _mlp_kernel(
     offs = offs_m[:, None] * C + offs_c[None, :]
     x = tl.load(x_ptr + start * C + offs, mask=inside, other=0.0)
     if PRE_NORM:
-        acc = x.to(tl.float32) + tl.load(branch_ptr + start * C + offs, mask=inside, other=0.0).to(tl.float32)
+        acc = x.to(tl.float32)
+        if branch_ptr is not None:
+            acc += tl.load(branch_ptr + start * C + offs, mask=inside, other=0.0).to(tl.float32)
         y = normalised(acc, norm_weight_ptr, norm_bias_ptr, offs_c, eps, C).to(x.dtype)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)

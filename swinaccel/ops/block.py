@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.triton import block as kernels
+from ..backends.triton import linear
 from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
 from ..backends.triton.traced import TracedLaunch, expected
@@ -47,7 +48,9 @@ class BoundRest:
         LaunchError: a kernel cannot be planned.
     """
 
-    __slots__ = ("_active", "_add", "_channels", "_gelu", "_hidden", "_in_one", "_is_half", "_last", "_run")
+    __slots__ = (
+        "_active", "_add", "_channels", "_gelu", "_hidden", "_in_one", "_is_half", "_last", "_project", "_run",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -67,30 +70,47 @@ class BoundRest:
         self._last: Any = None
         self._active: Any = None
         self._gelu: Any = None
+        self._project: Any = None
         if not expected(rows):
             self._run: Any = BoundRest._nothing
             return
+        has_descriptors = self._is_half and bound is not TracedLaunch
         if post_norm:
             self._add = bound(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
         if kernels.pays_in_one(device, dtype, expected(rows), channels, hidden):
             launch = kernels.whole_mlp_launch(device, dtype, rows, channels, hidden, eps[1], not post_norm)
             self._in_one = bound(launch)
             self._run = BoundRest._with_mlp_in_one
+            if has_descriptors and not post_norm:
+                self._project = linear.linear_launch(device, rows, channels, channels, adds=True)
             return
+        if has_descriptors:
+            self._active = linear.linear_launch(device, rows, channels, hidden, gelu=True)
         if self._is_half:
-            if bound is not TracedLaunch:  # it has descriptors
-                self._active = kernels.linear_gelu_launch(device, rows, channels, hidden)
             self._gelu = bound(kernels.gelu_launch(device, rows * hidden))
         mode = NORM_ADD if post_norm else ADD_NORM
         self._last = bound(kernels.norm_launch(mode, device, rows, channels, eps[1]))
         self._run = BoundRest._in_parts
 
+    @property
+    def projects(self) -> bool:
+        """Return True if it may be given the attention's last layer, whose product and sum are then one kernel."""
+        return self._project is not None
+
     def run(
-        self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
+        self,
+        x: Tensor,
+        branch: Tensor,
+        norms: tuple[Affine, Affine],
+        linears: tuple[Layer, Layer],
+        output: Layer | None = None,
     ) -> Tensor | None:
         """Return what a block returns whose input is x, and whose attention gave branch; None if that is not as x.
 
         Other tensors are contiguous, of the shapes, dtype and device that were bound: nothing looks at them again.
+
+        Args:
+            output: the attention's last layer, (C, C), which is still to be applied to branch, at every call or none.
 
         Raises:
             LaunchError: a kernel did not compile or fit.
@@ -98,7 +118,9 @@ class BoundRest:
         if not is_like(branch, x, x.dtype):
             return None
         try:
-            return self._run(self, x, branch, norms, linears)
+            if output is None:
+                return self._run(self, x, branch, norms, linears)
+            return self._run(self, self._projected(x, branch, output), None, norms, linears)
         except torch.OutOfMemoryError:  # which says nothing of the kernels
             raise
         except Exception as error:
@@ -106,6 +128,14 @@ class BoundRest:
 
     def _nothing(self, x: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(x)
+
+    def _projected(self, x: Tensor, branch: Tensor, output: Layer) -> Tensor:
+        """Return the sum of x and the attention."""
+        total = torch.empty_like(x)
+        if not linear.are_describable(x, branch, output[0]):
+            return torch.add(x, F.linear(branch, *output), out=total)
+        self._project(total, branch, *output, None, x)
+        return total
 
     def _in_parts(
         self, x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer]
@@ -119,7 +149,7 @@ class BoundRest:
             self._last(x, y, total, None, branch, None, weight, bias, bias2)
         if self._active is not None and not (y.data_ptr() | fc1[0].data_ptr()) & 15:  # where a descriptor can begin
             hidden = x.new_empty((*x.shape[:-1], self._hidden))
-            self._active(hidden, y, *fc1, None)
+            self._active(hidden, y, *fc1, None, None)
         else:
             hidden = F.linear(y, *fc1)
             if self._is_half:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends.triton import block as kernels
 from ..backends.triton import block_bwd as backward_kernels
 from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
+from ..backends.triton.linear import linear_gelu_kept
 from ..spec.reference_block import unmerged
 from .block import HALVES
 
@@ -300,7 +301,7 @@ def _hidden(y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
         hidden = F.linear(y, weight, bias)
         return hidden, F.gelu(hidden)
     with suppress(kernels.LaunchError):
-        if (both := kernels.linear_gelu_kept(y, weight, bias)) is not None:
+        if (both := linear_gelu_kept(y, weight, bias)) is not None:
             return both
     hidden = F.linear(y, weight, bias)
     return hidden, kernels.gelu(hidden)

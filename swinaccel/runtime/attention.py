@@ -16,6 +16,7 @@ from ..config import AccelConfig, env_interpret
 from ..layers import alias, has_hooks, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
+from ..ops.linear import product_of
 from ..spec.adapters import Adapter, Family, block_method, call_settings
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section, with_mask
@@ -218,7 +219,7 @@ def bind_backend(
     reason = triton_reason(section, x, problem) or index_reason(section)
     if reason is not None:
         return reason
-    _bypass_layers(section, F.linear)
+    _bypass_layers(section, product_of(x))
     return TritonSection(section, config, state, size), problem
 
 

@@ -180,18 +180,17 @@ class FusedBlock:
     """A block in few kernels.
 
     Args:
-        attend: the attention, of x's shape to the same; and of a mask in place of its own, or None.
+        attend: the attention, of x's shape to the same, and of a mask in place of its own, or None; on Triton's
+            backend a `TritonSection`.
         backend: "torch" on CPUs.
     Attributes:
         run: the block's forward, of x, and of the mask of a call that has brought it.
         bare: the same, but for `as_output`.
     """
 
-    __slots__ = ("_attend", "_config", "_facts", "_first", "_problem", "_rest", "bare", "run")
+    __slots__ = ("_attend", "_config", "_facts", "_first", "_output", "_problem", "_rest", "bare", "run")
 
-    def __init__(
-        self, facts: BlockFacts, attend: Callable[..., Tensor], x: Tensor, backend: str, config: AccelConfig
-    ) -> None:
+    def __init__(self, facts: BlockFacts, attend: Any, x: Tensor, backend: str, config: AccelConfig) -> None:
         self._facts, self._config, self._attend = facts, config, attend
         self._problem = block_problem(facts, x, backend)
         as_output = facts.block.as_output
@@ -211,6 +210,7 @@ class FusedBlock:
         try:
             self._first = None if post_norm else block_ops.BoundNorm(x.shape, x.device, eps[0])
             self._rest = block_ops.BoundRest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
+            self._output = self._attend.output_layer(x) if self._rest.projects else None
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             return False
@@ -223,15 +223,18 @@ class FusedBlock:
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             y = facts.block.norm1(x)
-        branch = self._attend(y, mask)
+        output = self._output
+        branch = self._attend(y, mask) if output is None else self._attend.before_output(y, mask)
         if branch.requires_grad and torch.is_grad_enabled():
-            return rest(facts.block, x, branch)
+            return rest(facts.block, x, branch if output is None else F.linear(branch, *output))
         try:
-            out = self._rest.run(x, branch, facts.norms, facts.linears)
+            out = self._rest.run(x, branch, facts.norms, facts.linears, output)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             out = None
-        return rest(facts.block, x, branch) if out is None else out
+        if out is None:
+            return rest(facts.block, x, branch if output is None else F.linear(branch, *output))
+        return out
 
     def _unfused(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         block = self._facts.block

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..bias import table as biases
 from ..config import AccelConfig
 from ..errors import ArgumentError, KernelError
-from ..layers import is_builtin
+from ..layers import PLAIN_TENSORS, has_hooks, is_builtin
 from ..ops import position, window
 from ..spec.block import Product
 from ..spec.window import Section, with_mask
@@ -62,6 +62,22 @@ class TritonSection:
         if self.size is None:
             return self.attend(x, mask)
         return self.attend(x.view(x.shape[0], *self.size, x.shape[2]), mask).view(x.shape)
+
+    def output_layer(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return the last layer, if it is a plain one, of as many channels as x, so that it may run apart."""
+        layer, channels = plain_layer(self.section.output), x.shape[-1]
+        if layer is None or self.section.num_heads * self.section.head_dim != channels:
+            return None
+        weight, bias = layer
+        parts = (weight,) if bias is None else (weight, bias)
+        is_plain = all(type(one) in PLAIN_TENSORS and one.dtype is x.dtype and one.is_contiguous() for one in parts)
+        fits = weight.shape == (channels, channels) and (bias is None or bias.shape == (channels,))
+        return layer if is_plain and fits else None
+
+    def before_output(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the attention of x, to which its output's layer is still to be applied."""
+        image = x if self.size is None else x.view(x.shape[0], *self.size, x.shape[2])
+        return self.attended(image, self.section.project, mask).view(*x.shape[:-1], -1)
 
     def attend(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the attention of an image (B, H, W, C)."""
@@ -172,6 +188,13 @@ def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor]
     if torch.is_grad_enabled():
         return lambda x: linear(x, weight, bias)
     return functools.partial(product, weight=weight, bias=bias)
+
+
+def plain_layer(product: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return the weight and bias of a product that is a plain layer's, by `direct` or by itself; None of any other."""
+    if isinstance(product, functools.partial) and {"weight", "bias"} == product.keywords.keys():
+        return product.keywords["weight"], product.keywords["bias"]
+    return (product.weight, product.bias) if is_builtin(product, nn.Linear) and not has_hooks(product) else None
 
 
 def padding_of(section: Section) -> Tensor | None:

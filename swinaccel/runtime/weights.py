@@ -8,21 +8,20 @@ change after the call.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..errors import KernelError
-from ..layers import has_hooks, is_builtin
 from ..spec.reference import section_weights
 from ..spec.window import Section
 from .context import has_dispatch_mode
+from .section import plain_layer
 
 # Answered without the numbers.
 _METADATA = {
@@ -139,7 +138,7 @@ def _defer(func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
 
 def weights_reason(section: Section, x: Tensor) -> str | None:
     """Return why code that returns attention weights must compute them at once, or None."""
-    if _projection(section) is None:
+    if plain_layer(section.project) is None:
         return "it returns its attention weights, and its projection is more than a linear layer; merge what it adds"
     if section.dropout > 0:
         return "it returns its attention weights, which dropout changes at random now; call eval() to accelerate"
@@ -176,21 +175,13 @@ def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
     return LazyTensor(like, image.device, lambda: section_weights(frozen, image))
 
 
-def _projection(section: Section) -> tuple[Tensor, Tensor | None] | None:
-    """Return the weight and bias of a section's projection, or None where that is more than a product."""
-    project: Any = section.project
-    if isinstance(project, functools.partial) and {"weight", "bias"} == project.keywords.keys():
-        return project.keywords["weight"], project.keywords["bias"]
-    return (project.weight, project.bias) if is_builtin(project, nn.Linear) and not has_hooks(project) else None
-
-
 def _detached_copy(section: Section) -> Section:
     """Return a section of copies, which takes a hundredth of the time that its products take."""
 
     def copied(one: Tensor | None) -> Tensor | None:
         return None if one is None else one.detach().clone()
 
-    weight, bias = map(copied, _projection(section) or ())
+    weight, bias = map(copied, plain_layer(section.project) or ())
     table = None if section.table is None else copied(section.table())
     padding = None if section.padding is None else copied(section.padding())
     return dataclasses.replace(

@@ -11,7 +11,7 @@ from swinaccel.kernels import fusion_launch
 from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, leaves, narrowed, random, results, scaled
 
 from swinaccel.backends.triton import block as kernels
-from swinaccel.backends.triton import block_bwd, devices
+from swinaccel.backends.triton import block_bwd, devices, linear
 from swinaccel.ops import block_autograd as recorded
 from swinaccel.spec.reference_block import merged
 
@@ -26,9 +26,9 @@ def few_processors(monkeypatch):
         monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
     elif not devices.has_copy_engine(torch.device("cuda", 0)):
         pytest.skip("this GPU has no copy engine")
-    kernels._linear_gelu_launch.cache_clear()
+    linear._how.cache_clear()
     yield
-    kernels._linear_gelu_launch.cache_clear()
+    linear._how.cache_clear()
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def launched(monkeypatch):
         plain(launch, *tensors)
 
     plain = kernels.run
-    for module in (kernels, block_bwd):
+    for module in (kernels, linear, block_bwd):
         monkeypatch.setattr(module, "run", run, raising=False)
     return names
 
@@ -64,19 +64,19 @@ def test_mlp(rows, channels, hidden, dtype, biases, few_processors, launched, po
         return (recorded.mlp(x, y, scale, (weight1, bias1), (weight2, bias2)),)
 
     check(ours, original, (x, y, *weights), [random(3, rows, channels, seed=8)], dtype)
-    assert "_linear_gelu_kernel" in launched
+    assert "_linear_kernel" in launched
     assert "_gelu_kernel" not in launched
 
 
 def test_what_lies_otherwise_is_left_to_others(few_processors):
     x, weight = random(300, 64, dtype=HALF), random(128, 64, dtype=HALF)
-    assert kernels.linear_gelu_kept(x, weight, None) is not None
+    assert linear.linear_gelu_kept(x, weight, None) is not None
     shifted = torch.empty(300 * 64 + 1, dtype=HALF, device=TRITON_DEVICE)[1:].view(300, 64).copy_(x)
     for one in (shifted, x.t().contiguous().t()):
-        assert kernels.linear_gelu_kept(one, weight, None) is None
-    assert kernels.linear_gelu_kept(x, weight.t().contiguous().t(), None) is None
-    assert kernels.linear_gelu_kept(x, weight[:96], None) is None  # no whole tile of columns
-    assert kernels.linear_gelu_kept(x[:128], weight, None) is None  # a single tile
+        assert linear.linear_gelu_kept(one, weight, None) is None
+    assert linear.linear_gelu_kept(x, weight.t().contiguous().t(), None) is None
+    assert linear.linear_gelu_kept(x, weight[:96], None) is None  # no whole tile of columns
+    assert linear.linear_gelu_kept(x[:128], weight, None) is None  # a single tile
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (700, 24), (257, 2, 180)])

@@ -17,7 +17,7 @@ from torch import nn
 import swinaccel
 from swinaccel import ops, patching
 from swinaccel.backends.triton import block as kernels
-from swinaccel.backends.triton import devices, launches
+from swinaccel.backends.triton import devices, launches, linear
 from swinaccel.ops import block as block_ops
 from swinaccel.runtime.plan import state_of
 from swinaccel.spec.reference_block import merged
@@ -186,14 +186,14 @@ def test_product_and_gelu_in_one_kernel(dtype, rows, channels, hidden, processor
         monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
     elif not devices.has_copy_engine(torch.device("cuda", 0)):
         pytest.skip("this GPU has no copy engine")
-    kernels._linear_gelu_launch.cache_clear()
+    linear._how.cache_clear()
     x, weight = random(1, rows, channels, dtype=dtype), random(hidden, channels, dtype=dtype, scale=1.5 / channels**0.5)
     inputs = (x, weight, random(hidden, dtype=dtype, seed=2) if biases else None)
-    kernels.linear_gelu(-x, *inputs[1:])
-    found = kernels.linear_gelu(*inputs)  # on a GPU, without compiling
-    kernels._linear_gelu_launch.cache_clear()
+    linear.linear_gelu(-x, *inputs[1:])
+    found = linear.linear_gelu(*inputs)  # on a GPU, without compiling
+    linear._how.cache_clear()
     compare(found, F.gelu(F.linear(*inputs)), F.gelu(F.linear(*exact(*inputs))))
-    assert kernels.linear_gelu(random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels), weight, None) is None
+    assert linear.linear_gelu(random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels), weight, None) is None
 
 
 def test_gelu_takes_the_place_of_its_input(monkeypatch):
@@ -213,7 +213,7 @@ def test_who_multiplies(monkeypatch):
     from swinaccel.kernels import fusion_launch
 
     def programs(rows, channels, hidden):
-        how = fusion_launch.linear_gelu(rows=rows, channels=channels, hidden=hidden, multiprocessors=132)
+        how = fusion_launch.linear_gelu(rows=rows, channels=channels, outputs=hidden, multiprocessors=132)
         return None if how is None else (how[0].block_m, how[1])
 
     assert programs(12544, 512, 2048) == programs(2048 + 1, 512, 2048) == (128, 264)

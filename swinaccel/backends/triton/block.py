@@ -1,4 +1,4 @@
-"""Launches what stands around the attention: norms with residual sums, GELU with a product, the MLP, embeddings.
+"""Launches what stands around the attention: norms with residual sums, GELU, the MLP, mergings, embeddings.
 
 All tensors are contiguous and on one device; but for `run_norm` they are of one dtype, and no gradient is recorded. Any
 failure to compile or launch is a `LaunchError`.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .launches import DescribedLaunch, Launch, first_line, keep, launches
+from .launches import Launch, first_line, keep, launches
 
 Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
 NORM, ADD_NORM, NORM_ADD, ADD = range(4)  # modes of `kernels.pointwise._norm_kernel`
@@ -217,79 +217,6 @@ def _plan_gelu(device: torch.device, numbers: int) -> Any:
 
     block = fusion_launch.GELU_BLOCK
     return Launch(mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return GELU(x weightᵀ + bias), exact, of 16-bit numbers, or None where PyTorch's product is to be preferred.
-
-    Args:
-        x, weight: (..., K) and (N, K).
-    """
-    hidden, channels = weight.shape
-    launch = linear_gelu_launch(x.device, x.numel() // channels, channels, hidden)
-    if launch is None or not are_describable(x, weight):
-        return None
-    out = x.new_empty((*x.shape[:-1], hidden))
-    run(launch, out, x, weight, bias, None)
-    return out
-
-
-def linear_gelu_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return x weightᵀ + bias and its GELU, as `linear_gelu`, for a backward."""
-    hidden, channels = weight.shape
-    launch = linear_gelu_launch(x.device, x.numel() // channels, channels, hidden, keeps=True)
-    if launch is None or not (x.is_contiguous() and weight.is_contiguous() and are_describable(x, weight)):
-        return None
-    before, out = (x.new_empty((*x.shape[:-1], hidden)) for _ in range(2))
-    run(launch, out, x, weight, bias, before)
-    return before, out
-
-
-def linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int, keeps: bool = False) -> Any:
-    """Return the launch of the product with GELU, or None where PyTorch's product is to be preferred.
-
-    Args:
-        keeps: it also writes what GELU is computed of.
-    """
-    how = None if devices.shared_memory_override else _linear_gelu_launch(device, rows, channels, hidden, keeps)
-    if how is None:
-        return None
-    return kept(("linear gelu", device, rows, channels, hidden, *how, keeps), _plan_linear_gelu)
-
-
-def are_describable(x: Tensor, weight: Tensor) -> bool:
-    """Return True if both tensors begin where a descriptor can."""
-    return not (x.data_ptr() | weight.data_ptr()) & 15
-
-
-@lru_cache(maxsize=256)
-def _linear_gelu_launch(device: torch.device, rows: int, channels: int, hidden: int, keeps: bool) -> Any:
-    if not devices.has_copy_engine(device):
-        return None
-    from ...kernels import fusion_launch
-
-    multiprocessors = devices.multiprocessors(device)
-    return fusion_launch.linear_gelu(
-        rows=rows, channels=channels, hidden=hidden, multiprocessors=multiprocessors, keeps=keeps
-    )
-
-
-def _plan_linear_gelu(
-    device: torch.device, rows: int, channels: int, hidden: int, shape: Any, programs: int, keeps: bool
-) -> Any:
-    from ...kernels import fusion_launch, mlp
-
-    block_m, block_n, block_k = shape[:3]
-    half = block_m, block_n // 2
-    tiles = {0: half, 1: (block_m, block_k), 2: (block_n, block_k)}  # of the output, x and the weight
-    return DescribedLaunch(
-        fusion_launch.describers({**tiles, 4: half} if keeps else tiles),
-        mlp._linear_gelu_kernel,
-        (programs,),
-        (rows, hidden, channels, block_m, block_n, block_k, shape.group),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-    )
 
 
 def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
