@@ -46,15 +46,13 @@ class Mutual(Renamed):
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> Tensor:
         x, mask = window_arguments(module, args, kwargs)
         mixed = super().forward(module, attend, *args, **kwargs)
-        (q1, q2), (k1, k2), (v1, v2) = (
-            one.unflatten(-1, (module.num_heads, -1)).transpose(1, 2).chunk(2, dim=2)
-            for one in module.qkv_mut(x + module.position_bias.repeat(1, 2, 1)).chunk(3, dim=-1)
-        )
+        windows, tokens, _ = x.shape
+        # Each frame's keys meet the other frame's queries, all frames in one call.
+        frames = module.qkv_mut(x + module.position_bias.repeat(1, 2, 1)).view(2 * windows, tokens // 2, 3, -1)
+        q, k, v = frames.unflatten(3, (module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = q.unflatten(0, (windows, 2)).flip(1).flatten(0, 1)
         if mask is not None:
-            tokens = x.shape[1] // 2
-            mask = mask[:, :tokens, :tokens].to(q1.dtype).repeat(x.shape[0] // mask.shape[0], 1, 1)[:, None]
-        aligned = [
-            F.scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2).flatten(2)
-            for q, k, v in ((q2, k1, v1), (q1, k2, v2))
-        ]
-        return module.proj(torch.cat((torch.cat(aligned, 1), mixed), 2))
+            mask = mask[:, None, : tokens // 2, : tokens // 2].to(q.dtype)
+            mask = mask.repeat(windows // mask.shape[0], 2, 1, 1).flatten(0, 1)[:, None]
+        aligned = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2)
+        return module.proj(torch.cat((aligned.reshape(windows, tokens, -1), mixed), 2))
