@@ -63,9 +63,16 @@ def planned(monkeypatch):
     return made
 
 
-def twins(model, **options):
-    model = helpers.randomize(model).eval()
-    return model, swinaccel.accelerate(copy.deepcopy(model), **options)
+def twins(kind, backend):
+    """Return a model, its accelerated twin, what makes the arguments of a call of its mask, and the mask's shape."""
+    model, arguments, shape = KINDS[kind]()
+    device = helpers.DEVICES[backend]
+    model = helpers.randomize(model).eval().to(device)
+
+    def moved(mask):
+        return [one.to(device) if isinstance(one, torch.Tensor) else one for one in arguments(mask)]
+
+    return model, swinaccel.accelerate(copy.deepcopy(model), backend=backend), moved, shape
 
 
 @torch.no_grad()
@@ -73,8 +80,7 @@ def twins(model, **options):
     ("kind", "backend"), [*((kind, "torch") for kind in KINDS), ("sdpa", "triton"), ("half", "triton")]
 )
 def test_masks_of_one_form_have_one_plan_and_their_own_numbers(kind, backend, planned):
-    model, arguments, shape = KINDS[kind]()
-    model, twin = twins(model, backend=backend)
+    model, twin, arguments, shape = twins(kind, backend)
     twin(*arguments(torch.randn(shape)))
     before = len(planned)
     for mask in (torch.randn(shape), 3 * torch.randn(shape), torch.zeros(shape)):
@@ -88,8 +94,7 @@ def test_masks_of_one_form_have_one_plan_and_their_own_numbers(kind, backend, pl
 
 @torch.no_grad()
 def test_an_index_that_comes_with_a_call_is_the_one_that_is_used(planned):
-    model, arguments, shape = hat()
-    model, twin = twins(model, backend="torch")
+    model, twin, arguments, shape = twins("hat", "torch")
     x, size, index, mask = arguments(torch.randn(shape))
     other = index.flip(0).contiguous()
     for given in (index, other, index):
@@ -108,8 +113,7 @@ def test_an_index_that_comes_with_a_call_is_the_one_that_is_used(planned):
 
 
 def test_gradients_are_those_of_each_calls_mask():
-    model, arguments, shape = detection()
-    model, twin = twins(model, backend="triton")
+    model, twin, arguments, shape = twins("detection", "triton")
     for mask in (torch.randn(shape), torch.randn(shape)):
         found = [
             torch.autograd.grad(one(*arguments(mask)).square().sum(), [*one.parameters()]) for one in (model, twin)
