@@ -11,8 +11,8 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._nn import scaled_dot_product_attention
 
 from ..spec.window import Section, WindowSpec
 from .renamed import Renamed
@@ -54,7 +54,7 @@ class Mutual(Renamed):
             tokens = x.shape[1] // 2
             mask = mask[:, :tokens, :tokens].to(q1.dtype).repeat(x.shape[0] // mask.shape[0], 1, 1)[:, None]
         aligned = [
-            F.scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2).flatten(2)
+            scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2).flatten(2)
             for q, k, v in ((q2, k1, v1), (q1, k2, v2))
         ]
         return module.proj(torch.cat((torch.cat(aligned, 1), mixed), 2))

@@ -23,7 +23,7 @@ from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library, unsharded_class
 from ..trust.registry import Reading, attention_key, registry
-from .context import PATCHABLE, backend_of, product_dtype
+from .context import PATCHABLE, backend_of, calls_reason, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
@@ -43,7 +43,7 @@ def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Readi
     attention = family.attention(root)
     parts = list(attention.modules())
     facts = reading_of(family, module)
-    facts = parts_reason(parts, attention is root, facts) or facts
+    facts = calls_reason() or parts_reason(parts, attention is root, facts) or facts
     inside = [root, *(part for part in parts if part is not root)]
     if isinstance(facts, Reading):
         inside += [part for part in dict.fromkeys(facts.holders(module)) if part not in inside and part is not module]
