@@ -182,7 +182,7 @@ def bind_backend(
     Args:
         size: height and width of the image, where the section is to be given tokens of one axis.
     """
-    reason = section_reason(section, x.device)
+    reason = section_reason(section, x)
     if reason is not None:
         return reason
     if backend_of(config, x.device) == "torch":
@@ -210,12 +210,8 @@ def _bypass_layers(section: Section, product: Callable[..., Tensor]) -> None:
     section.project, section.output = direct(section.project, product), direct(section.output, product)
 
 
-def section_reason(section: Section, device: torch.device) -> str | None:
-    """Return what no backend can do with a section, or None.
-
-    Args:
-        device: of the input.
-    """
+def section_reason(section: Section, x: Tensor) -> str | None:
+    """Return what no backend can do with a section of an input, or None."""
     geometry, heads = section.geometry, section.num_heads
     tokens = geometry.tokens
     if tokens < 2 or min(geometry.window) < 1:
@@ -242,8 +238,10 @@ def section_reason(section: Section, device: torch.device) -> str | None:
     if mask is not None and mask.requires_grad:
         return "the mask records gradients, and kernels give it none; detach it"
     for tensor in (*section.sources, section.index, mask, section.logit_scale):
-        if tensor is not None and tensor.device != device:
-            return f"a tensor of its bias or mask is on {tensor.device}, the input on {device}; move all of the model"
+        if tensor is not None and tensor.device != x.device:
+            return f"a tensor of its bias or mask is on {tensor.device}, the input on {x.device}; move all of the model"
+        if tensor is not None and tensor.dtype == torch.float64 != x.dtype:  # at which most originals raise
+            return f"a tensor of its bias or mask is of {tensor.dtype}, the input of {x.dtype}; convert one of them"
     if not all(tensor.is_floating_point() for tensor in section.sources):
         return "its bias does not consist of floating-point numbers; convert its table"
     return None

@@ -12,6 +12,7 @@ from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 
@@ -53,7 +54,7 @@ class Guard:
     ) -> None:
         self.modules = modules = list(modules)
         self._types = list(map(type, modules))
-        self._classes = list(dict.fromkeys(self._types))
+        self._classes = [cls for cls in dict.fromkeys(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
         self._owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
         self._ignored = ignored

@@ -141,6 +141,9 @@ class Trace:
 
     def _part(self, part: nn.Module, entries: tuple[str, ...]) -> Iterator[Hashable]:
         """Yield what decides what one module does with its own tensors and submodules."""
+        if isinstance(part, torch.jit.ScriptModule):
+            yield str(part.inlined_graph)
+            return
         cls, attributes, is_library = type(part), part.__dict__, is_of_library(part)
         functions, names = reachable(cls, entries)
         for base, name, function in functions:
@@ -240,10 +243,9 @@ class Trace:
                 yield name, _Identity(value.__code__)
                 if is_surveyed_function(value) and self._seen_before(value) is None:
                     yield from self._library_state(value)
-            elif isinstance(value, types.ModuleType):
-                if value.__name__.split(".")[0] == "torch":
-                    yield from self._namespace(value, names.difference(CALLED), 1)
-            elif not isinstance(value, type):
+            elif isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == "torch":
+                yield from self._namespace(value, names.difference(CALLED), 1)
+            elif not isinstance(value, (types.ModuleType, type)):
                 yield name, self._value(value, names, 1)
 
     def _value(self, value: Any, names: frozenset[str], depth: int) -> Hashable:

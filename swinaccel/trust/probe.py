@@ -117,11 +117,18 @@ def _judge(
     if reason is not None:
         return reason
     try:
-        key = (*key, fingerprint(module.named_modules(), methods))
-        verdict = registry.verdict(key)
-        if verdict is None:
+        verdict: Reading | str | None = None
+        for _ in range(2):  # what code keeps for later calls is there in the second
+            found = (*key, fingerprint(module.named_modules(), methods))
+            verdict = registry.verdict(found)
+            if verdict is not None:
+                break
             verdict = probe()
-            registry.record(key, verdict)
+            if found == (*key, fingerprint(module.named_modules(), methods)):
+                registry.record(found, verdict)
+                break
+        else:
+            verdict = "its forward changes, outside of the module, what its code reads"
         if isinstance(verdict, Reading):
             registry.prove(proven_by(), verdict)
             return None
