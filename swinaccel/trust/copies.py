@@ -78,6 +78,9 @@ class Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leave numbers as they are where they would become float32."""
         kwargs = kwargs or {}
+        if func is torch.tensor and "dtype" not in kwargs:  # a constant, as the official V2's clamp
+            made = func(*args, **kwargs)
+            return made.double() if made.dtype == torch.float32 else made
         if args and getattr(args[0], "dtype", None) == torch.float64:
             if func is Tensor.float:
                 return args[0]

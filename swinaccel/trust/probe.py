@@ -284,7 +284,7 @@ def _run(
 ) -> str | None:
     """Return the first difference that two copies show in any setting and call, or None."""
     module, family = subject.module, subject.family
-    empty, narrows = False, _speaks_of(module.modules(), ("float", "float32", "type")) is not None
+    empty, narrows = False, _speaks_of(module.modules(), ("float", "float32", "tensor", "type")) is not None
     try:
         with isolated():
             for setting in settings or _settings(module):
