@@ -17,6 +17,8 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 # What is put on modules and their classes: the marker of an instance, and what was proven of a class's instances.
 MARKER, PROVEN = "_swinaccel", "_swinaccel_proven"
 
+CALLED = ("linear", "gelu", "layer_norm")  # functions that plans call in place of modules, whoever wrote them
+
 BASE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # those that every module has
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep

@@ -11,8 +11,8 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._nn import scaled_dot_product_attention
 
 from ..spec.window import Section, WindowSpec
 from .renamed import Renamed
@@ -54,5 +54,5 @@ class Mutual(Renamed):
         if mask is not None:
             mask = mask[:, None, : tokens // 2, : tokens // 2].to(q.dtype)
             mask = mask.repeat(windows // mask.shape[0], 2, 1, 1).flatten(0, 1)[:, None]
-        aligned = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2)
+        aligned = scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2)
         return module.proj(torch.cat((aligned.reshape(windows, tokens, -1), mixed), 2))

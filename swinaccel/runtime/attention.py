@@ -24,7 +24,7 @@ from ..trust.compare import PADDED
 from ..trust.fingerprint import Trace, Untraceable, rates
 from ..trust.libraries import is_of_library, unsharded_class
 from ..trust.registry import Reading, attention_key, registry
-from .context import PATCHABLE, backend_of, product_dtype
+from .context import PATCHABLE, backend_of, calls_reason, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, PlanCache, State
 from .section import TritonSection, direct, form_of
@@ -46,7 +46,7 @@ def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Readi
     attention = family.attention(root)
     parts = list(attention.modules())
     facts = reading_of(family, module)
-    facts = parts_reason(parts, attention is root, facts) or facts
+    facts = calls_reason() or parts_reason(parts, attention is root, facts) or facts
     inside = [root, *(part for part in parts if part is not root)]
     if isinstance(facts, Reading):
         inside += [part for part in dict.fromkeys(facts.holders(module)) if part not in inside and part is not module]
@@ -198,7 +198,7 @@ def bind_backend(
     Args:
         size: height and width of the image, where the section is to be given tokens of one axis.
     """
-    reason = section_reason(section, x.device)
+    reason = section_reason(section, x)
     if reason is not None:
         return reason
     if backend_of(config, x.device) == "torch":
@@ -228,12 +228,8 @@ def _bypass_layers(section: Section, product: Callable[..., Tensor]) -> None:
     section.project, section.output = direct(section.project, product), direct(section.output, product)
 
 
-def section_reason(section: Section, device: torch.device) -> str | None:
-    """Return what no backend can do with a section, or None.
-
-    Args:
-        device: of the input.
-    """
+def section_reason(section: Section, x: Tensor) -> str | None:
+    """Return what no backend can do with a section of an input, or None."""
     geometry, heads = section.geometry, section.num_heads
     tokens = geometry.tokens
     if tokens < 2 or min(geometry.window) < 1:
@@ -260,8 +256,10 @@ def section_reason(section: Section, device: torch.device) -> str | None:
     if mask is not None and mask.requires_grad:
         return "the mask records gradients, and kernels give it none; detach it"
     for tensor in (*section.sources, section.index, mask, section.logit_scale):
-        if tensor is not None and tensor.device != device:
-            return f"a tensor of its bias or mask is on {tensor.device}, the input on {device}; move all of the model"
+        if tensor is not None and tensor.device != x.device:
+            return f"a tensor of its bias or mask is on {tensor.device}, the input on {x.device}; move all of the model"
+        if tensor is not None and tensor.dtype == torch.float64 != x.dtype:  # at which most originals raise
+            return f"a tensor of its bias or mask is of {tensor.dtype}, the input of {x.dtype}; convert one of them"
     if not all(tensor.is_floating_point() for tensor in section.sources):
         return "its bias does not consist of floating-point numbers; convert its table"
     return None

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers import PLAIN_TENSORS, alias, has_hooks
 from ..ops.failures import failures
+from ..trust.fingerprint import Trace, Untraceable
 from ..trust.libraries import unsharded_class
 from .cuda_graph import CudaGraphs
 from .guard import Guard, NotGuardable, same_tensors
@@ -57,7 +58,7 @@ class Capture:
             raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
         self._check()
         try:
-            self._guard = Guard(self._modules)
+            self._guard = Guard(self._modules, *_outside(self._modules))
         except NotGuardable:
             raise NotCapturable("a module in it holds a setting that cannot be compared") from None
         self._tensors = self._guard.tensors() + self._guard.values
@@ -203,6 +204,15 @@ def _split(leaves: list[Any]) -> tuple[list[Tensor], list[tuple[int | None, Any]
 def _may_be_sharded() -> bool:
     """Return True if FSDP of a module around may give back memory of parameters that live on."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _outside(modules: list[nn.Module]) -> tuple[list[Any], list[Any]]:
+    """Return what the code of modules reads elsewhere, for their guard, as far as it can be followed."""
+    try:
+        trace = Trace([("", one) for one in modules], ("forward",))
+    except Untraceable:
+        return [], []
+    return trace.cells, trace.contents
 
 
 @contextmanager

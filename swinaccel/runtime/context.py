@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..config import AccelConfig, env_interpret
-from ..layers import PLAIN_TENSORS, is_torch_function
+from ..layers import CALLED, PLAIN_TENSORS, is_torch_function
 from ..spec.adapters import BlockReader
 
 _tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
@@ -24,10 +24,9 @@ _function_modes, _is_any_autocast_enabled = torch._C._len_torch_function_stack, 
 PATCHABLE = tuple(
     (vars(namespace), name, vars(namespace)[name])
     for namespace, name in (
-        (F, "linear"),
-        (F, "gelu"),
-        (F, "layer_norm"),
+        *((F, name) for name in CALLED),
         (nn.Module, "__call__"),
+        (nn.Module, "_call_impl"),
         (nn.Conv2d, "_conv_forward"),
     )
 )
@@ -41,6 +40,13 @@ def are_functions_torchs() -> bool:
 _were_functions_torchs = all(
     getattr(value, "__code__", None) is None or is_torch_function(value) for _, _, value in PATCHABLE
 )
+
+
+def calls_reason() -> str | None:
+    """Return why no module may be passed over: calls of all modules run somebody else's code; or None."""
+    if is_torch_function(nn.Module.__call__) and is_torch_function(nn.Module._call_impl):
+        return None
+    return "nn.Module.__call__ was replaced, which expects the original's own modules; put it back to accelerate"
 
 
 def context_reason(x: Any) -> str | None:

@@ -8,10 +8,11 @@ that are written in place, as all training does, are no change here: tensors are
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 
@@ -19,7 +20,7 @@ from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
-_forward = attrgetter("forward")
+_forward = attrgetter("forward", "__call__")
 
 
 class NotGuardable(Exception):
@@ -40,7 +41,7 @@ class Guard:
 
     __slots__ = (
         "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_empty", "_fields", "_forwards",
-        "_ignored", "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_versions",
+        "_held", "_ignored", "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_versions",
         "_watched", "modules", "values",
     )  # fmt: skip
 
@@ -53,7 +54,7 @@ class Guard:
     ) -> None:
         self.modules = modules = list(modules)
         self._types = list(map(type, modules))
-        self._classes = list(dict.fromkeys(self._types))
+        self._classes = [cls for cls in dict.fromkeys(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
         self._owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
         self._ignored = ignored
@@ -69,11 +70,13 @@ class Guard:
         self._names, self._kept = list(chain.from_iterable(filled)), _values(filled)
         self._buffers = [one for module in modules for one in module._buffers.values() if one is not None]
         self._pointers = list(map(Tensor.data_ptr, self._buffers))
-        cells, contents = list(cells), list(contents)
+        cells, contents = {(id(cell[0]), cell[1]): cell for cell in cells}.values(), list(contents)
         spaces = [cell for cell in cells if isinstance(cell[0], Mapping)]
         self._cells = [namespace for namespace, _, _ in spaces], [name for _, name, _ in spaces]
         self._watched = [value for _, _, value in spaces]
-        self._fields = [cell for cell in cells if not isinstance(cell[0], Mapping)]
+        fields = [cell for cell in cells if not isinstance(cell[0], Mapping)]
+        self._fields = [one for one, _, _ in fields], [name for _, name, _ in fields]
+        self._held = [value for _, _, value in fields]
         self._contents, self._copies = [now for now, _ in contents], [then for _, then in contents]
         if not self.holds():
             raise NotGuardable
@@ -85,7 +88,7 @@ class Guard:
             kept = _values(filled)
             return (
                 list(map(type, self.modules)) == self._types
-                and all(map(is_, map(_forward, self._classes), self._forwards))
+                and list(map(_forward, self._classes)) == self._forwards
                 and len(kept) == len(self._kept)
                 and all(map(is_, kept, self._kept))
                 and list(chain.from_iterable(filled)) == self._names
@@ -94,7 +97,7 @@ class Guard:
                 and list(map(Tensor.data_ptr, self._buffers)) == self._pointers  # views of them may have been kept
                 and list(map(_version, self.values)) == self._versions
                 and all(map(is_, map(getitem, *self._cells), self._watched))
-                and all(getattr(one, name, None) is value for one, name, value in self._fields)
+                and all(map(is_, map(getattr, *self._fields, repeat(None)), self._held))
                 and self._contents == self._copies
             )
         except Exception:  # a setting that has become something which cannot be compared, a name that is gone

@@ -176,7 +176,7 @@ def _attend(
     if section.logit_scale is None and section.scale != section.head_dim**-0.5 and not is_sure:
         return "its code may take another scale than the one that it holds, which a compiler is not told"
     problem = problem_of(section, x)
-    reason = section_reason(section, x.device) or triton_reason(section, x, problem)
+    reason = section_reason(section, x) or triton_reason(section, x, problem)
     return reason or _bound(section)
 
 

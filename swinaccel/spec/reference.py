@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import normalize  # as it was at import: a probe shows what was put in its place
 
 from .window import Geometry, Section
 
@@ -125,7 +126,7 @@ def attention_weights(
     if logit_scale is None:
         scores = (q * scale) @ k.transpose(-2, -1)
     else:
-        cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        cosine = normalize(q, dim=-1) @ normalize(k, dim=-1).transpose(-2, -1)
         scores = cosine * logit_scale.view(-1, 1, 1).clamp(max=math.log(100.0)).exp()
     if bias is not None:
         scores = scores + bias if bias.dim() == 3 else (scores.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)

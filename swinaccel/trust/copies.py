@@ -77,12 +77,19 @@ class Widened(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leave numbers as they are where they would become float32."""
-        asked = func is Tensor.float or (
-            func in (Tensor.to, Tensor.type) and len(args) == 2 and args[1] is torch.float32
-        )
-        if asked and args[0].dtype == torch.float64:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.tensor and "dtype" not in kwargs:  # a constant, as the official V2's clamp
+            made = func(*args, **kwargs)
+            return made.double() if made.dtype == torch.float32 else made
+        if args and getattr(args[0], "dtype", None) == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import BASE_ATTRIBUTES, DISPATCHER, MARKER, PROVEN
-from .libraries import is_installed, is_library_function, is_of_library
+from ..layers import BASE_ATTRIBUTES, CALLED, DISPATCHER, MARKER, PROVEN
+from .libraries import is_installed, is_installed_class, is_library_function, is_of_library, is_surveyed_function
 from .names import bases_of, cell_content, functions_behind, is_method, names_in, reachable, unwrapped, wrapped_function
 
 # Settings that families read at each call, and what accelerated instances and classes hold.
@@ -45,15 +45,10 @@ _WALKS = frozenset((
     "_modules", "_parameters", "_buffers", "children", "modules", "named_children", "named_modules", "parameters",
     "named_parameters", "buffers", "named_buffers", "__dict__", "vars",
 ))  # fmt: skip
+_ASKS = frozenset(("getattr", "hasattr"))
 _PROTOCOL_METHODS = (
-    "__call__",
-    "__getattr__",
-    "__getattribute__",
-    "__getitem__",
-    "__get__",
-    "__missing__",
-    "_call_impl",
-)
+    "__call__", "__getattr__", "__getattribute__", "__getitem__", "__get__", "__missing__", "_call_impl",
+)  # fmt: skip
 # Of these packages, functions and plain values that the code names count: what else they hold is no model's setting.
 _OPAQUE = frozenset(("torch", "numpy", "math", "timm", "torchvision", "transformers", "monai", "einops", "builtins"))
 # Objects of these are not looked into.
@@ -123,8 +118,8 @@ class Trace:
 
     Attributes:
         fingerprint: see `fingerprint`.
-        cells: (namespace, name, value) of globals, class attributes and the like that code outside of libraries reads;
-            a closure's cell stands for a namespace of one name.
+        cells: (namespace or owner, name, value) of globals, class attributes and the like that code reads; a
+            closure's cell stands for a namespace of one name.
         contents: (mapping, list or set, copy of it) of the objects that any code reads outside of the modules.
     """
 
@@ -146,13 +141,18 @@ class Trace:
 
     def _part(self, part: nn.Module, entries: tuple[str, ...]) -> Iterator[Hashable]:
         """Yield what decides what one module does with its own tensors and submodules."""
+        if isinstance(part, torch.jit.ScriptModule):
+            yield str(part.inlined_graph)
+            return
         cls, attributes, is_library = type(part), part.__dict__, is_of_library(part)
         functions, names = reachable(cls, entries)
         for base, name, function in functions:
-            if not is_library and name != "forward":  # a guard looks at every class's forward by itself
-                self._watch(vars(base), name)
+            if name != "forward":  # a guard looks at every class's forward by itself
+                self._watch_class(cls, base, name)
             yield self._function(function, names)
-        yield from self._class(cls, names, watched=not is_library)
+        yield from self._class(cls, names)
+        if not is_library and not names.isdisjoint(_ASKS):  # for what the class may be given later
+            self.cells += ((cls, name, None) for name in names if not hasattr(cls, name))
         # Of layers with parameters and of a library's blocks, numbers are sizes.
         has_sizes = is_library and bool(attributes["_parameters"] or attributes["_modules"])
         for name in sorted(attributes.keys() - BASE_ATTRIBUTES - LIVE - OURS - (_CHECKPOINTS if is_library else set())):
@@ -176,7 +176,7 @@ class Trace:
             held = attributes[kept].items()
             yield kept, tuple((name, value is None) for name, value in held if walks or name in names)
 
-    def _class(self, cls: type, names: frozenset[str], watched: bool) -> Iterator[Hashable]:
+    def _class(self, cls: type, names: frozenset[str]) -> Iterator[Hashable]:
         """Yield the attributes of a class and of its metaclass that code reads, without functions."""
         metaclasses = [one for one in type.mro(type(cls)) if one not in (type, object)]
         for base in (*bases_of(cls), *metaclasses):
@@ -185,13 +185,20 @@ class Trace:
                 value = vars(base)[name]
                 if is_method(value) and not is_meta:
                     continue
-                if watched:
-                    self._watch(vars(base), name)
+                self._watch_class(cls, base, name)
                 for one in functions_behind(value) if is_method(value) else (value,):
                     yield name, self._value(one, names, 0)
 
     def _watch(self, namespace: Mapping[str, Any], name: str) -> None:
         self.cells.append((namespace, name, namespace[name]))
+
+    def _watch_class(self, cls: type, base: type, name: str) -> None:
+        """Watch an attribute of a class, which something that comes into the class itself, or between, would hide."""
+        value = getattr(cls, name, None)
+        if value is None or value is not getattr(cls, name):  # made anew at each look
+            self._watch(vars(base), name)
+        else:
+            self.cells.append((cls, name, value))
 
     def _function(self, function: Any, names: frozenset[str], depth: int = 0) -> Hashable:
         """Return what decides what a function does, given the names that the code around it uses."""
@@ -227,12 +234,17 @@ class Trace:
         return tuple(found)
 
     def _library_state(self, function: Any) -> Iterator[Hashable]:
-        """Yield the functions that a library's function names, by identity, and the state that it reads."""
+        """Yield the functions that a library's function names, its own and PyTorch's, and the state that it reads."""
         names = names_in(function.__code__)
         for name in sorted(names & function.__globals__.keys()):
             value = function.__globals__[name]
             if isinstance(value, types.FunctionType):
+                self._watch(function.__globals__, name)
                 yield name, _Identity(value.__code__)
+                if is_surveyed_function(value) and self._seen_before(value) is None:
+                    yield from self._library_state(value)
+            elif isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == "torch":
+                yield from self._namespace(value, names.difference(CALLED), 1)
             elif not isinstance(value, (types.ModuleType, type)):
                 yield name, self._value(value, names, 1)
 
@@ -298,6 +310,9 @@ class Trace:
             one = vars(value)[name]
             if name.startswith("__") or isinstance(one, _SLOTS) or (name not in names and is_method(one)):
                 continue
+            if is_opaque and isinstance(one, types.ModuleType) and one.__name__ == f"{value.__name__}.{name}":
+                yield name, *self._namespace(one, names, depth + 1)
+                continue
             if is_opaque and not isinstance(one, (types.FunctionType, types.BuiltinFunctionType, *_PLAIN)):
                 continue
             self._watch(vars(value), name)
@@ -357,14 +372,6 @@ class Trace:
         self._count += 1
         if self._count > _MOST_VALUES or depth > _DEEPEST:
             raise Untraceable("its code reads more values from outside of the module than can be kept track of")
-
-
-def is_installed_class(cls: type) -> bool:
-    """Return True if a class is a library's, PyTorch's, Python's or another installed package's."""
-    if is_library_function(cls):
-        return True
-    functions = (one for value in vars(cls).values() for one in functions_behind(value))
-    return all(map(is_installed, functions)) and cls.__module__ not in ("__main__", "__mp_main__")
 
 
 def _identity(value: Any) -> Hashable:

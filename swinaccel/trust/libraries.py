@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .names import functions_behind
+
 # Homes of the surveyed implementations of window attention.
 SURVEYED = (
     "timm.models.swin_transformer",
@@ -72,7 +74,20 @@ def is_library_function(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "").startswith(LIBRARIES)
 
 
+def is_surveyed_function(function: Any) -> bool:
+    """Return True if a function is defined in a surveyed library."""
+    return is_library_function(function) and not function.__module__.startswith("torch.")
+
+
 def is_installed(function: Any) -> bool:
     """Return True if a function's file lies where packages are installed, rather than in a project of the user's."""
     code = getattr(function, "__code__", None)
     return code is None or code.co_filename.startswith((*_INSTALLED, "<frozen"))
+
+
+def is_installed_class(cls: type) -> bool:
+    """Return True if a class is a library's, PyTorch's, Python's or another installed package's."""
+    if is_library_function(cls):
+        return True
+    functions = (one for value in vars(cls).values() for one in functions_behind(value))
+    return all(map(is_installed, functions)) and cls.__module__ not in ("__main__", "__mp_main__")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._nn import scaled_dot_product_attention
 
 from ...spec import reference
 from ...spec.arguments import can_look
@@ -125,7 +126,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
             return torch._scaled_dot_product_attention_math(q, k, v, mask, is_causal=causal, scale=scale)[0]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
 def is_transformed() -> bool:

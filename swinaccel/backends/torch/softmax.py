@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._nn import scaled_dot_product_attention  # PyTorch's own: tools put others into F, without bias
 
 from ...spec.arguments import can_look
 
@@ -40,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, 
     given = (q, k, v) if start is None else (q, k, v, start)
     if dropout or (torch.is_grad_enabled() and any(one.requires_grad for one in given)):
         return softmax(q, k, v, start, scale, dropout)  # which of few queries takes no more time, with gradients
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
     if can_look():
         return softmax(q, k, v, start, scale) if has_zeros(out) else out
     if start is None:

@@ -49,7 +49,8 @@ def has_table_rows(table: object, window: Axes, num_heads: int) -> bool:
 
 
 def is_index(index: object, tokens: int) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.int64 and index.numel() == tokens * tokens
+    whole = (torch.int64, torch.int32)
+    return isinstance(index, Tensor) and index.dtype in whole and index.numel() == tokens * tokens
 
 
 def is_position_mlp(mlp: object, num_heads: int) -> bool:
