@@ -66,7 +66,7 @@ COPIES = "tests/families/test_copies.py"
 FORMS = "tests/families/test_forms.py"
 ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
 WEATHER = "tests/families/test_weather.py"
-TRAPS = "tests/runtime/test_traps.py"
+TRAPS = " ".join(f"tests/runtime/test_traps_of_{one}.py" for one in ("calls", "projections", "scores", "windows"))
 NONFINITE = "tests/backends/test_nonfinite.py"
 FP8 = "tests/runtime/test_fp8.py"
 FUSED = "tests/runtime/test_fused_products.py"
@@ -217,7 +217,7 @@ MUTANTS = [
         ),
         ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", VERDICTS + " -k cpu"),
         ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", VERDICTS + " -k scale"),
-        ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps.py -k scale"),
+        ("registry.py", "if self.default_scale and", "if", "tests/runtime/test_traps_of_scores.py -k scale"),
         ("fingerprint.py", "watched=not is_library)", "watched=False)", FINGERPRINT),
         ("fingerprint.py", "yield name, _sign_and_kind(value)", "pass", "tests/trust/test_switches_in_numbers.py"),
         (
@@ -747,7 +747,7 @@ MUTANTS = [
             "_is_off(compiling)",
             "tests/api/test_patching.py -k environment",
         ),
-        ("patching.py", "if checkpoints and", "if False and", "tests/runtime/test_traps.py -k checkpoints"),
+        ("patching.py", "if checkpoints and", "if False and", "tests/runtime/test_traps_of_calls.py -k checkpoints"),
         ("patching.py", "forget_state(module)", "pass", GAPS + " -k counts"),
         (
             "patching.py",
@@ -815,10 +815,20 @@ MUTANTS = [
             "families/torchvision.py",
             "0 if side >= length else",
             "0 if side > length else",
-            "tests/runtime/test_traps.py -k clamp",
+            "tests/runtime/test_traps_of_scores.py tests/runtime/test_traps_of_windows.py -k clamp",
         ),
-        ("families/torchvision.py", "torch.zeros_like(k_bias)", "k_bias", "tests/runtime/test_traps.py -k bias"),
-        ("families/huggingface.py", "if not always_partition:", "if True:", "tests/runtime/test_traps.py -k partition"),
+        (
+            "families/torchvision.py",
+            "torch.zeros_like(k_bias)",
+            "k_bias",
+            "tests/runtime/test_traps_of_projections.py tests/runtime/test_traps_of_scores.py -k bias",
+        ),
+        (
+            "families/huggingface.py",
+            "if not always_partition:",
+            "if True:",
+            "tests/runtime/test_traps_of_windows.py -k partition",
+        ),
         (
             "families/video.py",
             "mask_matrix if geometry.is_shifted else None",
@@ -835,13 +845,13 @@ MUTANTS = [
             "families/shared/common.py",
             "not (dropout.training and dropout.p)",
             "True",
-            "tests/runtime/test_traps.py -k dropout",
+            "tests/runtime/test_traps_of_projections.py tests/runtime/test_traps_of_scores.py -k dropout",
         ),
         (
             "families/shared/common.py",
             'getattr(dropout, "p", 0.0) if dropout.training else 0.0',
             'getattr(dropout, "p", 0.0)',
-            "tests/runtime/test_traps.py tests/runtime/test_dispatch.py -k dropout",
+            TRAPS + " tests/runtime/test_dispatch.py -k dropout",
         ),
         (
             "families/shared/common.py",
@@ -871,7 +881,7 @@ MUTANTS = [
             "families/shared/common.py",
             "torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias) if k_bias is None else k_bias",
             "torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias)",
-            "tests/runtime/test_traps.py -k k_bias",
+            "tests/runtime/test_traps_of_projections.py -k k_bias",
         ),
         (
             "families/shared/official.py",

@@ -15,7 +15,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, check, check_fallback, randomize
+from helpers import both_backends, check, check_fallback, randomize
 from torch import nn
 
 import swinaccel
@@ -24,8 +24,6 @@ from swinaccel.spec.reference import section_weights
 from swinaccel.trust.registry import registry
 
 KEEPS_VERDICTS = True
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture(autouse=True)

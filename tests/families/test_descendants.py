@@ -1,6 +1,6 @@
 """Blocks that grew from the official one, and the official attention by itself, where its block is nobody's.
 
-The numbers are those of the survey that test_traps.py was written from.
+The numbers are those of the survey that runtime/traps.py tells of.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ import helpers
 import microsoft_models
 import pytest
 import torch
-from helpers import BACKENDS, check, check_fallback, randomize
+from helpers import BACKENDS, both_backends, check, check_fallback, randomize, versions
 from torch import nn
 
 import swinaccel
 from swinaccel import families
 
 KEEPS_VERDICTS = True
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-versions = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 
 
 def tokens(*size, batch=2, dim=16):
