@@ -1,6 +1,6 @@
 """Tensors that do not fit: whoever gives one is told, and no kernel reads beyond it.
 
-What the functions say of each argument is in test_functional and test_sequence.
+What the functions say of each argument is in test_functional and test_sequence_functions.
 """
 
 from __future__ import annotations
