@@ -64,7 +64,10 @@ TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits"'
 GRAPH_CONTENTS = "tests/runtime/test_graph_contents.py"
 COPIES = "tests/families/test_copies.py"
 FORMS = "tests/families/test_forms.py"
-ROWS = "tests/api/test_functional.py -k 'outputs_and_gradients or many_windows or images or volumes'"
+ROWS = (
+    "tests/api/test_functional.py tests/api/test_functional_images.py"
+    " -k 'outputs_and_gradients or many_windows or test_images or volumes'"
+)
 WEATHER = "tests/families/test_weather.py"
 TRAPS = " ".join(f"tests/runtime/test_traps_of_{one}.py" for one in ("calls", "projections", "scores", "windows"))
 NONFINITE = "tests/backends/test_nonfinite.py"
@@ -258,24 +261,14 @@ MUTANTS = [
         ),
         ("fingerprint.py", "(value.func, *value.args, value.keywords)", "(value.func, *value.args)", FINGERPRINT),
         ("fingerprint.py", "[one for one in type.mro(type(cls)) if one not in (type, object)]", "[]", SETTINGS),
-        (
-            "probe.py",
-            "found = _speaks_of(parts, _UNSEEN)",
-            "found = None",
-            "tests/trust/test_verdicts.py -k cpu",
-        ),
+        ("probe.py", "found = _speaks_of(parts, _UNSEEN)", "found = None", "tests/trust/test_verdicts.py -k cpu"),
         (
             "probe.py",
             "except (MemoryError, torch.OutOfMemoryError) as error:",
             "except ZeroDivisionError as error:",
             HOST + " -k memory",
         ),
-        (
-            "probe.py",
-            "return PADDED if empty else None",
-            "return None",
-            HOST + " -k padded",
-        ),
+        ("probe.py", "return PADDED if empty else None", "return None", HOST + " -k padded"),
         ("trial.py", "id(tensor) not in known and id(tensor._base) not in known:", "False:", HOST + " -k computed"),
         (
             "trial.py",
@@ -296,12 +289,7 @@ MUTANTS = [
             "                memo[id(one)] = value",
             HOST + " -k refused",
         ),
-        (
-            "copies.py",
-            "stack.enter_context(torch.inference_mode(False))",
-            "pass",
-            HOST + " -k surrounds",
-        ),
+        ("copies.py", "stack.enter_context(torch.inference_mode(False))", "pass", HOST + " -k surrounds"),
         (
             "compare.py",
             "if not torch.equal(finite, other.isfinite()):",
@@ -341,12 +329,7 @@ MUTANTS = [
         "swinaccel/runtime",  # what decides about a call
         ("attention.py", "high >= rows", "high > rows", GAPS + " -k rows"),
         ("attention.py", "low < 0 or ", "", EDITS + " -k index"),
-        (
-            "attention.py",
-            "len(shape) not in (2, 3) or shape[-1] != heads",
-            "len(shape) != 2",
-            HOST + " -k shapes",
-        ),
+        ("attention.py", "len(shape) not in (2, 3) or shape[-1] != heads", "len(shape) != 2", HOST + " -k shapes"),
         ("attention.py", "section.logit_scale.numel() != heads", "False", HOST + " -k shapes"),
         (
             "attention.py",
@@ -354,12 +337,7 @@ MUTANTS = [
             "if False:",
             EDITS + " -k forward_pre-attn",
         ),
-        (
-            "attention.py",
-            "for one in (x, *attention.parameters())",
-            "for one in (x,)",
-            GAPS + " -k alone",
-        ),
+        ("attention.py", "for one in (x, *attention.parameters())", "for one in (x,)", GAPS + " -k alone"),
         ("attention.py", "if section.dropout > 0:", "if False:", "tests/runtime/test_dispatch.py -k dropout"),
         (
             "attention.py",
@@ -396,33 +374,13 @@ MUTANTS = [
             "True for",
             "tests/api/test_gaps.py tests/runtime/test_memory.py -k all_modules",
         ),
-        (
-            "context.py",
-            "x.requires_grad, x.is_contiguous()",
-            "x.is_contiguous()",
-            HOST + " -k alone",
-        ),
-        (
-            "context.py",
-            "torch.is_grad_enabled(), torch.is_inference",
-            "True, torch.is_inference",
-            HOST + " -k alone",
-        ),
-        (
-            "context.py",
-            "inference_mode_enabled(), autocast",
-            "inference_mode_enabled(), None",
-            HOST + " -k autocast",
-        ),
+        ("context.py", "x.requires_grad, x.is_contiguous()", "x.is_contiguous()", HOST + " -k alone"),
+        ("context.py", "torch.is_grad_enabled(), torch.is_inference", "True, torch.is_inference", HOST + " -k alone"),
+        ("context.py", "inference_mode_enabled(), autocast", "inference_mode_enabled(), None", HOST + " -k autocast"),
         ("guard.py", "and self._has_settings()", "", "tests/runtime/test_memory.py -k Guard"),
         ("guard.py", "and not any(self._empty)", "", "tests/runtime/test_memory.py -k Guard"),
         ("guard.py", "list(map(type, self.modules)) == self._types", "True", EDITS + " -k attention-class-eager"),
-        (
-            "guard.py",
-            "and all(map(is_, map(_forward, self._classes), self._forwards))",
-            "",
-            EDITS + " -k class-one",
-        ),
+        ("guard.py", "and all(map(is_, map(_forward, self._classes), self._forwards))", "", EDITS + " -k class-one"),
         ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/runtime/test_memory.py -k Guard"),
         (
             "guard.py",
@@ -434,19 +392,9 @@ MUTANTS = [
         ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS + " -k outside"),
         ("guard.py", "and self._contents == self._copies", "", VERDICTS + " -k outside"),
         ("guard.py", "return value.copy()", "return value", HOST + " -k guard"),
-        (
-            "plan.py",
-            "self.failures == failures.count\n            and",
-            "True\n            and",
-            HOST + " -k failed",
-        ),
+        ("plan.py", "self.failures == failures.count\n            and", "True\n            and", HOST + " -k failed"),
         ("plan.py", "and self._fits(*self._tensors)", "", HOST + " -k shapes"),
-        (
-            "plan.py",
-            "_version(self._index) == self._version",
-            "True",
-            EDITS + " -k index",
-        ),
+        ("plan.py", "_version(self._index) == self._version", "True", EDITS + " -k index"),
         ("plan.py", " and plan.is_reusable", "", "tests/runtime/test_memory.py -k masks_of"),
         (
             "context.py",
@@ -462,12 +410,7 @@ MUTANTS = [
         ("call.py", "state.fallbacks += 1", "pass", "tests/runtime/test_dispatch.py -k remembered"),
         ("context.py", "return entry, settings, x.shape", "return entry, x.shape", HOST + " -k sizes"),
         ("block.py", "not is_leaf or does_nothing(part)", "True", HOST + " -k known"),
-        (
-            "block.py",
-            "require(not drops_now(part),",
-            "require(True,",
-            EDITS + " -k dropout",
-        ),
+        ("block.py", "require(not drops_now(part),", "require(True,", EDITS + " -k dropout"),
         ("block.py", "or not tensor.is_contiguous():", ":", HOST + " -k contiguous"),
         (
             "block.py",
@@ -482,12 +425,7 @@ MUTANTS = [
             "tests/runtime/test_memory.py -k names",
         ),
         ("guard.py", "and all(getattr(one, name, None) is value for one, name, value in self._fields)", "", SETTINGS),
-        (
-            "guard.py",
-            "return now == then and others == self._settings[1:]",
-            "return now == then",
-            HOST + " -k guard",
-        ),
+        ("guard.py", "return now == then and others == self._settings[1:]", "return now == then", HOST + " -k guard"),
         ("guard.py", "owners.append(value)  # a configuration", "pass", "tests/runtime/test_memory.py -k Guard"),
         (
             "plan.py",
@@ -497,18 +435,8 @@ MUTANTS = [
         ),
         ("plan.py", "        if self._guards_left:", "        if True:", "tests/runtime/test_memory.py -k changing"),
         ("plan.py", " or type(root) is not type(module)", "", HOST + " -k hand"),
-        (
-            "plan.py",
-            "None if self.guard is None else facts  #",
-            "facts  #",
-            HOST + " -k kept",
-        ),
-        (
-            "plan.py",
-            "found.holds() and self.holds(module) else",
-            "found.holds() else",
-            EDITS + " -k attention",
-        ),
+        ("plan.py", "None if self.guard is None else facts  #", "facts  #", HOST + " -k kept"),
+        ("plan.py", "found.holds() and self.holds(module) else", "found.holds() else", EDITS + " -k attention"),
         (
             "call.py",
             "reason = None if plan.failures == failures.count else failures.get(plan.problem)",
@@ -536,18 +464,8 @@ MUTANTS = [
             "if False if first is qkv else",
             'tests/runtime/test_odd_tensors.py tests/runtime/test_dispatch.py -k "shapes or projection"',
         ),
-        (
-            "section.py",
-            "all(one is None or one.is_contiguous() for one in others)",
-            "True",
-            HOST + " -k gaps",
-        ),
-        (
-            "section.py",
-            "            and not section.dropout\n",
-            "",
-            HOST + " -k dropout_is",
-        ),
+        ("section.py", "all(one is None or one.is_contiguous() for one in others)", "True", HOST + " -k gaps"),
+        ("section.py", "            and not section.dropout\n", "", HOST + " -k dropout_is"),
         (
             "section.py",
             "table if any(table is one for one in section.sources) else None",
@@ -589,12 +507,7 @@ MUTANTS = [
             "if False:",
             "tests/trust/test_verdicts.py -k rates",
         ),
-        (
-            "attention.py",
-            "mask is not None and not mask.is_floating_point()",
-            "False",
-            EDITS + " -k mask-int64",
-        ),
+        ("attention.py", "mask is not None and not mask.is_floating_point()", "False", EDITS + " -k mask-int64"),
         (
             "attention.py",
             "mask is not None and tuple(mask.shape) != (geometry.num_windows, tokens, tokens)",
@@ -608,12 +521,7 @@ MUTANTS = [
             EDITS + " -k shift-outside",
         ),
         ("attention.py", "inside += [part for part in", "inside += [] and [part for part in", HOST + " -k watched"),
-        (
-            "block.py",
-            "if type(tensor) not in PLAIN_TENSORS or not fits",
-            "if not fits",
-            HOST + " -k around_an",
-        ),
+        ("block.py", "if type(tensor) not in PLAIN_TENSORS or not fits", "if not fits", HOST + " -k around_an"),
         ("block.py", "require(not has_hooks(part),", "require(True,", EDITS + " -k block-hook"),
         ("block.py", "require(not replaced_methods(part),", "require(True,", HOST + " -k around_an"),
         (
@@ -622,18 +530,8 @@ MUTANTS = [
             "(norm.normalized_shape,))",
             "tests/runtime/test_odd_tensors.py -k norms",
         ),
-        (
-            "block.py",
-            "tuple(layer.bias.shape) == (fan_out,)",
-            "True",
-            EDITS + " -k block-bias-size",
-        ),
-        (
-            "block.py",
-            "is_drop = is_of_library(part) and (",
-            "is_drop = (",
-            HOST + " -k around_an",
-        ),
+        ("block.py", "tuple(layer.bias.shape) == (fan_out,)", "True", EDITS + " -k block-bias-size"),
+        ("block.py", "is_drop = is_of_library(part) and (", "is_drop = (", HOST + " -k around_an"),
     ),
     *(
         Mutant(f"swinaccel/runtime/{file}.py", old, new, tests)
@@ -672,12 +570,7 @@ MUTANTS = [
             ("training_capture", "or [one.data_ptr() for one in twin.parameters()] != places", "", GRAPH_CONTENTS),
             ("training_capture", "acquire(timeout=_PATIENCE)", "acquire()", GRAPH_CONTENTS),
             ("training_capture", "is_latest = self._turn() is turn", "is_latest = True", TRAINING_GRAPHS),
-            (
-                "training_capture",
-                "copies = list(map(torch.empty_like, kept))",
-                "copies = kept",
-                TRAINING_GRAPHS,
-            ),
+            ("training_capture", "copies = list(map(torch.empty_like, kept))", "copies = kept", TRAINING_GRAPHS),
             ("training_capture", "super().lies() and self._wanted() == self._flags", "super().lies()", TRAINING_GRAPHS),
             ("training_capture", "own.zero_()", "pass", TRAINING_GRAPHS),
             ("training_capture", "set_random_state(self._device, turn.random_state)", "pass", TRAINING_GRAPHS),
@@ -765,12 +658,7 @@ MUTANTS = [
             "                pass",
             "tests/api/test_lifetime.py tests/api/test_patching.py -k nothing",
         ),
-        (
-            "patching.py",
-            "os.register_at_fork(after_in_child=_renew_lock)",
-            "pass",
-            HOST + " -k fork",
-        ),
+        ("patching.py", "os.register_at_fork(after_in_child=_renew_lock)", "pass", HOST + " -k fork"),
         # Operators.
         (
             "ops/window.py",
@@ -778,12 +666,7 @@ MUTANTS = [
             "if twice:",
             "tests/runtime/test_fusion_autograd.py -k batch",
         ),
-        (
-            "ops/window_plain.py",
-            "if env_strict() or dropout:",
-            "if env_strict():",
-            HOST + " -k raised",
-        ),
+        ("ops/window_plain.py", "if env_strict() or dropout:", "if env_strict():", HOST + " -k raised"),
         ("ops/window_plain.py", "strides == k.stride() == v.stride()", "True", HOST + " -k strides"),
         ("ops/window_plain.py", "strides[-1] == 1", "True", HOST + " -k strides"),
         (
@@ -809,12 +692,7 @@ MUTANTS = [
         ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/bias/test_bias.py -k rule"),
         # Families.
         ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS + " -k mask"),
-        (
-            "families/timm_cr.py",
-            "if coords.shape[0] != tokens * tokens:",
-            "if False:",
-            HOST + " -k coordinates",
-        ),
+        ("families/timm_cr.py", "if coords.shape[0] != tokens * tokens:", "if False:", HOST + " -k coordinates"),
         (
             "families/shared/official.py",
             "attn.attn_drop.p if attn.training",
@@ -881,12 +759,7 @@ MUTANTS = [
             "if False:",
             "tests/runtime/test_odd_tensors.py -k logit",
         ),
-        (
-            "families/shared/common.py",
-            " and type(activation) is nn.ReLU",
-            " ",
-            HOST + " -k share",
-        ),
+        ("families/shared/common.py", " and type(activation) is nn.ReLU", " ", HOST + " -k share"),
         (
             "families/shared/common.py",
             "torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias) if k_bias is None else k_bias",
@@ -905,12 +778,7 @@ MUTANTS = [
             "separate is not None and separate",
             HOST + " -k second_version",
         ),
-        (
-            "families/shared/official.py",
-            "own if bias is None else own + bias",
-            "own",
-            HOST + " -k second_version",
-        ),
+        ("families/shared/official.py", "own if bias is None else own + bias", "own", HOST + " -k second_version"),
         (
             "families/shared/official.py",
             'getattr(attn, "rpe_output_type", "sigmoid" if hasattr(attn, "logit_scale") else "normal") == "sigmoid"',
@@ -987,18 +855,8 @@ MUTANTS = [
             "  for",
             "tests/families/test_separate.py -k together",
         ),
-        (
-            "families/shared/blocks.py",
-            "    if geometry.is_padded:",
-            "    if False:",
-            HOST + " -k share",
-        ),
-        (
-            "families/shared/blocks.py",
-            "or mask.dim() != 3 or",
-            "or",
-            HOST + " -k share",
-        ),
+        ("families/shared/blocks.py", "    if geometry.is_padded:", "    if False:", HOST + " -k share"),
+        ("families/shared/blocks.py", "or mask.dim() != 3 or", "or", HOST + " -k share"),
         ("families/shared/near.py", " or traits.has_class_token(axes)", "", "tests/families/test_near.py"),
         ("families/shared/near.py", " or not listed.isdisjoint(above)", "", "tests/families/test_near.py -k once"),
         (
@@ -1019,7 +877,7 @@ MUTANTS = [
             "spec/arguments.py",
             "if mask.requires_grad and torch.is_grad_enabled():",
             "if False:",
-            "tests/api/test_functional.py -k bad_",
+            "tests/api/test_functional_calls.py -k bad_",
         ),
         ("spec/arguments.py", " and sizes[-2] in (1, heads)", "", HOST + " -k factors"),
         (
@@ -1032,7 +890,7 @@ MUTANTS = [
             "spec/arguments.py",
             "if not 0 <= dropout < 1:",
             "if not 0 <= dropout <= 1:",
-            "tests/api/test_functional.py -k bad_",
+            "tests/api/test_functional_calls.py -k bad_",
         ),
         (
             "spec/arguments.py",
@@ -1040,7 +898,7 @@ MUTANTS = [
             "False and not torch",
             "tests/api/test_arguments.py -k parameters",
         ),
-        ("spec/arguments.py", "if value.shape != q.shape:", "if False:", "tests/api/test_functional.py -k bad_"),
+        ("spec/arguments.py", "if value.shape != q.shape:", "if False:", "tests/api/test_functional_calls.py -k bad_"),
         (
             "backends/triton/checks.py",
             '    _expect("padding", problem.padding_shape, (3 * channels,))',
@@ -1105,12 +963,7 @@ MUTANTS = [
             "    except ZeroDivisionError as error:\n        warn_once(str(error))",
             HOST + " -k none_is",
         ),
-        (
-            "cli/factory.py",
-            "    except KeyboardInterrupt:\n        raise\n",
-            "",
-            HOST + " -k interrupt",
-        ),
+        ("cli/factory.py", "    except KeyboardInterrupt:\n        raise\n", "", HOST + " -k interrupt"),
         ("cli/factory.py", "    if path.is_dir():", "    if False:", "tests/cli/test_models.py -k folder"),
         ("cli/factory.py", "if isinstance(error, SystemExit):", "if False:", "tests/cli/test_models.py -k files"),
         (
@@ -1156,12 +1009,7 @@ MUTANTS = [
             "next(iter(self._reasons.values()), None)",
             "tests/runtime/test_dispatch.py -k own_problem",
         ),
-        (
-            "patching.py",
-            "        switch.is_open = False",
-            "        pass",
-            HOST + " -k context",
-        ),
+        ("patching.py", "        switch.is_open = False", "        pass", HOST + " -k context"),
         (
             "patching.py",
             "with suppress(ValueError, UnboundLocalError):",
@@ -1237,7 +1085,7 @@ MUTANTS = [
             "tiles.py",
             "1.0 / tl.maximum(1.0 - probability, 1e-6)",
             "1.0",
-            "tests/backends/test_kernels.py tests/backends/test_backward.py -k dropout",
+            "tests/backends/test_operator_gradients.py -k dropout",
         ),
         ("bias.py", '0.0, float("-inf")))', "0.0, 0.0))", GAPS + " -k 'not two'"),
         ("softmax.py", 'mask=offs < N, other=float("inf"))', "mask=offs < N, other=0.0)", GAPS + " -k 'not two'"),
