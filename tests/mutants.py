@@ -51,9 +51,9 @@ FUZZ = "tests/fuzz/test_fuzz_functions.py -k quick"
 GAPS = "tests/api/test_gaps.py"
 REFUSED = GAPS + " -k 'refused or place'"
 SHARDING = "tests/runtime/test_sharding.py"
-VERDICTS = "tests/trust/test_verdicts.py"
-HOST = "tests/runtime/test_gaps_host.py"
-FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_host.py"
+VERDICTS = "tests/trust/test_verdicts.py tests/trust/test_verdicts_of_layers.py"
+HOST = "tests/runtime/test_gaps_in_calls.py tests/runtime/test_gaps_in_proofs.py"
+FINGERPRINT = "tests/trust/test_fingerprint.py tests/runtime/test_gaps_in_calls.py tests/runtime/test_gaps_in_proofs.py"
 SETTINGS = "tests/trust/test_settings.py"
 SWITCHES = "tests/runtime/test_switches.py"
 EDITS = "tests/runtime/test_edits.py"
@@ -343,7 +343,7 @@ MUTANTS = [
             "attention.py",
             "mask is not None and mask.requires_grad",
             "False",
-            "tests/runtime/test_dispatch.py -k gradient",
+            ("tests/runtime/test_dispatch.py tests/runtime/test_reports.py -k gradient"),
         ),
         ("attention.py", "and section.padding is None:", "and False:", HOST + " -k padded"),
         (
@@ -455,14 +455,14 @@ MUTANTS = [
             "isinstance(reading, str):",
             GAPS + " -k place",
         ),
-        ("call.py", "fused.counted.calls += 1", "pass", "tests/runtime/test_dispatch.py -k counts"),
+        ("call.py", "fused.counted.calls += 1", "pass", "tests/runtime/test_reports.py -k counts"),
         ("section.py", " or one.dtype is not bound.dtype or", " or", HOST + " -k bound"),
         ("section.py", "if (table.stride(), table.dtype) != bound.layout:", "if False:", HOST + " -k bound"),
         (
             "section.py",
             "if (first.shape[-1] != 3 * width) if first is qkv else",
             "if False if first is qkv else",
-            'tests/runtime/test_odd_tensors.py tests/runtime/test_dispatch.py -k "shapes or projection"',
+            ('tests/runtime/test_odd_tensors.py tests/runtime/test_dispatch.py -k "shapes or projection"'),
         ),
         ("section.py", "all(one is None or one.is_contiguous() for one in others)", "True", HOST + " -k gaps"),
         ("section.py", "            and not section.dropout\n", "", HOST + " -k dropout_is"),
@@ -505,7 +505,7 @@ MUTANTS = [
             "attention.py",
             "if value and (place or rate != known):",
             "if False:",
-            "tests/trust/test_verdicts.py -k rates",
+            "tests/trust/test_verdicts_of_layers.py -k rates",
         ),
         ("attention.py", "mask is not None and not mask.is_floating_point()", "False", EDITS + " -k mask-int64"),
         (
@@ -994,7 +994,7 @@ MUTANTS = [
             "ops/failures.py",
             "        self._reasons[problem] = reason\n        self.count += 1",
             "        self._reasons[problem] = reason",
-            'tests/runtime/test_dispatch.py tests/runtime/test_memory.py -k "kernel_failure or failed"',
+            ('tests/runtime/test_dispatch.py tests/runtime/test_memory.py -k "kernel_failure or failed"'),
         ),
         (
             "ops/failures.py",
