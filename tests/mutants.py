@@ -71,7 +71,7 @@ ROWS = (
 WEATHER = "tests/families/test_weather.py"
 TRAPS = " ".join(f"tests/runtime/test_traps_of_{one}.py" for one in ("calls", "projections", "scores", "windows"))
 NONFINITE = "tests/backends/test_nonfinite.py"
-FP8 = "tests/runtime/test_fp8.py"
+FP8 = "tests/runtime/test_fp8.py tests/runtime/test_fp8_left_out.py"
 FUSED = "tests/runtime/test_fused_products.py"
 SAME_NUMBERS = "tests/runtime/test_training_graphs.py -k same_numbers"
 LAUNCHERS = "tests/backends/test_triton_interface.py"
@@ -416,7 +416,11 @@ MUTANTS = [
             "block.py",
             "(x.requires_grad or any(one.requires_grad for one in parameters))",
             "x.requires_grad",
-            "tests/runtime/test_fusion.py tests/runtime/test_fusion_autograd.py -k 'gradients or training'",
+            (
+                "tests/runtime/test_fusion.py "
+                "tests/runtime/test_fused_steps.py "
+                "tests/runtime/test_unfused_steps.py -k 'gradients or training'"
+            ),
         ),
         (
             "guard.py",
@@ -664,7 +668,7 @@ MUTANTS = [
             "ops/window.py",
             "if twice or _is_batched(grad):",
             "if twice:",
-            "tests/runtime/test_fusion_autograd.py -k batch",
+            "tests/runtime/test_fused_steps.py -k batch",
         ),
         ("ops/window_plain.py", "if env_strict() or dropout:", "if env_strict():", HOST + " -k raised"),
         ("ops/window_plain.py", "strides == k.stride() == v.stride()", "True", HOST + " -k strides"),
@@ -727,7 +731,11 @@ MUTANTS = [
             "families/shared/common.py",
             "torch.zeros_like(attn.v_bias) if k_bias is None",
             "attn.v_bias if k_bias is None",
-            "tests/families/test_families.py",
+            (
+                "tests/families/test_families.py "
+                "tests/families/test_hidden_differences.py "
+                "tests/families/test_other_forwards.py"
+            ),
         ),
         (
             "families/shared/common.py",

@@ -6,9 +6,10 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from block_gradients import DTYPES, check, layer_norm, leaves, narrowed, results, scaled
+from blocks import HALF, HALVES, random
 from helpers import TRITON_DEVICE
 from swinaccel.kernels import fusion_launch
-from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, leaves, narrowed, random, results, scaled
 
 from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import block_bwd, devices
