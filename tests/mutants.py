@@ -62,7 +62,7 @@ PACKAGES = "tests/runtime/test_packages.py"
 GRAPHS = 'tests/runtime/test_graphs.py -k "not edits and not ways"'
 TRAINING_GRAPHS = 'tests/runtime/test_training_graphs.py -k "not edits"'
 GRAPH_CONTENTS = "tests/runtime/test_graph_contents.py"
-COPIES = "tests/families/test_copies.py"
+COPIES = "tests/families/test_copies.py tests/families/test_returned_weights.py"
 FORMS = "tests/families/test_forms.py"
 ROWS = (
     "tests/api/test_functional.py tests/api/test_functional_images.py"
@@ -372,21 +372,21 @@ MUTANTS = [
             "context.py",
             "namespace[name] is value for",
             "True for",
-            "tests/api/test_gaps.py tests/runtime/test_memory.py -k all_modules",
+            ("tests/api/test_gaps.py tests/runtime/test_memory.py -k all_modules"),
         ),
         ("context.py", "x.requires_grad, x.is_contiguous()", "x.is_contiguous()", HOST + " -k alone"),
         ("context.py", "torch.is_grad_enabled(), torch.is_inference", "True, torch.is_inference", HOST + " -k alone"),
         ("context.py", "inference_mode_enabled(), autocast", "inference_mode_enabled(), None", HOST + " -k autocast"),
-        ("guard.py", "and self._has_settings()", "", "tests/runtime/test_memory.py -k Guard"),
-        ("guard.py", "and not any(self._empty)", "", "tests/runtime/test_memory.py -k Guard"),
+        ("guard.py", "and self._has_settings()", "", "tests/runtime/test_plans.py -k Guard"),
+        ("guard.py", "and not any(self._empty)", "", "tests/runtime/test_plans.py -k Guard"),
         ("guard.py", "list(map(type, self.modules)) == self._types", "True", EDITS + " -k attention-class-eager"),
         ("guard.py", "and all(map(is_, map(_forward, self._classes), self._forwards))", "", EDITS + " -k class-one"),
-        ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/runtime/test_memory.py -k Guard"),
+        ("guard.py", "and all(map(is_, kept, self._kept))", "", "tests/runtime/test_plans.py -k Guard"),
         (
             "guard.py",
             "list(map(Tensor.data_ptr, self._buffers)) == self._pointers",
             "True",
-            "tests/runtime/test_memory.py -k Guard",
+            "tests/runtime/test_plans.py -k Guard",
         ),
         ("guard.py", "list(map(_version, self.values)) == self._versions", "True", HOST + " -k guard"),
         ("guard.py", "and all(map(is_, map(getitem, *self._cells), self._watched))", "", VERDICTS + " -k outside"),
@@ -395,15 +395,15 @@ MUTANTS = [
         ("plan.py", "self.failures == failures.count\n            and", "True\n            and", HOST + " -k failed"),
         ("plan.py", "and self._fits(*self._tensors)", "", HOST + " -k shapes"),
         ("plan.py", "_version(self._index) == self._version", "True", EDITS + " -k index"),
-        ("plan.py", " and plan.is_reusable", "", "tests/runtime/test_memory.py -k masks_of"),
+        ("plan.py", " and plan.is_reusable", "", "tests/runtime/test_plans.py -k masks_of"),
         (
             "context.py",
             "value.requires_grad, value.stride()",
             "value.requires_grad",
-            "tests/runtime/test_memory.py -k masks_of",
+            "tests/runtime/test_plans.py -k masks_of",
         ),
-        ("context.py", '"tensor", value.shape, value', '"tensor", value', "tests/runtime/test_memory.py -k masks_of"),
-        ("attention.py", "section.mask = mask.new_empty(0)", "pass", "tests/runtime/test_memory.py -k masks_of"),
+        ("context.py", '"tensor", value.shape, value', '"tensor", value', "tests/runtime/test_plans.py -k masks_of"),
+        ("attention.py", "section.mask = mask.new_empty(0)", "pass", "tests/runtime/test_plans.py -k masks_of"),
         ("plan.py", "len(self.plans) >= _MOST_PLANS", "False", GAPS + " -k never"),
         ("plan.py", "root.__dict__ is not module.__dict__ or", "", "tests/runtime/test_memory.py -k attributes"),
         ("context.py", "tokens is not x or ", "", HOST + " -k another_tensor"),
@@ -426,11 +426,11 @@ MUTANTS = [
             "guard.py",
             "and list(chain.from_iterable(filled)) == self._names",
             "",
-            "tests/runtime/test_memory.py -k names",
+            "tests/runtime/test_plans.py -k names",
         ),
         ("guard.py", "and all(getattr(one, name, None) is value for one, name, value in self._fields)", "", SETTINGS),
         ("guard.py", "return now == then and others == self._settings[1:]", "return now == then", HOST + " -k guard"),
-        ("guard.py", "owners.append(value)  # a configuration", "pass", "tests/runtime/test_memory.py -k Guard"),
+        ("guard.py", "owners.append(value)  # a configuration", "pass", "tests/runtime/test_plans.py -k Guard"),
         (
             "plan.py",
             "(isinstance(self.facts, str) and self._proof_count != registry.count)",
@@ -481,7 +481,7 @@ MUTANTS = [
             "weights.py",
             "weight, bias = map(copied, _projection(section) or ())",
             "weight, bias = _projection(section) or ()",
-            "tests/families/test_copies.py -k weights",
+            "tests/families/test_returned_weights.py -k weights",
         ),
         ("weights.py", "image = image.clone()", "pass", COPIES + " -k returns"),
         ("weights.py", "    if torch.is_grad_enabled():", "    if False:", COPIES + " -k left"),
@@ -692,8 +692,13 @@ MUTANTS = [
         ),
         # Factors and their cache.
         ("bias/table.py", "None if tensor.is_inference() else tensor._version", "None", GAPS + " -k factors"),
-        ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/bias/test_bias.py -k another"),
-        ("bias/table.py", "rank == 0 or _enough(bias, q, k, dtype, energy)", "True", "tests/bias/test_bias.py -k rule"),
+        ("bias/cache.py", "info.st_uid != os.getuid()", "False", "tests/bias/test_bias_cache.py -k another"),
+        (
+            "bias/table.py",
+            "rank == 0 or _enough(bias, q, k, dtype, energy)",
+            "True",
+            "tests/bias/test_bias_cache.py -k rule",
+        ),
         # Families.
         ("families/timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", GAPS + " -k mask"),
         ("families/timm_cr.py", "if coords.shape[0] != tokens * tokens:", "if False:", HOST + " -k coordinates"),
@@ -949,21 +954,26 @@ MUTANTS = [
             NONFINITE + " -k wider",
         ),
         ("backends/torch/softmax.py", "torch.finfo(dtype).max / 2", "torch.finfo(dtype).max", HOST + " -k share"),
-        ("bias/cache.py", '_flag("O_NOFOLLOW") | ', "", "tests/bias/test_bias.py -k link"),
-        ("bias/cache.py", "info.st_mode & 0o022", "info.st_mode & 0o002", "tests/bias/test_bias.py -k group"),
+        ("bias/cache.py", '_flag("O_NOFOLLOW") | ', "", "tests/bias/test_bias_cache.py -k link"),
+        ("bias/cache.py", "info.st_mode & 0o022", "info.st_mode & 0o002", "tests/bias/test_bias_cache.py -k group"),
         (
             "bias/cache.py",
             "        os.replace(temporary, path)",
             "        path.write_bytes(content)",
-            "tests/bias/test_bias.py -k one_step",
+            "tests/bias/test_bias_cache.py -k one_step",
         ),
-        ("bias/cache.py", "if _WARNED not in _told:", "if True:", "tests/bias/test_bias.py -k kept"),
-        ("bias/cache.py", "            os.unlink(temporary)", "            pass", "tests/bias/test_bias.py -k kept"),
+        ("bias/cache.py", "if _WARNED not in _told:", "if True:", "tests/bias/test_bias_cache.py -k kept"),
+        (
+            "bias/cache.py",
+            "            os.unlink(temporary)",
+            "            pass",
+            "tests/bias/test_bias_cache.py -k kept",
+        ),
         (
             "bias/cache.py",
             "        path.parent.mkdir(mode=0o700)\n",
             "        path.parent.mkdir()\n",
-            "tests/bias/test_bias.py -k private",
+            "tests/bias/test_bias_cache.py -k private",
         ),
         (
             "bias/cache.py",

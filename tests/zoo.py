@@ -1,8 +1,8 @@
 """Every model that is to be found and accelerated, small and at a real size, and what must be left alone.
 
 The census (docs/results/supported.py) and the tests run the same list. Nothing is downloaded; what is no
-package comes from the stand-ins of microsoft_models.py, descendant_models.py, changed_models.py, video_models.py and
-weather_models.py.
+package comes from the stand-ins of microsoft_models.py, descendant_models.py, changed_models.py, bias_models.py,
+video_models.py and weather_models.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import bias_models as biased
 import changed_models as changed
 import descendant_models as descendants
 import microsoft_models as official
@@ -91,7 +92,7 @@ for _name, _size, _small in (
 @entry("timm", "SwinV2-CR without its bias")
 def _cr_without_bias(real: bool, batch: int) -> Call:
     dim, heads, size, window = (256, 8, (28, 28), 7) if real else (16, 2, (8, 8), 4)
-    blocks = (changed.cr_without_bias(dim, heads, size, window, shift) for shift in (0, window // 2))
+    blocks = (biased.cr_without_bias(dim, heads, size, window, shift) for shift in (0, window // 2))
     return Call(nn.Sequential(*blocks), (torch.randn(batch, *size, dim),))
 
 
@@ -432,7 +433,7 @@ def _grl(real: bool, batch: int) -> Call:
 @entry("Restoration", "DAT and RGT, halves in rectangular windows")
 def _halves(real: bool, batch: int) -> Call:
     dim, heads, size, window = (180, 6, (64, 64), (8, 32)) if real else (16, 4, (7, 9), (2, 4))
-    blocks = (changed.HalvesAttention(dim, heads, window, shifted) for shifted in (False, True))
+    blocks = (biased.HalvesAttention(dim, heads, window, shifted) for shifted in (False, True))
     return Call(Blocks(*blocks), (tokens(batch, size, dim), *size))
 
 

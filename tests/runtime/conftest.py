@@ -6,12 +6,13 @@ import pytest
 import torch
 from blocks import AROUND
 from helpers import TRITON_DEVICE
+from tape import Tape
 
 from swinaccel import ops
 from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import devices, launches
 from swinaccel.ops import block_autograd as recorded
-from swinaccel.runtime import precision
+from swinaccel.runtime import call, capture, precision
 
 NORMS = {kernels.NORM: "norm", kernels.ADD_NORM: "add_norm", kernels.NORM_ADD: "norm_add", kernels.ADD: "add"}
 
@@ -92,3 +93,26 @@ def launched(monkeypatch):
     spy(launches.BoundLaunch, lambda bound: bound._launch)
     spy(launches.Launch, lambda launch: launch)
     return names
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many calls were planned, rather than run by a plan of before."""
+    made = []
+    plan = call.plan_attention
+
+    def counted(*arguments):
+        made.append(1)
+        return plan(*arguments)
+
+    monkeypatch.setattr(call, "plan_attention", counted)
+    return made
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where graphs are captured; on CPUs by a stand-in."""
+    import graphed
+
+    monkeypatch.setattr(graphed, "DEVICE", request.param)
+    monkeypatch.setitem(capture.ENGINES, "cpu", Tape)

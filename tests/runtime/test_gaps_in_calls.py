@@ -12,10 +12,10 @@ import threading
 import types
 import weakref
 
+import descendants
 import helpers
 import microsoft_models
 import pytest
-import test_descendants
 import test_timm_cr
 import torch
 from helpers import TRITON_DEVICE
@@ -96,7 +96,7 @@ def test_shapes_that_no_kernel_takes():
 
 def test_sizes_that_are_set_before_each_call():
     """To as many tokens of another image."""
-    model, x = test_descendants.detection((8, 4), shift=0).to(TRITON_DEVICE), X[:, :32].to(TRITON_DEVICE)
+    model, x = descendants.detection((8, 4), shift=0).to(TRITON_DEVICE), X[:, :32].to(TRITON_DEVICE)
     twin = copy.deepcopy(model)
     swinaccel.accelerate(model, backend="triton")
     for size in ((8, 4), (8, 4), (4, 8)):
