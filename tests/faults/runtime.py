@@ -21,7 +21,6 @@ FAULTS = under(
     ("precision.py", "            known.reason = reason\n            return plain", "            return plain", FP8),
     ("call.py", "precision.note(adapter, module, config, made)", "pass", FP8),
     ("call.py", "precision.note(adapter, module, config, None)", "pass", FP8),
-    # What decides about a call.
     ("attention.py", "high >= rows", "high > rows", "api/test_gaps -k rows"),
     ("attention.py", "low < 0 or ", "", "runtime/test_edits -k index"),
     ("attention.py", "len(shape) not in (2, 3) or shape[-1] != heads", "len(shape) != 2",

@@ -9,7 +9,6 @@ REFUSED_KINDS = "runtime/test_gaps_in_calls runtime/test_gaps_in_proofs -k refus
 # fmt: off
 FAULTS = under(
     "swinaccel/trust",
-    # What is proven of a kind of module.
     ("copies.py", "Setting(factor=1e3), ", "", REFUSED),
     ("copies.py", "Setting(factor=1e-3), ", "", REFUSED),
     ("copies.py", ", Setting(training=True, grad=True))", ")", REFUSED),
