@@ -124,3 +124,16 @@ def poisoned(monkeypatch):
 def strict_kernels(monkeypatch, poisoned):
     """A kernel that fails raises, where plain PyTorch would take its place and pass for it; see also `poisoned`."""
     monkeypatch.setenv("SWINACCEL_STRICT", "1")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16, so that a few dozen tokens make several of them in the kernels of sequences."""
+    from swinaccel.kernels import sequence_launch
+
+    from swinaccel.backends.triton import launches
+
+    if helpers.TRITON_DEVICE == "cpu":
+        first = sequence_launch._first
+        monkeypatch.setattr(sequence_launch, "_first", lambda shapes, *rest: first(((16, 16, 2, 1),), *rest))
+        monkeypatch.setattr(launches, "launches", {})

@@ -24,6 +24,8 @@ from swinaccel.spec.window import Geometry
 TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DEVICES = {"torch": "cpu", "triton": TRITON_DEVICE}
 BACKENDS = ("torch", "triton")
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+versions = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 
 FP32 = 2e-5  # relative to the largest output; sums of a few hundred products in another order
 

@@ -20,6 +20,7 @@ from swinaccel import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 
+import bias_models as biased
 import changed_models as changed
 import descendant_models as descendants
 import microsoft_models as official
@@ -76,7 +77,7 @@ class Row(NamedTuple):
         """Return that of the shift, (M, N, N)."""
         if not any(self.shift):
             return None
-        make: Any = changed.rectangular_mask if len(self.window) == 2 else videos.stage_mask
+        make: Any = biased.rectangular_mask if len(self.window) == 2 else videos.stage_mask
         return make(self.size, self.window, self.shift)
 
     def small(self) -> Row:
@@ -135,7 +136,7 @@ def grl(row: Row) -> Made:
 
 def cr(row: Row) -> Made:
     """Make a block of SwinV2-CR without a bias."""
-    block = changed.cr_without_bias(row.dim, row.heads, row.size, row.window[0], row.shift[0])
+    block = biased.cr_without_bias(row.dim, row.heads, row.size, row.window[0], row.shift[0])
     return block, (torch.randn(row.batch, *row.size, row.dim),), {}
 
 
@@ -156,7 +157,7 @@ def pangu(row: Row) -> Made:
 
 def half(row: Row) -> Made:
     """Make one half of DAT's and RGT's, which is handed q, k and v."""
-    model = changed.SpatialAttention(row.dim, row.window, row.heads)
+    model = biased.SpatialAttention(row.dim, row.window, row.heads)
     return model, (torch.randn(3, row.batch, math.prod(row.size), row.dim), *row.size, row.mask()), {}
 
 

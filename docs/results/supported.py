@@ -9,7 +9,7 @@
 Each line says how many window attentions were found, how many are accelerated, how many of their calls ran the
 original all the same, and how far the outputs are apart, relative to the original's size. In low precision both are
 measured against fp64, and what is shown is how many times the original's own error that of the accelerated model is.
-The list is tests/zoo.py's; its last lines are models that are to be left alone. What is no package to install stands
+The list is tests/zoo's; its last lines are models that are to be left alone. What is no package to install stands
 for itself in code of the same structure (tests/descendant_models.py and its like).
 """
 

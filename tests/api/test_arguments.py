@@ -1,6 +1,6 @@
 """Tensors that do not fit: whoever gives one is told, and no kernel reads beyond it.
 
-What the functions say of each argument is in test_functional and test_sequence.
+What the functions say of each argument is in test_functional_calls and test_sequence_functions.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import gradients
 from helpers import TRITON_DEVICE
-from test_backward import gradients
-from test_kernels import Case
+from kernel_problems import SMALL_AND_LARGE, Case
 from torch import Tensor, nn
 
 import swinaccel
@@ -25,8 +25,6 @@ from swinaccel.ops.failures import failures
 KEEPS_VERDICTS = True
 
 pytestmark = pytest.mark.usefixtures("strict_kernels")
-
-WINDOWS = pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])
 
 
 def others(tensor: Tensor) -> dict[str, Tensor]:
@@ -46,7 +44,7 @@ def others(tensor: Tensor) -> dict[str, Tensor]:
 # The operators, which anyone may call.
 
 
-@WINDOWS
+@SMALL_AND_LARGE
 def test_operators_of_windows(window):
     """Every tensor, in forward and backward, of another shape or kind than the problem asks for."""
     case = Case(window, (window[0] + 1, window[1]), (1, 2), cosine=True)
@@ -158,7 +156,7 @@ def test_operator_of_blocks():
 # The index, whose entries are read on the device alone.
 
 
-@WINDOWS
+@SMALL_AND_LARGE
 @pytest.mark.parametrize("entry", [-1, "rows", 2**31 - 1])
 def test_entries_beyond_the_table(window, entry):
     """The kernels give NaN where there is no row, and read and write nothing beyond the table."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from patched import X, output
 
 import swinaccel
 from swinaccel import auto, patching
@@ -25,12 +26,6 @@ MODELS = {
     "timm": lambda: helpers.timm_v1(img_size=32, window=4),
     "hf-swin": lambda: helpers.huggingface("Swin", "ForImageClassification"),
 }
-X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-def output(model, x=X):
-    with torch.no_grad():
-        return helpers.tensors(model(x))[0]
 
 
 @pytest.fixture

@@ -9,20 +9,19 @@ import gc
 import helpers
 import microsoft_models
 import pytest
-import test_functional
 import torch
+import window_problems
 from helpers import BACKENDS, TRITON_DEVICE
 from swinaccel.kernels import launch
 from test_switches import Counting
 from timm.layers import DropPath
 from torch import nn
+from verdicts import X
 
 import swinaccel
 from swinaccel import functional
 from swinaccel.backends.triton import launches
 from swinaccel.spec import reference, window
-
-X = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
 
 
 def run(model, x=X):
@@ -309,7 +308,7 @@ def exact_images(qkv, window_size, num_heads, shift_size, bias, padding, mask, l
 
 def compare_images(problem, names=("qkv", "bias", "padding")):
     problem = {name: one.to(TRITON_DEVICE) if isinstance(one, torch.Tensor) else one for name, one in problem.items()}
-    test_functional.compare(problem, functional.shifted_window_attention, exact_images, names)
+    window_problems.compare(problem, functional.shifted_window_attention, exact_images, names)
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -363,8 +362,8 @@ def test_gradients_of_large_scores_are_finite(strict_kernels):
 
 @pytest.mark.parametrize("tokens", [9, 66])
 def test_gradients_of_vectors_of_no_length(tokens, strict_kernels):
-    case = test_functional.Case(tokens, cosine=True)
+    case = window_problems.Case(tokens, cosine=True)
     inputs = case.make()
     for name in ("q", "k"):
         inputs[name][:, :, ::3] = 0
-    test_functional.compare(inputs)
+    window_problems.compare(inputs)

@@ -8,137 +8,27 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from gradients import PARAMETERS, compare, exactly, gradients, leaves, named, reference_gradients, run
 from helpers import TRITON_DEVICE
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_kernels import DTYPES, GPU_CASES, HEAD_DIMS, HEADS_APART, VOLUMES, Case, draw_case, heads_apart
+from kernel_problems import (
+    DTYPES,
+    GPU_CASES,
+    HEAD_DIMS,
+    HEADS_APART,
+    SMALL_AND_LARGE,
+    VOLUMES,
+    Case,
+    draw_case,
+    heads_apart,
+)
 from torch import Tensor
 
-from swinaccel import ops
 from swinaccel.backends.triton import devices, launches
 from swinaccel.ops import window as window_ops
-from swinaccel.spec import reference
-from swinaccel.spec.window import Geometry
-
-PARAMETERS = ("table", "padding", "logit_scale")  # differentiable, beside the tokens
-
 
 pytestmark = pytest.mark.usefixtures("strict_kernels")
-
-
-def leaves(qkv: Any, options: dict[str, Any], change: Any = lambda t: t) -> tuple[Any, dict[str, Any]]:
-    """The same problem with every differentiable tensor a leaf of its own."""
-
-    def leaf(t: Tensor) -> Tensor:
-        return change(t.detach()).clone().requires_grad_()
-
-    options = {
-        name: leaf(value) if name in PARAMETERS and value is not None else value for name, value in options.items()
-    }
-    return (leaf(qkv) if isinstance(qkv, Tensor) else tuple(leaf(part) for part in qkv)), options
-
-
-def named(qkv: Any, options: dict[str, Any]) -> dict[str, Tensor]:
-    tokens = {"qkv": qkv} if isinstance(qkv, Tensor) else dict(zip("qkv", qkv, strict=True))
-    return {**tokens, **{name: options[name] for name in PARAMETERS if options.get(name) is not None}}
-
-
-def parts(qkv: Any) -> tuple[Tensor, ...]:
-    return qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
-
-
-def gradients(qkv: Any, geometry: Geometry, grad: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients by the kernels."""
-    qkv, options = leaves(qkv, options)
-    out = window_ops.shifted_window_attention(qkv, geometry, **options)
-    inputs = named(qkv, options)
-    found = torch.autograd.grad(out, tuple(inputs.values()), grad)
-    assert not ops.has_failures()
-    return out.detach(), dict(zip(inputs, found, strict=True))
-
-
-def reference_gradients(
-    qkv: Any, geometry: Geometry, grad: Tensor, change: Any, **options: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients by plain PyTorch, with every tensor changed first."""
-    qkv, options = leaves(qkv, options, change)
-    options = {
-        name: change(value) if isinstance(value, Tensor) and name not in PARAMETERS else value
-        for name, value in options.items()
-    }
-    out = reference.shifted_window_attention(*parts(qkv), geometry, **options)
-    inputs = named(qkv, options)
-    found = torch.autograd.grad(out, tuple(inputs.values()), change(grad).to(out.dtype), allow_unused=True)
-    return out.detach(), {
-        name: torch.zeros_like(inputs[name]) if one is None else one for name, one in zip(inputs, found, strict=True)
-    }
-
-
-def exactly(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def compare(qkv: Any, geometry: Geometry, **options: Any) -> dict[str, Tensor]:
-    """fp32 against fp64; in lower precision, errors against those of plain PyTorch in the same dtype."""
-    q = parts(qkv)[0]
-    generator = torch.Generator().manual_seed(5)
-    grad = torch.randn(q.shape, generator=generator).to(q)
-    out, found = gradients(qkv, geometry, grad, **options)
-    exact_out, exact = reference_gradients(qkv, geometry, grad, exactly, **options)
-    if q.dtype == torch.float32:
-        helpers.assert_close(out.double(), exact_out)
-    _, plain = reference_gradients(qkv, geometry, grad, lambda t: t, **options)
-    for name, expected in exact.items():
-        one = found[name]
-        assert one.shape == expected.shape, name
-        assert bool(torch.isfinite(one).all()), f"unwritten or overflown gradient of {name}"
-        if q.dtype == torch.float32:
-            error = (one.double() - expected).abs().max()
-            if error > helpers.FP32 * expected.abs().max().clamp_min(1e-3):
-                # What is a small sum of large terms comes inexact from anyone: as inexact as its inputs make it.
-                own = (plain[name].double() - expected).abs().max()
-                allowed = max(2 * own, 4 * change_by_rounding(name, qkv, geometry, grad, expected, **options))
-                assert error <= allowed, f"gradient of {name} is off by {error:.1e}, {allowed:.1e} is allowed"
-        else:
-            assert_no_worse(name, one, plain[name], expected)
-    return found
-
-
-def change_by_rounding(
-    name: str, qkv: Any, geometry: Geometry, grad: Tensor, expected: Tensor, **options: Any
-) -> Tensor:
-    """How far a gradient moves if every input is off by about one rounding to fp32; the largest of four draws."""
-    moved = []
-    for seed in range(4):
-        generator = torch.Generator(grad.device).manual_seed(seed)
-
-        def off(tensor: Tensor, generator: torch.Generator = generator) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float64)
-            return tensor.double() * (1 + 2.0**-24 * noise)
-
-        _, gradient = reference_gradients(qkv, geometry, grad, off, **options)
-        moved.append((gradient[name] - expected).abs().max())
-    return torch.stack(moved).max()
-
-
-def assert_no_worse(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> None:
-    if exact.numel() < 16:  # too few for statistics, for which see test_error_of_logit_scale_over_many_draws
-        own = (plain.double() - exact).abs().max()
-        allowed = max(6 * own, 16 * torch.finfo(found.dtype).eps * exact.abs().max())
-        assert (found.double() - exact).abs().max() <= allowed, name
-        return
-    try:
-        helpers.assert_no_worse(found, plain, exact, found.dtype)
-    except AssertionError as error:
-        raise AssertionError(f"gradient of {name}: {error}") from None
-
-
-def run(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Tensor]:
-    qkv, given_options = case.make(dtype)
-    return compare(qkv, case.geometry, **{**given_options, **options})
-
 
 CASES = [
     Case((2, 2), (6, 4)),
@@ -154,7 +44,6 @@ CASES = [
     Case((5, 13), (11, 13), (2, 6), batch=2),
     Case((16, 16), (16, 16), heads=1, dim=32),
 ]
-SMALL_AND_LARGE = pytest.mark.parametrize("window", [(4, 4), (9, 8)], ids=["small", "large"])
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
@@ -399,140 +288,6 @@ def test_nothing_of_the_scores_size_is_kept(window):
     beyond = [t for t in kept if t is not None and not any(t is one for one in operands)]
     allowed = 0 if window == (4, 4) else qkv.numel() // 3 + 3 * 4 * 72 * 2
     assert sum(t.numel() for t in beyond) == allowed
-
-
-# Attention dropout.
-
-
-def dropped(window: tuple[int, int], dropout: float, seed: int, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """Attention weights after dropout, and without, (batch, M, heads, N, N): values are unit vectors."""
-    tokens = window[0] * window[1]
-    case = Case(window, (window[0], 2 * window[1]), heads=2, dim=tokens, batch=batch)
-    qkv, options = case.make(torch.float32)
-    places = torch.eye(tokens, device=qkv.device).view(*window, tokens)
-    qkv[..., -2 * tokens :] = torch.cat((places, places), dim=1).repeat(1, 1, 2)
-    weights = []
-    for rate in (dropout, 0.0):
-        torch.manual_seed(seed)
-        out = window_ops.shifted_window_attention(qkv, case.geometry, **options, dropout=rate)
-        weights.append(reference.split_heads(reference.cut(out, case.geometry), 2))
-    return weights[0], weights[1]
-
-
-@SMALL_AND_LARGE
-def test_dropout_drops_at_its_rate(window):
-    found, weights = dropped(window, 0.3, seed=1, batch=4)
-    kept = found != 0
-    rate = 1 - kept.float().mean().item()
-    assert abs(rate - 0.3) < 4 * (0.21 / kept.numel()) ** 0.5
-    helpers.assert_close(found, weights * kept / 0.7, 1e-5)
-    for axis in range(4):  # no pattern along images and windows, heads, queries or keys
-        assert 0.2 < (kept != kept.roll(1, axis)).float().mean().item() < 0.6, axis
-
-
-@SMALL_AND_LARGE
-def test_dropout_follows_the_generator(window):
-    one, again, other = (dropped(window, 0.5, seed)[0] for seed in (3, 3, 4))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
-
-
-@SMALL_AND_LARGE
-@pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
-def test_gradients_with_dropout(window, cosine):
-    """Against plain PyTorch with the very weights dropped: those are found by values that name their token."""
-    tokens = window[0] * window[1]
-    case = Case(window, window, heads=2, dim=tokens, batch=2, cosine=cosine)
-    qkv, options = case.make(torch.float32)
-    geometry = case.geometry
-    unit = qkv.clone()
-    unit[..., -2 * tokens :] = torch.eye(tokens, device=qkv.device).view(*window, tokens).repeat(1, 1, 2)
-    torch.manual_seed(7)
-    kept = window_ops.shifted_window_attention(unit, geometry, **options, dropout=0.4) != 0
-    kept = reference.split_heads(kept.view(2, tokens, 2 * tokens), 2)
-
-    grad = torch.randn(2, *window, 2 * tokens).to(TRITON_DEVICE)
-    torch.manual_seed(7)
-    out, found = gradients(qkv, geometry, grad, **options, dropout=0.4)
-    exact_qkv, exact_options = leaves(qkv, options, exactly)
-    q, k, v = (reference.split_heads(reference.cut(p, geometry), 2) for p in exact_qkv.chunk(3, dim=-1))
-    if cosine:
-        q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
-        q = q * exact_options["logit_scale"].exp().view(-1, 1, 1)
-    else:
-        q = q * options["scale"]
-    scores = q @ k.mT + reference.bias_from_table(exact_options["table"], options["index"])
-    exact_out = reference.join((scores.softmax(-1) * kept / 0.6 @ v).transpose(1, 2).flatten(2), geometry)
-    helpers.assert_close(out.double(), exact_out.detach())
-    inputs = named(exact_qkv, exact_options)
-    exact = torch.autograd.grad(exact_out, tuple(inputs.values()), grad.double())
-    for name, expected in zip(inputs, exact, strict=True):
-        helpers.assert_close(found[name].double(), expected)
-
-
-# PyTorch's own checks.
-
-
-@SMALL_AND_LARGE
-def test_operator_passes_opcheck(window):
-    case = Case(window, (9, 10), (2, 2), heads=1, cosine=True)
-    qkv, options = leaves(*case.make(torch.float32))
-    arguments = (
-        qkv, None, None, options["table"], options["index"], options["padding"], None, options["logit_scale"], None,
-        1, list(window), [2, 2], False, -100.0, 1.0, 0.0, True, None,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.swinaccel.shifted_window_attention.default, arguments)
-    out, lse = torch.ops.swinaccel.shifted_window_attention(*arguments)
-    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments[:16])
-    backward = (torch.randn_like(out), out.detach(), lse, *detached, True)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.swinaccel.shifted_window_attention_backward.default, backward, test_utils=checks)
-
-
-def test_gradcheck_of_the_oracle():
-    case = Case((2, 3), (5, 5), (1, 1), dim=3, cosine=True)
-    qkv, options = case.make(torch.float64, device="cpu")
-    inputs = [t.requires_grad_() for t in (*qkv.chunk(3, dim=-1), *(options[name] for name in PARAMETERS))]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-        return reference.shifted_window_attention(
-            q, k, v, case.geometry, **{**options, **dict(zip(PARAMETERS, rest, strict=True))}
-        )
-
-    inputs[:3] = [t.detach().clone().requires_grad_() for t in inputs[:3]]
-    assert torch.autograd.gradcheck(attend, tuple(inputs))
-
-
-@SMALL_AND_LARGE
-def test_second_derivatives(window):
-    """A gradient penalty: gradients of gradients are those of plain PyTorch."""
-    case = Case(window, (9, 10), (2, 2), cosine=True, heads=1)
-    made = case.make(torch.float32)
-
-    def penalty(attend: Any, change: Any) -> tuple[Tensor, ...]:
-        qkv, options = leaves(*made, change)
-        options["index"] = change(options["index"])
-        out = attend(qkv, options)
-        inputs = tuple(named(qkv, options).values())
-        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
-        return torch.autograd.grad(sum(one.square().sum() for one in first), inputs)
-
-    found = penalty(
-        lambda qkv, options: window_ops.shifted_window_attention(qkv, case.geometry, **options), lambda t: t
-    )
-    exact = penalty(
-        lambda qkv, options: reference.shifted_window_attention(*parts(qkv), case.geometry, **options), exactly
-    )
-    for one, other in zip(found, exact, strict=True):
-        helpers.assert_close(one.double(), other, 1e-4)
-
-
-def test_second_derivatives_with_dropout_are_refused():
-    case = Case((4, 4), (4, 4))
-    qkv, options = leaves(*case.make(torch.float32))
-    out = window_ops.shifted_window_attention(qkv, case.geometry, **options, dropout=0.1)
-    with pytest.raises(NotImplementedError, match=r"swinaccel\.disabled"):
-        torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
 
 
 @given(data=st.data())

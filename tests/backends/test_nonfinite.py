@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import exactly, gradients, leaves, named, reference_gradients
 from helpers import TRITON_DEVICE
-from test_backward import exactly, gradients, leaves, named, reference_gradients
-from test_kernels import Case
+from kernel_problems import Case
 from torch import Tensor
 
 from swinaccel import functional

@@ -6,26 +6,21 @@ Each is found, gives what the original gives, gradients too, and is left alone w
 from __future__ import annotations
 
 import copy
-import io
 
+import bias_models
 import changed_models as models
 import descendant_models
-import edits
 import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, check, check_fallback, randomize
+from helpers import both_backends, check, check_fallback, randomize
 from torch import nn
 
 import swinaccel
-from swinaccel.runtime import weights
-from swinaccel.spec.reference import section_weights
 from swinaccel.trust.registry import registry
 
 KEEPS_VERDICTS = True
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture(autouse=True)
@@ -175,151 +170,6 @@ def test_a_number_that_is_a_rate_is_seen_while_a_compiler_traces():
         assert helpers.difference(compiled(x, None), compiled(x, None)) > 1e-2
 
 
-# Attention weights that are returned.
-
-
-def htsat(**options):
-    return randomize(models.WeightsStage(16, (8, 8), 2, 4, **options))
-
-
-@both_backends
-@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
-def test_trap_20_weights_that_nobody_reads_are_not_computed(inference, backend, monkeypatch):
-    """In layers that average them, too; where somebody reads them, they are the original's."""
-    calls = []
-    monkeypatch.setattr(weights, "section_weights", lambda *args: calls.append(1) or section_weights(*args))
-    model, x = htsat().to(helpers.DEVICES[backend]), torch.randn(2, 64, 16).to(helpers.DEVICES[backend])
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
-    with torch.inference_mode(inference), torch.no_grad():
-        expected, found = model(x), twin(x)
-        helpers.assert_close(found[0], expected[0])
-        assert not calls
-        assert found[1].shape == expected[1].shape
-        assert (found[1].dtype, found[1].device) == (expected[1].dtype, expected[1].device)
-        assert found[1].stride() == expected[1].stride()
-        helpers.assert_close(found[1] + 0, expected[1] + 0)
-        assert len(calls) == 2
-        helpers.assert_accelerated(twin, 2)
-        for heatmap in (False, True):
-            check(models.Unread(model, heatmap), x, backend=backend, count=2)
-
-
-READERS = {
-    "numpy": lambda one: torch.from_numpy(one.numpy().copy()),
-    "indexing": lambda one: one[0, 0],
-    "list": lambda one: torch.tensor(one.tolist()),
-    "copy": copy.deepcopy,
-    "file": lambda one: saved(one),
-    "operator": lambda one: torch.ops.aten.mul(one, 2),
-    "out": lambda one: torch.mul(one, 2, out=torch.empty(one.shape)),
-    "in place": lambda one: one.mul_(2) + one,
-    "view": lambda one: one.unsqueeze(0).mul_(2)[0] + one,
-    "earlier mean": lambda one: (one.mean(0), one.mul_(2))[0] + 0,
-    "earlier mean by a view": lambda one: (one.mean(0), one.unsqueeze(0).mul_(2))[0] + 0,
-    "mixed": lambda one: torch.cat([one, one * 2]),
-    "compiled": lambda one: torch.compile(lambda y: y * 2, backend="eager")(one),
-    "sum": lambda one: torch.tensor(float(one.sum())),
-    "words": lambda one: torch.tensor([float(len(str(one)) > 20)]),
-}
-
-
-def saved(one):
-    file = io.BytesIO()
-    torch.save(one, file)
-    return torch.load(io.BytesIO(file.getvalue()))
-
-
-@torch.no_grad()
-def weights_of_a_call():
-    """Return an accelerated block and its input, the weights that its original gave, and those to be read later."""
-    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
-    expected, found = model(x)[1], twin(x)[1]
-    assert type(found) is weights.LazyTensor
-    return twin, x, expected, found
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_weights_however_they_are_read(reader):
-    _, _, expected, found = weights_of_a_call()
-    with torch.no_grad():
-        helpers.assert_close(READERS[reader](found), READERS[reader](expected))
-        helpers.assert_close(found + 0, expected)
-
-
-CHANGES = {
-    "weight": lambda block, x: block.attn.qkv.weight.mul_(2),
-    "data": lambda block, x: block.attn.qkv.weight.data.mul_(2),
-    "table": lambda block, x: block.attn.relative_position_bias_table.data.add_(1),
-    "mask": lambda block, x: block.attn_mask.data.zero_(),
-    "parameter": lambda block, x: setattr(block.attn.qkv, "weight", nn.Parameter(2 * block.attn.qkv.weight)),
-    "hook": lambda block, x: block.attn.qkv.register_forward_hook(lambda module, args, out: 2 * out),
-    "dtype": lambda block, x: block.double(),
-    "input": lambda block, x: x.zero_(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_weights_are_no_others_than_those_of_their_call(change):
-    twin, x, expected, found = weights_of_a_call()
-    with torch.no_grad():
-        CHANGES[change](twin, x)
-        helpers.assert_close(found + 0, expected)
-
-
-def test_weights_are_collected_by_name_and_read_in_any_mode():
-    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
-    with torch.no_grad():
-        expected, found = model(x)[1], twin(x)[1]
-        both = torch.stack(tensors=[found, found], dim=1)
-    with torch.inference_mode():
-        helpers.assert_close(both + 0, torch.stack([expected] * 2, 1))
-    assert not (both * 1).is_inference()
-
-
-def test_weights_of_adapted_projections_are_the_originals():
-    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
-    model.attn.qkv = edits.LowRank(model.attn.qkv)
-    swinaccel.accelerate(model, backend="torch")
-    with torch.no_grad():
-        assert type(model(x)[1]) is torch.Tensor
-
-
-@both_backends
-def test_attention_that_returns_its_weights(backend):
-    """By itself, where its input may be written to afterwards."""
-    model, x, mask = randomize(models.WeightsToo(16, (4, 4), 2)), torch.randn(6, 16, 16), torch.randn(3, 16, 16)
-    check(model, x, mask, backend=backend, count=1)
-    twin = swinaccel.accelerate(model, backend="torch")
-    with torch.inference_mode():
-        x, expected = x + 0, model(x, mask)[1]
-        found = twin(x, mask)[1]
-        x.zero_()
-        helpers.assert_close(found + 0, expected + 0)
-
-
-@pytest.mark.parametrize("why", ["gradients", "dropout", "autocast", "compiled"])
-def test_weights_that_are_left_to_the_original(why):
-    model, x = htsat(attn_drop=0.3), torch.randn(2, 64, 16).to(helpers.TRITON_DEVICE)
-    twin = swinaccel.accelerate(copy.deepcopy(model).to(x.device), backend="triton")
-    model.to(x.device)
-    if why == "compiled":
-        with torch.no_grad():
-            helpers.assert_close(torch.compile(twin, backend="eager")(x), model(x))
-        return
-    model.train(why == "dropout")
-    twin.train(why == "dropout")
-    with torch.set_grad_enabled(why == "gradients"), torch.autocast(x.device.type, enabled=why == "autocast"):
-        torch.manual_seed(0)
-        expected = model(x)
-        torch.manual_seed(0)
-        for one, other in zip(twin(x), expected, strict=True):
-            assert torch.equal(one, other)
-            assert one.requires_grad is other.requires_grad
-    assert "it returns its attention weights" in swinaccel.report(twin).entries[0].reason
-
-
 # Known attentions in blocks that are nobody's.
 
 
@@ -397,7 +247,7 @@ def test_attention_that_rolls_for_itself(shift, size, backend):
 @both_backends
 @pytest.mark.parametrize("shift", [0, 2])
 def test_cr_without_its_bias(shift, backend):
-    model, x = randomize(models.cr_without_bias(16, 2, (8, 12), 4, shift)), torch.randn(2, 8, 12, 16)
+    model, x = randomize(bias_models.cr_without_bias(16, 2, (8, 12), 4, shift)), torch.randn(2, 8, 12, 16)
     assert [entry.family for entry in swinaccel.plan(model)] == ["timm_cr"]
     check(model, x, backend=backend, count=1)
     helpers.check_gradients(model, x, backend=backend, count=1)
@@ -406,20 +256,20 @@ def test_cr_without_its_bias(shift, backend):
 @both_backends
 @pytest.mark.parametrize("shifted", [False, True])
 def test_two_halves_in_windows_that_stand_and_lie(shifted, backend):
-    model, x = randomize(models.HalvesAttention(16, 4, (2, 4), shifted)), torch.randn(2, 63, 16)
+    model, x = randomize(bias_models.HalvesAttention(16, 4, (2, 4), shifted)), torch.randn(2, 63, 16)
     assert [entry.window for entry in swinaccel.plan(model)] == [(2, 4), (4, 2)]
     check(model, x, 7, 9, backend=backend, count=2)
     helpers.check_gradients(model, x, 7, 9, backend=backend, count=2)
 
 
 def test_biases_of_halves_that_are_drawn_are_the_originals():
-    model = models.SpatialAttention(8, (2, 4), 2)
+    model = bias_models.SpatialAttention(8, (2, 4), 2)
     model.pos.pos3.append(nn.Dropout(0.5))
     assert not swinaccel.plan(model).accelerated
 
 
 def test_dropout_and_sizes_of_halves():
-    model, qkv = randomize(models.SpatialAttention(8, (2, 4), 2)), torch.randn(3, 2, 64, 8)
+    model, qkv = randomize(bias_models.SpatialAttention(8, (2, 4), 2)), torch.randn(3, 2, 64, 8)
     check_fallback(model, qkv, torch.tensor(8), torch.tensor(8), reason="not there as numbers")
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton").to(helpers.TRITON_DEVICE)
     twin.attn_drop.p = 0.999
@@ -427,17 +277,3 @@ def test_dropout_and_sizes_of_halves():
     with torch.no_grad():
         assert (twin(qkv.to(helpers.TRITON_DEVICE), 8, 8) == 0).float().mean() > 0.9
     helpers.assert_accelerated(twin, 1)
-
-
-@torch.no_grad()
-def test_weights_are_computed_at_once_inside_a_capture(monkeypatch):
-    """A plan of before must not defer them: whoever reads them after a replay would find those of the capture."""
-    model, x = htsat().blocks[1], torch.randn(2, 64, 16)
-    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
-    twin(x)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    found = twin(x)[1]
-    monkeypatch.undo()
-    assert type(found) is torch.Tensor
-    helpers.assert_close(found, model(x)[1])

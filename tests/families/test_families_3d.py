@@ -1,6 +1,6 @@
 """Windows of three axes: torchvision's swin3d, Video Swin and MONAI's SwinUNETR, whose windows shrink at run time.
 
-The numbers are those of the survey that test_traps.py was written from.
+The numbers are those of the survey that runtime/traps.py tells of.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import helpers
 import pytest
 import torch
 import video_models as models
-from helpers import BACKENDS, check, check_fallback, randomize
+from helpers import BACKENDS, both_backends, check, check_fallback, randomize
 
 import swinaccel
 
 KEEPS_VERDICTS = True
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 SIZES = [(5, 9, 6), (4, 8, 8), (2, 3, 9), (1, 4, 5), (2, 4, 4)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 

@@ -1,6 +1,6 @@
 """Hugging Face's Donut, CLAP audio, MaskFormerSwin and Swin2SR: one layout, and what each does in its own way.
 
-The numbers are those of the survey that test_traps.py was written from, which holds further tests of them.
+The numbers are those of the survey that runtime/traps.py tells of, whose tests hold further ones of them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import importlib
 import helpers
 import pytest
 import torch
-from helpers import BACKENDS, check, check_fallback, randomize
+from helpers import both_backends, check, check_fallback, randomize
+from traps import TRANSFORMERS_5
 
 import swinaccel
 from swinaccel.trust import trial
 
 KEEPS_VERDICTS = True
 
-TRANSFORMERS_5 = importlib.import_module("transformers").__version__ >= "5"
 KINDS = {"DonutSwin": "donut_swin", "ClapAudio": "clap", "MaskFormerSwin": "maskformer_swin", "Swin2SR": "swin2sr"}
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def layer(kind, resolution=(8, 8), shift=2, dim=16, heads=2, **options):

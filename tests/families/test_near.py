@@ -96,7 +96,7 @@ class Unbiased(nn.Module):
         self.attn = changed(relative_position_bias_table=None, relative_position_index=None, window_size=None)()
 
 
-OWN = "(a relative position bias table of 49 rows"
+OWN, VOLUME = "(a relative position bias table of 49 rows", "relative position bias table of 105 rows"
 KINDS = {
     "projection": (renamed("qkv", "qkv_proj"), OWN, "its projection is called qkv_proj, which no family reads"),
     "separate": (lambda: attention(Separate), OWN, "its projection is called to_"),
@@ -118,13 +118,9 @@ KINDS = {
     "no-index": (changed(relative_position_index=None), OWN, "it has no relative_position_index"),
     "arguments": (lambda: attention(Further), OWN, "its forward takes (x, mask, prev_k, gain), and"),
     "shifts-itself": (lambda: attention(Whole), OWN, "it shifts and cuts its windows by itself"),
-    "volume": (
-        lambda: attention(Further, (2, 3, 4)), "relative position bias table of 105 rows", "its forward takes (x, mask"
-    ),
-    "volume-by-value": (
-        lambda: changed(window_size=None, tile=(2, 3, 4), relative_position_bias_table=table(105, HEADS))(),
-        "relative position bias table of 105 rows", "it has no window_size",
-    ),
+    "volume": (lambda: attention(Further, (2, 3, 4)), VOLUME, "its forward takes (x, mask"),
+    "volume-by-value": (changed(window_size=None, tile=(2, 3, 4), relative_position_bias_table=table(105, HEADS)),
+                        VOLUME, "it has no window_size"),
     "cosine": (renamed("qkv", "qkv_own", official.WindowAttentionV2), "relative positions, cpb_mlp", "called qkv_own"),
     "unfolded": (lambda: descendants.OCAB(16, (8, 8), SIDE, 0.5, HEADS), "", "its keys come from larger windows"),
     "no-positions": (Unbiased, "windows and shifts", "it has no window_size of its own"),
@@ -172,9 +168,8 @@ def test_near_misses_beside_what_is_accelerated():
     assert "Originals" not in str(swinaccel.plan(model[1]))
     swinaccel.accelerate(model, strict=True)
     report = swinaccel.report(model)
-    assert [(entry.name, entry.status) for entry in report] == [
-        ("1", "accelerated"), ("2", "accelerated"), ("0", "original"),
-    ]  # fmt: skip
+    statuses = [(entry.name, entry.status) for entry in report]
+    assert statuses == [("1", "accelerated"), ("2", "accelerated"), ("0", "original")]
     assert "2 of 3 window attentions accelerated" in report.summary()
 
 
@@ -306,9 +301,7 @@ def test_windows_of_other_libraries_have_a_reason(name):
     assert {entry.family for entry in report} == {"unknown"}
 
 
-@pytest.mark.parametrize(
-    "entry", [entry for entry in zoo.ENTRIES if entry.library != "timm"][::6], ids=lambda e: e.name
-)
+@pytest.mark.parametrize("entry", [one for one in zoo.ENTRIES if one.library != "timm"][::6], ids=lambda e: e.name)
 def test_accelerated_models_have_no_false_alarms(entry):
     try:
         model = entry.make(False, 1).model

@@ -7,11 +7,9 @@ import copy
 import helpers
 import pytest
 import torch
-from helpers import BACKENDS, check, check_fallback, randomize
+from helpers import both_backends, check, check_fallback, randomize
 
 import swinaccel
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def block(resolution, window=4, shift=0, heads=2, dim=16, **options):

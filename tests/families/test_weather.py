@@ -9,14 +9,13 @@ import helpers
 import pytest
 import torch
 import weather_models as models
-from helpers import BACKENDS, DEVICES, check, check_fallback, randomize
+from helpers import DEVICES, both_backends, check, check_fallback, randomize
 from torch import nn
 
 import swinaccel
 
 KEEPS_VERDICTS = True
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 SIZE, WINDOW = (3, 7, 9), (2, 3, 4)
 
 

@@ -13,9 +13,9 @@ import microsoft_models
 import pytest
 import torch
 import video_models
+from calls import BACKENDS, DTYPES, GRADS, ODD, make_grad, window_sizes
 from hypothesis import strategies as st
 from judging import EACH_LENGTH, Results, differentiate, explore, judge
-from test_fuzz_functions import BACKENDS, DTYPES, GRADS, ODD, make_grad, window_sizes
 from torch import Tensor, nn
 
 import swinaccel

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import block_gradients as training
+import embeddings
 import helpers
 import part_edits as parts
-import test_embedding as embeddings
-import test_fusion_autograd as training
 import torch
 import torch.nn.functional as F
+from blocks import random
 from helpers import TRITON_DEVICE
 from part_edits import KEPT, Edit
 from torch import nn
@@ -222,7 +223,7 @@ def channels_first(model: nn.Module, _: Any) -> None:
 
 
 def numbers(*shape: int) -> nn.Parameter:
-    return nn.Parameter(embeddings.random(*shape, dtype=embeddings.DTYPE))
+    return nn.Parameter(random(*shape, dtype=embeddings.DTYPE))
 
 
 EMBEDDING = {

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import block_gradients as training
+import embeddings
 import helpers
 import pytest
-import test_embedding as embeddings
-import test_fusion_autograd as training
 import test_switches as switches
 import torch
 from attention_edits import ATTENTION, ATTENTION_V2, TORCHVISION_ATTENTION, UNKNOWN_ATTENTION

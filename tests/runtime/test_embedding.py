@@ -1,52 +1,26 @@
-"""Patch embeddings in inference: the kernel against plain PyTorch, modules against their originals, and everything
-that must leave an embedding to its own forward."""
+"""Patch embeddings in inference: the kernel against plain PyTorch, modules against their originals, and changes."""
 
 from __future__ import annotations
 
 import copy
-import importlib
-from contextlib import suppress
 
 import helpers
 import microsoft_models
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import random
+from embeddings import DTYPE, DTYPES, EMBEDDINGS, accelerated, given, huggingface, same_as_the_original, timm
 from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
-from swinaccel import ops, patching
+from swinaccel import patching
 from swinaccel.backends.triton import block as kernels
-from swinaccel.runtime import neighbours, traced
 from swinaccel.trust.registry import registry
 
 KEEPS_VERDICTS = True
-
-# Convolutions of fp32 stay cuDNN's, which may use TF32.
-HALVES = [torch.float16, torch.bfloat16] if TRITON_DEVICE == "cuda" else [torch.float16]
-DTYPES = HALVES if TRITON_DEVICE == "cuda" else [*HALVES, torch.float32]
-DTYPE = DTYPES[-1]
 TOLERANCE = {torch.float32: 1e-6}.get(DTYPE, 2**-7)
-
-
-@pytest.fixture
-def embedded(monkeypatch):
-    """Shapes of the images that the kernel embedded; a kernel that fails is none."""
-    shapes, plain = [], kernels.embed
-
-    def embed(x, *rest):
-        shapes.append(tuple(x.shape))
-        return plain(x, *rest)
-
-    monkeypatch.setattr(kernels, "embed", embed)
-    yield shapes
-    assert not ops.has_failures()
-
-
-def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return (torch.randn(shape, generator=generator) * scale).to(TRITON_DEVICE, dtype)
 
 
 # The kernel.
@@ -103,85 +77,6 @@ def test_more_than_two_to_the_31_numbers():
     for place in (0, -1):
         expected = convolved(x[place][None], weight, bias, None)[0]
         helpers.assert_close(found[place], expected, 2e-3)
-
-
-# Modules: each in a model with an attention, without which none is touched.
-
-
-class Model(nn.Module):
-    """An embedding, and a block that is not called."""
-
-    def __init__(self, embedding):
-        super().__init__()
-        self.embedding = embedding
-        self.block = helpers.timm_block((8, 8))
-
-    def forward(self, x):
-        return self.embedding(x)
-
-
-def timm(kind=None, **options):
-    from timm.layers import PatchEmbed
-
-    settings = {"img_size": 24, "patch_size": 4, "embed_dim": 48, "norm_layer": nn.LayerNorm, **options}
-    if "flatten" not in settings:
-        settings.setdefault("output_fmt", "NHWC")
-    return (kind or PatchEmbed)(**settings)
-
-
-def huggingface(kind="Swin", part="PatchEmbeddings", **options):
-    folder = {"Swin": "swin", "Swinv2": "swinv2", "DonutSwin": "donut", "MaskFormerSwin": "maskformer"}[kind]
-    stem = {"donut": "donut_swin", "maskformer": "maskformer_swin"}.get(folder, folder)
-    library = importlib.import_module(f"transformers.models.{folder}.modeling_{stem}")
-    config = importlib.import_module("transformers").SwinConfig(image_size=24, embed_dim=48, **options)
-    return getattr(library, f"{kind}{part}")(config)
-
-
-def microsoft(**options):
-    return microsoft_models.PatchEmbed(24, embed_dim=48, **options)
-
-
-# name: (embedding, shape of an image)
-EMBEDDINGS = {
-    "timm": (timm, (2, 3, 24, 24)),
-    "timm-no-norm": (lambda: timm(norm_layer=None), (2, 3, 24, 24)),
-    "timm-no-bias": (lambda: timm(bias=False), (2, 3, 24, 24)),
-    "timm-any-size": (lambda: timm(strict_img_size=False), (2, 3, 12, 32)),
-    "timm-no-size": (lambda: timm(img_size=None), (3, 3, 12, 32)),
-    "timm-padding": (lambda: timm(strict_img_size=False, dynamic_img_pad=True), (2, 3, 12, 32)),
-    "timm-tokens": (lambda: timm(output_fmt="NLC"), (2, 3, 24, 24)),
-    "timm-flat": (lambda: timm(flatten=True), (2, 3, 24, 24)),
-    "timm-rectangular": (lambda: timm(img_size=(24, 30), patch_size=(4, 6), in_chans=2), (2, 2, 24, 30)),
-    "microsoft": (microsoft, (2, 3, 24, 24)),
-    "microsoft-norm": (lambda: microsoft(norm_layer=nn.LayerNorm), (2, 3, 24, 24)),
-    "hf-swin": (huggingface, (2, 3, 20, 36)),
-    "hf-swinv2": (lambda: huggingface("Swinv2"), (2, 3, 20, 36)),
-    "hf-donut": (lambda: huggingface("DonutSwin"), (2, 3, 20, 36)),
-    "hf-maskformer": (lambda: huggingface("MaskFormerSwin"), (2, 3, 20, 36)),
-    "hf-swin-norm": (lambda: huggingface("Swin", "Embeddings"), (2, 3, 20, 36)),
-    "hf-swinv2-norm": (lambda: huggingface("Swinv2", "Embeddings"), (2, 3, 20, 36)),
-    "hf-donut-norm": (lambda: huggingface("DonutSwin", "Embeddings"), (2, 3, 20, 36)),
-}
-
-
-def accelerated(embedding, dtype=DTYPE, **options):
-    model = helpers.randomize(Model(embedding)).to(TRITON_DEVICE, dtype)
-    return swinaccel.accelerate(model, backend="triton", **options)
-
-
-def given(model, x):
-    with torch.no_grad():
-        return model(x)
-
-
-def same_as_the_original(model, x):
-    """Output for output, to the last bit."""
-    found = given(model, x)
-    with swinaccel.disabled():
-        expected = given(model, x)
-    assert type(found) is type(expected)
-    pairs = zip(helpers.tensors(found), helpers.tensors(expected), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -399,229 +294,3 @@ def test_another_size_is_followed(embedded):
     assert embedded == [(1, 3, 56, 56), (1, 3, 28, 84)]
     with pytest.raises(AssertionError):
         given(model.patch_embed, random(1, 3, 56, 56, dtype=DTYPE))
-
-
-# Calls.
-
-
-def channels_last(x):
-    return x.to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("change", [channels_last, lambda x: x.mT, lambda x: x[:, :, ::2, ::2]])
-def test_other_layouts_of_memory(change, embedded):
-    model = accelerated(timm(strict_img_size=False))
-    assert same_as_the_original(model, change(random(2, 3, 24, 24, dtype=DTYPE)))
-    assert embedded == []
-
-
-ERRORS = {
-    "strict-size": (timm, (2, 3, 24, 28)),
-    "cut": (lambda: timm(strict_img_size=False), (2, 3, 24, 26)),
-    "microsoft-size": (microsoft, (2, 3, 28, 24)),
-    "channels": (timm, (2, 4, 24, 24)),
-    "three-axes": (timm, (3, 24, 24)),
-    "no-axes": (timm, ()),
-    "empty": (lambda: timm(strict_img_size=False), (2, 3, 0, 24)),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_are_the_originals(name, embedded):
-    make, shape = ERRORS[name]
-    model, x = accelerated(make()), torch.randn(shape).to(TRITON_DEVICE, DTYPE)
-    with swinaccel.disabled(), pytest.raises((AssertionError, RuntimeError, ValueError)) as expected:
-        given(model, x)
-    with pytest.raises(type(expected.value)) as found:
-        given(model, x)
-    assert str(found.value) == str(expected.value)
-    assert embedded == []
-
-
-@pytest.mark.parametrize(
-    "make", [huggingface, lambda: timm(strict_img_size=False, dynamic_img_pad=True), lambda: timm(img_size=None)]
-)
-def test_images_that_are_padded_or_cut(make, embedded):
-    model = accelerated(make())
-    assert same_as_the_original(model, random(2, 3, 22, 27, dtype=DTYPE))
-    assert embedded == []
-
-
-def test_an_empty_batch(embedded):
-    model = accelerated(timm())
-    assert same_as_the_original(model, random(0, 3, 24, 24, dtype=DTYPE))
-    assert embedded == [(0, 3, 24, 24)]
-
-
-def test_other_dtypes(embedded):
-    model, x = accelerated(timm(), torch.float16), random(2, 3, 24, 24)
-    with pytest.raises(RuntimeError):
-        given(model, x)
-    model.double()
-    assert same_as_the_original(model, x.double())
-    assert embedded == []
-
-
-@pytest.mark.gpu
-def test_fp32_on_gpus_is_left_alone(embedded):
-    model = accelerated(timm(), torch.float32)
-    assert same_as_the_original(model, random(2, 3, 24, 24))
-    assert embedded == []
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("name", EMBEDDINGS)
-def test_training(name, autocast, embedded, monkeypatch):
-    """As a product of patches, with every gradient, against fp64; under autocast as little worse as the original."""
-    make, shape = EMBEDDINGS[name]
-    model, x = accelerated(make(), torch.float32).train(), random(*shape)
-    half, products, plain = HALVES[-1], [], neighbours.multiplied
-    monkeypatch.setattr(neighbours, "multiplied", lambda *args: products.append(args) or plain(*args))
-
-    def results(model, x, enabled):
-        x = x.detach().requires_grad_()
-        with torch.autocast(TRITON_DEVICE, half, enabled=enabled):
-            out = helpers.tensors(model(x))[0]
-        (out.double() * torch.linspace(-3, 3, out.numel(), device=out.device).cos().view(out.shape)).sum().backward()
-        found = [out.detach(), x.grad, *(parameter.grad for parameter in model.embedding.parameters())]
-        model.zero_grad(set_to_none=True)
-        return found
-
-    found = results(model, x, autocast)
-    assert len(products) == 1
-    with swinaccel.disabled():
-        expected = results(model, x, autocast)
-        exact = results(copy.deepcopy(model).double(), x.double(), False)
-    assert len(products) == 1
-    errors = []
-    for one, other, third in zip(found, expected, exact, strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        if not autocast:
-            helpers.assert_close(one.double(), third, 1e-4 if TRITON_DEVICE == "cuda" else 1e-5)
-        errors.append([(tensor.double() - third).norm() / third.norm() for tensor in (one, other)])
-    if autocast:  # parameters are few, and their errors with them
-        ours, own = (sum(column) for column in zip(*errors, strict=True))
-        assert ours <= 1.1 * own
-        assert all(one <= 2 * other + 1e-4 for one, other in errors)
-    assert embedded == []
-
-
-def test_parts_that_record_gradients(embedded):
-    model, x = accelerated(timm()), random(2, 3, 24, 24, dtype=DTYPE)
-    for part in (x, *model.embedding.parameters()):
-        model.requires_grad_(False)
-        part.requires_grad_()
-        assert model(x).requires_grad
-        x.requires_grad_(False)
-    assert embedded == []
-    model.requires_grad_(False)
-    assert not model(x).requires_grad
-    assert len(embedded) == 1
-    model.requires_grad_()
-    with torch.inference_mode():
-        model(x)
-    assert len(embedded) == 2
-
-
-@pytest.fixture
-def multiplied(monkeypatch):
-    """Shapes of the images whose patches a compiler was given to multiply."""
-    shapes, plain = [], traced.embedding_of
-    monkeypatch.setattr(traced, "embedding_of", lambda facts, x: shapes.append(x.shape) or plain(facts, x))
-    return shapes
-
-
-ANY_SIZE = ("timm-any-size", "timm-no-size", "timm-padding")
-
-
-@pytest.mark.parametrize("mode", ["inference", "training", "autocast"])
-@pytest.mark.parametrize("name", EMBEDDINGS)
-def test_compilers_multiply(name, mode, multiplied):
-    make, shape = EMBEDDINGS[name]
-    dtype = torch.float32 if mode == "autocast" else HALVES[0]
-    torch.manual_seed(0)
-    model, x = accelerated(make(), dtype), random(*shape, dtype=dtype)
-    exact = given(copy.deepcopy(model).cpu().double(), x.cpu().double())
-    with (
-        torch.set_grad_enabled(mode == "training"),
-        torch.autocast(TRITON_DEVICE, HALVES[0], enabled=mode == "autocast"),
-    ):
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-        # What code that is not known reads is not known either, and would not be seen to change; and where any size
-        # is taken, a compiler is not to ask about it.
-        assert multiplied == ([] if name.startswith("microsoft") or name in ANY_SIZE else [shape])
-        with swinaccel.disabled():
-            own = model(x)
-    for one, two, three in zip(*map(helpers.tensors, (found, own, exact)), strict=True):
-        assert one.dtype == two.dtype
-        helpers.assert_no_worse(one, two, three, HALVES[0])
-    if mode == "training":
-        gradients = []
-        for output in (found, own):
-            model.zero_grad()
-            helpers.tensors(output)[0].square().sum().backward()
-            gradients.append([one.grad.clone() for one in model.embedding.parameters()])
-        for one, two in zip(*gradients, strict=True):
-            helpers.assert_close(one.float(), two.float(), 2e-2)
-
-
-# What is done to an accelerated model before it is compiled. Eager calls see all of that, too.
-@pytest.mark.parametrize("kind", ["uint8", "half", "subclass"])
-def test_compilers_keep_unusual_images(kind, multiplied):
-    """That autocast does not cast, or a compiler cannot look into."""
-    model, x = accelerated(timm(), torch.float32), random(2, 3, 24, 24)
-    if kind == "uint8":
-        x = (50 * x).to(torch.uint8)
-    elif kind == "half":
-        x = x.half()
-    else:
-        x = x.as_subclass(type("Image", (torch.Tensor,), {}))
-    dtype = torch.bfloat16 if kind == "half" else HALVES[0]
-    with torch.no_grad(), torch.autocast(TRITON_DEVICE, dtype), suppress(Exception):
-        torch.compile(model, backend="eager")(x)
-    assert multiplied == []
-
-
-def test_exported_sizes_stay_free(multiplied):
-    model, x = accelerated(timm(img_size=None), HALVES[0]), random(2, 3, 24, 24, dtype=HALVES[0])
-    sides = {axis: torch.export.Dim(name, min=8, max=512) for axis, name in ((2, "h"), (3, "w"))}
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": sides}, strict=True).module()
-    other = random(2, 3, 28, 16, dtype=HALVES[0])
-    helpers.assert_close(exported(other), given(model, other), 1e-2)
-    assert multiplied == []
-
-
-def test_a_kernel_that_fails(monkeypatch, caplog):
-    model, x = accelerated(huggingface()), random(2, 3, 24, 24, dtype=DTYPE)
-
-    def fail(*_):
-        raise kernels.LaunchError("no registers")
-
-    monkeypatch.setattr(kernels, "embed", fail)
-    for _ in range(2):
-        assert same_as_the_original(model, x)
-    told = [record for record in caplog.records if "no registers" in record.message]
-    assert told
-    assert not any(isinstance(one, BaseException) for record in told for one in record.args)  # it holds the model
-    ops.forget_failures()
-
-
-@pytest.mark.parametrize("name", ["timm", "hf-swin"])
-def test_a_copy_is_embedded_too(name, embedded):
-    make, shape = EMBEDDINGS[name]
-    model = copy.deepcopy(accelerated(make()))
-    given(model, random(*shape, dtype=DTYPE))
-    assert embedded == [shape]
-
-
-@pytest.mark.gpu
-def test_a_graph_replays_it(embedded):
-    model, x = accelerated(timm()), random(2, 3, 24, 24, dtype=DTYPE)
-    expected = given(model, x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        found = model(x)
-    found.zero_()
-    graph.replay()
-    assert torch.equal(found, expected)
-    assert len(embedded) == 2

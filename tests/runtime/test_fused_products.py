@@ -6,29 +6,17 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from block_gradients import DTYPES, check, layer_norm, leaves, narrowed, results, scaled
+from blocks import HALF, HALVES, random
 from helpers import TRITON_DEVICE
 from swinaccel.kernels import fusion_launch
-from test_fusion_autograd import DTYPES, HALF, HALVES, check, layer_norm, leaves, narrowed, random, results, scaled
 
 from swinaccel.backends.triton import block as kernels
-from swinaccel.backends.triton import block_bwd, devices, linear
+from swinaccel.backends.triton import block_bwd, linear
 from swinaccel.ops import block_autograd as recorded
 from swinaccel.spec.reference_block import merged
 
 AFFINE = 1e-5
-
-
-@pytest.fixture
-def few_processors(monkeypatch):
-    """A GPU whose multiprocessors few tiles keep busy."""
-    monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
-    if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
-    elif not devices.has_copy_engine(torch.device("cuda", 0)):
-        pytest.skip("this GPU has no copy engine")
-    linear._how.cache_clear()
-    yield
-    linear._how.cache_clear()
 
 
 @pytest.fixture

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 import threading
 
+import graphed
 import helpers
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from edits import total
+from graphed import replays
 from tape import Tape
 from test_states import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel.runtime import capture, training_capture
+from swinaccel.runtime import training_capture
 
-DEVICE = "cpu"
 MODES = pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "DEVICE", request.param)
-    monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 class Written(nn.Module):
@@ -37,7 +34,7 @@ class Written(nn.Module):
     def __init__(self, way):
         super().__init__()
         self.body, self.way, self.gain = MODELS["timm"][0](), way, 1.0
-        self.number, self.values, self.names, self.free = 0, [], {}, torch.ones((), device=DEVICE)
+        self.number, self.values, self.names, self.free = 0, [], {}, torch.ones((), device=graphed.DEVICE)
         self.register_buffer("mean", torch.ones(()))
         self.register_buffer("count", torch.ones((), dtype=torch.long))
 
@@ -75,20 +72,15 @@ class Written(nn.Module):
 
 
 def pair(model, trained):
-    twin = helpers.randomize(model).to(DEVICE).train(trained)
-    backend = "triton" if DEVICE == "cuda" else "torch"
-    return swinaccel.accelerate(copy.deepcopy(twin), backend=backend, graphs=True), twin
-
-
-def replays(model):
-    return sum(graph.replays for graph in swinaccel.report(model).graphs)
+    twin = helpers.randomize(model).to(graphed.DEVICE).train(trained)
+    return graphed.accelerate(copy.deepcopy(twin), graphs=True), twin
 
 
 def outcomes(model, trained, edit=None, setting="highest"):
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002
-    x = torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=DEVICE).view(2, 3, 32, 32)
+    x = torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=graphed.DEVICE).view(2, 3, 32, 32)
     found = []
     with torch.set_grad_enabled(trained):
         for number in range(6):
@@ -142,7 +134,7 @@ def test_captures_that_fail_leave_statistics(returns):
             return y.detach() if returns == "what has no gradient" else (y, self)
 
     model, twin = pair(Normalized(), True)
-    x = torch.randn(2, 3, 32, 32, device=DEVICE)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
     for _ in range(4):
         model(x)
         twin(x)
@@ -155,7 +147,7 @@ def test_captures_that_fail_leave_statistics(returns):
 
 def trained_pair():
     model, twin = pair(MODELS["timm"][0](), True)
-    x = torch.randn(2, 3, 32, 32, device=DEVICE)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
     for _ in range(3):
         total(model(x)).backward()
     model.zero_grad()
@@ -176,7 +168,7 @@ def test_a_checkpoint_is_shown_no_replay():
 
 
 def test_a_backward_does_not_wait_for_who_captures(monkeypatch):
-    if DEVICE != "cpu":
+    if graphed.DEVICE != "cpu":
         pytest.skip("about the stand-in's lock; the next test is about the device's")
     monkeypatch.setattr(training_capture, "_PATIENCE", 0.05)
     model, twin, x = trained_pair()
@@ -204,7 +196,7 @@ def test_a_backward_does_not_wait_for_who_captures(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_capture_beside_another_threads_backward():
-    if DEVICE == "cpu":
+    if graphed.DEVICE == "cpu":
         pytest.skip("CPUs run a backward on the thread that asks for it")
     model, twin, x = trained_pair()
     begun = threading.Event()
@@ -239,9 +231,9 @@ def test_a_capture_beside_another_threads_backward():
 
 
 def test_calls_inside_a_backward_are_no_replays():
-    twin = helpers.randomize(MODELS["timm"][0]()).to(DEVICE).eval()
-    model = swinaccel.accelerate(copy.deepcopy(twin), backend="triton" if DEVICE == "cuda" else "torch", graphs=True)
-    x = torch.randn(2, 3, 32, 32, device=DEVICE)
+    twin = helpers.randomize(MODELS["timm"][0]()).to(graphed.DEVICE).eval()
+    model = graphed.accelerate(copy.deepcopy(twin), graphs=True)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
     found = []
 
     @torch.no_grad()

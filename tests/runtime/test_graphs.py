@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
 import weakref
 
+import graphed
 import helpers
 import pytest
 import torch
 import zoo
-from edits import EDITS, WAYS
+from graphed import accelerate, assert_alike, call, captured, replays
 from tape import Tape
 from test_states import MODELS
 from torch import nn
@@ -23,48 +23,13 @@ from swinaccel.ops.failures import failures
 from swinaccel.runtime import capture, graphs
 from swinaccel.runtime.plan import state_of
 
-DEVICE = "cpu"
-
-
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "DEVICE", request.param)
-    monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture
 def tapes(device):
-    if DEVICE != "cpu":
+    if graphed.DEVICE != "cpu":
         pytest.skip("about the stand-in, which is a CPU's")
-
-
-def accelerate(model, **options):
-    return swinaccel.accelerate(model.to(DEVICE), backend="triton" if DEVICE == "cuda" else "torch", **options)
-
-
-def call(model, x):
-    with torch.no_grad():
-        return model(x)
-
-
-def captured(name="timm", **options):
-    """Return a model that is captured, its twin, and its input."""
-    make, shape = MODELS[name]
-    twin = helpers.randomize(make()).eval().to(DEVICE)
-    model = accelerate(copy.deepcopy(twin), graphs=True, **options)
-    x = torch.randn(shape, device=DEVICE)
-    for _ in range(CAPTURED_CALL - 1):
-        call(model, x)
-    return model, twin, x
-
-
-def replays(model):
-    return sum(graph.replays for graph in swinaccel.report(model).graphs)
-
-
-def assert_alike(model, twin, *inputs):
-    for x in inputs:
-        helpers.assert_close(call(model, x), call(twin, x))
 
 
 @pytest.mark.parametrize("name", ["timm", "timm V2", "timm CR", "torchvision", "torchvision 3D", "Hugging Face"])
@@ -86,46 +51,6 @@ def test_results_are_the_callers_own():
     helpers.assert_close(other, call(twin, x + 1))
     helpers.assert_close(call(model, x), call(twin, x))
     helpers.assert_close(one, 2 * call(twin, x))
-
-
-@pytest.mark.parametrize("name", ["timm", "Hugging Face"])
-@pytest.mark.parametrize("edit", EDITS)
-def test_edits_after_the_capture(edit, name):
-    for number in (3,):
-        model, twin, x = captured(name)
-        for one in range(2):
-            replayed = replays(model)
-            changed = [EDITS[edit](every, number + one) for every in (model, twin)]
-            model, twin = (new if new is not None else old for new, old in zip(changed, (model, twin), strict=True))
-            outcomes = []
-            for every in (model, twin):
-                torch.manual_seed(0)
-                try:
-                    outcomes.append([call(every, x.to(next(every.parameters()).dtype)) for _ in range(4)])
-                except Exception as error:
-                    outcomes.append(type(error))
-            if isinstance(outcomes[1], type):
-                assert outcomes[0] is outcomes[1]
-                break
-            for found, expected in zip(*outcomes, strict=True):
-                dtype = next(iter(helpers.tensors(expected))).dtype
-                tolerance = 1e-5 if dtype.itemsize > 2 else 5e-2
-                for ours, own in zip(helpers.tensors(found), helpers.tensors(expected), strict=True):
-                    torch.testing.assert_close(ours, own, rtol=tolerance, atol=tolerance, equal_nan=True)
-    assert replayed
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_ways_to_call_after_the_capture(way):
-    model, twin, x = captured()
-    found, expected = [], []
-    for every, outcomes in ((model, found), (twin, expected)):
-        for _ in range(2):
-            torch.manual_seed(0)
-            outcomes.append(WAYS[way](every, (x,)))
-    for ours, own in zip(helpers.tensors(found), helpers.tensors(expected), strict=True):
-        torch.testing.assert_close(ours.float(), own.float(), rtol=2e-2, atol=2e-2)
-    helpers.assert_close(call(model, x), call(twin, x), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +82,7 @@ def test_what_surrounds_a_call_decides(monkeypatch, way):
         call(model, x)
         torch.use_deterministic_algorithms(False)
     elif way == "autocast":
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(graphed.DEVICE, torch.bfloat16):
             assert call(model, x).dtype == call(twin, x).dtype
     elif way == "environment":
         monkeypatch.setenv("SWINACCEL_GRAPHS", "0")
@@ -176,7 +101,7 @@ def test_what_surrounds_a_call_decides(monkeypatch, way):
 def test_autocast_is_captured_by_itself():
     model, twin, x = captured()
     for _ in range(2):
-        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        with torch.autocast(graphed.DEVICE, torch.bfloat16), torch.no_grad():
             for _ in range(CAPTURED_CALL + 1):
                 helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
     assert swinaccel.report(model).graphs[0].captured == 2
@@ -201,20 +126,20 @@ def test_memory_that_a_replay_may_read_is_kept():
     model, twin, x = captured()
     kept = latest(model)._held
     for every in (model, twin):
-        every.norm.weight.data = torch.linspace(0.5, 2, 16, device=DEVICE)
+        every.norm.weight.data = torch.linspace(0.5, 2, 16, device=graphed.DEVICE)
     assert model.norm.weight.data_ptr() not in [one.data_ptr() for one in kept]
     assert_alike(model, twin, x, x + 1)
 
 
 def test_autocast_leaves_no_weights_that_are_freed():
     model, twin, x = captured()
-    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+    with torch.autocast(graphed.DEVICE, torch.bfloat16), torch.no_grad():
         for _ in range(CAPTURED_CALL):
             model(x)
     for every in (model, twin):
         every.head.fc.weight.data.mul_(-3)
     for _ in range(2):
-        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        with torch.autocast(graphed.DEVICE, torch.bfloat16), torch.no_grad():
             helpers.assert_close(model(x).float(), twin(x).float(), 3e-2)
     assert replays(model) == 5
 
@@ -237,7 +162,7 @@ def test_layouts_have_graphs_of_their_own():
 def test_a_kernel_that_failed_ends_a_graph():
     model, twin, x = captured()
     before = replays(model)
-    failures.record(("window", DEVICE), "no memory")
+    failures.record(("window", graphed.DEVICE), "no memory")
     assert_alike(model, twin, x)
     assert replays(model) == before
 
@@ -245,18 +170,19 @@ def test_a_kernel_that_failed_ends_a_graph():
 class Scaled(nn.Module):
     def __init__(self, body):
         super().__init__()
-        self.body, self.gain = body, torch.ones((), device=DEVICE)  # no buffer
+        self.body, self.gain = body, torch.ones((), device=graphed.DEVICE)  # no buffer
 
     def forward(self, x):
         return self.body(x) * self.gain
 
 
 @pytest.mark.parametrize(
-    "change", [lambda one: one.gain.mul_(2), lambda one: setattr(one.gain, "data", torch.tensor(-3.0, device=DEVICE))]
+    "change",
+    [lambda one: one.gain.mul_(2), lambda one: setattr(one.gain, "data", torch.tensor(-3.0, device=graphed.DEVICE))],
 )
 def test_tensors_that_are_no_buffers_are_followed(change):
-    twin = helpers.randomize(Scaled(MODELS["timm"][0]())).eval().to(DEVICE)
-    model, x = accelerate(copy.deepcopy(twin), graphs=True), torch.randn(MODELS["timm"][1], device=DEVICE)
+    twin = helpers.randomize(Scaled(MODELS["timm"][0]())).eval().to(graphed.DEVICE)
+    model, x = accelerate(copy.deepcopy(twin), graphs=True), torch.randn(MODELS["timm"][1], device=graphed.DEVICE)
     for _ in range(CAPTURED_CALL):
         assert_alike(model, twin, x)
     assert replays(model) == 2
@@ -276,11 +202,11 @@ class Head(nn.Module):
 
 
 def test_auto_is_about_code_that_is_known():
-    twin = helpers.randomize(Head(MODELS["timm"][0]())).eval().to(DEVICE)
+    twin = helpers.randomize(Head(MODELS["timm"][0]())).eval().to(graphed.DEVICE)
     model = accelerate(copy.deepcopy(twin), graphs="auto")
     (graph,) = swinaccel.report(model).graphs
     assert graph.name == "body"
-    x = torch.randn(MODELS["timm"][1], device=DEVICE)
+    x = torch.randn(MODELS["timm"][1], device=graphed.DEVICE)
     for _ in range(5):
         assert_alike(model, twin, x)
     assert replays(model) == 3
@@ -315,7 +241,7 @@ def test_what_cannot_be_captured_is_said_once_and_never_tried_again(monkeypatch,
     if kind == "capture":
         monkeypatch.setitem(capture.ENGINES, "cpu", lambda *given: made.append(1) or 1 / 0)
     accelerate(model, graphs=True)
-    x = torch.randn(shape, device=DEVICE)
+    x = torch.randn(shape, device=graphed.DEVICE)
     for _ in range(6):
         call(model, x)
     (graph,) = swinaccel.report(model).graphs
@@ -330,12 +256,12 @@ def test_limits(monkeypatch, tapes):
     monkeypatch.setattr(graphs, "MOST", 2)
     for batch in (2, 3, 4):
         for _ in range(CAPTURED_CALL):
-            assert_alike(model, twin, torch.randn(batch, *x.shape[1:], device=DEVICE))
+            assert_alike(model, twin, torch.randn(batch, *x.shape[1:], device=graphed.DEVICE))
     graph = swinaccel.report(model).graphs[0]
     assert (graph.captured, graph.nbytes) == (2, 200)
     monkeypatch.setattr(graphs, "memory_of", lambda device: 50.0)
     for _ in range(4):
-        assert_alike(model, twin, torch.randn(5, *x.shape[1:], device=DEVICE))
+        assert_alike(model, twin, torch.randn(5, *x.shape[1:], device=graphed.DEVICE))
     assert "graphs_memory" in swinaccel.report(model).graphs[0].reason
     for _ in range(3 * CAPTURED_CALL):
         assert_alike(model, twin, x)
@@ -383,12 +309,12 @@ def test_threads_at_once():
 
 
 def test_a_capture_that_fails_leaves_the_process_as_it_was():
-    if DEVICE == "cpu":
+    if graphed.DEVICE == "cpu":
         pytest.skip("the stand-in captures what reads results, which a CUDA graph cannot")
-    twin = helpers.randomize(Head(MODELS["timm"][0]())).eval().to(DEVICE)
+    twin = helpers.randomize(Head(MODELS["timm"][0]())).eval().to(graphed.DEVICE)
     model = accelerate(copy.deepcopy(twin), graphs=True)
     for _ in range(4):
-        x = torch.randn(MODELS["timm"][1], device=DEVICE)
+        x = torch.randn(MODELS["timm"][1], device=graphed.DEVICE)
         assert_alike(model, twin, x)
     (graph,) = swinaccel.report(model).graphs
     assert "capturing failed" in graph.reason
@@ -404,7 +330,7 @@ def test_memory_is_given_back():
     assert swinaccel.report(model).graphs[0].nbytes > 0
     swinaccel.restore(model)
     gc.collect()
-    if DEVICE == "cuda":
+    if graphed.DEVICE == "cuda":
         for _ in range(3):
             del model
             model, _, x = captured()

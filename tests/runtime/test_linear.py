@@ -1,37 +1,36 @@
 """Linear layers by a kernel of ours: with a sum, with nothing, in blocks and attentions, and who is left to PyTorch."""
 
 import copy
+import functools
 
+import blocks
 import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import HALF
 from helpers import TRITON_DEVICE
 from swinaccel.kernels import fusion_launch
 from torch import nn
 
 import swinaccel
-from swinaccel.backends.triton import devices, linear
+from swinaccel.backends.triton import launches, linear
 from swinaccel.backends.triton.block import LaunchError
 from swinaccel.ops import linear as linear_ops
 from swinaccel.ops.failures import failures
 
-HALF = torch.float16
 # Of blocks whose products fill a multiprocessor, and whose MLP is not one kernel, or is.
 SIZE, DIM, DIM_IN_ONE = ((16, 16), 120, 128) if TRITON_DEVICE == "cuda" else ((8, 8), 56, 32)
 
 
+random = functools.partial(blocks.random, dtype=HALF)
+
+
 @pytest.fixture
-def few_processors(monkeypatch):
-    """A GPU with a copy engine, whose multiprocessors few tiles keep busy; the launches that ran on it."""
-    monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
+def multiplied(few_processors, monkeypatch):
+    """The launches that ran, on a GPU whose tiles are small where it is interpreted."""
     if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
-    elif not devices.has_copy_engine(torch.device("cuda", 0)):
-        pytest.skip("this GPU has no copy engine")
-    small = fusion_launch.LinearLaunch(16, 32, 16, 2, 1, 4, 2)
-    if TRITON_DEVICE == "cpu":
-        monkeypatch.setattr(fusion_launch, "LINEAR", small)
+        monkeypatch.setattr(fusion_launch, "LINEAR", fusion_launch.LinearLaunch(16, 32, 16, 2, 1, 4, 2))
     ran, plan = [], linear._plan
 
     def planned(*key):
@@ -39,16 +38,9 @@ def few_processors(monkeypatch):
         return lambda *tensors: (ran.append(key), launch(*tensors))[1]
 
     monkeypatch.setattr(linear, "_plan", planned)
-    linear._how.cache_clear()
-    linear.kept.__globals__["launches"].clear()
+    launches.forget_launches()
     yield ran
-    linear._how.cache_clear()
-    linear.kept.__globals__["launches"].clear()
-
-
-def random(*shape, dtype=HALF, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(shape, generator=generator)).to(TRITON_DEVICE, dtype)
+    launches.forget_launches()
 
 
 @torch.no_grad()
@@ -59,7 +51,7 @@ def random(*shape, dtype=HALF, scale=1.0, seed=0):
 )
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
-def test_product_with_a_sum(rows, channels, outputs, dtype, biases, adds, few_processors, poisoned):
+def test_product_with_a_sum(rows, channels, outputs, dtype, biases, adds, multiplied, poisoned):
     """Of rows, channels and outputs that fill no whole tile."""
     helpers.skip_interpreted_bfloat16("triton", dtype)
     x, weight = (
@@ -73,10 +65,10 @@ def test_product_with_a_sum(rows, channels, outputs, dtype, biases, adds, few_pr
     exact = exact if added is None else exact + added.double()
     expected = F.linear(x, weight, bias)
     helpers.assert_no_worse(found, expected if added is None else expected + added, exact, dtype)
-    assert len(few_processors) == 1
+    assert len(multiplied) == 1
 
 
-def block(v2=False, dim=DIM):
+def timm_block(v2=False, dim=DIM):
     return helpers.timm_block(SIZE, shift=2, v2=v2, dim=dim).to(TRITON_DEVICE)
 
 
@@ -84,14 +76,14 @@ def block(v2=False, dim=DIM):
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("dim", [DIM, DIM_IN_ONE])
 @pytest.mark.parametrize("moved", [False, True])
-def test_blocks_multiply_by_it(v2, dim, moved, few_processors):
+def test_blocks_multiply_by_it(v2, dim, moved, multiplied):
     """The projections, and the sum before an MLP in one kernel; PyTorch multiplies by weights that lie elsewhere."""
-    model = block(v2, dim).eval()
+    model = timm_block(v2, dim).eval()
     exact, x = copy.deepcopy(model).double(), random(1, *SIZE, dim)
     model = model.half()
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton", graphs=False)
     twin(x)
-    few_processors.clear()
+    multiplied.clear()
     if moved:
         for name, one in twin.named_parameters():
             if one.dim() == 2 and "cpb" not in name:
@@ -99,31 +91,31 @@ def test_blocks_multiply_by_it(v2, dim, moved, few_processors):
                 one.data = place.copy_(one)
     found = twin(x)
     helpers.assert_no_worse(found, model(x), exact(x.double()), HALF)
-    ways = [(key[2], key[3], key[-1]) for key in few_processors if not key[-3]]
+    ways = [(key[2], key[3], key[-1]) for key in multiplied if not key[-3]]
     whole = [(dim, 3 * dim, False), (dim, dim, dim == DIM_IN_ONE and not v2)]
     assert ways == ([] if moved else whole)
     helpers.assert_accelerated(twin)
 
 
 @torch.no_grad()
-def test_a_layer_that_is_not_plain_is_called(few_processors):
-    model = block(dim=DIM_IN_ONE).eval().half()
+def test_a_layer_that_is_not_plain_is_called(multiplied):
+    model = timm_block(dim=DIM_IN_ONE).eval().half()
     for layer in (model.attn.proj, model.attn.qkv):
         nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton", graphs=False)
     x = random(1, *SIZE, DIM_IN_ONE)
     helpers.assert_close(twin(x), model(x), 5e-3)
-    assert not few_processors
+    assert not multiplied
 
 
 @torch.no_grad()
-def test_what_pytorch_is_left(few_processors):
+def test_what_pytorch_is_left(multiplied):
     x, weight, bias = random(600, 64), random(128, 64), random(128)
     assert linear_ops.product_of(x) is linear_ops.linear
     assert linear_ops.product_of(x.float()) is F.linear
     linear_ops.linear(x, weight, bias)
-    assert few_processors
-    few_processors.clear()
+    assert multiplied
+    multiplied.clear()
     for one, other in (
         (x.double(), weight.double()),
         (x[:, :60], weight[:, :60].contiguous()),
@@ -132,11 +124,11 @@ def test_what_pytorch_is_left(few_processors):
         helpers.assert_close(linear_ops.linear(one, other), F.linear(one, other))
     with torch.autocast(TRITON_DEVICE, torch.bfloat16):
         assert linear_ops.linear(x, weight, bias).dtype == torch.bfloat16
-    assert not few_processors
+    assert not multiplied
 
 
 @torch.no_grad()
-def test_a_kernel_that_fails_is_not_tried_again(few_processors, monkeypatch):
+def test_a_kernel_that_fails_is_not_tried_again(multiplied, monkeypatch):
     tried = []
 
     def failing(*_):

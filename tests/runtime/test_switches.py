@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers import TRITON_DEVICE
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from verdicts import statuses
 
 import swinaccel
 from swinaccel import layers
@@ -44,10 +45,6 @@ def block(**options):
     model = helpers.microsoft_block((8, 8), shift=2)
     model.attn = Switched(16, (4, 4), 2, **options)
     return helpers.randomize(model)
-
-
-def statuses(model):
-    return [entry.status for entry in swinaccel.report(model)]
 
 
 def assert_as_before(model, x):

@@ -4,41 +4,33 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import weakref
 
+import graphed
 import helpers
 import pytest
 import torch
 from edits import EDITS, total
-from tape import Tape
+from graphed import accelerate, replays
 from test_states import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel.runtime import capture
 from swinaccel.runtime.plan import state_of
 
-DEVICE = "cpu"
-
-
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "DEVICE", request.param)
-    monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def pair(model, **options):
     """Return an accelerated model that captures its training, and its twin."""
-    twin = helpers.randomize(model).to(DEVICE).train()
-    backend = "triton" if DEVICE == "cuda" else "torch"
-    return swinaccel.accelerate(copy.deepcopy(twin), backend=backend, graphs=True, **options), twin
+    twin = helpers.randomize(model).to(graphed.DEVICE).train()
+    return accelerate(copy.deepcopy(twin), graphs=True, **options), twin
 
 
 def made(name="timm", **options):
     make, shape = MODELS[name]
-    return *pair(make(), **options), torch.randn(shape, device=DEVICE)
+    return *pair(make(), **options), torch.randn(shape, device=graphed.DEVICE)
 
 
 def captured(name="timm", **options):
@@ -49,10 +41,6 @@ def captured(name="timm", **options):
     for every in (model, twin):
         every.zero_grad()
     return model, twin, x
-
-
-def replays(model):
-    return sum(graph.replays for graph in swinaccel.report(model).graphs)
 
 
 def step(model, x, **options):
@@ -115,7 +103,7 @@ def test_the_same_numbers_in_all_buffers_change_nothing():
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_after_the_capture(edit):
-    if edit in ("half", "bfloat16") and DEVICE == "cpu":
+    if edit in ("half", "bfloat16") and graphed.DEVICE == "cpu":
         pytest.skip("operators of 16-bit backwards on CPUs resize their outputs, which the stand-in cannot record")
     model, twin, x = captured()
     for _ in range(2):
@@ -219,7 +207,7 @@ def test_surroundings_in_which_there_is_no_graph(way):
 def test_frozen_parameters_and_those_that_take_no_part():
     model, twin, x = made()
     for every in (model, twin):
-        every.spare = nn.Linear(3, 3, device=DEVICE)
+        every.spare = nn.Linear(3, 3, device=graphed.DEVICE)
         every.layers[0].requires_grad_(False)
         for _ in range(4):
             step(every, x)
@@ -245,7 +233,7 @@ class Normalized(nn.Module):
 
 def test_statistics_and_random_numbers():
     model, twin = pair(Normalized(MODELS["timm"][0]()))
-    x = torch.randn(3, 3, 32, 32, device=DEVICE)
+    x = torch.randn(3, 3, 32, 32, device=graphed.DEVICE)
     torch.manual_seed(0)
     for number in range(5):
         outs = []
@@ -285,7 +273,7 @@ class Twice(nn.Module):
 
 def test_outputs_that_get_no_gradient():
     model, twin = pair(Twice(MODELS["timm"][0]()))
-    x = torch.randn(MODELS["timm"][1], device=DEVICE)
+    x = torch.randn(MODELS["timm"][1], device=graphed.DEVICE)
     for used in ((0, 1), (0, 1), (0, 1), (1,), (0,)):
         for every in (model, twin):
             every.zero_grad()
@@ -297,7 +285,7 @@ def test_outputs_that_get_no_gradient():
 
 def test_a_graph_that_holds_no_more_leaves_no_statistics():
     model, twin = pair(Normalized(MODELS["timm"][0]()))
-    x = torch.randn(3, 3, 32, 32, device=DEVICE)
+    x = torch.randn(3, 3, 32, 32, device=graphed.DEVICE)
     for number in range(4):
         for every in (model, twin):
             if number == 3:
@@ -311,7 +299,7 @@ def test_a_graph_that_holds_no_more_draws_nothing():
     body = Normalized(MODELS["timm"][0]())
     body.norm = nn.Identity()  # without statistics
     model, twin = pair(body)
-    x = torch.randn(3, 3, 32, 32, device=DEVICE)
+    x = torch.randn(3, 3, 32, 32, device=graphed.DEVICE)
     for every in (model, twin):
         torch.manual_seed(0)
         for number in range(5):
@@ -325,7 +313,7 @@ def test_a_graph_that_holds_no_more_draws_nothing():
 
 def test_a_later_backward_draws_what_its_forward_drew():
     model, twin = pair(Normalized(MODELS["timm"][0]()))
-    x = torch.randn(3, 3, 32, 32, device=DEVICE)
+    x = torch.randn(3, 3, 32, 32, device=graphed.DEVICE)
     for every in (model, twin):
         torch.manual_seed(0)
         outs = [step(every, x + number, retain_graph=True) for number in range(4)]
@@ -343,7 +331,7 @@ def test_what_has_changed_before_a_backward_is_an_error():
         with pytest.raises(RuntimeError, match="inplace"):
             total(out).backward()
     out = model(x)
-    model.norm.weight.data = torch.ones(16, device=DEVICE)
+    model.norm.weight.data = torch.ones(16, device=graphed.DEVICE)
     with pytest.raises(RuntimeError, match="replaced"):
         total(out).backward()
 
@@ -380,10 +368,9 @@ def test_what_cannot_be_captured(kind):
 
 
 def test_auto_leaves_training_alone():
-    twin = helpers.randomize(MODELS["timm"][0]()).train().to(DEVICE)
-    model = swinaccel.accelerate(twin, backend="triton" if DEVICE == "cuda" else "torch", graphs="auto")
+    model = accelerate(helpers.randomize(MODELS["timm"][0]()).train(), graphs="auto")
     for _ in range(5):
-        step(model, torch.randn(MODELS["timm"][1], device=DEVICE))
+        step(model, torch.randn(MODELS["timm"][1], device=graphed.DEVICE))
     assert not replays(model)
 
 

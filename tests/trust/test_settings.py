@@ -13,7 +13,7 @@ import helpers
 import microsoft_models
 import pytest
 import torch
-from test_verdicts import assert_like_the_original, block_of
+from verdicts import assert_like_the_original, block_of
 
 import swinaccel
 

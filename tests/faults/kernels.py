@@ -1,0 +1,93 @@
+"""Faults in the kernels, and the tests that must notice them."""
+
+from faults.table import under
+
+ROWS = (
+    "api/test_functional api/test_functional_images -k 'outputs_and_gradients or many_windows or "
+    "test_images or volumes'"
+)
+
+# fmt: off
+FAULTS = under(
+    "kernels/triton",
+    ("pointwise.py", "patches_ptr + out_offs, out, mask=inside", "patches_ptr + out_offs, out, mask=real",
+     "runtime/test_fused_products"),
+    ("pointwise_bwd.py", "branch_sums += grad", "branch_sums += total", "runtime/test_fused_products"),
+    ("pointwise_bwd.py", "grad.to(grad_x_ptr.dtype.element_ty), mask=real", "grad, mask=inside",
+     "runtime/test_fused_products"),
+    ("pointwise_bwd.py", "for first in tl.range(0, parts, ROWS):", "for first in tl.range(0, ROWS, ROWS):",
+     "runtime/test_fused_products"),
+    ("mlp.py", "hidden_desc.store([row, col + HALF], right", "hidden_desc.store([row, col + HALF], left",
+     "runtime/test_fused_products"),
+    ("run.py", "copy.copy(compiled)[grid]", "compiled[grid]", "backends/test_triton_interface"),
+    ("run.py", "lambda: not self._is_loading and not self._builders", "lambda: True", "backends/test_triton_interface"),
+    # Packages of AOTInductor.
+    ("traced.py", "isinstance(one, type) and issubclass(one, tuple)", "False", "runtime/test_packages"),
+    ("traced.py", "isinstance(one, JITFunction) and", "False and", "runtime/test_packages"),
+    ("pointwise.py", "tl.cast(eps, tl.float32)", "eps", "runtime/test_packages"),
+    ("tiles.py", "q.to(tl.float32) * tl.cast(scale, tl.float32)", "q.to(tl.float32) * scale", "runtime/test_packages"),
+    ("tiles.py", "tl.cast(dropout.probability, tl.float32)", "dropout.probability", "runtime/test_packages"),
+    ("sequence_fwd.py", "scale = tl.cast(scale, tl.float32)  #", "scale = scale  #", "runtime/test_packages"),
+    # Products of 8 bits.
+    ("quantise.py", "tl.maximum(tl.max(tl.abs(tile), axis=1), 1e-30)", "tl.max(tl.abs(tile), axis=1)",
+     "runtime/test_fp8 runtime/test_fp8_left_out"),
+    ("quantise.py", "largest / 448.0, mask", "largest / 449.0, mask", "runtime/test_fp8 runtime/test_fp8_left_out"),
+    ("quantise.py", "proj_ptr, pid - END_QKV", "proj_ptr, pid - END_QKV - 1",
+     "runtime/test_fp8 runtime/test_fp8_left_out"),
+    ("quantise.py", "scale_ptr + QKV + C + HIDDEN", "scale_ptr + QKV + C",
+     "runtime/test_fp8 runtime/test_fp8_left_out"),
+    # Biases of rows of windows.
+    ("tiles.py", "window.number // geometry.windows[2] % BIAS_ROWS", "window.number % BIAS_ROWS",
+     ROWS),
+    ("tiles.py", "number = (position // columns * BIAS_ROWS + row) * columns + position % columns",
+     "number = position * BIAS_ROWS + row", ROWS),
+    ("window_bwd.py", "bias_row = group % BIAS_ROWS", "bias_row = 0", ROWS),
+    ("window_bwd_bias.py", "bias_row = tl.program_id(1) % BIAS_ROWS", "bias_row = 0", ROWS),
+    ("window_bwd_bias.py", "bias, column, N, BIAS)", "bias, head, N, BIAS)", ROWS),
+    # The kernel of two images.
+    ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", "api/test_gaps -k two_images"),
+    ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", "api/test_gaps -k two_images"),
+    ("window_fwd.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", "api/test_gaps -k two_images"),
+    ("window_fwd.py", "next_state, next_q, k, v, attn_bias, dropout, next_instance,",
+     "next_state, next_q, k, v, attn_bias, dropout, instance,", "api/test_gaps -k two_images"),
+    # Windows, shifts and masks.
+    ("tiles.py", "& (shift[1] > 0)) | ((place[2]", "& (shift[1] > 1)) | ((place[2]", "api/test_gaps -k shifted"),
+    ("tiles.py", "n % WINDOW[2] >= WINDOW[2] - shift[2]", "n % WINDOW[2] > WINDOW[2] - shift[2]",
+     "fuzz/test_fuzz_functions -k quick"),
+    ("softmax.py", "tl.minimum(tl.maximum(narrow, -LIMIT), LIMIT), narrow)", "narrow, narrow)",
+     "api/test_gaps -k lowest"),
+    ("tiles.py", "at = tl.where(at >= length, at - length, at)", "at = tl.where(at > length, at - length, at)",
+     "fuzz/test_fuzz_functions -k quick"),
+    ("tiles.py", "(n < WINDOW[0] * WINDOW[1] * WINDOW[2]) & (real == 0)", "real == 0",
+     "backends/test_nonfinite -k padding"),
+    ("tiles.py", "tl.load(logit_scale_ptr + head).to(tl.float32), LOG_100)",
+     "tl.load(logit_scale_ptr + head).to(tl.float32), 9.0)", "backends/test_backward -k clamped"),
+    ("tiles.py", "1.0 / tl.maximum(1.0 - probability, 1e-6)", "1.0", "backends/test_operator_gradients -k dropout"),
+    ("bias.py", '0.0, float("-inf")))', "0.0, 0.0))", "api/test_gaps -k 'not two'"),
+    ("softmax.py", 'mask=offs < N, other=float("inf"))', "mask=offs < N, other=0.0)", "api/test_gaps -k 'not two'"),
+    # The last tile of a window that is no multiple of one.
+    ("window_fwd.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)", "api/test_gaps -k 'not two'"),
+    ("window_bwd_large.py", "tl.range(0, N, BLOCK_M)", "tl.range(0, N - BLOCK_M + 1, BLOCK_M)",
+     "api/test_gaps -k 'not two'"),
+    ("window_bwd_large.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)",
+     "api/test_gaps -k 'not two'"),
+    ("bias.py", "tl.range(0, N, BLOCK)", "tl.range(0, N - BLOCK + 1, BLOCK)", "backends/test_backward -k table"),
+    ("softmax.py", "return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)", "return tl.minimum(x, limit)",
+     "backends/test_nonfinite"),
+    ("softmax.py", "return tl.maximum(x, limit, propagate_nan=tl.PropagateNan.ALL)", "return tl.maximum(x, limit)",
+     "backends/test_nonfinite"),
+    ("softmax.py", " + grad_out * 0.0, axis=1", ", axis=1", "backends/test_nonfinite"),
+    ("softmax.py", 'return tl.abs(x) < float("inf")', 'return x < float("inf")', "backends/test_nonfinite"),
+    # Gradients.
+    ("softmax.py", "(scores - maximum) * exponent - log_sum", "scores * exponent - (log_sum + maximum * exponent)",
+     "api/test_gaps -k 'not two'"),
+    ("window_bwd.py", "clamped = inverse > 0.9999e12", "clamped = inverse > 1e38", "backends/test_backward -k tiny"),
+    ("window_bwd.py", "<= LOG_100, grad_scale, 0.0)", "<= 90.0, grad_scale, 0.0)", "backends/test_backward -k clamped"),
+    ("window_bwd_large.py", "residual[:, None] * mean_key", "0.0 * mean_key", "backends/test_backward"),
+    ("window_bwd_large.py", "delta + residual, mask", "delta, mask", "backends/test_backward -k 'low or mean'"),
+    ("sequence_fwd.py", "seen = total != 0", "seen = total >= 0", "backends/test_sequence"),
+    ("sequence_bwd.py", "ds = only_visible(ds, offs_m, visible, 0.0)", "ds = ds", "backends/test_nonfinite"),
+    ("sequence_fwd.py", "(block + window_blocks) * block_size, num_tokens",
+     "(block + window_blocks) * block_size - 1, num_tokens", "backends/test_sequence -k any_block"),
+)
+# fmt: on
