@@ -41,6 +41,7 @@ _BARE = (
     "its forward leaves out the {}, as some code that calls scaled_dot_product_attention does; where a setting chooses"
     " that, switch it off and call accelerate() again (the results are others then)"
 )
+_WRITES = "its forward changes, outside of the module, what its code reads"
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((
     "amp", "are_deterministic_algorithms_enabled", "autocast", "backends", "cpu", "cuda", "custom_fwd", "device.type",
@@ -128,7 +129,7 @@ def _judge(
                 registry.record(found, verdict)
                 break
         else:
-            verdict = "its forward changes, outside of the module, what its code reads"
+            verdict = _WRITES
         if isinstance(verdict, Reading):
             registry.prove(proven_by(), verdict)
             return None
