@@ -63,7 +63,7 @@ FAULTS = under(
     ("probe.py", "_replaced(parts) or _unseen(parts)", "_replaced(parts)", "trust/test_verdicts -k cpu"),
     ("registry.py", "scale=section.head_dim**-0.5", "scale=section.scale", "trust/test_verdicts_of_layers -k scale"),
     ("registry.py", "if self.default_scale and", "if", "runtime/test_traps_of_scores -k scale"),
-    ("fingerprint.py", "self._watch_class(cls, base, name)", "pass", FINGERPRINT),
+    ("fingerprint.py", "value is None or value is not getattr(cls, name)", "True", "trust/test_code_elsewhere runtime/test_patched_code"),
     ("fingerprint.py", "yield name, _sign_and_kind(value)", "pass", "trust/test_switches_in_numbers"),
     ("fingerprint.py", "number < 0, number == 0, math.isfinite(number)", "number == 0, math.isfinite(number)",
      "trust/test_switches_in_numbers"),
