@@ -18,7 +18,8 @@ FAULTS = under(
     ("pointwise_bwd.py", "for first in tl.range(0, parts, ROWS):", "for first in tl.range(0, ROWS, ROWS):",
      "runtime/test_fused_products"),
     ("linear.py", "_finish(right, row, col + HALF", "_finish(left, row, col + HALF", "runtime/test_fused_products"),
-    ("linear.py", "tile += added_desc.load([row, col]).to(tl.float32)", "pass", "runtime/test_linear -k 'sum or blocks'"),
+    ("linear.py", "tile += added_desc.load([row, col]).to(tl.float32)", "pass",
+     "runtime/test_linear -k 'sum or blocks'"),
     ("run.py", "copy.copy(compiled)[grid]", "compiled[grid]", "backends/test_triton_interface"),
     ("run.py", "lambda: not self._is_loading and not self._builders", "lambda: True", "backends/test_triton_interface"),
     # Packages of AOTInductor.
