@@ -24,9 +24,7 @@ def product_of(x: Tensor) -> Callable[..., Tensor]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weightᵀ + bias."""
-    parts = (x, weight) if bias is None else (x, weight, bias)
-    is_plain = all(type(one) in PLAIN_TENSORS and one.dtype is x.dtype and one.device == x.device for one in parts)
-    if is_plain and x.dtype in HALVES and not torch._C._is_any_autocast_enabled() and not _is_observed():
+    if _fits(x, weight, bias) and not torch._C._is_any_autocast_enabled() and not _is_observed():
         problem = "linear", x.device, x.dtype, weight.shape
         if failures.get(problem) is None:
             try:
@@ -37,6 +35,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 if out is not None:
                     return out
     return F.linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return True if tensors are of the kind and the shapes that a kernel takes, which looks at neither."""
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    is_plain = all(type(one) in PLAIN_TENSORS and one.dtype is x.dtype and one.device == x.device for one in parts)
+    if not is_plain or x.dtype not in HALVES or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
 
 
 def _is_observed() -> bool:

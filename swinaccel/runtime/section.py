@@ -65,7 +65,8 @@ class TritonSection:
 
     def output_layer(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Return the last layer, if it is a plain one, of as many channels as x, so that it may run apart."""
-        layer, channels = plain_layer(self.section.output), x.shape[-1]
+        output, channels = self.section.output, x.shape[-1]
+        layer = plain_layer(output) if isinstance(output, functools.partial) else None
         if layer is None or self.section.num_heads * self.section.head_dim != channels:
             return None
         weight, bias = layer

@@ -122,6 +122,9 @@ def test_what_pytorch_is_left(multiplied):
         (x.t()[:, :64], weight),
     ):
         helpers.assert_close(linear_ops.linear(one, other), F.linear(one, other))
+    for odd in (bias[:1], random(256)[::2]):  # spread over all columns, and not one after the other
+        assert torch.equal(linear_ops.linear(x, weight, odd), F.linear(x, weight, odd))
+    assert torch.equal(linear_ops.linear(x, weight[0]), F.linear(x, weight[0]))
     with torch.autocast(TRITON_DEVICE, torch.bfloat16):
         assert linear_ops.linear(x, weight, bias).dtype == torch.bfloat16
     assert not multiplied
