@@ -7,8 +7,7 @@ import copy
 import helpers
 import pytest
 import torch
-from helpers import TRITON_DEVICE, position_index, table_rows
-from tables import (
+from bias_tables import (
     EXACT,
     HEADS,
     IMAGE,
@@ -21,6 +20,7 @@ from tables import (
     random_table,
     smooth_table,
 )
+from helpers import TRITON_DEVICE, position_index, table_rows
 
 import swinaccel
 from swinaccel import ops

@@ -13,8 +13,8 @@ import helpers
 import pytest
 import safetensors.torch
 import torch
+from bias_tables import EXACT, HEADS, IMAGE, WINDOW, accelerate, form, model_with, originals, random_table, smooth_table
 from helpers import position_index
-from tables import EXACT, HEADS, IMAGE, WINDOW, accelerate, form, model_with, originals, random_table, smooth_table
 
 from swinaccel import ops
 from swinaccel.bias import table as bias
