@@ -129,7 +129,7 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
-    mask_of = release_mask(family, module, section, args, kwargs)
+    mask_of, is_reusable = release_mask(family, module, section, args, kwargs)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return family.forward(module, attend, *args, **kwargs)
@@ -151,23 +151,36 @@ def plan_attention(
         return out, lazy_weights(with_mask(section, mask), images[0], given)
 
     way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
-    return Plan(way, problem, guard, section.index)
+    return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
 
 
 def release_mask(
     family: Family, module: nn.Module, section: Section, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> MaskOf | None:
+) -> tuple[MaskOf | None, bool]:
     """Let a section that takes the mask of its call keep none, since each call of its plan brings another.
 
     Returns:
-        What finds a call's mask, of (module, args, kwargs); None where the section takes none.
+        What finds a call's mask, of (module, args, kwargs), or None where the section takes none; and if the plan may
+        serve other calls, which it may not where the section makes another mask of it.
     """
     mask_of = getattr(family, "mask_of", None)
     mask = None if mask_of is None else mask_of(module, args, kwargs)
     if mask is None or section.mask is None:
-        return None
+        return None, True
+    if not _is_same(section.mask, mask):
+        return None, False
     section.mask = mask.new_empty(0)
-    return mask_of
+    return mask_of, True
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return True if two masks are one, or a copy of the other."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    is_captured = one.is_cuda and torch.cuda.is_current_stream_capturing()  # where nothing can be looked at
+    return not is_captured and torch.equal(one, other)
 
 
 def section_of(

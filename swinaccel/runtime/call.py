@@ -240,6 +240,7 @@ def _plan_fused(
         return "the call is not one that kernels can stand in for"
     size = tokens[1]
     section = counted = attention_problem = mask_of = None
+    is_reusable = True
     run: Callable[..., Any]
     if isinstance(facts, BlockFacts) and reads_attention_blocks(adapter):
         problem = block_problem(facts, x, backend)
@@ -249,7 +250,7 @@ def _plan_fused(
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
             return bound
-        attend, attention_problem, section, inner, products, mask_of = bound
+        attend, attention_problem, section, inner, products, (mask_of, is_reusable) = bound
         fused = FusedBlock(facts, attend, x, backend, config)
         run = fused.run
         if config.precision == "fp8":
@@ -265,7 +266,7 @@ def _plan_fused(
             raise FallbackError(f"{type(module).__name__} would run its own layers: {failure}")
         return failure
     index = None if section is None else section.index
-    return Plan(run, attention_problem, cache.guard, index, counted, mask_of)
+    return Plan(run, attention_problem, cache.guard, index, counted, mask_of, is_reusable)
 
 
 def _attention_of_block(
@@ -277,10 +278,10 @@ def _attention_of_block(
     size: tuple[int, int] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Callable[..., Tensor], tuple | None, Section, nn.Module, Any, MaskOf | None] | str:
+) -> tuple[Callable[..., Tensor], tuple | None, Section, nn.Module, Any, tuple[MaskOf | None, bool]] | str:
     """Return what runs the attention of a block, or why it must run itself.
 
-    With it come its problem, section, module and products (see `precision`), and what finds its mask.
+    With it come its problem, section, module and products (see `precision`), and what `release_mask` returns.
     """
     family, inner = adapter.inner(module)
     reading = reading_of(family, inner)

@@ -23,18 +23,17 @@ _MOST_GUARDS = 8  # guards to be made of a module that keeps changing, before on
 class Plan:
     """A way to run one kind of call, for as long as its module's guard holds and so does this.
 
-    All that it takes from a call's arguments is in the call's key, or read anew at each call.
-
     Attributes:
         run: the call.
         mask_of: finds the mask of a block's call, which `run` is then given, or None.
+        is_reusable: all that it takes from a call's arguments is in the call's key, or read anew at each call.
         problem: what failures of the attention's kernels are kept under, or None.
         counted: whose call it is, in the report, where that is not the module itself.
         failures: how many kernels had failed when this was made.
     """
 
     __slots__ = (
-        "_fits", "_index", "_tensors", "_version", "counted", "failures", "mask_of", "problem", "run",
+        "_fits", "_index", "_tensors", "_version", "counted", "failures", "is_reusable", "mask_of", "problem", "run",
     )  # fmt: skip
 
     def __init__(
@@ -45,7 +44,9 @@ class Plan:
         index: Tensor | None = None,
         counted: State | None = None,
         mask_of: Callable[..., Any] | None = None,
+        is_reusable: bool = True,
     ) -> None:
+        self.is_reusable = is_reusable
         self.run, self.problem, self.counted, self.mask_of = run, problem, counted, mask_of
         self.failures, self._index = failures.count, index
         self._version = _version(index)
@@ -110,7 +111,7 @@ class PlanCache:
 
     def add(self, key: tuple | None, plan: Plan) -> None:
         """Add the plan of a call, for the next of its kind."""
-        if self.guard is not None and key is not None:
+        if self.guard is not None and key is not None and plan.is_reusable:
             if len(self.plans) >= _MOST_PLANS:
                 self.plans.clear()
             self.plans[key] = plan

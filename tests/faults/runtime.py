@@ -68,6 +68,7 @@ FAULTS = under(
      "runtime/test_gaps_in_calls -k failed"),
     ("plan.py", "and self._fits(*self._tensors)", "", "runtime/test_gaps_in_calls -k shapes"),
     ("plan.py", "_version(self._index) == self._version", "True", "runtime/test_edits -k index"),
+    ("plan.py", " and plan.is_reusable", "", "runtime/test_plans -k masks_of"),
     ("context.py", "value.requires_grad, value.stride()", "value.requires_grad", "runtime/test_plans -k masks_of"),
     ("context.py", '"mask", value.shape, value', '"mask", value', "runtime/test_plans -k masks_of"),
     ("attention.py", "section.mask = mask.new_empty(0)", "pass", "runtime/test_plans -k masks_of"),

@@ -2,6 +2,7 @@
 
 import copy
 
+import bias_models as biased
 import changed_models as changed
 import descendant_models as descendants
 import helpers
@@ -41,7 +42,7 @@ def hat():
 
 
 def half():
-    model, qkv = changed.SpatialAttention(16, (2, 4), 2), torch.randn(3, 2, 64, 16)
+    model, qkv = biased.SpatialAttention(16, (2, 4), 2), torch.randn(3, 2, 64, 16)
     return model, lambda mask: (qkv, 8, 8, mask), (8, 8, 8)
 
 

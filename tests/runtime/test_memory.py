@@ -127,7 +127,7 @@ def test_call_of_all_modules(monkeypatch):
     model, inputs = timm()
     accelerated(model, *inputs)
     plain, seen = nn.Module.__call__, []
-    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: (seen.append(self), plain(self, *args))[1])
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *a, **k: (seen.append(self), plain(self, *a, **k))[1])
     run_quietly(model)
     assert {model.attn.qkv, model.attn.proj} <= set(seen)
 
