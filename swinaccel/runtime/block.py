@@ -226,15 +226,17 @@ class FusedBlock:
         output = self._output
         branch = self._attend(y, mask) if output is None else self._attend.before_output(y, mask)
         if branch.requires_grad and torch.is_grad_enabled():
-            return rest(facts.block, x, branch if output is None else F.linear(branch, *output))
+            return self._others(x, branch)
         try:
             out = self._rest.run(x, branch, facts.norms, facts.linears, output)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             out = None
-        if out is None:
-            return rest(facts.block, x, branch if output is None else F.linear(branch, *output))
-        return out
+        return self._others(x, branch) if out is None else out
+
+    def _others(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return what follows the kernels of an attention, by PyTorch and the modules themselves."""
+        return rest(self._facts.block, x, branch if self._output is None else F.linear(branch, *self._output))
 
     def _unfused(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         block = self._facts.block

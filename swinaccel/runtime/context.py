@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 from ..config import AccelConfig, env_interpret
 from ..layers import CALLED, PLAIN_TENSORS, is_torch_function
 from ..spec.adapters import BlockReader
+from ..trust.fingerprint import Identity
 
 _tracing_state, _interpreter_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 _active_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
@@ -130,23 +131,8 @@ def _form_of(value: Any) -> tuple | None:
     if type(value) not in PLAIN_TENSORS or value.layout != torch.strided:
         return None
     if not value.is_floating_point():
-        return None if value.is_inference() else ("index", _Same(value), value._version)
+        return None if value.is_inference() else ("index", Identity(value))
     return "mask", value.shape, value.dtype, value.device, value.requires_grad, value.stride()
-
-
-class _Same:
-    """A tensor as part of a key: equal to itself alone, and kept, so that no other comes to lie in its place."""
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is _Same and other._tensor is self._tensor
-
-    def __hash__(self) -> int:
-        return id(self._tensor)
 
 
 def _is_plain(values: tuple[Any, ...]) -> bool:

@@ -64,8 +64,8 @@ class Untraceable(Exception):
     """A module's code reads what cannot be followed; the message names it."""
 
 
-class _Identity:
-    """Stand for an object that is compared by identity, without keeping it alive."""
+class Identity:
+    """Stand for an object that is compared by identity, a tensor by its version too, without keeping it alive."""
 
     __slots__ = ("_address", "_reference", "_version")
 
@@ -74,7 +74,7 @@ class _Identity:
         self._version = value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity) or self._version != other._version:
+        if not isinstance(other, Identity) or self._version != other._version:
             return False
         value = self._reference()
         return value is not None and value is other._reference()
@@ -100,7 +100,7 @@ def fingerprint(parts: Iterable[tuple[str, nn.Module]], methods: Iterable[str] =
 
 def is_dead(fingerprint: Hashable) -> bool:
     """Return True if code or an object of this fingerprint is gone, so that it equals no other any more."""
-    if isinstance(fingerprint, _Identity):
+    if isinstance(fingerprint, Identity):
         return fingerprint.is_dead()
     return isinstance(fingerprint, (tuple, frozenset)) and any(map(is_dead, fingerprint))
 
@@ -209,7 +209,7 @@ class Trace:
             return self._value(function, names, depth)
         if (place := self._seen_before(function)) is not None:
             return place
-        found: list[Hashable] = [_Identity(code)]
+        found: list[Hashable] = [Identity(code)]
         is_library, names = is_library_function(function), names | names_in(code)
         for cell in function.__closure__ or ():
             value = cell_content(cell)
@@ -240,7 +240,7 @@ class Trace:
             value = function.__globals__[name]
             if isinstance(value, types.FunctionType):
                 self._watch(function.__globals__, name)
-                yield name, _Identity(value.__code__)
+                yield name, Identity(value.__code__)
                 if is_surveyed_function(value) and self._seen_before(value) is None:
                     yield from self._library_state(value)
             elif isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == "torch":
@@ -376,7 +376,7 @@ class Trace:
 
 def _identity(value: Any) -> Hashable:
     try:
-        return _Identity(value)
+        return Identity(value)
     except TypeError:
         raise Untraceable(f"its code reads a {type(value).__name__}, and whether that changes cannot be seen") from None
 

@@ -131,10 +131,11 @@ def test_product_and_gelu_in_one_kernel(
     monkeypatch.setattr(devices, "multiprocessors", lambda device: processors)
     x, weight = random(1, rows, channels, dtype=dtype), random(hidden, channels, dtype=dtype, scale=1.5 / channels**0.5)
     inputs = (x, weight, random(hidden, dtype=dtype, seed=2) if biases else None)
-    linear.linear_gelu(-x, *inputs[1:])
-    found = linear.linear_gelu(*inputs)  # on a GPU, without compiling
+    linear.linear(-x, *inputs[1:], gelu=True)
+    found = linear.linear(*inputs, gelu=True)  # on a GPU, without compiling
     compare(found, F.gelu(F.linear(*inputs)), F.gelu(F.linear(*exact(*inputs))))
-    assert linear.linear_gelu(random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels), weight, None) is None
+    shifted = random(rows * channels + 1, dtype=dtype)[1:].view(rows, channels)
+    assert linear.linear(shifted, weight, None, gelu=True) is None
 
 
 def test_gelu_takes_the_place_of_its_input(monkeypatch):

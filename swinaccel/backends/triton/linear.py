@@ -17,14 +17,16 @@ from .block import kept, run
 from .launches import DescribedLaunch
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor | None:
-    """Return x weightᵀ + bias, plus `added`, or None where PyTorch's product is to be preferred.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None, *, gelu: bool = False
+) -> Tensor | None:
+    """Return x weightᵀ + bias, plus `added`, or its exact GELU; None where PyTorch's product is to be preferred.
 
     Args:
         x, weight: (..., K) and (N, K).
         added: (..., N), contiguous.
     """
-    launch = _launch_of(x, weight, adds=added is not None)
+    launch = _launch_of(x, weight, gelu=gelu, adds=added is not None)
     if launch is None or (added is not None and not are_describable(added)):
         return None
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -32,18 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None 
     return out
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return GELU(x weightᵀ + bias), exact, or None where PyTorch's product is to be preferred."""
-    launch = _launch_of(x, weight, gelu=True)
-    if launch is None:
-        return None
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    run(launch, out, x, weight, bias, None, None)
-    return out
-
-
 def linear_gelu_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return x weightᵀ + bias and its GELU, as `linear_gelu`, for a backward."""
+    """Return x weightᵀ + bias and its GELU, as `linear` does, for a backward."""
     launch = _launch_of(x, weight, gelu=True, keeps=True)
     if launch is None:
         return None
