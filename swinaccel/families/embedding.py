@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import BASE_ATTRIBUTES
 from ..spec.block import Embedding, Tokens
+from ..spec.window import Axes
 from .shared.common import pair, positional_names
 
 
@@ -62,12 +64,37 @@ class PatchEmbed:
         return getattr(module, "img_size", None) is not None and getattr(module, "strict_img_size", True)
 
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        projection, size = _projection(module), pair(getattr(module, "img_size", None))
+        projection, size = _projection(module), _few_patches(module)
         height, width = projection.kernel_size
-        sizes = [(3 * height, 2 * width), (2 * height, 5 * width)]
+        sizes: list[Axes] = [(3 * height, 2 * width), (2 * height, 5 * width)]
         if size is not None:
             sizes = [size] if getattr(module, "strict_img_size", True) else [size, *sizes]
         return [(torch.Size((2, projection.in_channels, *sides)),) for sides in sizes]
+
+
+# What timm's and the official code keep of an image's size, and their other attributes.
+_GRIDS = ("grid_size", "patches_resolution")
+_KNOWN = {
+    *BASE_ATTRIBUTES, *_GRIDS, "img_size", "num_patches", "patch_size", "in_chans", "embed_dim", "flatten",
+    "output_fmt", "strict_img_size", "dynamic_img_pad",
+}  # fmt: skip
+
+
+def _few_patches(module: Any) -> Axes | None:
+    """Leave a copy that takes images of one size a few patches of it, which cost a trial less; return the size."""
+    size, (height, width) = pair(getattr(module, "img_size", None)), _projection(module).kernel_size
+    small = 3 * height, 2 * width
+    if size is None or not vars(module).keys() <= _KNOWN or size[0] <= small[0] or size[1] <= small[1]:
+        return size
+    grid = size[0] // height, size[1] // width
+    held = {"img_size": (size, small), **dict.fromkeys(_GRIDS, (grid, (3, 2)))}
+    for name, (old, new) in held.items():
+        value = getattr(module, name, None)
+        if isinstance(value, (tuple, list)) and tuple(value) == old:
+            setattr(module, name, type(value)(new))
+    if getattr(module, "num_patches", None) == grid[0] * grid[1]:
+        module.num_patches = 6
+    return pair(module.img_size)
 
 
 class Embeddings:

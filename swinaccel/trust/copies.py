@@ -173,6 +173,14 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for part in sharded:
         kept = {name: value for name, value in vars(part).items() if not name.startswith(_COMPOSABLE)}
         memo[id(part)].__dict__ = copy.deepcopy(kept, memo)
+    return deep_copy(module, memo)
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return `copy.deepcopy` of a module; most of its time would go into the empty dictionaries of hooks."""
+    memo = memo or {}
+    for part in module.modules():
+        memo |= {id(one): type(one)() for one in vars(part).values() if type(one) in (dict, OrderedDict) and not one}
     return copy.deepcopy(module, memo)
 
 

@@ -7,7 +7,6 @@ any other, and are told by their code.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..families import Family
 from .compare import PADDED, Inconclusive
-from .copies import Setting, Subject, isolated, set_path_rates
+from .copies import Setting, Subject, deep_copy, isolated, set_path_rates
 from .fingerprint import rates
 from .libraries import is_of_library
 from .registry import Reading
@@ -103,7 +102,7 @@ def _unread(subject: Subject, reading: Reading, compared: Compare) -> tuple[tupl
 
 def _drops_weights(family: Family, clone: nn.Module, reading: Reading, args: tuple[Any, ...]) -> bool:
     """Return True if the section of a call drops weights."""
-    section: Any = family.section(copy.deepcopy(clone), *args)
+    section: Any = family.section(deep_copy(clone), *args)
     if not isinstance(section, str):
         section = reading.apply(section, family.attention(clone), args[0])
     return not isinstance(section, str) and section.dropout > 0
@@ -136,7 +135,7 @@ def _is_rate(name: str, subject: Subject, compared: Compare) -> bool:
 
 
 def _is_alike(clone: nn.Module, arguments: Iterable[tuple[Any, ...]], compared: Compare) -> bool:
-    pairs = [(copy.deepcopy(clone), copy.deepcopy(clone), args, Setting(drops=True)) for args in arguments]
+    pairs = [(deep_copy(clone), deep_copy(clone), args, Setting(drops=True)) for args in arguments]
     try:
         return not {compared(*pair) for pair in pairs} - {None, PADDED}
     except Inconclusive:
@@ -164,7 +163,7 @@ def _given_rate(original: Callable[..., Any], clone: nn.Module, arguments: Itera
     for args in arguments:
         heard.clear()
         with contextlib.suppress(Exception), RateRecorder():  # calls that it refuses tell nothing
-            original(copy.deepcopy(clone), *args)
+            original(deep_copy(clone), *args)
             found.add(heard[0] if len(heard) == 1 else 0.0)
     return found.pop() if len(found) == 1 else None
 

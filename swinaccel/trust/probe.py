@@ -13,7 +13,6 @@ depends on the one module beyond that (the size to which its window has shrunk, 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
@@ -29,12 +28,23 @@ from ..spec.adapters import is_family
 from ..spec.window import Section, WindowSpec
 from . import projections
 from .compare import PADDED, Inconclusive
-from .copies import EXACT, OTHERS, Setting, Subject, Widened, isolated, set_drop_rates, set_idle_rates, set_path_rates
+from .copies import (
+    EXACT,
+    OTHERS,
+    Setting,
+    Subject,
+    Widened,
+    deep_copy,
+    isolated,
+    set_drop_rates,
+    set_idle_rates,
+    set_path_rates,
+)
 from .dropping import with_dropouts
 from .fingerprint import Untraceable, fingerprint
 from .libraries import is_installed, is_library_function, is_of_library
 from .names import helpers_of, names_in
-from .registry import Reading, attention_key, block_key, mask_kind, registry
+from .registry import Reading, attention_key, block_key, mask_kind, parts_of_attention, registry
 from .trial import compare_attention, compare_block
 
 _BARE = (
@@ -66,9 +76,11 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
     attention = family.attention(module)
     extra = family.name, spec.window, any(spec.shift)
     own = own_method(type(module), family.method)
+    # Of a block whose attention is a method of its own, a library's does not look at what stands around it.
+    decisive = parts_of_attention(family, module) if is_of_library(module) else list(module.named_modules())
     reason = _judge(
         ("attention", *extra),
-        module,
+        decisive,
         (family.method,),
         _read(attention, family.projections(module)),
         lambda: _probe(module, family, own),
@@ -91,7 +103,7 @@ def judge_block(module: nn.Module, family: Any, method: str, attention: str | No
     own = None if attention is None else own_method(type(module), attention)
     return _judge(
         ("block", family.name),
-        module,
+        list(module.named_modules()),
         methods,
         [part for part in module.modules() if part not in inside],
         lambda: _probe_block(module, family, forward, own),
@@ -107,7 +119,7 @@ def _read(attention: nn.Module, projections: Iterable[nn.Module]) -> list[nn.Mod
 
 def _judge(
     key: tuple[Hashable, ...],
-    module: nn.Module,
+    decisive: list[tuple[str, nn.Module]],
     methods: tuple[str, ...],
     parts: Iterable[nn.Module],
     probe: Callable[[], Reading | str],
@@ -120,12 +132,12 @@ def _judge(
     try:
         verdict: Reading | str | None = None
         for _ in range(2):  # what code keeps for later calls is there in the second
-            found = (*key, fingerprint(module.named_modules(), methods))
+            found = (*key, fingerprint(decisive, methods))
             verdict = registry.verdict(found)
             if verdict is not None:
                 break
             verdict = probe()
-            if found == (*key, fingerprint(module.named_modules(), methods)):
+            if found == (*key, fingerprint(decisive, methods)):
                 registry.record(found, verdict)
                 break
         else:
@@ -233,10 +245,10 @@ def _refused(subject: Subject) -> frozenset[str]:
         with isolated(), torch.no_grad():
             clone, arguments = subject.prepared()
             for args in arguments:
-                section = subject.family.section(copy.deepcopy(clone), *args)
+                section = subject.family.section(deep_copy(clone), *args)
                 kind = section if isinstance(section, str) else mask_kind(section, args[0])
                 try:
-                    subject.original(copy.deepcopy(clone), *args)
+                    subject.original(deep_copy(clone), *args)
                     taken.add(kind)
                 except Exception:
                     raised.add(kind)
@@ -298,7 +310,7 @@ def _run(
                     if drops:
                         set_drop_rates(family.block(clone), rate)
                     for args in arguments:
-                        pair = copy.deepcopy(clone), copy.deepcopy(clone)
+                        pair = deep_copy(clone), deep_copy(clone)
                         with (
                             Widened() if narrows and setting.is_exact else nullcontext(),
                             torch.set_grad_enabled(setting.grad),

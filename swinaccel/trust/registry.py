@@ -141,11 +141,15 @@ def _make_room(proofs: dict) -> None:
 registry = Registry()
 
 
+def parts_of_attention(family: Any, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a module and its attention's modules, by their names: what a section stands in for."""
+    inside = set(family.attention(module).modules())
+    return [(path, part) for path, part in module.named_modules() if part is module or part in inside]
+
+
 def attention_key(family: Any, module: nn.Module) -> Hashable:
     """Return what calls of a module are proven by: the fingerprint of what its section stands in for."""
-    inside = set(family.attention(module).modules())
-    parts = [(path, part) for path, part in module.named_modules() if part is module or part in inside]
-    return "attention", family.name, fingerprint(parts, (family.method,))
+    return "attention", family.name, fingerprint(parts_of_attention(family, module), (family.method,))
 
 
 def block_key(family: Any, module: nn.Module) -> Hashable:

@@ -1,0 +1,82 @@
+"""How much is tried at accelerate(): each kind once, on few tokens."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import swinaccel
+from swinaccel.families.embedding import PatchEmbed
+from swinaccel.trust import probe
+from swinaccel.trust.registry import registry
+
+
+def _counted(monkeypatch) -> list[str]:
+    tried: list[str] = []
+    real = probe._run
+
+    def run(subject, *args, **options):
+        tried.append(type(subject.module).__name__)
+        return real(subject, *args, **options)
+
+    monkeypatch.setattr(probe, "_run", run)
+    registry.clear()
+    return tried
+
+
+def test_what_stands_around_a_librarys_attention_is_no_other_kind(monkeypatch):
+    """The first block drops no path; its attention is that of the third, which does."""
+    model = timm.models.SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), drop_path_rate=0.2
+    )
+    tried = _counted(monkeypatch)
+    swinaccel.accelerate(model.eval())
+    # Attention without and with a shift, and what stands around it without and with drop-path.
+    assert tried.count("SwinTransformerBlock") == 4, tried
+    assert all(entry.status == "accelerated" for entry in swinaccel.report(model).entries)
+
+
+class Counting(timm.layers.PatchEmbed):
+    """Asks for as many patches as it holds a number of its own for."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out if self.counted == out.shape[1] else out + 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_patch_embeddings_are_tried_on_few_patches(strict):
+    own = timm.layers.PatchEmbed(img_size=224, patch_size=4, embed_dim=8, strict_img_size=strict)
+    sizes = [tuple(shape) for (shape,) in PatchEmbed().example(own)]
+    assert sizes[0] == (2, 3, 12, 8)
+    assert (own.img_size, own.grid_size, own.num_patches) == ((12, 8), (3, 2), 6)
+    assert own(torch.randn(sizes[0])).shape == (2, 6, 8)
+
+
+def test_patch_embeddings_that_hold_more_are_tried_as_they_are():
+    own = Counting(img_size=16, patch_size=2, embed_dim=8)
+    own.counted = 64
+    assert [tuple(shape) for (shape,) in PatchEmbed().example(own)] == [(2, 3, 16, 16)]
+    assert own.img_size == (16, 16)
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_embeddings_stay_as_they_were(odd):
+    """What a trial changes is a copy."""
+
+    class Own(timm.layers.PatchEmbed):
+        def forward(self, x):
+            return super().forward(x) + odd
+
+    model = timm.models.SwinTransformer(img_size=32, window_size=4, embed_dim=16, depths=(1,), num_heads=(2,))
+    model.patch_embed = Own(img_size=32, patch_size=4, embed_dim=16, norm_layer=nn.LayerNorm)
+    model.patch_embed.flatten, model.patch_embed.output_fmt = False, timm.layers.Format.NHWC
+    x = torch.randn(1, 3, 32, 32)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        swinaccel.accelerate(model)
+        assert model.patch_embed.img_size == (32, 32)
+        assert torch.allclose(model(x), expected, atol=1e-5)
