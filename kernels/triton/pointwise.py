@@ -42,7 +42,7 @@ def standardised(tile, offs_c, eps, C: tl.constexpr):
     mean = tl.sum(tile, axis=1) / C
     centred = tl.where((offs_c < C)[None, :], tile - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / C
-    rstd = 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float32))
+    rstd = 1.0 / tl.sqrt_rn(variance + tl.cast(eps, tl.float32))
     return centred * rstd[:, None], mean, rstd
 
 
