@@ -176,14 +176,15 @@ def env_disabled() -> bool:
     return _flag("SWINACCEL_DISABLE")
 
 
-def _look() -> Callable[[], bool]:
+def _may_be_set(name: str) -> Callable[[], bool]:
+    """Return a function that returns False if a variable is not set, in a tenth of the time of reading it."""
     raw = getattr(os.environ, "_data", None)  # where os.environ keeps its bytes, on POSIX
-    if os.name == "posix" and type(raw) is dict and all(type(name) is bytes for name in raw):
-        return partial(contains, raw, b"SWINACCEL_DISABLE")
+    if os.name == "posix" and type(raw) is dict and all(type(one) is bytes for one in raw):
+        return partial(contains, raw, name.encode())
     return lambda: True
 
 
-may_be_disabled = _look()  # Return False if SWINACCEL_DISABLE is not set: a tenth of the time of reading it
+may_be_disabled, _may_be_without_graphs = map(_may_be_set, ("SWINACCEL_DISABLE", "SWINACCEL_GRAPHS"))
 
 
 def env_strict() -> bool:
@@ -193,7 +194,7 @@ def env_strict() -> bool:
 
 def env_graphs() -> bool:
     """Return True unless SWINACCEL_GRAPHS is off, read now."""
-    return "SWINACCEL_GRAPHS" not in os.environ or _flag("SWINACCEL_GRAPHS")
+    return not _may_be_without_graphs() or "SWINACCEL_GRAPHS" not in os.environ or _flag("SWINACCEL_GRAPHS")
 
 
 def env_auto() -> bool:
