@@ -1,8 +1,9 @@
 """Guards: see whether modules, and all that their code reads, are what they were when a plan was built for them.
 
 A guard is a copy of what a module tree is made of, compared as a whole: settings by value; submodules, parameters,
-buffers and hooks by identity. Comparing takes a tenth of the time that reading and judging each of them takes. Numbers
-that are written in place, as all training does, are no change here: tensors are read when a kernel reads them.
+buffers and hooks by identity. Comparing takes a tenth of the time that reading and judging each of them takes, and
+where Python counts the writes to dictionaries, only those that were written to since are compared. Numbers that are
+written in place, as all training does, are no change here: tensors are read when a kernel reads them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,58 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo import guards as compilers_guards
 
 from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
-_forward = attrgetter("forward", "__call__")
+_forward, _attributes = attrgetter("forward", "__call__"), attrgetter("__dict__")
 
 
 class NotGuardable(Exception):
     """A module holds what cannot be compared."""
+
+
+class _Plain:
+    """An object with attributes."""
+
+
+def _sees_writes(version_of: Any) -> bool:
+    """Return True if the version of a dictionary, which no other one ever has, changes at each kind of write."""
+
+    def assigned(owner: Any) -> None:
+        owner.written = object()
+
+    def put(owner: Any) -> None:
+        vars(owner)["written"] = object()
+
+    def updated(owner: Any) -> None:
+        vars(owner).update(written=object())
+
+    def taken(owner: Any) -> None:
+        vars(owner).pop("written")
+
+    def deleted(owner: Any) -> None:
+        owner.written = None
+        del owner.written
+
+    owners = nn.Identity(), _Plain()
+    try:
+        seen = [version_of(vars(owner)) for owner in owners]
+        for _ in range(32):  # by then Python runs a quicker form of each
+            for write in (assigned, put, updated, taken, deleted):
+                for owner in owners:
+                    write(owner)
+                    seen.append(version_of(vars(owner)))
+        stays = [version_of(vars(owner)) for owner in owners] == seen[-2:]
+    except Exception:
+        return False
+    return stays and len(set(seen)) == len(seen)
+
+
+_version_of: Any = getattr(compilers_guards, "dict_version", None)  # the compiler's own guards go by it
+_COUNTS_WRITES = _version_of is not None and _sees_writes(_version_of)
 
 
 class Guard:
@@ -40,9 +82,9 @@ class Guard:
     """
 
     __slots__ = (
-        "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_empty", "_fields", "_forwards",
-        "_held", "_ignored", "_kept", "_names", "_owners", "_pointers", "_settings", "_types", "_versions",
-        "_watched", "modules", "values",
+        "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_counts_writes", "_empty", "_fields",
+        "_first", "_forwards", "_held", "_ignored", "_kept", "_lists", "_names", "_owners", "_pointers", "_settings",
+        "_types", "_versions", "_watched", "_written", "modules", "values",
     )  # fmt: skip
 
     def __init__(
@@ -61,12 +103,23 @@ class Guard:
         self.values: list[Tensor] = []  # tensors among the settings
         settings = [_settings(one.__dict__, self._owners, self.values) for one in modules]
         self._settings = settings + [_copied(one.__dict__, self.values) for one in self._owners[len(modules) :]]
+        # Settings that can be written to without a write to their module.
+        self._first = list(map(dict, map(_attributes, self._owners)))
+        self._lists = [
+            (now, then[name])
+            for first, then in zip(self._first, self._settings, strict=True)
+            for name, now in first.items()
+            if now is not then[name]
+        ]
         self._versions = list(map(_version, self.values))
         # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
         places = [(one, name) for one in modules for name in (*HOOKS, *_CONTAINERS)]
         self._empty = [one.__dict__[name] for one, name in places if not one.__dict__[name]]
         self._containers = [(one.__dict__, name) for one, name in places if one.__dict__[name]]
         filled = self._filled()
+        # Of other kinds of mappings, the order may change without a write.
+        self._counts_writes = _COUNTS_WRITES and {type(one) for one in (*map(vars, self._owners), *filled)} == {dict}
+        self._written: list[int] | None = None  # versions of these dictionaries when they were last compared
         self._names, self._kept = list(chain.from_iterable(filled)), _values(filled)
         self._buffers = [one for module in modules for one in module._buffers.values() if one is not None]
         self._pointers = list(map(Tensor.data_ptr, self._buffers))
@@ -84,15 +137,10 @@ class Guard:
     def holds(self) -> bool:
         """Return True if nothing has changed since."""
         try:
-            filled = self._filled()
-            kept = _values(filled)
             return (
                 list(map(type, self.modules)) == self._types
                 and list(map(_forward, self._classes)) == self._forwards
-                and len(kept) == len(self._kept)
-                and all(map(is_, kept, self._kept))
-                and list(chain.from_iterable(filled)) == self._names
-                and self._has_settings()
+                and self._holds_same()
                 and not any(self._empty)
                 and list(map(Tensor.data_ptr, self._buffers)) == self._pointers  # views of them may have been kept
                 and list(map(_version, self.values)) == self._versions
@@ -102,6 +150,38 @@ class Guard:
             )
         except Exception:  # a setting that has become something which cannot be compared, a name that is gone
             return False
+
+    def _holds_same(self) -> bool:
+        """Return True if settings, parameters, buffers and submodules are what they were."""
+        filled = self._filled()
+        written = None
+        if self._counts_writes:
+            written = list(map(_version_of, chain(map(_attributes, self._owners), filled)))
+            if written == self._written:
+                return all(now == then for now, then in self._lists)
+        kept = _values(filled)
+        if not (
+            len(kept) == len(self._kept)
+            and all(map(is_, kept, self._kept))
+            and list(chain.from_iterable(filled)) == self._names
+            and self._has_settings()
+        ):
+            return False
+        if written is not None:
+            self._note(written)
+        return True
+
+    def _note(self, written: list[int]) -> None:
+        """Keep the versions of dictionaries that were found to be what they were.
+
+        Who put something else that can be written to in a place, if an equal one, has all compared from then on.
+        """
+        before: Iterable[int | None] = self._written or repeat(None)
+        for owner, first, now, then in zip(self._owners, self._first, written, before, strict=False):
+            if now != then:
+                values = vars(owner).items()
+                self._counts_writes &= all(value is first.get(name) or is_plain(value) for name, value in values)
+        self._written = written
 
     def _has_settings(self) -> bool:
         if not self._ignored:
@@ -164,4 +244,4 @@ def same_tensors(tensors: list[Tensor]) -> Any:
     """
     if not tensors:
         return lambda *_: True
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return compilers_guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check

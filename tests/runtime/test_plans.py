@@ -18,6 +18,7 @@ from torch import nn
 import swinaccel
 from swinaccel.families.window_attention import WindowAttention
 from swinaccel.layers import alias
+from swinaccel.runtime import guard as guards
 from swinaccel.runtime.guard import Guard, NotGuardable
 from swinaccel.spec import reference
 from swinaccel.spec.window import Geometry
@@ -97,11 +98,44 @@ def test_masks_of_threads():
         list(pool.map(run, masks))
 
 
+@pytest.mark.parametrize("version_of", [len, id, lambda space: 1 / 0, lambda space: object()])
+def test_versions_of_dictionaries_are_tried_first(version_of):
+    assert not guards._sees_writes(version_of)
+
+
 class Config:
     scale = 1.0
 
 
 class TestGuard:
+    @pytest.fixture(params=[True, False], ids=["counted", "compared"], autouse=True)
+    def _counts(self, request, monkeypatch):
+        """Where Python counts writes to dictionaries, and where it does not."""
+        assert guards._COUNTS_WRITES
+        monkeypatch.setattr(guards, "_COUNTS_WRITES", request.param)
+
+    def test_what_is_written_and_written_back(self):
+        module = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+        guard = Guard(module.modules())
+        for _ in range(3):
+            module.eval()
+            assert not guard.holds()
+            module.train()
+            assert guard.holds()
+            assert guard.holds()
+
+    @pytest.mark.parametrize("name", ["_forward_hooks", "_buffers", "numbers", "_parameters"])
+    def test_what_takes_a_place_is_looked_into(self, name):
+        """It equals what was there, and is written to later, which is no write to the module."""
+        module = nn.Linear(1, 1)
+        module.numbers = [1, 2]
+        guard = Guard([module])
+        now = copy.copy(vars(module)[name])
+        setattr(module, name, now)
+        assert guard.holds()
+        now.append(3) if name == "numbers" else now.update(one=torch.ones(1))
+        assert not guard.holds()
+
     def test_settings(self):
         module = nn.Module()
         module.numbers, module.pair, module.names = [1, 2], (1, 2), {"of": [1]}
