@@ -73,7 +73,7 @@ def _quantise_weights_kernel(
     out_ptr,  # all four matrices, one after the other, e4m3
     scale_ptr,  # of all their rows, fp32
     qkv_ptr,  # (QKV, C)
-    proj_ptr,  # (C, WIDTH)
+    proj_ptr,  # (C, WIDTH), or None
     fc1_ptr,  # (HIDDEN, C)
     fc2_ptr,  # (C, HIDDEN)
     C: tl.constexpr, QKV: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
@@ -85,18 +85,20 @@ def _quantise_weights_kernel(
     ROWS_C rows of C numbers, in BLOCK_C, and likewise WIDTH and HIDDEN.
     """
     END_QKV: tl.constexpr = (QKV + ROWS_C - 1) // ROWS_C
-    END_PROJ: tl.constexpr = END_QKV + (C + ROWS_W - 1) // ROWS_W
+    PROJ: tl.constexpr = 0 if proj_ptr is None else C
+    END_PROJ: tl.constexpr = END_QKV + (PROJ + ROWS_W - 1) // ROWS_W
     END_FC1: tl.constexpr = END_PROJ + (HIDDEN + ROWS_C - 1) // ROWS_C
     pid = tl.program_id(0)
     if pid < END_QKV:
         _store_weight(out_ptr, scale_ptr, qkv_ptr, pid, QKV, C, BLOCK_C, ROWS_C)
     elif pid < END_PROJ:
-        out = out_ptr + QKV * C
-        _store_weight(out, scale_ptr + QKV, proj_ptr, pid - END_QKV, C, WIDTH, BLOCK_W, ROWS_W)
+        if proj_ptr is not None:
+            out = out_ptr + QKV * C
+            _store_weight(out, scale_ptr + QKV, proj_ptr, pid - END_QKV, C, WIDTH, BLOCK_W, ROWS_W)
     elif pid < END_FC1:
-        out = out_ptr + QKV * C + C * WIDTH
-        _store_weight(out, scale_ptr + QKV + C, fc1_ptr, pid - END_PROJ, HIDDEN, C, BLOCK_C, ROWS_C)
+        out = out_ptr + QKV * C + PROJ * WIDTH
+        _store_weight(out, scale_ptr + QKV + PROJ, fc1_ptr, pid - END_PROJ, HIDDEN, C, BLOCK_C, ROWS_C)
     else:
-        out = out_ptr + QKV * C + C * WIDTH + HIDDEN * C
-        scale = scale_ptr + QKV + C + HIDDEN
+        out = out_ptr + QKV * C + PROJ * WIDTH + HIDDEN * C
+        scale = scale_ptr + QKV + PROJ + HIDDEN
         _store_weight(out, scale, fc2_ptr, pid - END_FC1, C, HIDDEN, BLOCK_H, ROWS_H)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.triton import block as kernels
-from ..backends.triton import quantise
+from ..backends.triton import linear8, quantise
 from ..backends.triton.block import Affine
 from ..backends.triton.launches import BoundLaunch
 from .block import Layer
+from .linear import linear
 
 EIGHT = torch.float8_e4m3fn
 MULTIPLE = 16  # of which both sides of a product of 8 bits must be
@@ -56,10 +58,13 @@ class BoundBlock:
         self._product, self._total, self._rows, self._post_norm = product, total, rows, post_norm
         self._shapes = (qkv, channels), (channels, width), (hidden, channels), (channels, hidden)
 
+        self._in_groups = _launches_in_groups(device, rows, channels, hidden, not post_norm)
+        self._projects = PROJECTS
+
         def bound(mode: int, numbers: int, eps: float = 0.0) -> BoundLaunch:
             return BoundLaunch(quantise.rows_launch(mode, device, rows, numbers, eps))
 
-        self._weights = BoundLaunch(quantise.weights_launch(device, channels, *sizes))
+        self._weights = BoundLaunch(quantise.weights_launch(device, channels, *sizes, PROJECTS))
         self._attended, self._active = bound(quantise.PLAIN, width), bound(quantise.GELU, hidden)
         if post_norm:
             self._first = bound(quantise.PLAIN, channels)
@@ -85,15 +90,36 @@ class BoundBlock:
         y = self._row(self._first, x, channels, affine=first)
         image = _product(y, qkv, layers[0][1]).view(*x.shape[:-1], -1)
         attended = attend(image.to(self._product)).contiguous()
-        branch = _product(self._row(self._attended, attended, width), proj, layers[1][1])
+        if self._projects:
+            branch = _product(self._row(self._attended, attended, width), proj, layers[1][1])
+        else:
+            weight, bias = layers[1]
+            branch = linear(
+                attended, weight.to(attended.dtype), None if bias is None else bias.to(attended.dtype)
+            ).view(-1, channels)
         total = x.new_empty(x.shape, dtype=self._total)
         y = self._row(self._second, x, channels, branch, total, before if self._post_norm else after)
-        y = self._row(self._active, _product(y, fc1, layers[2][1]), hidden)
-        added = _product(y, fc2, layers[3][1])
-        if not self._post_norm:
-            return total.add_(added.view(x.shape))
+        if self._in_groups is not None:
+            added = self._mlp_in_groups(y, total, fc1, fc2, layers[2][1], layers[3][1])
+            if not self._post_norm:
+                return total
+        else:
+            y = self._row(self._active, _product(y, fc1, layers[2][1]), hidden)
+            added = _product(y, fc2, layers[3][1])
+            if not self._post_norm:
+                return total.add_(added.view(x.shape))
         out = torch.empty_like(total)
         self._last(total, out, None, None, added, None, *after[:2], None)
+        return out
+
+    def _mlp_in_groups(self, y: Operand, total: Tensor, fc1: Operand, fc2: Operand, bias1: Any, bias2: Any) -> Tensor:
+        up, down = self._in_groups
+        hidden, channels = self._shapes[2]
+        active = total.new_empty((self._rows, hidden), dtype=EIGHT)
+        scale = total.new_empty((hidden // 128, self._rows), dtype=torch.float32)
+        up(active, scale, *y, fc1[0].t(), fc1[1], bias1, None)
+        out = total.new_empty((self._rows, channels), dtype=self._product) if self._post_norm else total
+        down(out, None, active, scale, fc2[0].t(), fc2[1], bias2, None if self._post_norm else total)
         return out
 
     def _row(
@@ -113,12 +139,25 @@ class BoundBlock:
     def _operands(self, layers: Sequence[Layer]) -> list[Operand]:
         """Return the weights of now in 8 bits, transposed, and their scales (1, N)."""
         weights = [weight for weight, _ in layers]
-        sizes, rows = [n * k for n, k in self._shapes], [n for n, _ in self._shapes]
+        shapes = list(self._shapes)
+        if not self._projects:
+            shapes[1] = (0, 0)
+            weights[1] = None
+        sizes, rows = [n * k for n, k in shapes], [n for n, _ in shapes]
         numbers = weights[0].new_empty(sum(sizes), dtype=EIGHT)
         scales = weights[0].new_empty(sum(rows), dtype=torch.float32)
         self._weights(numbers, scales, *weights)
-        parts = zip(numbers.split(sizes), scales.split(rows), self._shapes, strict=True)
+        parts = zip(numbers.split(sizes), scales.split(rows), shapes, strict=True)
         return [(part.view(shape).t(), scale.view(1, -1)) for part, scale, shape in parts]
+
+
+PROJECTS = True
+
+
+def _launches_in_groups(device: torch.device, rows: int, channels: int, hidden: int, adds: bool) -> Any:
+    up = linear8.gelu_launch(device, rows, channels, hidden)
+    down = linear8.sum_launch(device, rows, hidden, channels, adds)
+    return None if up is None or down is None else (up, down)
 
 
 def _product(x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:

@@ -33,20 +33,20 @@ def _plan_rows(device: torch.device, rows: int, channels: int, eps: float, mode:
     )
 
 
-def weights_launch(device: torch.device, channels: int, qkv: int, width: int, hidden: int) -> Any:
+def weights_launch(device: torch.device, channels: int, qkv: int, width: int, hidden: int, projects: bool = True) -> Any:
     """Return the launch of `kernels.quantise._quantise_weights_kernel`: qkv rows, heads' width and hidden channels.
 
     Raises:
         LaunchError: it cannot be planned.
     """
-    return kept(("quantise weights", device, channels, qkv, width, hidden), _plan_weights)
+    return kept(("quantise weights", device, channels, qkv, width, hidden, projects), _plan_weights)
 
 
-def _plan_weights(device: torch.device, channels: int, qkv: int, width: int, hidden: int) -> Any:
+def _plan_weights(device: torch.device, channels: int, qkv: int, width: int, hidden: int, projects: bool = True) -> Any:
     from ...kernels import fusion_launch, quantise
 
     own, wide, deep = map(fusion_launch.rows, (channels, width, hidden))
-    programs = -(-qkv // own.rows) - (-channels // wide.rows) - (-hidden // own.rows) - (-channels // deep.rows)
+    programs = -(-qkv // own.rows) - (-channels // wide.rows) * projects - (-hidden // own.rows) - (-channels // deep.rows)
     blocks, rows = zip(*((shape.block_c, shape.rows) for shape in (own, wide, deep)), strict=True)
     return Launch(
         quantise._quantise_weights_kernel,
