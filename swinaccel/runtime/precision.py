@@ -31,7 +31,7 @@ from .section import TritonSection
 
 logger = logging.getLogger("swinaccel")
 
-fewest_channels = 256  # of a block: with up to 128, the MLP is one kernel, and between nothing was measured (docs/notes.md)
+fewest_channels = 256  # of a block: with up to 128 the MLP is one kernel; between nothing was measured (docs/notes.md)
 
 _OTHER_DEVICE = "products of 8 bits run by Triton kernels, on NVIDIA GPUs of compute capability 9 or newer"
 

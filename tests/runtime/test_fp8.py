@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 from blocks import HALF, random
-from eight_bits import EIGHT, MODELS, X, accelerated, assert_runs, call, first, knows, made, relative, replaced
-from helpers import TRITON_DEVICE
+from eight_bits import MODELS, X, accelerated, assert_runs, call, first, knows, made, relative, replaced
 from torch import nn
 
 import swinaccel

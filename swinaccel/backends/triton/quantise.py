@@ -26,9 +26,7 @@ def rows_launch(
     return kept(("quantise", device, rows, channels, hidden, eps, mode, limits), _plan_rows)
 
 
-def _plan_rows(
-    device: torch.device, rows: int, channels: int, hidden: int, eps: float, mode: int, limits: bool
-) -> Any:
+def _plan_rows(device: torch.device, rows: int, channels: int, hidden: int, eps: float, mode: int, limits: bool) -> Any:
     from ...kernels import fusion_launch, quantise
 
     shape = fusion_launch.rows(channels)
