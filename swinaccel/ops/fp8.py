@@ -83,7 +83,8 @@ class BoundBlock:
         image = x.new_empty((*x.shape[:-1], len(qkv[0])), dtype=self._product)
         self._qkv(image, None, *y, *qkv, qkv_layer[1], None)
         attended = attend(image)
-        branch = linear(attended, *(None if one is None else one.to(attended.dtype) for one in projection))
+        weight, bias = projection
+        branch = linear(attended, weight.to(attended.dtype), None if bias is None else bias.to(attended.dtype))
         total = x.new_empty(x.shape, dtype=self._total)
         affine = (before if self._post_norm else after)[:2]
         y = self._room(x)
