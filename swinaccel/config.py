@@ -84,7 +84,7 @@ class AccelConfig:
             not depend on values, as for torch.compile with mode="reduce-overhead". False never. On CPUs nothing is.
         graphs_memory: fraction in (0, 1] of the device's memory that the graphs of one model may take.
         precision: "fp8" multiplies in 8 bits (e4m3) in the blocks that run as a whole, in half-precision inference on
-            NVIDIA GPUs of compute capability 8.9 or newer. Results are other ones than the model's, by what the report
+            NVIDIA GPUs of compute capability 9 or newer. Results are other ones than the model's, by what the report
             says of each block; what runs without says why. "model": in the model's own precision.
         max_error: of "fp8", the largest relative L2 error of a block's output, on the first input that it gets with
             its weights, against the same block without; a block with a larger one runs without.

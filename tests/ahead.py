@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from swinaccel.backends.triton import block as triton_block
-from swinaccel.backends.triton import devices, launches, quantise
+from swinaccel.backends.triton import devices, launches, linear8, quantise
 from swinaccel.backends.triton import linear as triton_linear
 from swinaccel.backends.triton import sequence as triton_sequence
 from swinaccel.backends.triton import window as window_launches
@@ -49,6 +49,8 @@ NAMES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+EIGHT = torch.float8_e4m3fn
+COMPILED = "window", "sequence", "mlp", "embed", "linear", "linear8", "quantise"  # kernels, by their first word
 
 # Window, head_dim, dtype, and what else there is. The largest tiles of each kernel, and what costs memory beside them.
 # Two of each are of the same kernels, since a head_dim of 128 in fp32 is too much for those of small windows. The third
@@ -161,16 +163,24 @@ def linear_gelu(channels: int, rows: int) -> None:
 
 
 def eight_bits(channels: int) -> None:
-    """Pose all that writes in 8 bits, for the channels of a block and for the hidden ones."""
-    for mode, numbers in itertools.product(range(5), (channels, 4 * channels)):
-        x, norm, scale = torch.zeros(64, numbers, dtype=BF16), torch.zeros(numbers, dtype=BF16), torch.zeros(64)
-        has_branch, has_norm = mode >= quantise.ADD_NORM, mode >= quantise.NORM
+    """Pose all of a block in 8 bits."""
+    hidden, rows = 4 * channels, 256
+    for mode in range(4):
+        x, norm, scale = (torch.zeros(sides, dtype=BF16) for sides in ((rows, channels), channels, rows))
+        scale, has_branch, has_norm = scale.float(), mode >= quantise.ADD_NORM, mode >= quantise.NORM
         others = [x if has_branch else None] * 2 + [norm if has_norm else None] * 2
-        quantise.rows_launch(mode, x.device, 64, numbers, 1e-5)(x.to(torch.float8_e4m3fn), scale, x, *others)
-    weights = [torch.zeros(sides, dtype=BF16) for sides in ((3, 1), (1, 1), (4, 1), (1, 4))]
-    out = torch.zeros(1, dtype=torch.float8_e4m3fn)
-    launch = quantise.weights_launch(out.device, channels, 3 * channels, channels, 4 * channels)
-    launch(out, torch.zeros(1), *weights)
+        limits = [scale, None, None, scale] if has_branch else [scale, scale, norm, None]
+        launch = quantise.rows_launch(mode, x.device, rows, channels, hidden, 1e-5, limits=not has_branch)
+        launch(x.to(EIGHT), scale, x, *others, *limits)
+    weights = [torch.zeros(sides, dtype=BF16) for sides in ((3, 1), (4, 1), (1, 4))]
+    launch = quantise.weights_launch(x.device, channels, 3 * channels, hidden)
+    launch(torch.zeros(1, dtype=EIGHT), torch.zeros(1), torch.zeros(1), *weights)
+    products = [(channels, 3 * channels, False, False), (channels, hidden, True, False)]
+    for inner, outputs, gelu, adds in (*products, *((hidden, channels, False, adds) for adds in (False, True))):
+        out, bias = torch.zeros(rows, outputs, dtype=EIGHT if gelu else BF16), torch.zeros(outputs, dtype=BF16)
+        x, weight, scale = torch.zeros(rows, inner).to(EIGHT), torch.zeros(outputs, inner).to(EIGHT), torch.zeros(1)
+        launch = linear8.linear8_launch(x.device, rows, inner, outputs, gelu, adds)
+        launch(out, scale if gelu else None, x, scale, weight, scale, bias, out if adds else None)
 
 
 def embed(channels: int) -> None:
@@ -218,7 +228,7 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
         for channels in embeddings:
             yield gpu, f"embed {channels}", lambda channels=channels: embed(channels)
     for channels in (192, 1024):
-        yield "sm_90", f"fp8 {channels}", lambda channels=channels: eight_bits(channels)
+        yield "sm_90 twice", f"fp8 {channels}", lambda channels=channels: eight_bits(channels)
     for rows in (4096, 196):
         yield "sm_90 twice", f"linear_gelu 512 of {rows}", lambda rows=rows: linear_gelu(512, rows)
 
@@ -243,10 +253,7 @@ def main() -> None:
             continue
         seen = set()
         for launch, tensors in launched(plan, gpu):
-            if (
-                launch.kernel.__name__.split("_")[1] in ("window", "sequence", "mlp", "embed", "linear", "quantise")
-                and id(launch) not in seen
-            ):
+            if launch.kernel.__name__.split("_")[1] in COMPILED and id(launch) not in seen:
                 seen.add(id(launch))
                 work.append((gpu, problem, launch, tensors))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

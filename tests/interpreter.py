@@ -26,6 +26,9 @@ def mend() -> None:
         if (input_dtype, output_dtype) == (tl.float32, tl.float8e4nv):
             eight = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).to(torch.float8_e4m3fn)
             return eight.view(torch.uint8).numpy()
+        if input_dtype == tl.float8e4nv and output_dtype in (tl.float16, tl.float32):
+            eight = torch.from_numpy(np.ascontiguousarray(data)).view(torch.float8_e4m3fn)
+            return eight.to(torch.float16 if output_dtype == tl.float16 else torch.float32).numpy()
         if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
             return convert_float(data, input_dtype, output_dtype, rounding_mode)
         bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)

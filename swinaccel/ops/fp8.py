@@ -1,8 +1,10 @@
-"""A block whose four products are of 8 bits (e4m3): each row of what is multiplied, and each of a weight, has a scale.
+"""A block with products of 8 bits (e4m3): q, k and v, and the MLP's two. Each row of an operand has a scale.
 
-The kernels that write the operands quantise them: norms, GELU, and of what the attention gives one of its own. The
-weights are quantised at each call, in one launch: `Tensor.data` can be written to without a trace, and a copy that was
-kept would be stale then, in a replayed CUDA graph as well.
+The kernels that write the operands quantise them: norms, and the first product of the MLP with its GELU, whose rows'
+scales are known before from what they cannot exceed (`kernels.quantise`). The projection stays in 16 bits: to quantise
+what the attention gives takes longer than its product in 8 bits saves. The weights are quantised at each call, in one
+launch: `Tensor.data` can be written to without a trace, and a copy that was kept would be stale then, in a replayed
+CUDA graph as well.
 """
 
 from __future__ import annotations
@@ -14,18 +16,16 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import block as kernels
-from ..backends.triton import quantise
+from ..backends.triton import linear8, quantise
 from ..backends.triton.block import Affine
 from ..backends.triton.launches import BoundLaunch
 from .block import Layer
+from .linear import linear
 
 EIGHT = torch.float8_e4m3fn
-MULTIPLE = 16  # of which both sides of a product of 8 bits must be
-WIDE = torch.bfloat16  # what products come out in: of rows with scales they come out in no other
+MULTIPLE = 16  # of which both sides of a product of 8 bits must be: where a row can begin, for descriptors
 
-fast_accumulation = True  # within the tensor cores for longer, whose sums hold fewer bits than fp32, more than e4m3
-
-Operand = tuple[Tensor, Tensor]  # numbers of 8 bits (rows, K), and scales (rows, 1)
+Operand = tuple[Tensor, Tensor]  # numbers of 8 bits (rows, K), and scales (rows,)
 
 
 class BoundBlock:
@@ -34,7 +34,7 @@ class BoundBlock:
     Args:
         shape, dtype, device: of the block's input (..., C); the device with its index, as tensors have it.
         product: what dtype the attention takes.
-        sizes: rows of the weight of q, k and v, width of the attention, and hidden channels.
+        sizes: rows of the weight of q, k and v, and hidden channels.
         eps: of both norms.
         total: the dtype of the sums.
     Raises:
@@ -47,27 +47,23 @@ class BoundBlock:
         device: torch.device,
         product: torch.dtype,
         total: torch.dtype,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int],
         eps: tuple[float, float],
         post_norm: bool,
     ) -> None:
-        channels, rows = shape[-1], math.prod(shape[:-1])
-        qkv, width, hidden = sizes
+        channels, rows, (qkv, hidden) = shape[-1], math.prod(shape[:-1]), sizes
         self._product, self._total, self._rows, self._post_norm = product, total, rows, post_norm
-        self._shapes = (qkv, channels), (channels, width), (hidden, channels), (channels, hidden)
-
-        def bound(mode: int, numbers: int, eps: float = 0.0) -> BoundLaunch:
-            return BoundLaunch(quantise.rows_launch(mode, device, rows, numbers, eps))
-
+        self._shapes = (qkv, channels), (hidden, channels), (channels, hidden)
+        first, second = (quantise.PLAIN, quantise.NORM_ADD) if post_norm else (quantise.NORM, quantise.ADD_NORM)
+        own = device, rows, channels
         self._weights = BoundLaunch(quantise.weights_launch(device, channels, *sizes))
-        self._attended, self._active = bound(quantise.PLAIN, width), bound(quantise.GELU, hidden)
+        self._first = BoundLaunch(quantise.rows_launch(first, *own, hidden, 0.0 if post_norm else eps[0], limits=True))
+        self._second = BoundLaunch(quantise.rows_launch(second, *own, hidden, eps[0 if post_norm else 1]))
+        self._qkv = linear8.linear8_launch(*own, qkv)
+        self._up = linear8.linear8_launch(*own, hidden, gelu=True)
+        self._down = linear8.linear8_launch(device, rows, hidden, channels, adds=not post_norm)
         if post_norm:
-            self._first = bound(quantise.PLAIN, channels)
-            self._second = bound(quantise.NORM_ADD, channels, eps[0])
             self._last = BoundLaunch(kernels.norm_launch(kernels.NORM_ADD, device, rows, channels, eps[1]))
-        else:
-            self._first = bound(quantise.NORM, channels, eps[0])
-            self._second = bound(quantise.ADD_NORM, channels, eps[1])
 
     def run(
         self, x: Tensor, attend: Callable[[Tensor], Tensor], norms: tuple[Affine, Affine], layers: Sequence[Layer]
@@ -78,52 +74,45 @@ class BoundBlock:
             attend: (..., 3 * width), of q, k and v, to (..., width).
             layers: weight and bias of the products: of q, k and v, of the projection, and of the MLP.
         """
-        before, after = norms
-        channels, width, hidden = x.shape[-1], self._shapes[1][1], self._shapes[2][0]
-        qkv, proj, fc1, fc2 = self._operands(layers)
-        first = None if self._post_norm else before
-        y = self._row(self._first, x, channels, affine=first)
-        image = _product(y, qkv, layers[0][1]).view(*x.shape[:-1], -1)
-        attended = attend(image.to(self._product)).contiguous()
-        branch = _product(self._row(self._attended, attended, width), proj, layers[1][1])
+        (before, after), (qkv_layer, projection, (_, bias1), (_, bias2)) = norms, layers
+        qkv, fc1, fc2, hidden_norm = self._operands([qkv_layer[0], layers[2][0], layers[3][0]])
+        limits, hidden_scale = _fp32(x, 2), _fp32(x, self._rows)
+        affine = (None, None) if self._post_norm else before[:2]
+        y = self._room(x)
+        self._first(*y, x, None, None, *affine, limits, hidden_norm, bias1, None)
+        image = x.new_empty((*x.shape[:-1], len(qkv[0])), dtype=self._product)
+        self._qkv(image, None, *y, *qkv, qkv_layer[1], None)
+        attended = attend(image)
+        weight, bias = projection
+        branch = linear(attended, weight.to(attended.dtype), None if bias is None else bias.to(attended.dtype))
         total = x.new_empty(x.shape, dtype=self._total)
-        y = self._row(self._second, x, channels, branch, total, before if self._post_norm else after)
-        y = self._row(self._active, _product(y, fc1, layers[2][1]), hidden)
-        added = _product(y, fc2, layers[3][1])
+        affine = (before if self._post_norm else after)[:2]
+        y = self._room(x)
+        self._second(*y, x, branch.contiguous(), total, *affine, limits, None, None, hidden_scale)
+        active = x.new_empty((self._rows, len(fc1[0])), dtype=EIGHT)
+        self._up(active, hidden_scale, *y, *fc1, bias1, None)
         if not self._post_norm:
-            return total.add_(added.view(x.shape))
-        out = torch.empty_like(total)
+            self._down(total, None, active, hidden_scale, *fc2, bias2, total)
+            return total
+        added, out = torch.empty_like(total, dtype=self._product), torch.empty_like(total)
+        self._down(added, None, active, hidden_scale, *fc2, bias2, None)
         self._last(total, out, None, None, added, None, *after[:2], None)
         return out
 
-    def _row(
-        self,
-        launch: BoundLaunch,
-        x: Tensor,
-        numbers: int,
-        branch: Tensor | None = None,
-        total: Tensor | None = None,
-        affine: Affine | None = None,
-    ) -> Operand:
-        out, scale = x.new_empty((self._rows, numbers), dtype=EIGHT), x.new_empty((self._rows, 1), dtype=torch.float32)
-        weight, bias = (None, None) if affine is None else affine[:2]
-        launch(out, scale, x, branch, total, weight, bias)
-        return out, scale
+    def _room(self, x: Tensor) -> Operand:
+        """Return room for the rows of x in 8 bits."""
+        return x.new_empty((self._rows, x.shape[-1]), dtype=EIGHT), _fp32(x, self._rows)
 
-    def _operands(self, layers: Sequence[Layer]) -> list[Operand]:
-        """Return the weights of now in 8 bits, transposed, and their scales (1, N)."""
-        weights = [weight for weight, _ in layers]
+    def _operands(self, weights: Sequence[Tensor]) -> tuple[Operand, Operand, Operand, Tensor]:
+        """Return the weights of now in 8 bits, and the norms of the rows of the second."""
         sizes, rows = [n * k for n, k in self._shapes], [n for n, _ in self._shapes]
         numbers = weights[0].new_empty(sum(sizes), dtype=EIGHT)
-        scales = weights[0].new_empty(sum(rows), dtype=torch.float32)
-        self._weights(numbers, scales, *weights)
-        parts = zip(numbers.split(sizes), scales.split(rows), self._shapes, strict=True)
-        return [(part.view(shape).t(), scale.view(1, -1)) for part, scale, shape in parts]
+        scales, norms = _fp32(numbers, sum(rows)), _fp32(numbers, rows[1])
+        self._weights(numbers, scales, norms, *weights)
+        parts = (part.view(shape) for part, shape in zip(numbers.split(sizes), self._shapes, strict=True))
+        qkv, fc1, fc2 = zip(parts, scales.split(rows), strict=True)
+        return qkv, fc1, fc2, norms
 
 
-def _product(x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
-    """Return x weightᵀ + bias, (rows, N)."""
-    (left, left_scale), (right, right_scale) = x, weight
-    bias = None if bias is None else bias.to(WIDE)
-    scales = {"scale_a": left_scale, "scale_b": right_scale}
-    return torch._scaled_mm(left, right, **scales, bias=bias, out_dtype=WIDE, use_fast_accum=fast_accumulation)
+def _fp32(like: Tensor, numbers: int) -> Tensor:
+    return like.new_empty(numbers, dtype=torch.float32)

@@ -59,13 +59,9 @@ def embedded(monkeypatch):
 @pytest.fixture
 def anywhere(monkeypatch):
     """Few channels are enough, and an interpreter is."""
-    from eight_bits import HAS_PRODUCTS, product
-
     monkeypatch.setattr(precision, "fewest_channels", 16)
     if TRITON_DEVICE == "cpu":
         monkeypatch.setattr(precision, "device_reason", lambda device: None)
-    if not HAS_PRODUCTS:
-        monkeypatch.setattr(torch, "_scaled_mm", product)
 
 
 @pytest.fixture

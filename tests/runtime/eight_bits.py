@@ -29,24 +29,16 @@ MODELS = {
 }
 
 
-def product(left, right, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
-    """Return what `torch._scaled_mm` does, for PyTorch 2.11, which on CPUs knows one scale of a tensor only."""
-    with torch.autocast("cpu", enabled=False):
-        out = (left.float() @ right.float()) * scale_a * scale_b
-    return (out if bias is None else out + bias.float()).to(out_dtype)
+def quantised(x):
+    """Return what rows are in 8 bits, in fp64; `torch` rounds to e4m3 from fp32."""
+    scale = x.double().abs().amax(-1, keepdim=True) / 448
+    return (x.double() / scale).float().to(EIGHT).double() * scale
 
 
-def has_products():
-    """Return True if PyTorch takes a scale of each row on a CPU."""
-    left, right = torch.ones(16, 16).to(EIGHT), torch.ones(16, 16).to(EIGHT).t()
-    try:
-        torch._scaled_mm(left, right, scale_a=torch.ones(16, 1), scale_b=torch.ones(1, 16), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
-
-
-HAS_PRODUCTS = TRITON_DEVICE == "cuda" or has_products()
+def hidden_scale(x, weight, bias):
+    """Return the scales of GELU(x weightᵀ + bias) in 8 bits, (rows, 1), of operands that are quantised; in fp64."""
+    largest = 0 if bias is None else bias.double().abs().max()
+    return (x.norm(dim=-1, keepdim=True) * weight.norm(dim=-1).max() + largest) * (1 + 2**-6) / 448
 
 
 def relative(found, expected):

@@ -1,4 +1,4 @@
-"""Products of 8 bits: kernels and blocks against fp64, and weights that are never stale."""
+"""Products of 8 bits: blocks and models against fp64, and weights that are never stale."""
 
 from __future__ import annotations
 
@@ -8,143 +8,18 @@ import helpers
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from blocks import HALF, random
-from eight_bits import EIGHT, MODELS, X, accelerated, assert_runs, call, first, knows, made, relative, replaced
-from helpers import TRITON_DEVICE
+from eight_bits import MODELS, X, accelerated, assert_runs, call, first, knows, made, relative, replaced
 from torch import nn
 
 import swinaccel
-from swinaccel.backends.triton import quantise
-from swinaccel.ops import fp8
 from swinaccel.runtime import rehearsal
 
 KEEPS_VERDICTS = True
 pytestmark = pytest.mark.usefixtures("anywhere")
-DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if TRITON_DEVICE == "cuda" else [])]
-
-
-def quantised(x):
-    """Return what rows are in 8 bits, in fp64; `torch` rounds to e4m3 from fp32."""
-    scale = x.double().abs().amax(-1, keepdim=True) / 448
-    return (x.double() / scale).float().to(EIGHT).double() * scale
-
-
-# Kernels.
-
-
-def row_of(mode, x, branch, weight, bias):
-    """Return what a kernel writes in 8 bits, before that, and the sum, in fp64."""
-    x, branch, weight, bias = (one.double() for one in (x, branch, weight, bias))
-
-    def norm(y):
-        return F.layer_norm(y, y.shape[-1:], weight, bias, 1e-5)
-
-    if mode == quantise.ADD_NORM:
-        return norm(x + branch), x + branch
-    if mode == quantise.NORM_ADD:
-        return x + norm(branch), x + norm(branch)
-    return {quantise.PLAIN: x, quantise.GELU: F.gelu(x), quantise.NORM: norm(x)}[mode], None
-
-
-@pytest.mark.parametrize("mode", range(5))
-@pytest.mark.parametrize(("rows", "channels"), [(37, 48), (5, 192), (3, 1024)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows(mode, rows, channels, dtype, poisoned):
-    x, branch = (0.1 + random(rows, channels, dtype=dtype, scale=3, seed=seed) for seed in (0, 1))
-    weight, bias = 1 + random(channels, dtype=dtype, scale=0.3), random(channels, dtype=dtype, seed=2)
-    expected, total = row_of(mode, x, branch, weight, bias)
-    out, scale = torch.empty(rows, channels, device=x.device, dtype=EIGHT), torch.empty(rows, 1, device=x.device)
-    summed = torch.empty_like(x) if total is not None else None
-    affine = (weight, bias) if mode >= quantise.NORM else (None, None)
-    launch = quantise.rows_launch(mode, x.device, rows, channels, 1e-5)
-    launch(out, scale, x, branch if total is not None else None, summed, *affine)
-    largest = expected.abs().amax(-1, keepdim=True)
-    assert torch.allclose(scale.double(), largest / 448, rtol=1e-5)
-    # Half a unit of e4m3: of numbers a sixteenth of them, and of the smallest, half the distance between them.
-    allowed = torch.maximum(expected.abs() / 16, scale.double() * 2**-10) * (1 + 1e-4) + 1e-6
-    assert ((out.double() * scale - expected).abs() <= allowed).all()
-    if total is not None:
-        helpers.assert_close(summed.double(), total, torch.finfo(dtype).eps)
-
-
-def test_rows_of_zeros_and_of_numbers_that_are_not_finite():
-    x = random(6, 48)
-    x[0], x[1], x[2] = 0, x[1] * 1e-36, x[2] * 1e35
-    x[3, 5], x[4, 6] = float("nan"), float("inf")
-    out, scale = torch.empty(6, 48, device=x.device, dtype=EIGHT), torch.empty(6, 1, device=x.device)
-    quantise.rows_launch(quantise.PLAIN, x.device, 6, 48)(out, scale, x, None, None, None, None)
-    found = out.float() * scale
-    assert torch.equal(found[0], x[0])
-    assert found[1].abs().max() <= 1e-30
-    assert relative(found[2], x[2]) < 0.05
-    assert torch.equal(found[3].isnan(), x[3].isnan())
-    assert found[4].isnan().any()
-    assert relative(found[5], x[5]) < 0.05
-
-
-@pytest.mark.parametrize(("channels", "width", "hidden"), [(48, 48, 192), (64, 32, 80)])
-def test_weights(channels, width, hidden, poisoned):
-    shapes = (3 * width, channels), (channels, width), (hidden, channels), (channels, hidden)
-    weights = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    out = torch.empty(sum(one.numel() for one in weights), device=TRITON_DEVICE, dtype=EIGHT)
-    scale = torch.empty(sum(map(len, weights)), device=TRITON_DEVICE)
-    quantise.weights_launch(out.device, channels, 3 * width, width, hidden)(out, scale, *weights)
-    parts = zip(out.split([one.numel() for one in weights]), scale.split(list(map(len, weights))), strict=True)
-    for (part, own), weight in zip(parts, weights, strict=True):
-        found = part.view(weight.shape).double() * own.double()[:, None]
-        assert relative(found, quantised(weight)) < 2e-3  # a division in fp32 may fall on the other side of a tie
 
 
 # Blocks.
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_a_block_against_quantised_arithmetic_in_fp64(post_norm, has_bias):
-    channels, width, hidden = 64, 32, 128
-    shapes = (3 * width, channels), (channels, width), (hidden, channels), (channels, hidden)
-    layers = [
-        (
-            random(*shape, dtype=HALF, scale=1.5 * shape[1] ** -0.5, seed=seed),
-            random(shape[0], dtype=HALF, scale=0.5, seed=seed) if has_bias else None,
-        )
-        for seed, shape in enumerate(shapes)
-    ]
-    norms = [(1 + random(channels, dtype=HALF, scale=0.3, seed=s), random(channels, dtype=HALF), 1e-5) for s in (0, 1)]
-    x = random(2, 5, 7, channels, dtype=HALF)
-
-    def attend(qkv):
-        q, k, v = qkv.chunk(3, -1)
-        return q * k.tanh() + v
-
-    def exact(step):
-        wide = [(w.double(), None if b is None else b.double()) for w, b in layers]
-        (before, after), y = [(w.double(), b.double(), e) for w, b, e in norms], x.double()
-
-        def product(y, layer):
-            return F.linear(step(y), step(layer[0]), layer[1])
-
-        def mlp(y):
-            return product(F.gelu(product(y, wide[2])), wide[3])
-
-        def attention(y):
-            return product(attend(product(y, wide[0])), wide[1])
-
-        if post_norm:
-            y = y + F.layer_norm(attention(y), (channels,), *before)
-            return y + F.layer_norm(mlp(y), (channels,), *after)
-        y = y + attention(F.layer_norm(y, (channels,), *before))
-        return y + mlp(F.layer_norm(y, (channels,), *after))
-
-    sizes = 3 * width, width, hidden
-    block = fp8.BoundBlock(x.shape, x.device, HALF, HALF, sizes, (1e-5, 1e-5), post_norm)
-    found = block.run(x, attend, norms, layers)
-    assert (found.dtype, found.shape) == (HALF, x.shape)
-    wanted, full = exact(quantised), exact(lambda y: y)
-    # What is left is rounding in 16 bits, and numbers that fall to the other side of a tie for it.
-    assert relative(found, wanted) < 0.5 * relative(wanted, full)
-    assert relative(found, full) < 1.2 * relative(wanted, full)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -241,7 +116,7 @@ def test_other_weights_are_measured_anew():
 
 
 def hopper():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @pytest.mark.gpu
@@ -258,8 +133,8 @@ def test_real_sizes(name, dtype, monkeypatch):
     assert torch.equal(*found)
     assert relative(found[0], exact) < 0.15
     shown = [(entry.precision, entry.reason) for entry in swinaccel.report(fast)]
-    assert not any(kind.startswith("fp8") for kind, _ in shown[:10]), shown  # few channels come first
-    assert all(kind.startswith("fp8") or "products of 8 bits err" in reason for kind, reason in shown[10:]), shown
+    assert not any(kind.startswith("fp8") for kind, _ in shown[:4]), shown  # few channels come first
+    assert all(kind.startswith("fp8") or "products of 8 bits err" in reason for kind, reason in shown[4:]), shown
 
 
 @pytest.mark.gpu

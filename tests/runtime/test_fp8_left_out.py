@@ -16,6 +16,7 @@ from helpers import TRITON_DEVICE
 from torch import nn
 
 import swinaccel
+from swinaccel.backends.triton import linear8
 from swinaccel.runtime import precision
 
 KEEPS_VERDICTS = True
@@ -166,7 +167,7 @@ def test_products_that_fail_leave_the_block_without(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("no such product\nhere")
 
-    monkeypatch.setattr(torch, "_scaled_mm", broken)
+    monkeypatch.setattr(linear8, "linear8_launch", broken)
     model = made()
     fast, plain = accelerated(model), swinaccel.accelerate(copy.deepcopy(model), backend="triton")
     for _ in range(2):

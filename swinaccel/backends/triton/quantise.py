@@ -9,48 +9,51 @@ import torch
 from .block import kept
 from .launches import Launch
 
-PLAIN, GELU, NORM, ADD_NORM, NORM_ADD = range(5)  # modes of `kernels.quantise._quantise_kernel`
+PLAIN, NORM, ADD_NORM, NORM_ADD = range(4)  # modes of `kernels.quantise._quantise_kernel`
 
 
-def rows_launch(mode: int, device: torch.device, rows: int, channels: int, eps: float = 0.0) -> Any:
+def rows_launch(
+    mode: int, device: torch.device, rows: int, channels: int, hidden: int, eps: float = 0.0, limits: bool = False
+) -> Any:
     """Return the launch of `kernels.quantise._quantise_kernel` for tensors of so many rows.
 
+    Args:
+        hidden: channels of the MLP.
+        limits: it takes the limits of the MLP's hidden numbers.
     Raises:
         LaunchError: it cannot be planned.
     """
-    return kept(("quantise", device, rows, channels, eps, mode), _plan_rows)
+    return kept(("quantise", device, rows, channels, hidden, eps, mode, limits), _plan_rows)
 
 
-def _plan_rows(device: torch.device, rows: int, channels: int, eps: float, mode: int) -> Any:
+def _plan_rows(device: torch.device, rows: int, channels: int, hidden: int, eps: float, mode: int, limits: bool) -> Any:
     from ...kernels import fusion_launch, quantise
 
     shape = fusion_launch.rows(channels)
     return Launch(
         quantise._quantise_kernel,
-        (-(-rows // shape.rows),),
-        (rows, eps, channels, mode, shape.block_c, shape.rows),
+        (-(-rows // shape.rows) + limits,),
+        (rows, eps, channels, hidden, mode, shape.block_c, fusion_launch.rows(hidden).block_c, shape.rows),
         num_warps=fusion_launch.quantise_warps(shape.block_c),
     )
 
 
-def weights_launch(device: torch.device, channels: int, qkv: int, width: int, hidden: int) -> Any:
-    """Return the launch of `kernels.quantise._quantise_weights_kernel`: qkv rows, heads' width and hidden channels.
+def weights_launch(device: torch.device, channels: int, qkv: int, hidden: int) -> Any:
+    """Return the launch of `kernels.quantise._quantise_weights_kernel`: rows of q, k and v, and hidden channels.
 
     Raises:
         LaunchError: it cannot be planned.
     """
-    return kept(("quantise weights", device, channels, qkv, width, hidden), _plan_weights)
+    return kept(("quantise weights", device, channels, qkv, hidden), _plan_weights)
 
 
-def _plan_weights(device: torch.device, channels: int, qkv: int, width: int, hidden: int) -> Any:
+def _plan_weights(device: torch.device, channels: int, qkv: int, hidden: int) -> Any:
     from ...kernels import fusion_launch, quantise
 
-    own, wide, deep = map(fusion_launch.rows, (channels, width, hidden))
-    programs = -(-qkv // own.rows) - (-channels // wide.rows) - (-hidden // own.rows) - (-channels // deep.rows)
-    blocks, rows = zip(*((shape.block_c, shape.rows) for shape in (own, wide, deep)), strict=True)
+    own, deep = fusion_launch.rows(channels), fusion_launch.rows(hidden)
     return Launch(
         quantise._quantise_weights_kernel,
-        (programs,),
-        (channels, qkv, width, hidden, *blocks, *rows),
-        num_warps=fusion_launch.quantise_warps(max(blocks)),
+        (-(-qkv // own.rows) - (-hidden // own.rows) - (-channels // deep.rows),),
+        (channels, qkv, hidden, own.block_c, deep.block_c, own.rows, deep.rows),
+        num_warps=fusion_launch.quantise_warps(max(own.block_c, deep.block_c)),
     )
