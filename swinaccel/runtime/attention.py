@@ -129,14 +129,20 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
+    forward: Callable[..., Any] = family.forward
+    if problem is not None and section.beside is not None:
+        beside = bind_backend(section.beside, attention, config, State(), x)
+        if isinstance(beside, str):
+            return beside
+        forward = with_beside(family, beside[0])
     mask_of, is_reusable = release_mask(family, module, section, args, kwargs)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return family.forward(module, attend, *args, **kwargs)
+        return forward(module, attend, *args, **kwargs)
 
     def run_with_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = mask_of(module, args, kwargs)  # type: ignore[misc]
-        return family.forward(module, lambda image: attend(image, mask), *args, **kwargs)
+        return forward(module, lambda image: attend(image, mask), *args, **kwargs)
 
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
@@ -152,6 +158,15 @@ def plan_attention(
 
     way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
+
+
+def with_beside(family: Any, beside: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return a family's forward, whose calls are told what runs the section beside its own."""
+
+    def forward(module: nn.Module, attend: Any, *args: Any, **kwargs: Any) -> Any:
+        return family.forward_beside(module, attend, beside, *args, **kwargs)
+
+    return forward
 
 
 def release_mask(
@@ -170,6 +185,8 @@ def release_mask(
     if not _is_same(section.mask, mask):
         return None, False
     section.mask = mask.new_empty(0)
+    if section.beside is not None:
+        section.beside.mask = section.mask
     return mask_of, True
 
 
