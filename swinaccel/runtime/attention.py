@@ -146,7 +146,7 @@ def plan_attention(
 
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
-        refuse_capture(given)
+        refuse_capture()
         images, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:

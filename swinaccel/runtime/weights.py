@@ -3,13 +3,18 @@
 Some code returns the weights beside the output, and its callers hardly ever read them. `LazyTensor` stands for such a
 tensor: shape, dtype and device are known, and any other access computes the numbers first, from copies of what may
 change after the call.
+
+A replay of a CUDA graph computes what was captured, and nothing else. So what a call inside a capture has put off is
+computed at its end, inside the capture too, where somebody still holds it; of what nobody holds nothing is captured.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,6 +46,7 @@ class LazyTensor(Tensor):
     _compute: Callable[[], Tensor]
     _value: Tensor | None
     _is_inference: bool
+    _is_captured: bool
     family: list[weakref.ref[LazyTensor]]
 
     @staticmethod
@@ -51,6 +57,9 @@ class LazyTensor(Tensor):
         made._compute, made._value, made.family = compute, None, []
         made._is_inference = torch.is_inference_mode_enabled()
         made.family.append(weakref.ref(made))
+        made._is_captured = is_settled_later()
+        if made._is_captured:
+            _captured.made.append(weakref.ref(made))
         return made
 
     @classmethod
@@ -72,6 +81,10 @@ class LazyTensor(Tensor):
         args, kwargs = _with_numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def lasts(self) -> bool:
+        """Return True unless this is a tensor of before a capture, inside which numbers are there at replays only."""
+        return self._is_captured or captured_stream() is None
+
     def read(self) -> Tensor:
         """Return the numbers."""
         if self._value is None:
@@ -80,19 +93,76 @@ class LazyTensor(Tensor):
                 value = self._compute()
             if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
                 raise RuntimeError("swinaccel: attention weights came out in another shape or dtype than was expected")
+            if not self.lasts():
+                return value
             self._value, self._compute = value, self.read
         return self._value
 
 
+class _Captured(threading.local):
+    """The outermost call that is captured in this thread.
+
+    Attributes:
+        stream: that was current when it began, or None where there is no such call.
+        made: what it has put off.
+    """
+
+    stream: int | None = None
+    made: list[weakref.ref[LazyTensor]]
+
+
+_captured = _Captured()
+
+
+def captured_stream() -> int | None:
+    """Return the current stream, if it is captured, or None."""
+    if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream().cuda_stream
+
+
+def is_settled_later() -> bool:
+    """Return True if the end of a call around will compute, inside the same capture, what is put off now."""
+    return _captured.stream is not None and captured_stream() == _captured.stream
+
+
+def settled(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a call; inside a capture, also compute what it has put off and somebody may still read."""
+    stream = captured_stream()
+    if stream is None or _captured.stream is not None:
+        return run(*args, **kwargs)
+    _captured.stream, _captured.made = stream, []
+    try:
+        result = run(*args, **kwargs)
+        _read(_captured.made)
+    except BaseException:
+        with suppress(Exception):  # the capture itself may have failed
+            _read(_captured.made)
+        raise
+    finally:
+        _captured.stream, _captured.made = None, []
+    return result
+
+
+def _read(references: list[weakref.ref[LazyTensor]]) -> None:
+    for reference in references:
+        if (one := reference()) is not None:
+            one.read()
+
+
+def with_numbers(tree: Any) -> Any:
+    """Return an output, or arguments, with numbers in the place of what is computed later."""
+    return tree_map_only(LazyTensor, LazyTensor.read, tree)
+
+
 def _with_numbers(tree: Any) -> Any:
-    """Return arguments with numbers in the place of what is computed later."""
+    """Return arguments with numbers in the place of what is computed later, after all that was made of the same."""
     found: list[LazyTensor] = []
     tree_map_only(LazyTensor, found.append, tree)
     for one in found:
-        for reference in one.family:
-            if (other := reference()) is not None:
-                other.read()
-    return tree_map_only(LazyTensor, LazyTensor.read, tree)
+        if one.lasts():
+            _read(one.family)
+    return with_numbers(tree)
 
 
 _likes: dict[tuple, Tensor] = {}  # what functions give, by what they are given: to find that out takes their time
@@ -125,7 +195,7 @@ def _defer(func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
         like = _likes[key] = func(*given[0], **given[1])
 
     def compute() -> Tensor:
-        numbers = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs))
+        numbers = with_numbers((args, kwargs))
         return func(*numbers[0], **numbers[1])
 
     made = LazyTensor(like, found[0].device, compute)
@@ -149,10 +219,10 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
     return None
 
 
-def refuse_capture(x: Tensor) -> None:
-    """Raise KernelError inside a capture, whose replays would not compute the weights of a call anew."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise KernelError("it returns its attention weights, which nobody could read after a CUDA graph has run")
+def refuse_capture() -> None:
+    """Raise KernelError inside a capture, unless the end of a call around tells which weights somebody still holds."""
+    if captured_stream() is not None and not is_settled_later():
+        raise KernelError("it returns its attention weights, and a CUDA graph is captured of less than the whole model")
 
 
 def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
@@ -177,19 +247,28 @@ def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
 
 def _detached_copy(section: Section) -> Section:
     """Return a section of copies, which takes a hundredth of the time that its products take."""
-
-    def copied(one: Tensor | None) -> Tensor | None:
-        return None if one is None else one.detach().clone()
-
-    weight, bias = map(copied, plain_layer(section.project) or ())
-    table = None if section.table is None else copied(section.table())
-    padding = None if section.padding is None else copied(section.padding())
+    weight, bias = plain_layer(section.project) or (None, None)
+    table = None if section.table is None else section.table()
+    padding = None if section.padding is None else section.padding()
+    kept = _copies([weight, bias, table, padding, section.index, section.mask, section.logit_scale])
+    weight, bias, table, padding, index, mask, logit_scale = kept
     return dataclasses.replace(
         section,
         project=lambda image: F.linear(image, weight, bias),  # type: ignore[arg-type]
-        table=None if table is None else lambda: table,
+        table=None if section.table is None else lambda: table,  # type: ignore[arg-type, return-value]
         padding=None if section.padding is None else lambda: padding,
-        index=copied(section.index),
-        mask=copied(section.mask),
-        logit_scale=copied(section.logit_scale),
+        index=index,
+        mask=mask,
+        logit_scale=logit_scale,
     )
+
+
+def _copies(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Return copies, those of one dtype by one kernel."""
+    given = [one.detach() for one in tensors if one is not None]
+    copies = list(map(torch.empty_like, given))
+    for dtype in {one.dtype for one in given}:
+        places = [place for place, one in enumerate(given) if one.dtype is dtype]
+        torch._foreach_copy_([copies[place] for place in places], [given[place] for place in places])
+    rest = iter(copies)
+    return [None if one is None else next(rest) for one in tensors]
