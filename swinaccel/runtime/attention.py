@@ -27,6 +27,7 @@ from ..trust.registry import Reading, attention_key, registry
 from .context import PATCHABLE, backend_of, calls_reason, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, PlanCache, State
+from .recorded_weights import attend_recorded
 from .section import TritonSection, direct, form_of
 from .weights import lazy_weights, refuse_capture, weights_reason
 
@@ -129,6 +130,9 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
+    is_recorded = reading.weights and torch.is_grad_enabled()
+    if is_recorded and not isinstance(attend, TritonSection):
+        return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
     forward: Callable[..., Any] = family.forward
     if problem is not None and section.beside is not None:
         beside = bind_backend(section.beside, attention, config, State(), x)
@@ -156,7 +160,26 @@ def plan_attention(
         out = family.forward(module, watched, *args, **kwargs)
         return out, lazy_weights(with_mask(section, mask), images[0], given)
 
-    way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
+    def run_recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_capture()
+        made, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
+
+        def watched(image: Tensor) -> Tensor:
+            out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
+            made.append(weights)
+            return out
+
+        return family.forward(module, watched, *args, **kwargs), made.pop()
+
+    way = (
+        run_recorded
+        if is_recorded
+        else run_with_weights
+        if reading.weights
+        else run
+        if mask_of is None
+        else run_with_mask
+    )
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
 
 

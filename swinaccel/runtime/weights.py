@@ -32,12 +32,39 @@ from .section import plain_layer
 _METADATA = {
     getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}
+# Asked of the place that a tensor has in the graph of gradients.
+_IN_GRAPH = {
+    getattr(getattr(Tensor, name), kind)
+    for name in ("grad", "grad_fn", "is_leaf", "output_nr", "retains_grad", "_backward_hooks")
+    for kind in ("__get__", "__set__", "__delete__")
+    if hasattr(getattr(Tensor, name), kind)
+} | {Tensor.retain_grad, Tensor.register_hook, Tensor.backward, torch.autograd.grad, torch.autograd.backward}
 # What collects the weights of several blocks is put off, too.
 _DEFERRABLE = {torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack, torch.mean, Tensor.mean}
 
 
+class Record:
+    """What is known of weights that were put off while gradients were recorded.
+
+    Attributes:
+        is_read: somebody has asked for them, or for their gradient.
+        weights: where they may still be asked for, if anybody holds them.
+    """
+
+    is_read = False
+    weights: weakref.ref[LazyTensor] | None = None
+
+    def is_needed(self) -> bool:
+        """Return True unless nobody has asked for them, and nobody can."""
+        return self.is_read or (self.weights is not None and self.weights() is not None)
+
+
 class LazyTensor(Tensor):
     """A tensor whose numbers are computed when they are asked for.
+
+    Args:
+        like: of its shape, strides and dtype.
+        record: where it has a place of its own in the graph of gradients, and its numbers come in later.
 
     Attributes:
         family: all that were made of each other; they are computed together, before anything may write to one of them.
@@ -46,15 +73,25 @@ class LazyTensor(Tensor):
     _compute: Callable[[], Tensor]
     _value: Tensor | None
     _is_inference: bool
+    _is_recorded: bool
     _is_captured: bool
+    record: Record | None
     family: list[weakref.ref[LazyTensor]]
 
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]) -> LazyTensor:
+    def __new__(
+        cls,
+        like: Tensor,
+        device: torch.device,
+        compute: Callable[[], Tensor],
+        record: Record | None = None,
+        requires_grad: bool = False,
+    ) -> LazyTensor:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device, requires_grad=requires_grad
         )
-        made._compute, made._value, made.family = compute, None, []
+        made._compute, made._value, made.family, made.record = compute, None, [], record
+        made._is_recorded = requires_grad
         made._is_inference = torch.is_inference_mode_enabled()
         made.family.append(weakref.ref(made))
         made._is_captured = is_settled_later()
@@ -68,7 +105,10 @@ class LazyTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **(kwargs or {}))
-            if func in _DEFERRABLE and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            if func in _IN_GRAPH:
+                args, kwargs = tree_map_only(LazyTensor, LazyTensor._in_graph, (args, kwargs or {}))
+                return func(*args, **kwargs)
+            if func in _DEFERRABLE and not torch._C._is_any_autocast_enabled():
                 made = _defer(func, args, kwargs or {})
                 if made is not None:
                     return made
@@ -81,6 +121,13 @@ class LazyTensor(Tensor):
         args, kwargs = _with_numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def _in_graph(self) -> Tensor:
+        """Return what has the place of this in the graph of gradients."""
+        if self.record is None:
+            return self.read()
+        self.record.is_read = True
+        return self
+
     def lasts(self) -> bool:
         """Return True unless this is a tensor of before a capture, inside which numbers are there at replays only."""
         return self._is_captured or captured_stream() is None
@@ -88,15 +135,30 @@ class LazyTensor(Tensor):
     def read(self) -> Tensor:
         """Return the numbers."""
         if self._value is None:
+            if self.record is not None:
+                self.record.is_read = True
             mode = torch.inference_mode(self._is_inference)  # that of the call
-            with mode, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                value = self._compute()
+            is_recorded = self.requires_grad
+            with mode, torch.set_grad_enabled(is_recorded), torch.autocast(self.device.type, enabled=False):
+                value = self._compute() if self._is_recorded or not is_recorded else _Numbers.apply(self, self._compute)
             if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
                 raise RuntimeError("swinaccel: attention weights came out in another shape or dtype than was expected")
             if not self.lasts():
                 return value
             self._value, self._compute = value, self.read
         return self._value
+
+
+class _Numbers(torch.autograd.Function):
+    """From weights that have a place in the graph of gradients to their numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Captured(threading.local):
@@ -198,7 +260,8 @@ def _defer(func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
         numbers = with_numbers((args, kwargs))
         return func(*numbers[0], **numbers[1])
 
-    made = LazyTensor(like, found[0].device, compute)
+    recorded = torch.is_grad_enabled() and any(one.requires_grad for one in found)
+    made = LazyTensor(like, found[0].device, compute, requires_grad=recorded)
     alive = {id(one): one for other in (*found, made) for reference in other.family if (one := reference()) is not None}
     family = list(map(weakref.ref, alive.values()))
     for one in alive.values():
@@ -212,8 +275,6 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
         return "it returns its attention weights, and its projection is more than a linear layer; merge what it adds"
     if section.dropout > 0:
         return "it returns its attention weights, which dropout changes at random now; call eval() to accelerate"
-    if torch.is_grad_enabled():
-        return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
     if torch.is_autocast_enabled(x.device.type) or has_dispatch_mode():
         return "it returns its attention weights, and autocast or another mode decides how they are computed"
     return None
@@ -235,17 +296,24 @@ def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
     """
     if image.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         image = image.clone()  # the caller may write to it
-    frozen = _detached_copy(section)
-    geometry = section.geometry
-    tokens, windows = geometry.tokens, image.shape[0] * geometry.num_windows
-    dtype = image.dtype
+    frozen = detached_copy(section)
+    return LazyTensor(weights_like(section, image), image.device, lambda: section_weights(frozen, image))
+
+
+def weights_like(section: Section, image: Tensor) -> Tensor:
+    """Return a tensor without memory like the weights of a section.
+
+    Args:
+        image: what the section is given, or what its projection makes of that.
+    """
+    geometry, dtype = section.geometry, image.dtype
     for one in (*section.sources, *(() if section.mask is None else (section.mask,))):
         dtype = torch.promote_types(dtype, one.dtype)
-    like = torch.empty(windows, section.num_heads, tokens, tokens, dtype=dtype, device="meta")
-    return LazyTensor(like, image.device, lambda: section_weights(frozen, image))
+    windows, tokens = image.shape[0] * geometry.num_windows, geometry.tokens
+    return torch.empty(windows, section.num_heads, tokens, tokens, dtype=dtype, device="meta")
 
 
-def _detached_copy(section: Section) -> Section:
+def detached_copy(section: Section) -> Section:
     """Return a section of copies, which takes a hundredth of the time that its products take."""
     weight, bias = plain_layer(section.project) or (None, None)
     table = None if section.table is None else section.table()
