@@ -316,7 +316,9 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 def _returns_weights(module: nn.Module) -> bool:
     """Return True if a module is accelerated, and was proven to return its attention weights."""
     marked = patching.marking_of(module)
-    reading = None if marked is None or not is_family(marked.adapter) else reading_of(marked.adapter, module)
+    if marked is None or libraries.is_of_library(module) or not is_family(marked.adapter):
+        return False  # no library's does, as it is accelerated
+    reading = reading_of(marked.adapter, module)
     return isinstance(reading, Reading) and reading.weights
 
 
