@@ -104,7 +104,8 @@ class LazyTensor(Tensor):
         """Run a function of PyTorch's that was given one of these."""
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
-                return func(*args, **(kwargs or {}))
+                one, *rest = args
+                return func(one if one._value is None else one._value, *rest, **(kwargs or {}))
             if func in _IN_GRAPH:
                 args, kwargs = tree_map_only(LazyTensor, LazyTensor._in_graph, (args, kwargs or {}))
                 return func(*args, **kwargs)

@@ -120,6 +120,14 @@ def test_weights_are_collected_by_name_and_read_in_any_mode():
     assert not (both * 1).is_inference()
 
 
+def test_what_was_done_to_weights_is_seen_in_them():
+    found = weights_of_a_call()[3]
+    found.transpose_(0, 1)
+    found.requires_grad_()
+    assert found.requires_grad
+    assert found.shape == (2, 8, 16, 16)
+
+
 def test_weights_of_adapted_projections_are_the_originals():
     model, x = htsat().blocks[1], torch.randn(2, 64, 16)
     model.attn.qkv = edits.LowRank(model.attn.qkv)
