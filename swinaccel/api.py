@@ -17,12 +17,14 @@ from .families import Family
 from .families.shared import near
 from .ops.failures import failures
 from .report import Entry, Graph, Report
+from .runtime.attention import reading_of
 from .runtime.graphs import Graphs
 from .runtime.plan import State, state_of
 from .runtime.rehearsal import prepare_compilers
 from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe
+from .trust.registry import Reading
 
 _LEFT_OUT = "the filter left it out"
 _DISABLED = "SWINACCEL_DISABLE is set"
@@ -64,6 +66,7 @@ def accelerate(model: Model, **options: Unpack[Options]) -> Model:
         # An earlier call may have accelerated others: before they were changed, or with another filter.
         patching.unmark(one for one in _marked_modules(model) if one not in chosen and not patching.is_block_only(one))
         around: dict[nn.Module, Any] = dict(_blocks(model, config))
+        around |= dict.fromkeys(_outermost(model), families.OUTERMOST)
         around |= dict.fromkeys(_captured(model, config), families.CAPTURED)
         for module, adapter in around.items():
             patching.mark(module, patching.encode(adapter, config))
@@ -293,6 +296,30 @@ def _captured(model: nn.Module, config: AccelConfig) -> Iterator[nn.Module]:
             yield module
         elif config.graphs == "auto" or is_wrapper:
             waiting += module.children()
+
+
+def _outermost(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the largest modules around attention that returns its weights."""
+    inside = set(filter(_returns_weights, model.modules()))
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if patching.marking_of(module) is not None or inside.isdisjoint(module.modules()):
+            continue
+        is_torchs = type(module).__module__.startswith("torch.")  # a container or a wrapper, of many models
+        if is_torchs or patching.foreign_reason(module, families.OUTERMOST.method) is not None:
+            waiting += module.children()
+        else:
+            yield module
+
+
+def _returns_weights(module: nn.Module) -> bool:
+    """Return True if a module is accelerated, and was proven to return its attention weights."""
+    marked = patching.marking_of(module)
+    if marked is None or libraries.is_of_library(module) or not is_family(marked.adapter):
+        return False  # no library's does, as it is accelerated
+    reading = reading_of(marked.adapter, module)
+    return isinstance(reading, Reading) and reading.weights
 
 
 def _is_proven(module: nn.Module, adapter: BlockReader, method: str, attention: str | None) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from ..layers import is_wrapper
 from ..spec.adapters import Adapter, BlockAdapter, BlockReader, Family
 from ..spec.window import WindowSpec
-from .adapters import Captured, PatchMerging, TorchvisionBlock
+from .adapters import Captured, Outermost, PatchMerging, TorchvisionBlock
 from .aurora import Aurora
 from .detection import Detection, ShiftWindowMSA
 from .earth import Earth
@@ -41,7 +41,7 @@ FAMILIES: list[Family] = [
     HuggingFaceAttention(), Renamed(), Mutual(),
 ]  # fmt: skip
 BLOCK_ADAPTERS: list[BlockAdapter] = [TorchvisionBlock(), PatchMerging(), PatchEmbed(), Embeddings()]
-CAPTURED = Captured()
+CAPTURED, OUTERMOST = Captured(), Outermost()
 
 
 def examples(family: Family | BlockReader, module: nn.Module) -> list[tuple[Any, ...]]:
@@ -79,5 +79,5 @@ def block_adapter(module: nn.Module) -> BlockAdapter | None:
 
 def by_name(name: str) -> Adapter | None:
     """Return the family or block adapter of that name, or None (a marker may come from another version)."""
-    everything: list[Adapter] = [*FAMILIES, *BLOCK_ADAPTERS, CAPTURED]
+    everything: list[Adapter] = [*FAMILIES, *BLOCK_ADAPTERS, CAPTURED, OUTERMOST]
     return next((family for family in everything if family.name == name), None)

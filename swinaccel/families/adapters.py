@@ -24,6 +24,14 @@ class Captured:
     is_captured = True
 
 
+class Outermost:
+    """The outermost module around attention that returns its weights; after its call, whoever reads them holds them."""
+
+    name = "outermost"
+    method = "forward"
+    is_outermost = True
+
+
 class TorchvisionBlock:
     """SwinTransformerBlock and SwinTransformerBlockV2."""
 

@@ -27,6 +27,7 @@ from ..trust.registry import Reading, attention_key, registry
 from .context import PATCHABLE, backend_of, calls_reason, product_dtype
 from .guard import Guard, NotGuardable
 from .plan import Plan, PlanCache, State
+from .recorded_weights import attend_recorded
 from .section import TritonSection, direct, form_of
 from .weights import lazy_weights, refuse_capture, weights_reason
 
@@ -129,18 +130,27 @@ def plan_attention(
     if isinstance(bound, str):
         return bound
     attend, problem = bound
+    is_recorded = reading.weights and torch.is_grad_enabled()
+    if is_recorded and not isinstance(attend, TritonSection):
+        return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
+    forward: Callable[..., Any] = family.forward
+    if problem is not None and section.beside is not None:
+        beside = bind_backend(section.beside, attention, config, State(), x)
+        if isinstance(beside, str):
+            return beside
+        forward = with_beside(family, beside[0])
     mask_of, is_reusable = release_mask(family, module, section, args, kwargs)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return family.forward(module, attend, *args, **kwargs)
+        return forward(module, attend, *args, **kwargs)
 
     def run_with_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = mask_of(module, args, kwargs)  # type: ignore[misc]
-        return family.forward(module, lambda image: attend(image, mask), *args, **kwargs)
+        return forward(module, lambda image: attend(image, mask), *args, **kwargs)
 
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
-        refuse_capture(given)
+        refuse_capture()
         images, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:
@@ -150,8 +160,36 @@ def plan_attention(
         out = family.forward(module, watched, *args, **kwargs)
         return out, lazy_weights(with_mask(section, mask), images[0], given)
 
-    way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
+    def run_recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_capture()
+        made, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
+
+        def watched(image: Tensor) -> Tensor:
+            out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
+            made.append(weights)
+            return out
+
+        return family.forward(module, watched, *args, **kwargs), made.pop()
+
+    way = (
+        run_recorded
+        if is_recorded
+        else run_with_weights
+        if reading.weights
+        else run
+        if mask_of is None
+        else run_with_mask
+    )
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
+
+
+def with_beside(family: Any, beside: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return a family's forward, whose calls are told what runs the section beside its own."""
+
+    def forward(module: nn.Module, attend: Any, *args: Any, **kwargs: Any) -> Any:
+        return family.forward_beside(module, attend, beside, *args, **kwargs)
+
+    return forward
 
 
 def release_mask(
@@ -170,6 +208,8 @@ def release_mask(
     if not _is_same(section.mask, mask):
         return None, False
     section.mask = mask.new_empty(0)
+    if section.beside is not None:
+        section.beside.mask = section.mask
     return mask_of, True
 
 

@@ -48,6 +48,7 @@ from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_rea
 from .context import backend_of, call_key, context_reason, tokens_of
 from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
 from .plan import Plan, PlanCache, State, state_of
+from .weights import settled
 
 Original = Callable[..., Any]
 
@@ -66,14 +67,16 @@ class Entry:
         family: whose section the method runs, or None.
         block: the adapter of a block, a merging or an embedding that the method runs, and that may be fused, or None.
         is_captured: whole calls of the method are replayed as graphs.
+        is_outermost: it is of a whole model, some of whose attention returns its weights.
         settings: names of attributes that callers set before each call.
         takes_mask: calls are given their mask, which plans do not keep.
     """
 
-    __slots__ = ("block", "config", "family", "is_captured", "settings", "takes_mask")
+    __slots__ = ("block", "config", "family", "is_captured", "is_outermost", "settings", "takes_mask")
 
     def __init__(self, adapter: Adapter, config: AccelConfig, method: str) -> None:
         self.config, self.is_captured = config, hasattr(adapter, "is_captured")
+        self.is_outermost = self.is_captured or hasattr(adapter, "is_outermost")
         self.settings = call_settings(adapter)
         self.family: Family | None = None
         self.block: BlockReader | None = None
@@ -98,10 +101,10 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
             return original(module, *args, **kwargs)
         return traced.call(entry, module, original, x, args, kwargs)
     reason, key, names = context_reason(x), None, entry.settings
-    if entry.is_captured:
-        if reason is not None or not env_graphs():
-            return original(module, *args, **kwargs)
-        return graphs.call(state_of(module), module, original, args, kwargs, entry.config)
+    if entry.is_captured and reason is None and env_graphs():
+        return settled(graphs.call, state_of(module), module, original, args, kwargs, entry.config)
+    if entry.is_outermost:
+        return settled(original, module, *args, **kwargs)
     if reason is None:
         settings = tuple(map(module.__dict__.get, names)) if names else names
         key = call_key(entry, settings, x, args, kwargs)

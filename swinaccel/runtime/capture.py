@@ -18,6 +18,7 @@ from .cuda_graph import CudaGraphs
 from .guard import Guard, NotGuardable, same_tensors
 from .plan import State, known_states
 from .rehearsal import Contents, drawing_apart, host_state, random_state, set_random_state
+from .weights import settled, with_numbers
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
 
@@ -103,7 +104,7 @@ class Capture:
         before = [(one, one.calls, one.fallbacks) for one in states]
         try:
             self._warm_up(lambda: run(root, self._inputs))
-            self._forward, output = self._engine.capture(lambda: run(root, self._inputs))
+            self._forward, output = self._engine.capture(lambda: with_numbers(settled(run, root, self._inputs)))
         finally:
             for state, calls, fallbacks in before:
                 self._calls.append((state, (state.calls - calls) // RUNS, (state.fallbacks - fallbacks) // RUNS))

@@ -15,6 +15,7 @@ from .capture import CHANGES, RUNS, Capture, NotCapturable, Run
 from .guard import Guard
 from .plan import known_states
 from .rehearsal import Contents, differentiable, drawing_apart, set_random_state, twin_of
+from .weights import settled, with_numbers
 
 _PATIENCE = 1.0  # seconds that a backward waits for another thread
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
@@ -41,7 +42,7 @@ class TrainingCapture(Capture):
         wanted = [place for place, one in enumerate(sources) if one.requires_grad]
 
         def forward() -> tuple[Any, list[Tensor]]:
-            output = run(twin, given)
+            output = with_numbers(settled(run, twin, given))
             return output, differentiable(output)
 
         def backward(outs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -3,13 +3,18 @@
 Some code returns the weights beside the output, and its callers hardly ever read them. `LazyTensor` stands for such a
 tensor: shape, dtype and device are known, and any other access computes the numbers first, from copies of what may
 change after the call.
+
+A replay of a CUDA graph computes what was captured, and nothing else. So what a call inside a capture has put off is
+computed at its end, inside the capture too, where somebody still holds it; of what nobody holds nothing is captured.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,12 +32,39 @@ from .section import plain_layer
 _METADATA = {
     getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}
+# Asked of the place that a tensor has in the graph of gradients.
+_IN_GRAPH = {
+    getattr(getattr(Tensor, name), kind)
+    for name in ("grad", "grad_fn", "is_leaf", "output_nr", "retains_grad", "_backward_hooks")
+    for kind in ("__get__", "__set__", "__delete__")
+    if hasattr(getattr(Tensor, name), kind)
+} | {Tensor.retain_grad, Tensor.register_hook, Tensor.backward, torch.autograd.grad, torch.autograd.backward}
 # What collects the weights of several blocks is put off, too.
 _DEFERRABLE = {torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack, torch.mean, Tensor.mean}
 
 
+class Record:
+    """What is known of weights that were put off while gradients were recorded.
+
+    Attributes:
+        is_read: somebody has asked for them, or for their gradient.
+        weights: where they may still be asked for, if anybody holds them.
+    """
+
+    is_read = False
+    weights: weakref.ref[LazyTensor] | None = None
+
+    def is_needed(self) -> bool:
+        """Return True unless nobody has asked for them, and nobody can."""
+        return self.is_read or (self.weights is not None and self.weights() is not None)
+
+
 class LazyTensor(Tensor):
     """A tensor whose numbers are computed when they are asked for.
+
+    Args:
+        like: of its shape, strides and dtype.
+        record: where it has a place of its own in the graph of gradients, and its numbers come in later.
 
     Attributes:
         family: all that were made of each other; they are computed together, before anything may write to one of them.
@@ -41,16 +73,30 @@ class LazyTensor(Tensor):
     _compute: Callable[[], Tensor]
     _value: Tensor | None
     _is_inference: bool
+    _is_recorded: bool
+    _is_captured: bool
+    record: Record | None
     family: list[weakref.ref[LazyTensor]]
 
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]) -> LazyTensor:
+    def __new__(
+        cls,
+        like: Tensor,
+        device: torch.device,
+        compute: Callable[[], Tensor],
+        record: Record | None = None,
+        requires_grad: bool = False,
+    ) -> LazyTensor:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device, requires_grad=requires_grad
         )
-        made._compute, made._value, made.family = compute, None, []
+        made._compute, made._value, made.family, made.record = compute, None, [], record
+        made._is_recorded = requires_grad
         made._is_inference = torch.is_inference_mode_enabled()
         made.family.append(weakref.ref(made))
+        made._is_captured = is_settled_later()
+        if made._is_captured:
+            _captured.made.append(weakref.ref(made))
         return made
 
     @classmethod
@@ -58,8 +104,12 @@ class LazyTensor(Tensor):
         """Run a function of PyTorch's that was given one of these."""
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
-                return func(*args, **(kwargs or {}))
-            if func in _DEFERRABLE and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+                one, *rest = args
+                return func(one if one._value is None else one._value, *rest, **(kwargs or {}))
+            if func in _IN_GRAPH:
+                args, kwargs = tree_map_only(LazyTensor, LazyTensor._in_graph, (args, kwargs or {}))
+                return func(*args, **kwargs)
+            if func in _DEFERRABLE and not torch._C._is_any_autocast_enabled():
                 made = _defer(func, args, kwargs or {})
                 if made is not None:
                     return made
@@ -72,27 +122,110 @@ class LazyTensor(Tensor):
         args, kwargs = _with_numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def _in_graph(self) -> Tensor:
+        """Return what has the place of this in the graph of gradients."""
+        if self.record is None:
+            return self.read()
+        self.record.is_read = True
+        return self
+
+    def lasts(self) -> bool:
+        """Return True unless this is a tensor of before a capture, inside which numbers are there at replays only."""
+        return self._is_captured or captured_stream() is None
+
     def read(self) -> Tensor:
         """Return the numbers."""
         if self._value is None:
+            if self.record is not None:
+                self.record.is_read = True
             mode = torch.inference_mode(self._is_inference)  # that of the call
-            with mode, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                value = self._compute()
+            is_recorded = self.requires_grad
+            with mode, torch.set_grad_enabled(is_recorded), torch.autocast(self.device.type, enabled=False):
+                value = self._compute() if self._is_recorded or not is_recorded else _Numbers.apply(self, self._compute)
             if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
                 raise RuntimeError("swinaccel: attention weights came out in another shape or dtype than was expected")
+            if not self.lasts():
+                return value
             self._value, self._compute = value, self.read
         return self._value
 
 
+class _Numbers(torch.autograd.Function):
+    """From weights that have a place in the graph of gradients to their numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: LazyTensor, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Captured(threading.local):
+    """The outermost call that is captured in this thread.
+
+    Attributes:
+        stream: that was current when it began, or None where there is no such call.
+        made: what it has put off.
+    """
+
+    stream: int | None = None
+    made: list[weakref.ref[LazyTensor]]
+
+
+_captured = _Captured()
+
+
+def captured_stream() -> int | None:
+    """Return the current stream, if it is captured, or None."""
+    if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream().cuda_stream
+
+
+def is_settled_later() -> bool:
+    """Return True if the end of a call around will compute, inside the same capture, what is put off now."""
+    return _captured.stream is not None and captured_stream() == _captured.stream
+
+
+def settled(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a call; inside a capture, also compute what it has put off and somebody may still read."""
+    stream = captured_stream()
+    if stream is None or _captured.stream is not None:
+        return run(*args, **kwargs)
+    _captured.stream, _captured.made = stream, []
+    try:
+        result = run(*args, **kwargs)
+        _read(_captured.made)
+    except BaseException:
+        with suppress(Exception):  # the capture itself may have failed
+            _read(_captured.made)
+        raise
+    finally:
+        _captured.stream, _captured.made = None, []
+    return result
+
+
+def _read(references: list[weakref.ref[LazyTensor]]) -> None:
+    for reference in references:
+        if (one := reference()) is not None:
+            one.read()
+
+
+def with_numbers(tree: Any) -> Any:
+    """Return an output, or arguments, with numbers in the place of what is computed later."""
+    return tree_map_only(LazyTensor, LazyTensor.read, tree)
+
+
 def _with_numbers(tree: Any) -> Any:
-    """Return arguments with numbers in the place of what is computed later."""
+    """Return arguments with numbers in the place of what is computed later, after all that was made of the same."""
     found: list[LazyTensor] = []
     tree_map_only(LazyTensor, found.append, tree)
     for one in found:
-        for reference in one.family:
-            if (other := reference()) is not None:
-                other.read()
-    return tree_map_only(LazyTensor, LazyTensor.read, tree)
+        if one.lasts():
+            _read(one.family)
+    return with_numbers(tree)
 
 
 _likes: dict[tuple, Tensor] = {}  # what functions give, by what they are given: to find that out takes their time
@@ -125,10 +258,11 @@ def _defer(func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
         like = _likes[key] = func(*given[0], **given[1])
 
     def compute() -> Tensor:
-        numbers = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs))
+        numbers = with_numbers((args, kwargs))
         return func(*numbers[0], **numbers[1])
 
-    made = LazyTensor(like, found[0].device, compute)
+    recorded = torch.is_grad_enabled() and any(one.requires_grad for one in found)
+    made = LazyTensor(like, found[0].device, compute, requires_grad=recorded)
     alive = {id(one): one for other in (*found, made) for reference in other.family if (one := reference()) is not None}
     family = list(map(weakref.ref, alive.values()))
     for one in alive.values():
@@ -142,17 +276,15 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
         return "it returns its attention weights, and its projection is more than a linear layer; merge what it adds"
     if section.dropout > 0:
         return "it returns its attention weights, which dropout changes at random now; call eval() to accelerate"
-    if torch.is_grad_enabled():
-        return "it returns its attention weights, which record gradients; call it inside torch.no_grad() to accelerate"
     if torch.is_autocast_enabled(x.device.type) or has_dispatch_mode():
         return "it returns its attention weights, and autocast or another mode decides how they are computed"
     return None
 
 
-def refuse_capture(x: Tensor) -> None:
-    """Raise KernelError inside a capture, whose replays would not compute the weights of a call anew."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise KernelError("it returns its attention weights, which nobody could read after a CUDA graph has run")
+def refuse_capture() -> None:
+    """Raise KernelError inside a capture, unless the end of a call around tells which weights somebody still holds."""
+    if captured_stream() is not None and not is_settled_later():
+        raise KernelError("it returns its attention weights, and a CUDA graph is captured of less than the whole model")
 
 
 def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
@@ -165,31 +297,47 @@ def lazy_weights(section: Section, image: Tensor, x: Tensor) -> Tensor:
     """
     if image.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         image = image.clone()  # the caller may write to it
-    frozen = _detached_copy(section)
-    geometry = section.geometry
-    tokens, windows = geometry.tokens, image.shape[0] * geometry.num_windows
-    dtype = image.dtype
+    frozen = detached_copy(section)
+    return LazyTensor(weights_like(section, image), image.device, lambda: section_weights(frozen, image))
+
+
+def weights_like(section: Section, image: Tensor) -> Tensor:
+    """Return a tensor without memory like the weights of a section.
+
+    Args:
+        image: what the section is given, or what its projection makes of that.
+    """
+    geometry, dtype = section.geometry, image.dtype
     for one in (*section.sources, *(() if section.mask is None else (section.mask,))):
         dtype = torch.promote_types(dtype, one.dtype)
-    like = torch.empty(windows, section.num_heads, tokens, tokens, dtype=dtype, device="meta")
-    return LazyTensor(like, image.device, lambda: section_weights(frozen, image))
+    windows, tokens = image.shape[0] * geometry.num_windows, geometry.tokens
+    return torch.empty(windows, section.num_heads, tokens, tokens, dtype=dtype, device="meta")
 
 
-def _detached_copy(section: Section) -> Section:
+def detached_copy(section: Section) -> Section:
     """Return a section of copies, which takes a hundredth of the time that its products take."""
-
-    def copied(one: Tensor | None) -> Tensor | None:
-        return None if one is None else one.detach().clone()
-
-    weight, bias = map(copied, plain_layer(section.project) or ())
-    table = None if section.table is None else copied(section.table())
-    padding = None if section.padding is None else copied(section.padding())
+    weight, bias = plain_layer(section.project) or (None, None)
+    table = None if section.table is None else section.table()
+    padding = None if section.padding is None else section.padding()
+    kept = _copies([weight, bias, table, padding, section.index, section.mask, section.logit_scale])
+    weight, bias, table, padding, index, mask, logit_scale = kept
     return dataclasses.replace(
         section,
         project=lambda image: F.linear(image, weight, bias),  # type: ignore[arg-type]
-        table=None if table is None else lambda: table,
+        table=None if section.table is None else lambda: table,  # type: ignore[arg-type, return-value]
         padding=None if section.padding is None else lambda: padding,
-        index=copied(section.index),
-        mask=copied(section.mask),
-        logit_scale=copied(section.logit_scale),
+        index=index,
+        mask=mask,
+        logit_scale=logit_scale,
     )
+
+
+def _copies(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Return copies, those of one dtype by one kernel."""
+    given = [one.detach() for one in tensors if one is not None]
+    copies = list(map(torch.empty_like, given))
+    for dtype in {one.dtype for one in given}:
+        places = [place for place, one in enumerate(given) if one.dtype is dtype]
+        torch._foreach_copy_([copies[place] for place in places], [given[place] for place in places])
+    rest = iter(copies)
+    return [None if one is None else next(rest) for one in tensors]

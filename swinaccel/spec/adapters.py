@@ -29,7 +29,9 @@ class Family(Adapter, Protocol):
     another than `method`, it has that method's name as `block_method`. Where callers set attributes of the module
     before each call, it has their names as `call_settings`. Where calls are given their mask, it may have `mask_of`,
     which returns it, of (module, args, kwargs), as the section takes it where it takes one: calls with masks of one
-    form have one plan, so nothing of a section but its mask may depend on the numbers in it.
+    form have one plan, so nothing of a section but its mask may depend on the numbers in it. Where a section has
+    another one `beside` it, the family has `forward_beside`, which is given (module, attend, beside, *args, **kwargs)
+    where kernels run both; `beside` takes an image and its mask, or None for the section's.
     """
 
     def match(self, module: nn.Module) -> WindowSpec | None:

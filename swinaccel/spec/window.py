@@ -117,6 +117,7 @@ class Section:
         dropout: probability at which attention weights are dropped in this call.
         layers: the linear layers that `project`, one or three, and `output`, the last, are made of, where these are
             functions around them that add nothing as long as nothing drops.
+        beside: what else the call attends to, of images that the family makes; see `Family`.
     """
 
     geometry: Geometry
@@ -136,6 +137,7 @@ class Section:
     mask: Tensor | None = None
     dropout: float = 0.0
     layers: tuple[Any, ...] = ()
+    beside: Section | None = None
 
 
 def with_mask(section: Section, mask: Tensor | None) -> Section:

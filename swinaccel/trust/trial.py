@@ -14,7 +14,7 @@ from ..families import Family
 from ..spec import reference
 from ..spec.block import Block, Merging
 from ..spec.reference_block import block_reference, embedding_reference, merging_reference
-from ..spec.window import Section
+from ..spec.window import Section, with_mask
 from . import compare
 from .compare import PADDED, Inconclusive
 from .copies import Setting, generator_state, seed
@@ -58,7 +58,15 @@ def compare_attention(
         images.append(image)
         return attend(section, image)
 
-    found = _parts(family.forward(other, attended, inputs[1], *rest))
+    if section.beside is None:
+        found = _parts(family.forward(other, attended, inputs[1], *rest))
+    else:
+        beside = section.beside
+
+        def attended_beside(image: Tensor, mask: Tensor | None) -> Tensor:
+            return attend(with_mask(beside, mask), image)
+
+        found = _parts(family.forward_beside(other, attended, attended_beside, inputs[1], *rest))  # type: ignore[attr-defined]
     if generator_state() != draws and not section.dropout:
         return _DRAWS
     if reading.weights:

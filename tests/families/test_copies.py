@@ -18,6 +18,7 @@ from helpers import both_backends, check, check_fallback, randomize
 from torch import nn
 
 import swinaccel
+from swinaccel.families import mutual
 from swinaccel.trust.registry import registry
 
 KEEPS_VERDICTS = True
@@ -188,6 +189,7 @@ NAMED = {
     "VRT": ("VrtAttention", {}, "renamed_attention"),
     "VRT, volumes": ("VrtAttention", {"window_size": (2, 3, 4)}, "renamed_attention"),
     "VRT, mutual": ("MutualAttention", {"window_size": (2, 3, 4)}, "mutual_attention"),
+    "VRT, mutual, large": ("MutualAttention", {"window_size": (2, 6, 6)}, "mutual_attention"),
     "cosine": ("FirstV2Attention", {}, "window_attention"),
     "cosine, plain biases": ("FirstV2Attention", {"squashed": False}, "window_attention"),
     "plain scores": ("FirstV2Attention", {"cosine": False, "squashed": False}, "window_attention"),
@@ -207,6 +209,44 @@ def test_attention_by_another_name(name, backend):
     helpers.check_gradients(model, x, backend=backend, count=1)
     if name.startswith("VRT"):
         helpers.check_gradients(model, x, masks.to(helpers.DEVICES[backend]), backend=backend, count=1)
+
+
+@both_backends
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mutual_attention_in_half_precision(dtype, masked, backend):
+    helpers.skip_interpreted_bfloat16(backend, dtype)
+    model, x = randomize(models.MutualAttention(16, (2, 6, 6), 2)), torch.randn(4, 72, 16)
+    mask = -100.0 * (torch.rand(2, 72, 72) < 0.3) if masked else None
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double(), None if mask is None else mask.double())
+        model.to(helpers.DEVICES[backend], dtype)
+        given = [None if one is None else one.to(helpers.DEVICES[backend], dtype) for one in (x, mask)]
+        expected, found = model(*given), swinaccel.accelerate(model, backend=backend)(*given)
+    helpers.assert_no_worse(found, expected, exact, dtype)
+    helpers.assert_accelerated(model, 1)
+
+
+@torch.no_grad()
+def test_frames_meet_in_the_kernels_alone(monkeypatch):
+    """Where those run both, and no window meets the mask of a call before."""
+    model, x = randomize(models.MutualAttention(16, (2, 3, 4), 2)), torch.randn(6, 24, 16).to(helpers.TRITON_DEVICE)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton").to(x.device)
+    model.to(x.device)
+    monkeypatch.setattr(mutual, "scaled_dot_product_attention", None)
+    for rows in (1, 2, None, 2, 3, None):
+        mask = None if rows is None else -100.0 * (torch.rand(rows, 24, 24, device=x.device) < 0.3)
+        helpers.assert_close(twin(x, mask), model(x, mask))
+    helpers.assert_accelerated(twin, 1)
+    assert swinaccel.report(twin).entries[0].bias == "table"
+
+
+def test_masks_between_frames_that_are_refused():
+    model, x = randomize(models.MutualAttention(16, (2, 3, 4), 2)), torch.randn(6, 24, 16)
+    check_fallback(model, x, torch.randint(-9, 1, (3, 24, 24)), reason="the mask is no floating-point tensor")
+    twin = swinaccel.accelerate(model, backend="torch")
+    with torch.no_grad(), pytest.raises(RuntimeError):  # the original's own
+        twin(x, torch.randn(3, 12, 12))
 
 
 def on(backend, **tensors):

@@ -3,6 +3,8 @@
 from faults.table import under
 
 GRAPHS = "runtime/test_graphs"
+CAPTURED = "families/test_captured_weights"
+RECORDED = "families/test_recorded_weights"
 FP8 = "runtime/test_fp8 runtime/test_fp8_left_out"
 TRAINING_GRAPHS = 'runtime/test_training_graphs -k "not edits"'
 LEFT_OUT = "families/test_copies families/test_returned_weights -k left"
@@ -23,7 +25,19 @@ FAULTS = under(
     ("call.py", "precision.note(adapter, module, config, None)", "pass", FP8),
     ("call.py", "fused.run(x, mask_of(module, args, kwargs))", "fused.run(x)", "runtime/test_given_masks -k triton"),
     ("context.py", "Identity(value))", "value.shape)", "runtime/test_given_masks -k index"),
-    ("attention.py", "        refuse_capture(given)\n", "", "families/test_returned_weights -k capture"),
+    ("attention.py", "        refuse_capture()\n", "", CAPTURED),
+    ("weights.py", "one if one._value is None else one._value,", "one,",
+     "families/test_returned_weights -k done"),
+    ("weights.py", "captured_stream() == _captured.stream", "True", CAPTURED),
+    ("weights.py", "        _read(_captured.made)\n    except", "    except", CAPTURED),
+    ("weights.py", "            _read(_captured.made)\n        raise", "            pass\n        raise", CAPTURED),
+    ("weights.py", "return self._is_captured or captured_stream() is None", "return True", CAPTURED),
+    ("weights.py", "is not None and not is_settled_later():", "is not None:", CAPTURED),
+    ("capture.py", "with_numbers(settled(run, root, self._inputs))", "run(root, self._inputs)", CAPTURED),
+    ("call.py", "    if entry.is_outermost:", "    if False:", CAPTURED),
+    ("attention.py", "config, State(), x)", "config, state, x)", "families/test_copies -k frames"),
+    ("attention.py", "if problem is not None and section.beside is not None:", "if False:",
+     "families/test_copies -k frames"),
     ("attention.py", "high >= rows", "high > rows", "api/test_gaps -k rows"),
     ("attention.py", "low < 0 or ", "", "runtime/test_edits -k index"),
     ("attention.py", "len(shape) not in (2, 3) or shape[-1] != heads", "len(shape) != 2",
@@ -117,7 +131,20 @@ FAULTS = under(
     ("weights.py", "weight, bias = map(copied, plain_layer(section.project) or ())",
      "weight, bias = plain_layer(section.project) or ()", "families/test_returned_weights -k weights"),
     ("weights.py", "image = image.clone()", "pass", "families/test_returned_weights -k returns"),
-    ("weights.py", "    if torch.is_grad_enabled():", "    if False:", LEFT_OUT),
+    ("attention.py", "is_recorded and not isinstance(attend, TritonSection)", "False", LEFT_OUT),
+    ("weights.py", "self.record.is_read = True\n        return self", "return self", RECORDED + " -k originals"),
+    ("weights.py", "            if func in _IN_GRAPH:", "            if False:", RECORDED + " -k originals"),
+    ("weights.py", "or (self.weights is not None and self.weights() is not None)", "", RECORDED + " -k somebody"),
+    ("weights.py", "self._is_recorded or not is_recorded", "True", RECORDED + " -k originals"),
+    ("weights.py", "requires_grad=recorded)", "requires_grad=False)", RECORDED + " -k originals"),
+    ("recorded_weights.py", "if not call.record.is_needed():", "if False:", RECORDED + " -k past"),
+    ("recorded_weights.py", "if not call.record.is_needed():", "if True:", RECORDED + " -k originals"),
+    ("recorded_weights.py", "        if not creates:", "        if True:", RECORDED + " -k originals"),
+    ("recorded_weights.py", "padding=_giver(padding),\n            logit", "padding=None,\n            logit",
+     RECORDED + " -k forms"),
+    ("recorded_weights.py", "None if padding is None else padding.chunk(3)[2]", "None", RECORDED + " -k forms"),
+    ("recorded_weights.py", "            logit_scale=logit_scale,\n", "", RECORDED + " -k forms"),
+    ("training_capture.py", "with_numbers(settled(run, twin, given))", "run(twin, given)", RECORDED + " -k steps"),
     ("weights.py", "    if section.dropout > 0:", "    if False:", LEFT_OUT),
     ("weights.py", "if torch.is_autocast_enabled(x.device.type) or", "if", LEFT_OUT),
     ("traced.py", "isinstance(reading, str) or reading.weights", "False", LEFT_OUT),
