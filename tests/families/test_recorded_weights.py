@@ -233,6 +233,16 @@ def test_calls_that_record_gradients_inside_a_capture(returned, monkeypatch):
         helpers.assert_close((one + 0).detach(), other.detach())
 
 
+def test_a_part_of_a_model_that_is_captured_computes_them_at_once(monkeypatch):
+    streams = Streams(monkeypatch)
+    model, x = models.Unread(htsat()), torch.randn(2, 64, 16, device=DEVICE)
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton").stage.blocks[1]
+    twin(x)
+    found = streams.captured(twin, x)
+    assert type(found[1]) is torch.Tensor
+    helpers.assert_close(found[1].detach(), model.stage.blocks[1](x)[1].detach())
+
+
 def test_graphs_of_training_steps(monkeypatch):
     """Weights that a model returns are computed by every replay, with their gradients."""
     monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
