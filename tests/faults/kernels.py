@@ -43,7 +43,6 @@ FAULTS = under(
     ("quantise.py", "tl.max(tl.abs(tl.load(bias_ptr", "tl.max((tl.load(bias_ptr", EIGHT),
     ("quantise.py", "tl.where(bound < SMALLEST, SMALLEST, bound)", "bound", EIGHT),
     ("quantise.py", "tl.where(bound > LARGEST, LARGEST, ", "tl.where(bound != bound, LARGEST, ", EIGHT),
-    ("quantise.py", "tl.num_programs(0) - 1:", "0:", EIGHT),
     ("linear8.py", "tl.minimum(offs, N - 1)", "offs * 0", EIGHT),
     ("linear8.py", "tile += tl.load(bias_ptr + offs).to(tl.float32)[None, :]", "pass", EIGHT),
     ("linear8.py", "tl.load(out_scale_ptr + row + offs_m", "tl.load(out_scale_ptr + offs_m", EIGHT),
