@@ -20,7 +20,7 @@ from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
-_forward = attrgetter("forward", "__call__")
+_forward = attrgetter("forward", "__call__", "_call_impl")
 
 
 class NotGuardable(Exception):

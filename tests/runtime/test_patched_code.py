@@ -54,6 +54,8 @@ def doubled(function):
         ("timm", timm_swin, "window_partition"),
         ("timm", timm_swin.WindowAttention, "_get_rel_pos_bias"),
         ("official", nn.Module, "_call_impl"),
+        ("timm", nn.Linear, "__call__"),
+        ("official", nn.LayerNorm, "_call_impl"),
     ],
 )
 def test_functions_that_are_replaced(name, namespace, function, first, monkeypatch):
