@@ -38,7 +38,12 @@ _FORWARDS = {cls: cls.forward if is_torch_function(cls.forward) else None for cl
 
 def is_builtin(module: Any, cls: type) -> bool:
     """Return True if a module is exactly PyTorch's layer, one of `_LAYERS`, and its class is not patched."""
-    return type(module) is cls and cls.forward is _FORWARDS[cls]
+    return type(module) is cls and cls.forward is _FORWARDS[cls] and _is_called_plainly(cls)
+
+
+def _is_called_plainly(cls: Any) -> bool:
+    """Return True if a class calls its forward as every module does."""
+    return cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..backends.torch import products
 from ..backends.torch import window as torch_backend
 from ..config import AccelConfig, env_interpret
-from ..layers import alias, has_hooks, replaced_methods
+from ..layers import PLAIN_TENSORS, alias, has_hooks, replaced_methods
 from ..ops import window as window_ops
 from ..ops.failures import failures
 from ..ops.linear import product_of
 from ..spec.adapters import Adapter, Family, block_method, call_settings
+from ..spec.block import Product
 from ..spec.reference_block import attend_tokens
 from ..spec.window import Section, with_mask
 from ..trust.compare import PADDED
@@ -315,7 +316,17 @@ def section_reason(section: Section, x: Tensor) -> str | None:
             return f"a tensor of its bias or mask is of {tensor.dtype}, the input of {x.dtype}; convert one of them"
     if not all(tensor.is_floating_point() for tensor in section.sources):
         return "its bias does not consist of floating-point numbers; convert its table"
+    for layer in (section.project, section.output, *section.layers):
+        weight = _plain_weight(layer)
+        if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"its projections are of {weight.dtype}, the input of {x.dtype}, which only its own code may convert"
     return None
+
+
+def _plain_weight(product: Any) -> Tensor | None:
+    """Return the weight of a linear layer that multiplies what it is given as it is, or None."""
+    layer = product.layer if isinstance(product, Product) else product
+    return layer.weight if type(layer) is nn.Linear and type(layer.weight) in PLAIN_TENSORS else None
 
 
 def table_shape(section: Section) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
-_forward, _attributes = attrgetter("forward", "__call__"), attrgetter("__dict__")
+_forward, _attributes = attrgetter("forward", "__call__", "_call_impl"), attrgetter("__dict__")
 
 
 class NotGuardable(Exception):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _marked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose facts were asked for
 
 _CONV_FORWARD = nn.Conv2d._conv_forward
+_LINEAR, _GELU, _LAYER_NORM = F.linear, F.gelu, F.layer_norm
 
 # ("part", type of parent, name, type), ("setting", type, name, value) of code that no library holds, ("rate", type,
 # name) of a rate of dropout, ("weights", type) of a module that returns its attention weights, ("refused", type, kind
@@ -251,6 +253,8 @@ def _dropout_reason(module: nn.Module, attention: nn.Module) -> str | None:
 def _plain_block(adapter: Any, module: nn.Module, x: Tensor) -> Block | None:
     """Return what a block consists of, if one operator may stand for all that follows its attention."""
     if x.dtype not in HALVES or torch.is_autocast_enabled(x.device.type):
+        return None
+    if F.linear is not _LINEAR or F.gelu is not _GELU or F.layer_norm is not _LAYER_NORM:
         return None
     block, proven = adapter.block(module), getattr(module, PROVEN)
     norms, linears = (block.norm1, block.norm2), (block.fc1, block.fc2)

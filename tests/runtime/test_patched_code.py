@@ -54,6 +54,8 @@ def doubled(function):
         ("timm", timm_swin, "window_partition"),
         ("timm", timm_swin.WindowAttention, "_get_rel_pos_bias"),
         ("official", nn.Module, "_call_impl"),
+        ("timm", nn.Linear, "__call__"),
+        ("official", nn.LayerNorm, "_call_impl"),
     ],
 )
 def test_functions_that_are_replaced(name, namespace, function, first, monkeypatch):
@@ -142,3 +144,15 @@ class Averaging(official.WindowAttention):
 def test_a_reason_is_not_of_a_mask_that_was_not_left_out():
     (entry,) = swinaccel.plan(Averaging(16, (4, 4), 2))
     assert entry.reason == "in training, its forward changes mean"
+
+
+@pytest.mark.parametrize("function", ["linear", "gelu"])
+def test_functions_that_are_replaced_around_a_compiled_block(function, monkeypatch):
+    """One operator stands for all that follows an attention, in half precision, until somebody else's has to run."""
+    block = helpers.randomize(MODELS["timm"]()).to(helpers.TRITON_DEVICE, torch.float16)
+    model, twin = swinaccel.accelerate(copy.deepcopy(block), backend="triton"), copy.deepcopy(block)
+    x = torch.randn(2, 8, 8, 16).to(helpers.TRITON_DEVICE, torch.float16)
+    compiled = torch.compile(model, backend="eager")
+    helpers.assert_close(call(compiled, x), call(twin, x), 1e-2)
+    monkeypatch.setattr(F, function, doubled(getattr(F, function)))
+    helpers.assert_close(call(compiled, x), call(twin, x), 1e-2)
