@@ -18,7 +18,7 @@ from ..backends.triton.traced import TracedLaunch, expected
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures
-from .packaged import open_in_packages
+from .operators import register
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -225,14 +225,6 @@ def compiled_after_attention(
     return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
 
 
-_library = torch.library.Library("swinaccel", "FRAGMENT")
-_library.define(
-    "after_attention(Tensor x, Tensor branch, Tensor? norm1_weight, Tensor? norm1_bias, float eps1,"
-    " Tensor? norm2_weight, Tensor? norm2_bias, float eps2, Tensor weight1, Tensor? bias1, Tensor weight2,"
-    " Tensor? bias2, bool post_norm) -> Tensor"
-)
-
-
 def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch], Any]) -> Tensor:
     """Compute what the operator does, as compilers see it."""
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
@@ -304,7 +296,9 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-open_in_packages(_library, "after_attention", _traced, batched=2)
-for _key in ("CUDA", "CPU"):
-    _library.impl("after_attention", _operator, _key)
-torch.library.register_fake("swinaccel::after_attention", _fake, lib=_library)
+register(
+    "after_attention(Tensor x, Tensor branch, Tensor? norm1_weight, Tensor? norm1_bias, float eps1,"
+    " Tensor? norm2_weight, Tensor? norm2_bias, float eps2, Tensor weight1, Tensor? bias1, Tensor weight2,"
+    " Tensor? bias2, bool post_norm) -> Tensor",
+    _operator, _fake, inside=_traced, batched=2,
+)  # fmt: skip

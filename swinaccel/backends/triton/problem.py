@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,68 @@ def image_shape(shape: torch.Size, geometry: Geometry, packed: bool) -> tuple[tu
 
 def shapes_of(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([None if one is None else one.shape for one in tensors])
+
+
+class Operands(NamedTuple):
+    """Tensors and numbers of one attention, in the order of the operator's schema.
+
+    Attributes:
+        qkv, k, v: q, k and v packed, or q alone where k and v are given, all with equal strides, the last one 1. Those
+            may have an axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D.
+        table: (T, heads), or (T, rows, heads) with biases that rows of windows take in turn; without index the bias
+            itself, (heads, N, N) or (rows, heads, N, N).
+        index, padding, mask, logit_scale: contiguous.
+        seed: (1,), int64, from which the random numbers of dropout follow.
+    """
+
+    qkv: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    padding: Tensor | None
+    mask: Tensor | None
+    logit_scale: Tensor | None
+    seed: Tensor | None
+    num_heads: int
+    window: Sequence[int]
+    shift: Sequence[int]
+    roll_first: bool
+    mask_value: float
+    scale: float
+    dropout: float
+
+
+def key_of(
+    call: Operands,
+    geometry: Geometry,
+    table: Tensor | None,
+    index: Tensor | None,
+    rows: int,
+    for_backward: bool,
+    factors: tuple[Tensor, ...] | None = None,
+    kept: tuple[torch.Size | None, ...] | None = None,
+) -> tuple[Any, ...]:
+    """Return what launches are kept under: three numbers of the geometry, and the fields of a `Problem` behind it.
+
+    Tuples are compared in a fraction of a dataclass's time.
+
+    Args:
+        table, index, rows: of the call, as `bias.as_table` gives them.
+        factors, kept: as the launches of forward and backward take them.
+    """
+    qkv, dtype = call.qkv, call.qkv.dtype
+    return (
+        geometry.window, geometry.shift, geometry.roll_first, qkv.device, dtype, qkv.shape, qkv.stride(),
+        call.num_heads, None if call.k is None else shapes_of(call.k, call.v), None if table is None else table.shape,
+        None if table is None else table.stride(), None if index is None else index.shape,
+        call.index is None and table is not None, rows,
+        None if call.padding is None or not geometry.is_padded else call.padding.shape,
+        None if call.mask is None else call.mask.shape, None if call.logit_scale is None else call.logit_scale.shape,
+        call.mask_value, call.scale, None if factors is None else shapes_of(*factors[:2]),
+        None if call.seed is None else call.seed.shape, call.dropout, for_backward, devices.precision(dtype),
+        devices.shared_memory_override, kept,
+    )  # fmt: skip
 
 
 class Problem(NamedTuple):
