@@ -171,10 +171,10 @@ def test_who_multiplies(monkeypatch):
     ):
         assert programs(*problem) is None
     monkeypatch.setattr(devices, "multiprocessors", lambda device: 132)
-    weight, x = random(512, 128, dtype=torch.float16), random(132 * 64, 128, dtype=torch.float16)
-    assert kernels.is_one_kernel(x, weight)
-    assert not kernels.is_one_kernel(x[1:], weight)
-    assert not kernels.is_one_kernel(x.view(-1, 256), weight.view(-1, 256))
+    kind, rows = (torch.device("cpu"), torch.float16), 132 * 64
+    assert kernels.pays_in_one(*kind, rows, 128, 512)
+    assert not kernels.pays_in_one(*kind, rows - 1, 128, 512)
+    assert not kernels.pays_in_one(*kind, rows, 256, 256)
 
 
 def test_launches_fit_smaller_devices(monkeypatch):

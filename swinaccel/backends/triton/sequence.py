@@ -177,7 +177,7 @@ def _key(q: Tensor, q_factor: Tensor | None, problem: Problem) -> tuple:
 class _Facts(NamedTuple):
     """Facts that the plans of all three kernels share."""
 
-    shape: dict[str, Any]  # arguments of `sequence_launch`
+    sizes: Any  # `sequence_launch.Sizes`
     numbers: tuple[float, ...]  # arguments of the kernels: sizes and scale
     pattern: int
     rank: int
@@ -203,14 +203,9 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
     )
     masks = 1 if mask is None else mask.shape[0]
     return _Facts(
-        {
-            "head_dim": head_dim,
-            "rank": rank,
-            "element_size": q.element_size(),
-            "factor_size": factor_dtype.itemsize,
-            "has_mask": mask is not None,
-            "shared_memory": devices.shared_memory(q.device),
-        },
+        sequence_launch.Sizes(
+            head_dim, rank, q.element_size(), factor_dtype.itemsize, mask is not None, devices.shared_memory(q.device)
+        ),
         (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
         pattern.value,
         rank,
@@ -267,10 +262,10 @@ def _plan(
         keys: programs go through the keys, and queries pass; else queries, and keys pass.
     """
     batch, heads, tokens, head_dim = q.shape
-    shape, has_mask = shapes[0], facts.shape["has_mask"]
+    shape, has_mask = shapes[0], facts.sizes.has_mask
     described = shape is not None and not _has_edges(facts, tokens, shape.block_m, shape.block_n)
     if not described:
-        shape = shapes[1](**facts.shape)
+        shape = shapes[1](facts.sizes)
     rows, passing_rows = (shape.block_n, shape.block_m) if keys else (shape.block_m, shape.block_n)
     options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     if shape.max_registers is not None:
