@@ -45,17 +45,13 @@ class BoundPosition:
         return position_table(coords, hidden_weight, hidden_bias, weight)
 
 
-def bind(
-    device: torch.device, coords: torch.Size, hidden_weight: torch.Size, hidden_bias: torch.Size, weight: torch.Size
-) -> BoundPosition | None:
-    """Bind the table of a position MLP, by the shapes of its tensors, to its launch; None where that failed before.
+def bind(*tensors: Tensor) -> BoundPosition | None:
+    """Bind the table of a position MLP, of tensors of such shapes, to its launch; None where that failed before.
 
     Raises:
         ArgumentError: the shapes do not fit together.
     """
-    if failures.get(_PROBLEM) is not None:
-        return None
-    return BoundPosition(*backend.position_launch(device, coords, hidden_weight, hidden_bias, weight))
+    return None if failures.get(_PROBLEM) is not None else BoundPosition(*backend.position_launch(*tensors))
 
 
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:

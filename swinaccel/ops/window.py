@@ -132,21 +132,27 @@ class BoundAttention:
 
 
 def bind(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     geometry: Geometry,
     *,
-    dtype: torch.dtype,
     num_heads: int,
     mask_value: float = -100.0,
     scale: float = 1.0,
-    **form: Any,
+    **tensors: Tensor | None,
 ) -> BoundAttention:
-    """Bind a problem of attention in inference, without dropout and factors, to its launches: no tensor is needed yet.
+    """Bind attention in inference, without dropout and factors, to its launches.
 
     Args:
-        **form: of the tensors of a call; see `backends.triton.window.bind`, also for what it raises.
+        qkv, **tensors: as of `shifted_window_attention`; only their forms count.
+    Raises:
+        ArgumentError: see `backends.triton.window.bind`.
     """
-    options: dict[str, Any] = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
-    return BoundAttention(forward_launches.bind(geometry, dtype=dtype, **options, **form), geometry, dtype, options)
+    parts = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
+    others = map(tensors.get, ("table", "index", "padding", "mask", "logit_scale"))
+    place = num_heads, geometry.window, geometry.shift, geometry.roll_first
+    call = Operands._make((*parts, *others, None, *place, mask_value, scale, 0.0))
+    options = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
+    return BoundAttention(forward_launches.bind(call, geometry), geometry, parts[0].dtype, options)
 
 
 def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = None) -> tuple[Tensor, Any]:

@@ -95,15 +95,16 @@ def position_table(
     Returns:
         (T, heads), fp32; the heads come first in memory.
     """
-    run, shape = position_launch(coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape)
+    run, shape = position_launch(coords, hidden_weight, hidden_bias, weight)
     table = torch.empty(shape, dtype=torch.float32, device=coords.device)
     bound(run)(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
 
 
-def position_launch(device: torch.device, *shapes: torch.Size) -> tuple[Launch, tuple[int, int]]:
+def position_launch(*tensors: Tensor) -> tuple[Launch, tuple[int, int]]:
     """Return the launch for tensors of such shapes, in order, and the table's shape in memory, (heads, T)."""
-    key: tuple[Any, ...] = ("position", device, *shapes)
+    shapes = [one.shape for one in tensors]
+    key: tuple[Any, ...] = ("position", tensors[0].device, *shapes)
     if (known := launches.get(key)) is not None:
         return known
     from ...kernels import bias as bias_kernels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -154,58 +153,20 @@ class Forward:
         return out, lse
 
 
-def bind(
-    geometry: Geometry,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int,
-    num_heads: int,
-    head_dim: int,
-    packed: bool,
-    table: tuple[torch.Size, tuple[int, ...]] | None,
-    mask_value: float,
-    scale: float,
-    has_padding: bool = False,
-    has_mask: bool = False,
-    cosine: bool = False,
-) -> Forward:
-    """Return the launches of inference where every tensor but the table is contiguous.
+def bind(call: Operands, geometry: Geometry) -> Forward:
+    """Return the launches of inference for tensors of such forms: all but the table are contiguous.
 
-    Args:
-        device: with its index, as tensors have it.
-        packed: qkv is one tensor (B, H, W, 3 * heads * D), and not three (B, H, W, heads * D).
-        table: shape and strides of the table (T, heads), which comes with an index (N, N).
-        has_padding, has_mask: there is a padding vector (3 * heads * D,), a mask (windows, N, N).
-        cosine: there is a logit_scale (heads,).
     Raises:
-        ArgumentError: the problem does not fit together.
+        ArgumentError: they do not fit together, or have no place in memory that launches could find.
     """
-    tokens, channels = geometry.tokens, num_heads * head_dim
-    width = 3 * channels if packed else channels
-    shape = torch.Size((batch, *geometry.size, width))
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    table_shape, table_strides, rows = (None, None, 1) if table is None else _columns(*table)
-    key = (
-        geometry.window, geometry.shift, geometry.roll_first, device, dtype, shape, strides, num_heads,
-        None if packed else (shape, shape), table_shape, table_strides,
-        None if table is None else torch.Size((tokens, tokens)), False, rows,
-        torch.Size((3 * channels,)) if has_padding and geometry.is_padded else None,
-        torch.Size((geometry.num_windows, tokens, tokens)) if has_mask else None,
-        torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
-        devices.precision(dtype), devices.shared_memory_override, None,
-    )  # fmt: skip
-    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
-    return forward.bound()
+    table, index, rows = as_table(call.table, call.index)
+    if table is not None and call.table is not None and table.data_ptr() != call.table.data_ptr():
+        raise ArgumentError(f"table must have biases that are neighbours in memory; got strides {call.table.stride()}")
+    return _kept(key_of(call, geometry, table, index, rows, False), geometry).bound()
 
 
-def _columns(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, tuple[int, ...], int]:
-    """Return shape and strides of a table as (T, columns), and how many biases it holds; see `bias.as_table`."""
-    if len(shape) != 3:
-        return shape, strides, 1
-    if strides[1] != shape[2] * strides[2]:
-        raise ArgumentError(f"table must have biases that are neighbours in memory; got strides {strides}")
-    return torch.Size((shape[0], shape[1] * shape[2])), (strides[0], strides[2]), shape[1]
+def _kept(key: tuple[Any, ...], geometry: Geometry) -> Forward:
+    return launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
 
 
 def shifted_window_attention(
@@ -228,10 +189,8 @@ def shifted_window_attention(
     """
     table, index, rows = as_table(call.table, call.index)
     key = key_of(call, geometry, table, index, rows, for_backward, factors)
-    if bound is not None:  # sizes may be symbols, which no key is made of
-        forward = Forward(Problem(geometry, *key[3:])).bound(bound)
-    else:
-        forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    # Where it is bound otherwise, sizes may be symbols, which no key is made of.
+    forward = _kept(key, geometry) if bound is None else Forward(Problem(geometry, *key[3:])).bound(bound)
     padding = call.padding if geometry.is_padded else None
     return forward.run(
         call.qkv, call.k, call.v, table, index, padding, call.mask, call.logit_scale, call.seed, factors
