@@ -119,6 +119,11 @@ def is_idle(dropout: Any) -> bool:
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
+def dropped(projection: Any, dropout: Any) -> Any:
+    """Return a projection with the dropout behind it: the projection alone, where that does nothing now."""
+    return projection if is_idle(dropout) else lambda y: dropout(projection(y))
+
+
 def argument(place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return an argument of a call by its place or its name, or None."""
     return args[place] if len(args) > place else kwargs.get(name)

@@ -18,8 +18,8 @@ from ...spec.block import Product
 from ...spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .common import (
     drop_rate,
+    dropped,
     has_table_rows,
-    is_idle,
     is_index,
     is_plain_linear,
     is_position_mlp,
@@ -75,7 +75,7 @@ def attention_section(
         "geometry": geometry,
         "num_heads": heads,
         "head_dim": head_dim,
-        "output": attn.proj if is_idle(attn.proj_drop) else lambda y: attn.proj_drop(attn.proj(y)),
+        "output": dropped(attn.proj, attn.proj_drop),
         "index": index.view(tokens, tokens) if index.numel() == tokens * tokens else index,
         "mask": mask,
         "mask_value": mask_value,
