@@ -247,22 +247,9 @@ def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
     return _plain(x, branch, norms, linears, arguments[10])
 
 
-def _check(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    _: float,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    __: float,
-    fc1: Tensor,
-    fc1_bias: Tensor | None,
-    fc2: Tensor,
-    fc2_bias: Tensor | None,
-    *___: bool,
-) -> None:
+def _check(x: Tensor, branch: Tensor, *arguments: Any) -> None:
     """Raise where the kernels would read a tensor otherwise than it is."""
+    weight, bias, _, weight2, bias2, _, fc1, fc1_bias, fc2, fc2_bias, _ = arguments
     channels, hidden, dtype = x.shape[-1:], fc1.shape[:1], x.dtype
     for name, one, shape in (
         ("branch", branch, x.shape),

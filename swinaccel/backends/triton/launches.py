@@ -124,11 +124,6 @@ class Launch:
         names: tuple[str, ...] = (),
         **options: int,
     ) -> None:
-        """Decide all about a launch.
-
-        Args:
-            names: of tensors that come from outside, as `check_dtypes` takes them, "" for those that do not.
-        """
         self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
         self.grid = (*grid, 1, 1)[:3]
         self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`

@@ -108,11 +108,11 @@ class Backward:
         self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
         if grad_bias:
             tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
-            chunk = launch.bias_chunk(tiles=tiles * biases, windows=positions, batch=batch)
-            groups = -(-positions // chunk.windows) * biases, -(-batch // chunk.images)
+            chunk, images = launch.bias_chunk(tiles=tiles * biases, windows=positions, batch=batch)
+            groups = -(-positions // chunk) * biases, -(-batch // images)
             self.bias = plan(
                 window_bwd_bias._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups),
-                ("", "grad", "lse", "", "", ""), batch, images=(chunk.images, chunk.windows),
+                ("", "grad", "lse", "", "", ""), batch, images=(images, chunk),
             )  # fmt: skip
             self.bias_shape = (groups[0] * groups[1] // biases, biases * heads, tokens, tokens)
 
