@@ -12,6 +12,7 @@ from torch import Tensor
 from . import devices
 from .checks import check_sequence
 from .launches import DescribedLaunch, Launch, keep, launches
+from .problem import shapes_of
 
 MAX_HEAD_DIM, MAX_RANK = 128, 64
 
@@ -86,7 +87,7 @@ def forward(
     mask = None if mask is None else mask.contiguous()
     strides = _strides(out, q, k, v, q_factor, k_factor)
     described = bound is None and _describable(q_factor, mask, k, v)
-    shapes = _shapes(k, v, q_factor, k_factor, mask)
+    shapes = shapes_of(k, v, q_factor, k_factor, mask)
     key = ("sequence", *_key(q, q_factor, problem), strides, described, shapes)
     launch = launches.get(key)
     if launch is None:
@@ -134,7 +135,7 @@ def backward(
         delta = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
         strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
         described = _describable(q_factor, mask, grad, q, k, v)
-        shapes = _shapes(k, v, q_factor, k_factor, mask, grad, out, lse)
+        shapes = shapes_of(k, v, q_factor, k_factor, mask, grad, out, lse)
         key = ("sequence backward", *_key(q, q_factor, problem), factor_grad, strides, described, shapes)
         kept = launches.get(key)
         if kept is None:
@@ -148,10 +149,6 @@ def backward(
         for part, factor in zip(parts, factors, strict=True)
     )
     return dq, dk, dv, *sums
-
-
-def _shapes(*tensors: Tensor | None) -> tuple[torch.Size | None, ...]:
-    return tuple([None if one is None else one.shape for one in tensors])
 
 
 def _rows(tensor: Any) -> Any:
@@ -180,8 +177,6 @@ class _Facts(NamedTuple):
     sizes: Any  # `sequence_launch.Sizes`
     numbers: tuple[float, ...]  # arguments of the kernels: sizes and scale
     pattern: int
-    rank: int
-    precision: str
     blocks: tuple[int, int]  # 0, 0 where the pattern has none
 
 
@@ -208,8 +203,6 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
         ),
         (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
         pattern.value,
-        rank,
-        devices.precision(q.dtype),
         (block_size, window_blocks) if problem.block_size else (0, 0),
     )
 
@@ -273,8 +266,8 @@ def _plan(
     arguments = (
         (-(-tokens // rows) * batch * heads,),
         (
-            *strides, *facts.numbers, head_dim, facts.rank, facts.pattern, has_mask,
-            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, facts.precision,
+            *strides, *facts.numbers, head_dim, facts.sizes.rank, facts.pattern, has_mask,
+            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, devices.precision(q.dtype),
             shape.block_m, shape.block_n, shape.block_d, shape.block_r,
         ),
         (*names, "q_factor", "k_factor", "mask"),
