@@ -157,11 +157,11 @@ def bind(
 
 def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = None) -> tuple[Tensor, Any]:
     """Run the forward of the operator, whose schema names the arguments; `bound` as the backend's."""
-    *_, for_backward, factors = arguments
     call = operands_of(arguments)
+    for_backward, factors = arguments[16:]
     geometry = geometry or geometry_of(call)
     if not is_readable(call.qkv, call.k, call.v, geometry):
-        call = _dense_tokens(call, geometry)
+        call = operands_of(arguments, geometry)
     factors = None if factors is None or bound is not None else tuple(factors)
     try:
         return forward_launches.shifted_window_attention(call, geometry, factors, for_backward, bound)
@@ -178,11 +178,11 @@ def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = Non
 def _backward(grad: Tensor, *arguments: Any, geometry: Geometry | None = None) -> tuple[Tensor, ...]:
     """Run the backward of the operator, whose schema names the arguments."""
     out, lse, *rest, grad_table = arguments
-    call = operands_of(rest)
-    geometry = geometry or geometry_of(call)
+    geometry = geometry or geometry_of(Operands._make(rest))
+    call = operands_of(rest, geometry)
     try:
         gradients: Sequence[Tensor | None] = backward_launches.shifted_window_attention_backward(
-            dense(grad, geometry), out, lse, _dense_tokens(call, geometry), geometry, grad_table
+            dense(grad, geometry), out, lse, call, geometry, grad_table
         )
     except NOT_THE_KERNELS:
         raise
@@ -190,11 +190,6 @@ def _backward(grad: Tensor, *arguments: Any, geometry: Geometry | None = None) -
         note_failure(error, call, geometry)
         gradients = reference_gradients(grad, call, geometry, twice=False)
     return tuple(call.qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
-
-
-def _dense_tokens(call: Operands, geometry: Geometry) -> Operands:
-    k, v = (None if t is None else dense(t, geometry) for t in (call.k, call.v))
-    return call._replace(qkv=dense(call.qkv, geometry), k=k, v=v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

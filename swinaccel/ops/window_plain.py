@@ -21,10 +21,17 @@ from .failures import failures
 from .recomputed import recomputed_gradients
 
 
-def operands_of(arguments: Sequence[Any]) -> Operands:
-    """Return the operands of the operator, all but tokens and table contiguous; more arguments may follow them."""
-    qkv, k, v, table, *others, seed = arguments[:9]
-    return Operands._make((qkv, k, v, table, *map(_contiguous, others), seed, *arguments[9:16]))
+def operands_of(arguments: Sequence[Any], geometry: Geometry | None = None) -> Operands:
+    """Return the operands of the operator, contiguous but for the table and, without a geometry, for q, k and v.
+
+    Args:
+        arguments: of the operator; what follows the operands is left out.
+        geometry: with it, q, k and v are in memory as outputs are.
+    """
+    tokens, others = arguments[:3], [None if t is None else t.contiguous() for t in arguments[4:8]]
+    if geometry is not None:
+        tokens = [None if t is None else dense(t, geometry) for t in tokens]
+    return Operands._make((*tokens, arguments[3], *others, *arguments[8:16]))
 
 
 def geometry_of(call: Operands) -> Geometry:
@@ -83,10 +90,6 @@ def reference_gradients(grad: Tensor, call: Operands, geometry: Geometry, twice:
 
     inputs = (call.qkv, call.k, call.v, call.table, call.padding, call.logit_scale)
     return recomputed_gradients(function, inputs, grad, twice)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def dense(image: Tensor, geometry: Geometry) -> Tensor:

@@ -116,16 +116,17 @@ def key_of(
         table, index, rows: of the call, as `bias.as_table` gives them.
         factors, kept: as the launches of forward and backward take them.
     """
-    qkv, dtype = call.qkv, call.qkv.dtype
+    qkv, k, v, _, given, padding, mask, logit_scale, seed, num_heads, _, _, _, mask_value, scale, dropout = call
+    dtype = qkv.dtype
     return (
-        geometry.window, geometry.shift, geometry.roll_first, qkv.device, dtype, qkv.shape, qkv.stride(),
-        call.num_heads, None if call.k is None else shapes_of(call.k, call.v), None if table is None else table.shape,
+        geometry.window, geometry.shift, geometry.roll_first, qkv.device, dtype, qkv.shape, qkv.stride(), num_heads,
+        None if k is None else shapes_of(k, v), None if table is None else table.shape,
         None if table is None else table.stride(), None if index is None else index.shape,
-        call.index is None and table is not None, rows,
-        None if call.padding is None or not geometry.is_padded else call.padding.shape,
-        None if call.mask is None else call.mask.shape, None if call.logit_scale is None else call.logit_scale.shape,
-        call.mask_value, call.scale, None if factors is None else shapes_of(*factors[:2]),
-        None if call.seed is None else call.seed.shape, call.dropout, for_backward, devices.precision(dtype),
+        given is None and table is not None, rows,
+        None if padding is None or not geometry.is_padded else padding.shape, None if mask is None else mask.shape,
+        None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None if factors is None else shapes_of(*factors[:2]), None if seed is None else seed.shape, dropout,
+        for_backward, "ieee" if dtype is not torch.float32 else devices.precision(dtype),
         devices.shared_memory_override, kept,
     )  # fmt: skip
 

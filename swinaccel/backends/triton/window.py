@@ -187,11 +187,10 @@ def shifted_window_attention(
         (B, H, W, heads * D), with an axis for the heads where q has one, and where `for_backward` what is kept of the
         softmax, of `lse_shape`, which is empty for small windows.
     """
-    table, index, rows = as_table(call.table, call.index)
+    qkv, k, v, table, index, padding, mask, logit_scale, seed, *_ = call
+    table, index, rows = as_table(table, index)
     key = key_of(call, geometry, table, index, rows, for_backward, factors)
     # Where it is bound otherwise, sizes may be symbols, which no key is made of.
     forward = _kept(key, geometry) if bound is None else Forward(Problem(geometry, *key[3:])).bound(bound)
-    padding = call.padding if geometry.is_padded else None
-    return forward.run(
-        call.qkv, call.k, call.v, table, index, padding, call.mask, call.logit_scale, call.seed, factors
-    )  # fmt: skip
+    padding = padding if geometry.is_padded else None
+    return forward.run(qkv, k, v, table, index, padding, mask, logit_scale, seed, factors)
