@@ -130,10 +130,10 @@ def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str
 def sequence(head_dim: int, rank: int, dtype: torch.dtype, factor_dtype: torch.dtype, has_mask: bool) -> None:
     q, k, v = (torch.zeros(1, 2, 300, head_dim, dtype=dtype) for _ in range(3))
     factors = (torch.zeros(2, 300, rank, dtype=factor_dtype) for _ in range(2)) if rank else (None, None)
-    given = (q, k, v, *factors, torch.zeros(1, 300, 300) if has_mask else None)
+    given = triton_sequence.Operands(q, k, v, *factors, torch.zeros(1, 300, 300) if has_mask else None)
     problem = triton_sequence.Problem(False, 0, 1, 0.1)
-    out, lse = triton_sequence.forward(*given, problem)
-    triton_sequence.backward(torch.zeros_like(out), *given, out, lse, problem, rank > 0)
+    out, lse = triton_sequence.forward(given, problem)
+    triton_sequence.backward(torch.zeros_like(out), given, out, lse, problem, rank > 0)
 
 
 def mlp(channels: int) -> None:

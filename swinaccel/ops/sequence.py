@@ -6,7 +6,6 @@ for every later call of that kind.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..backends.torch import sequence as torch_sequence
 from ..backends.triton import sequence as backend
 from ..backends.triton.launches import Launch, first_line
-from ..backends.triton.sequence import Problem
+from ..backends.triton.sequence import Operands, Problem
 from ..config import env_strict
 from ..errors import KernelError
 from .failures import NOT_THE_KERNELS, failures
@@ -44,64 +43,58 @@ def sequence_attention(
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run the forward of the operator, whose schema names the arguments."""
-    q, k, v, q_factor, k_factor, mask, *numbers = arguments
-    problem = Problem(*numbers)
-    key = _failure_key(q, q_factor, mask, problem)
+    call, problem = Operands(*arguments[:6]), Problem(*arguments[6:])
+    key = _failure_key(call, problem)
     if failures.get(key) is None:
         try:
-            return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
+            return backend.forward(call, problem)
         except NOT_THE_KERNELS:
             raise
         except Exception as error:
             _record(key, error)
-    out = backend.empty_like(q)
-    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
+    out = backend.empty_like(call.q)
+    return out.copy_(_plain(call, problem)), _fake_lse(call.q, call.mask).fill_(float("nan"))
 
 
 def _traced(*arguments: Any, bound: Callable[[Launch], Any]) -> tuple[Tensor, Tensor]:
     """Compute what the operator does, as compilers see it."""
-    q, k, v, q_factor, k_factor, mask, *numbers = arguments
-    return backend.forward(q, k, v, q_factor, k_factor, mask, Problem(*numbers), bound)
+    return backend.forward(Operands(*arguments[:6]), Problem(*arguments[6:]), bound)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Run the backward of the operator, whose schema names the arguments."""
-    q, k, v, q_factor, k_factor, mask, out, lse, *numbers, factor_grad = arguments
+    call, (out, lse, *numbers, factor_grad) = Operands(*arguments[:6]), arguments[6:]
     problem = Problem(*numbers)
-    key = _failure_key(q, q_factor, mask, problem)
+    key = _failure_key(call, problem)
     if failures.get(key) is None:
         try:
-            grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
-            return list(grads)
+            return list(backend.backward(grad, call, out, lse, problem, factor_grad))
         except NOT_THE_KERNELS:
             raise
         except Exception as error:
             _record(key, error)
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, q_factor: Any = q_factor, k_factor: Any = k_factor) -> Tensor:
-        return _plain(q, k, v, q_factor, k_factor, mask, problem)
+    def plain(*inputs: Tensor) -> Tensor:
+        return _plain(Operands._make((*inputs, *call[len(inputs) :])), problem)
 
-    inputs = (q, k, v, q_factor, k_factor) if factor_grad else (q, k, v)
+    inputs: Any = call[:5] if factor_grad else call[:3]
     found: Any = recomputed_gradients(plain, inputs, grad, twice=False)
     made = [backend.empty_like(one) if place < 3 else torch.empty_like(one) for place, one in enumerate(inputs)]
     return [place.copy_(one) for place, one in zip(made, found, strict=True)]
 
 
-def _plain(
-    q: Any, k: Any, v: Any, q_factor: Any, k_factor: Any, mask: Any, problem: Problem, twice: bool = False
-) -> Tensor:
-    if problem.block_size:
-        return torch_sequence.block_sliding_window_attention(
-            q, k, v, problem.block_size, problem.window_blocks, problem.scale, twice
-        )
-    return torch_sequence.factored_bias_attention(
-        q, k, v, q_factor, k_factor, mask, problem.scale, problem.causal, twice
-    )  # fmt: skip
+def _plain(call: Operands, problem: Problem, twice: bool = False) -> Tensor:
+    q, k, v, q_factor, k_factor, mask = call
+    _, block_size, window_blocks, scale = problem
+    if block_size:
+        return torch_sequence.block_sliding_window_attention(q, k, v, block_size, window_blocks, scale, twice)
+    return torch_sequence.factored_bias_attention(q, k, v, q_factor, k_factor, mask, scale, problem.causal, twice)
 
 
-def _failure_key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
-    factor = None if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
-    return "sequence", q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
+def _failure_key(call: Operands, problem: Problem) -> tuple:
+    q, factor = call.q, None if call.q_factor is None else (call.q_factor.shape[-1], call.q_factor.dtype)
+    is_blocked = bool(problem.block_size)
+    return "sequence", q.device, q.dtype, q.shape[-1], factor, call.mask is None, problem.causal, is_blocked
 
 
 def _record(key: tuple, error: Exception) -> None:
@@ -140,7 +133,10 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple:
 def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> tuple:
     if torch.is_grad_enabled():  # these gradients are to be differentiated again
         *inputs, mask, _, _ = ctx.saved_tensors
-        plain = functools.partial(_plain, mask=mask, problem=Problem(*ctx.problem), twice=True)
+
+        def plain(*inputs: Tensor) -> Tensor:
+            return _plain(Operands._make((*inputs, mask)), Problem(*ctx.problem), twice=True)
+
         grads = recomputed_gradients(plain, inputs, grad, twice=True)
     else:
         factor_grad = any(ctx.needs_input_grad[3:5])

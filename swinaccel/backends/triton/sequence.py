@@ -33,6 +33,23 @@ class Problem(NamedTuple):
     scale: float
 
 
+class Operands(NamedTuple):
+    """Tensors of one call.
+
+    Attributes:
+        q, k, v: (batch, heads, N, D).
+        q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
+        mask: (M, N, N).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factor: Tensor | None
+    k_factor: Tensor | None
+    mask: Tensor | None
+
+
 def unsupported_reason(
     device: torch.device, dtype: torch.dtype, head_dim: int, rank: int, factor_dtype: torch.dtype, interpret: bool
 ) -> str | None:
@@ -59,26 +76,15 @@ def lse_shape(q: Tensor, mask: Tensor | None) -> tuple[int, ...]:
     return rows if mask is None else (*rows[:-1], 2, *rows[-1:])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    problem: Problem,
-    bound: Callable[[Launch], Any] | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Operands, problem: Problem, bound: Callable[[Launch], Any] | None = None) -> tuple[Tensor, Tensor]:
     """Attend over sequences by one kernel.
 
     Args:
-        q, k, v: (batch, heads, N, D).
-        q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
-        mask: (M, N, N).
         bound: what the launch, without descriptors then, is made into.
     Returns:
         (batch, heads, N, D), laid out as q is, and what is kept of the softmax, of `lse_shape`, fp32.
     """
+    q, k, v, q_factor, k_factor, mask = call
     out = empty_like(q)
     lse = torch.empty(lse_shape(q, mask), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -99,24 +105,15 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    problem: Problem,
-    factor_grad: bool,
+    grad: Tensor, call: Operands, out: Tensor, lse: Tensor, problem: Problem, factor_grad: bool
 ) -> tuple[Tensor, ...]:
     """Return gradients of q, k and v, and with `factor_grad` of q_factor and k_factor.
 
     Args:
         grad: of the output, (batch, heads, N, D).
-        out, lse: what `forward` gave; the rest as there.
+        out, lse: what `forward` gave.
     """
+    q, k, v, q_factor, k_factor, mask = call
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     batch, heads, tokens, _ = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     factors = (q_factor, k_factor) if factor_grad and q_factor is not None and k_factor is not None else ()
