@@ -17,7 +17,7 @@ FAULTS = under(
      "runtime/test_traps_of_scores runtime/test_traps_of_windows -k clamp"),
     ("torchvision.py", "torch.zeros_like(k_bias)", "k_bias",
      "runtime/test_traps_of_projections runtime/test_traps_of_scores -k bias"),
-    ("huggingface.py", "if not always_partition:", "if True:", "runtime/test_traps_of_windows -k partition"),
+    ("huggingface.py", " and not always_partition:", ":", "runtime/test_traps_of_windows -k partition"),
     ("video.py", "mask_matrix if geometry.is_shifted else None", "mask_matrix", "families/test_families_3d"),
     ("shared/common.py", "torch.zeros_like(attn.v_bias) if k_bias is None", "attn.v_bias if k_bias is None",
      "families/test_families families/test_hidden_differences families/test_other_forwards"),
