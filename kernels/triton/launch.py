@@ -59,9 +59,9 @@ class LargeBackwardLaunch(NamedTuple):
     bias: LargeLaunch
 
 
-def power_of_two(value: int, least: int = 16) -> int:
-    """Return the smallest power of two that is at least `value` and `least`."""
-    return max(least, 1 << (value - 1).bit_length())
+def power_of_two(value: int) -> int:
+    """Return the smallest power of two that is at least `value`, and 16, the shortest side of a product."""
+    return max(16, 1 << (value - 1).bit_length())
 
 
 def small(

@@ -102,20 +102,6 @@ def norm(x: Tensor, affine: Affine) -> Tensor:
     return out
 
 
-def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
-    return total, out
-
-
-def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
-    """Return x + the layer norm of branch, which is not rounded before."""
-    out = torch.empty_like(x)
-    run_norm(NORM_ADD, x, branch, affine, out=out)
-    return out
-
-
 def merge(
     x: Tensor,
     affine: Affine | None,
@@ -216,13 +202,13 @@ def gelu_launch(device: torch.device, numbers: int) -> Any:
 
 
 def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int) -> bool:
-    """Return True if so many rows are enough for `mlp`, in which a program goes through all hidden channels."""
+    """Return True if so many rows are enough for one kernel, of which a program goes through all hidden channels."""
     launch = mlp_launch(device, dtype, channels, hidden)
     return launch is not None and rows >= launch.block_m * devices.multiprocessors(device)
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
-    """Return how `mlp` would run, or None where it cannot, or never is to."""
+    """Return how all of a block after its attention would run as one kernel; None where it cannot, or never is to."""
     shared_memory = devices.shared_memory(device)
     return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
@@ -234,32 +220,15 @@ def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: in
     return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
 
 
-def mlp(
-    x: Tensor,
-    branch: Tensor | None,
-    affine: Affine,
-    fc1: tuple[Tensor, Tensor | None],
-    fc2: tuple[Tensor, Tensor | None],
-) -> Tensor:
-    """Run all of a block after its attention, where `mlp_launch` has a launch.
-
-    Args:
-        branch: the attention's output: with total = x + branch, total + mlp(norm(total)). None: x + norm(mlp(x)).
-        fc1, fc2: weight and bias.
-    """
-    (hidden, channels), (weight, bias, eps) = fc1[0].shape, affine
-    rows, out = x.numel() // channels, torch.empty_like(x)
-    if rows:
-        launch = whole_mlp_launch(x.device, x.dtype, rows, channels, hidden, eps, branch is not None)
-        run(launch, out, x, branch, weight, bias, *fc1, *fc2)
-    return out
-
-
 @planned
 def whole_mlp_launch(
     device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int, eps: float, is_residual: bool
 ) -> Any:
-    """Return the launch of `mlp` for so many rows."""
+    """Return the launch of all of a block after its attention, where `mlp_launch` has one, for so many rows.
+
+    Args:
+        is_residual: with total = x + the attention's output, it gives total + mlp(norm(total)); else x + norm(mlp(x)).
+    """
     from ...kernels import mlp
 
     shape = mlp_launch(device, dtype, channels, hidden)
