@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.block import Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import OfficialAttention, OfficialBlock, block_spec, sized_geometry, strange_mask, undivided
 from .shared.common import AttentionItself, argument, is_index, pair, positional_names
 from .shared.official import attention_projections, attention_section, attention_spec
@@ -32,8 +32,7 @@ def told_section(module: Any, attn: Any, x: Tensor, x_size: Any) -> Section | st
         return geometry
     if module.input_resolution != x_size:
         return attention_section(attn, geometry)
-    mask = module.attn_mask
-    return attention_section(attn, geometry, mask, 0.0 if mask is None else SHIFT_MASK_VALUE)
+    return attention_section(attn, geometry, module.attn_mask, implied=False)
 
 
 def told_examples(module: Any, window: tuple[int, int]) -> list[tuple[Any, ...]]:
@@ -80,8 +79,8 @@ class Hat(OfficialAttention):
         if not is_index(rpi_sa, geometry.tokens):
             return f"the bias index does not belong to a window of {geometry.tokens} tokens"
         mask = attn_mask if module.shift_size > 0 else None
-        value, index = 0.0 if mask is None else SHIFT_MASK_VALUE, rpi_sa.to(x.device)  # it may be no buffer, and lag
-        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value, index)
+        index = rpi_sa.to(x.device)  # it may be no buffer, and lag
+        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, index, implied=False)
 
     def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         return argument(3, "attn_mask", args, kwargs)

@@ -9,7 +9,7 @@ FAULTS = under(
     ("aurora.py", "lora(x, step)", "lora(x, 0)", "families/test_weather -k aurora_at"),
     ("earth.py", "one.shape[1] != rows", "False", "families/test_weather -k earth_with_rows"),
     # Families.
-    ("timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", "api/test_gaps -k mask"),
+    ("shared/official.py", "implied or mask is not None else 0.0", "True else 0.0", "api/test_gaps -k mask"),
     ("timm_cr.py", "if coords.shape[0] != tokens * tokens:", "if False:", "runtime/test_gaps_in_proofs -k coordinates"),
     ("shared/official.py", "attn.attn_drop.p if attn.training", "attn.attn_drop.p if attn.attn_drop.training",
      "runtime/test_gaps_in_proofs -k mode"),
