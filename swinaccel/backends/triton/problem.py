@@ -181,16 +181,8 @@ class Problem(NamedTuple):
         return self.shape[-1] * (self.shape[-2] if self.heads_apart else 1)
 
     @property
-    def is_padded(self) -> bool:
-        return self.padding_shape is not None
-
-    @property
     def has_mask(self) -> bool:
         return self.mask_shape is not None
-
-    @property
-    def cosine(self) -> bool:
-        return self.logit_scale_shape is not None
 
     @property
     def rank(self) -> int:
@@ -264,8 +256,9 @@ class Problem(NamedTuple):
 
     @property
     def constexprs(self) -> tuple[Any, ...]:
-        flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
-        shape = (self.window, self.is_volume, self.head_dim, self.packed, self.cosine)
+        flags = (self.padding_shape is not None, self.geometry.roll_first, self.dropout > 0)
+        is_cosine = self.logit_scale_shape is not None
+        shape = (self.window, self.is_volume, self.head_dim, self.packed, is_cosine)
         return (*shape, self.bias_mode, self.bias_rows, self.mask_mode, *flags)
 
     def dense(self, block_m: int, block_n: int) -> tuple[tuple[int, int, int], torch.dtype]:
