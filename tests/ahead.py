@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import fused_calls
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -28,6 +29,7 @@ from swinaccel.backends.triton import linear as triton_linear
 from swinaccel.backends.triton import sequence as triton_sequence
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.backends.triton import window_bwd as window_bwd_launches
+from swinaccel.backends.triton.problem import Operands
 from swinaccel.spec.reference import shift_mask
 from swinaccel.spec.window import Geometry
 
@@ -111,42 +113,37 @@ def window(shape: tuple[int, ...], head_dim: int, dtype: torch.dtype, flags: str
     biases = (2, heads) if "rows" in flags else (heads,)
     table = torch.zeros(torch.Size(2 * side - 1 for side in shape).numel(), *biases, dtype=dtype)
     index = torch.zeros(tokens, tokens, dtype=torch.int64)
-    options: dict[str, Any] = {
-        "num_heads": heads,
-        "table": table,
-        "index": index,
-        "padding": torch.zeros(3 * channels, dtype=dtype) if "padded" in flags else None,
-        "mask": shift_mask(geometry, -100.0) if "mask" in flags else None,
-        "mask_value": -100.0,
-        "scale": 0.1,
-        "logit_scale": torch.zeros(heads) if "cosine" in flags else None,
-        "dropout": 0.1 if "dropout" in flags else 0.0,
-        "seed": torch.zeros(1, dtype=torch.int64) if "dropout" in flags else None,
-    }
-    out, lse = window_launches.shifted_window_attention(qkv, None, None, geometry, **options, for_backward=True)
-    window_bwd_launches.shifted_window_attention_backward(
-        torch.zeros_like(out), out, lse, qkv, None, None, geometry, **options, grad_table=True
-    )
+    call = Operands(
+        qkv, None, None, table, index,
+        padding=torch.zeros(3 * channels, dtype=dtype) if "padded" in flags else None,
+        mask=shift_mask(geometry, -100.0) if "mask" in flags else None,
+        logit_scale=torch.zeros(heads) if "cosine" in flags else None,
+        seed=torch.zeros(1, dtype=torch.int64) if "dropout" in flags else None,
+        num_heads=heads, window=geometry.window, shift=geometry.shift, roll_first=False, mask_value=-100.0, scale=0.1,
+        dropout=0.1 if "dropout" in flags else 0.0,
+    )  # fmt: skip
+    out, lse = window_launches.shifted_window_attention(call, geometry, for_backward=True)
+    window_bwd_launches.shifted_window_attention_backward(torch.zeros_like(out), out, lse, call, geometry, True)
     if tokens > 64 and "rows" not in flags:
         kept = FP32 if dtype == FP32 else FP16
         factors = (*(torch.zeros(heads, tokens, 128, dtype=kept) for _ in range(2)), table.clone(), index.clone())
-        window_launches.shifted_window_attention(qkv, None, None, geometry, **options, factors=factors)
+        window_launches.shifted_window_attention(call, geometry, factors)
 
 
 def sequence(head_dim: int, rank: int, dtype: torch.dtype, factor_dtype: torch.dtype, has_mask: bool) -> None:
     q, k, v = (torch.zeros(1, 2, 300, head_dim, dtype=dtype) for _ in range(3))
     factors = (torch.zeros(2, 300, rank, dtype=factor_dtype) for _ in range(2)) if rank else (None, None)
-    given = (q, k, v, *factors, torch.zeros(1, 300, 300) if has_mask else None)
+    given = triton_sequence.Operands(q, k, v, *factors, torch.zeros(1, 300, 300) if has_mask else None)
     problem = triton_sequence.Problem(False, 0, 1, 0.1)
-    out, lse = triton_sequence.forward(*given, problem)
-    triton_sequence.backward(torch.zeros_like(out), *given, out, lse, problem, rank > 0)
+    out, lse = triton_sequence.forward(given, problem)
+    triton_sequence.backward(torch.zeros_like(out), given, out, lse, problem, rank > 0)
 
 
 def mlp(channels: int) -> None:
     x, norm = torch.zeros(256, channels, dtype=FP16), torch.zeros(channels, dtype=FP16)
     up, down = torch.zeros(4 * channels, channels, dtype=FP16), torch.zeros(channels, 4 * channels, dtype=FP16)
     if triton_block.mlp_launch(x.device, x.dtype, channels, 4 * channels) is not None:
-        triton_block.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
+        fused_calls.mlp(x, x, (norm, norm, 1e-5), (up, None), (down, None))
 
 
 def linear_gelu(channels: int, rows: int) -> None:

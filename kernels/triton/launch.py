@@ -59,17 +59,9 @@ class LargeBackwardLaunch(NamedTuple):
     bias: LargeLaunch
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Share of one program of the bias gradient: window positions, and images of each."""
-
-    windows: int
-    images: int
-
-
-def power_of_two(value: int, least: int = 16) -> int:
-    """Return the smallest power of two that is at least `value` and `least`."""
-    return max(least, 1 << (value - 1).bit_length())
+def power_of_two(value: int) -> int:
+    """Return the smallest power of two that is at least `value`, and 16, the shortest side of a product."""
+    return max(16, 1 << (value - 1).bit_length())
 
 
 def small(
@@ -129,18 +121,18 @@ def small_backward(
     Every program writes one bias gradient (N, N), so programs are few, and each takes many images.
     """
     block_n, block_d = power_of_two(tokens), power_of_two(head_dim)
-    chunk = bias_chunk(tiles=num_heads, windows=windows, batch=batch)
+    chunk, images = bias_chunk(tiles=num_heads, windows=windows, batch=batch)
     stage = _small_backward_stage(block_n, block_d, element_size)
     num_stages = max(1, min(3, shared_memory // stage))
-    return SmallBackwardLaunch(block_n, block_d, chunk.images, 4, num_stages, chunk.windows)
+    return SmallBackwardLaunch(block_n, block_d, images, 4, num_stages, chunk)
 
 
-def bias_chunk(*, tiles: int, windows: int, batch: int) -> Chunk:
-    """Return how the sum over windows and images is split, for about `_BACKWARD_PROGRAMS` programs."""
+def bias_chunk(*, tiles: int, windows: int, batch: int) -> tuple[int, int]:
+    """Return window positions of a program of the bias gradient, and images of each: for `_BACKWARD_PROGRAMS` or so."""
     parts = max(1, _BACKWARD_PROGRAMS // tiles)
     if parts <= windows:
-        return Chunk(-(-windows // parts), max(1, batch))
-    return Chunk(1, max(1, -(-batch // (parts // windows))))
+        return -(-windows // parts), max(1, batch)
+    return 1, max(1, -(-batch // (parts // windows)))
 
 
 def large_backward(*, tokens: int, head_dim: int, element_size: int, shared_memory: int) -> LargeBackwardLaunch:

@@ -4,9 +4,8 @@ A launch is the one measured best for its kind of problem on an H200 (docs/notes
 ones that fits the shared memory.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -36,6 +35,17 @@ class SequenceLaunch:
     max_registers: int | None = None
 
 
+class Sizes(NamedTuple):
+    """What a launch is chosen by; sizes of elements and the shared memory are in bytes."""
+
+    head_dim: int
+    rank: int
+    element_size: int
+    factor_size: int
+    has_mask: bool
+    shared_memory: int
+
+
 # With descriptors, at head_dim 64 in 16 bits, where they were measured.
 DESCRIBED_HEAD_DIM = 64
 DESCRIBED_FORWARD = SequenceLaunch(64, 128, 64, 16, 4, 2)
@@ -43,86 +53,61 @@ DESCRIBED_QUERY = SequenceLaunch(64, 64, 64, 16, 4, 3)
 DESCRIBED_KEY = SequenceLaunch(64, 64, 64, 16, 4, 2, max_registers=168)
 
 
-def _smaller(element_size: int) -> tuple[_Shape, ...]:
-    if element_size == 4:
+def forward(sizes: Sizes) -> SequenceLaunch:
+    """Launch of the forward: q stays, k and v pass through the pipeline."""
+    if sizes.element_size == 4:
+        best = (32, 32, 8, 2) if sizes.rank or sizes.head_dim > 64 else (64, 64, 4, 2)
+    elif 32 < sizes.head_dim <= 64:
+        best = (128, 64, 4 if sizes.rank and sizes.factor_size == 4 else 8, 2 if sizes.rank else 3)
+    else:
+        best = (64, 64, 4, 3)
+    return _first((best, *_smaller(sizes)), sizes, 1)
+
+
+def grad_query(sizes: Sizes) -> SequenceLaunch:
+    """Launch of the backward's first kernel: q and the output's gradient stay, k and v pass."""
+    if sizes.element_size == 4:
+        best = (32, 32, 8, 2) if sizes.rank or sizes.head_dim > 64 else (32, 64, 4, 2)
+    elif sizes.rank:
+        best = (64, 32, 4, 3)
+    else:
+        best = (64, 64, 4, 3 if sizes.head_dim <= 64 else 2)
+    return _first((best, *_smaller(sizes)), sizes, 2)
+
+
+def grad_key(sizes: Sizes) -> SequenceLaunch:
+    """Launch of the backward's second kernel: k and v stay, q and the output's gradient pass."""
+    if sizes.element_size == 4:
+        best = (32, 32, 8, 2) if sizes.rank or sizes.head_dim > 64 else (64, 32, 4, 2)
+    else:
+        best = (64, 64, 4, 3 if sizes.head_dim <= 64 and not sizes.rank else 2)
+    return _first((best, *_smaller(sizes)), sizes, 2, True)
+
+
+def _smaller(sizes: Sizes) -> tuple[_Shape, ...]:
+    if sizes.element_size == 4:
         return (32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)
     return (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 2, 1)
 
 
-def _scratch(element_size: int, factor_size: int, has_mask: bool) -> int:
-    """Return the bytes for each score that changes its layout through memory, for a product of fp32 or from a mask."""
-    return 8 if max(element_size, factor_size) == 4 else 4 * has_mask
+def _first(shapes: tuple[_Shape, ...], sizes: Sizes, staying: int, keys_stay: bool = False) -> SequenceLaunch:
+    """Return the first of the shapes that fits the shared memory.
 
+    Args:
+        staying: tensors of which a tile stays; of two others, and of what belongs to their tokens, tiles pass.
+        keys_stay: they are of the keys, and those that pass of the queries, with two vectors.
+    """
+    block_d, block_r = power_of_two(sizes.head_dim), power_of_two(max(sizes.rank, 1))
+    row, factor = block_d * sizes.element_size, block_r * sizes.factor_size if sizes.rank else 0
+    # Bytes for each score that changes its layout through memory, for a product of fp32 or from a mask.
+    scratch = 8 if max(sizes.element_size, sizes.factor_size) == 4 else 4 * sizes.has_mask
 
-def forward(
-    *, head_dim: int, rank: int, element_size: int, factor_size: int, has_mask: bool, shared_memory: int
-) -> SequenceLaunch:
-    """Launch of the forward: q stays, k and v pass through the pipeline."""
-    scratch = _scratch(element_size, factor_size, has_mask)
+    def used(block_m: int, block_n: int, num_stages: int) -> int:
+        own, others = (block_n, block_m) if keys_stay else (block_m, block_n)
+        passing = num_stages * others * (2 * row + factor + 8 * keys_stay + 4 * sizes.has_mask * own)
+        return own * (staying * row + factor) + passing + scratch * block_m * block_n
 
-    def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
-        row = block_d * element_size
-        passing = num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
-        return block_m * (row + factor) + passing + scratch * block_m * block_n
-
-    if element_size == 4:
-        best = (32, 32, 8, 2) if rank or head_dim > 64 else (64, 64, 4, 2)
-    elif 32 < head_dim <= 64:
-        best = (128, 64, 4 if rank and factor_size == 4 else 8, 2 if rank else 3)
-    else:
-        best = (64, 64, 4, 3)
-    return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
-
-
-def grad_query(
-    *, head_dim: int, rank: int, element_size: int, factor_size: int, has_mask: bool, shared_memory: int
-) -> SequenceLaunch:
-    """Launch of the backward's first kernel: q and the output's gradient stay, k and v pass."""
-    scratch = _scratch(element_size, factor_size, has_mask)
-
-    def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
-        row = block_d * element_size
-        passing = num_stages * block_n * (2 * row + factor + 4 * has_mask * block_m)
-        return block_m * (2 * row + factor) + passing + scratch * block_m * block_n
-
-    if element_size == 4:
-        best = (32, 32, 8, 2) if rank or head_dim > 64 else (32, 64, 4, 2)
-    elif rank:
-        best = (64, 32, 4, 3)
-    else:
-        best = (64, 64, 4, 3 if head_dim <= 64 else 2)
-    return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
-
-
-def grad_key(
-    *, head_dim: int, rank: int, element_size: int, factor_size: int, has_mask: bool, shared_memory: int
-) -> SequenceLaunch:
-    """Launch of the backward's second kernel: k and v stay, q and the output's gradient pass."""
-    scratch = _scratch(element_size, factor_size, has_mask)
-
-    def used(block_m: int, block_n: int, block_d: int, factor: int, num_stages: int) -> int:
-        row = block_d * element_size
-        passing = num_stages * block_m * (2 * row + factor + 8 + 4 * has_mask * block_n)
-        return block_n * (2 * row + factor) + passing + scratch * block_m * block_n
-
-    if element_size == 4:
-        best = (32, 32, 8, 2) if rank or head_dim > 64 else (64, 32, 4, 2)
-    else:
-        best = (64, 64, 4, 3 if head_dim <= 64 and not rank else 2)
-    return _first((best, *_smaller(element_size)), used, head_dim, rank, factor_size, shared_memory)
-
-
-def _first(
-    shapes: tuple[_Shape, ...],
-    used: Callable[[int, int, int, int, int], int],
-    head_dim: int,
-    rank: int,
-    factor_size: int,
-    shared_memory: int,
-) -> SequenceLaunch:
-    block_d, block_r = power_of_two(head_dim), power_of_two(max(rank, 1))
-    factor = block_r * factor_size if rank else 0
-    fitting = (shape for shape in shapes if used(*shape[:2], block_d, factor, shape[3]) <= shared_memory)
+    fitting = (shape for shape in shapes if used(*shape[:2], shape[3]) <= sizes.shared_memory)
     block_m, block_n, num_warps, num_stages = next(fitting, shapes[-1])
     return SequenceLaunch(block_m, block_n, block_d, block_r, num_warps, num_stages)
 

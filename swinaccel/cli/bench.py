@@ -16,6 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -84,11 +88,6 @@ class BenchResult:
 
     def __rich__(self) -> Any:
         """Return the table and what explains it, for rich."""
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
         triton = f", triton {self.triton}" if self.triton else ""
         title = f"{self.device}, torch {self.torch}{triton}, {self.dtype}, batch {self.batch}, {self.mode}"
         table = Table(title=title, box=box.SIMPLE, title_justify="left")

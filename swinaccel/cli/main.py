@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
+from rich.table import Column, Table
 from torch import nn
 
 from .. import __version__, families, plan
@@ -193,7 +195,13 @@ def precompute(
         out.document = {"model": model, **_place(loaded), "bias": bias, "bias_energy": bias_energy}
         out.document |= {"cache": str(folder), "modules": rows}
         out.show(f"{model}, {_place(loaded)['dtype']}, bias={bias!r}")
-        out.show(terminal.table(("module", "tokens", "rank", "largest error", "reason"), map(_factor_cells, rows)))
+        columns = (Column(name, overflow="fold") for name in ("module", "tokens", "rank", "largest error", "reason"))
+        table = Table(*columns, box=box.SIMPLE)
+        for row in rows:
+            error = "" if row["error"] is None else f"{row['error']:.1e}"
+            cells = row["name"] or "(model)", row["tokens"], row["rank"], error, row["reason"]
+            table.add_row(*(str(cell or "") for cell in cells))
+        out.show(table)
         found = sum(row["rank"] is not None for row in rows)
         out.show(f"{found} of {len(rows)} modules have factors; kept in {folder}")
         if found and not pretrained and model.split(":")[0] in ("timm", "torchvision", "hf"):
@@ -250,8 +258,7 @@ def _factorize(model: nn.Module, config: AccelConfig, like: torch.Tensor) -> Ite
     with terminal.progress() as progress:
         for done, entry in enumerate(entries):
             progress(entry.name, done, len(entries))
-            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None}
-            row["reason"] = entry.reason
+            row = {"name": entry.name, "tokens": 0, "rank": None, "error": None, "reason": entry.reason}
             yield row if entry.reason else row | _factor_row(model.get_submodule(entry.name), config, like)
 
 
@@ -277,11 +284,6 @@ def _factor_row(module: nn.Module, config: AccelConfig, like: torch.Tensor) -> d
     if config.bias_energy is not None:
         rule = f"holds {config.bias_energy:g} of its energy"
     return {"tokens": tokens, "reason": f"no rank that pays {rule}"}
-
-
-def _factor_cells(row: dict[str, Any]) -> list[str]:
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    return [row["name"] or "(model)", str(row["tokens"] or ""), str(row["rank"] or ""), error, row["reason"] or ""]
 
 
 def main() -> None:

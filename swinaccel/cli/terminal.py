@@ -7,16 +7,26 @@ import errno
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from .. import disabled
+from .factory import blamed, told
+from .models import library
 
 show_traceback = False  # where an error comes from, in place of the sentence
+
+
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:  # rich's own would end the process
+        raise BrokenPipeError(errno.EPIPE, "nobody reads it any more")
 
 
 class Output:
@@ -30,16 +40,10 @@ class Output:
     def show(self, what: Any) -> None:
         """Print a text or a table, unless a document is wanted."""
         if not self.as_json:
-            from rich.console import Console
-
-            class Plain(Console):
-                def on_broken_pipe(self) -> None:  # rich's own would end the process
-                    raise BrokenPipeError(errno.EPIPE, "nobody reads it any more")
-
             # In a pipe or a file nothing needs to fit; folding would only break the lines.
             width = None if sys.stdout.isatty() else 160
             with _printing(sys.stdout):
-                Plain(width=width, highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
+                _Stdout(width=width, highlight=False).print(what, soft_wrap=isinstance(what, str), markup=False)
 
 
 @contextlib.contextmanager
@@ -82,8 +86,6 @@ def _sentence(error: BaseException) -> str:
     """Return an error's message: our own as it is, others' in one line."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
-    from .factory import told
-
     own = (ValueError, TypeError, ImportError, RuntimeError, OSError)
     is_own = isinstance(error, own) and len(str(error).strip().splitlines()) == 1
     text = str(error).strip() if is_own else told(error)
@@ -96,11 +98,6 @@ def running(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit):
-        import torch
-
-        from .. import disabled
-        from .factory import blamed
-
         shapes = ", ".join("x".join(map(str, one.shape)) for one in inputs if isinstance(one, torch.Tensor))
         what = f"the model does not run on its example inputs ({shapes or 'no tensor'})"
         advice = "; example_inputs(batch) beside a factory gives others"
@@ -113,8 +110,6 @@ def image_path(option: str, path: str | None) -> Path | None:
     """Return the place of an image that is to be drawn; ValueError, before the work, where none can be."""
     if path is None:
         return None
-    from .models import library
-
     kinds = library("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
     place = Path(path).expanduser()
     kind = place.suffix.lstrip(".").lower()
@@ -147,34 +142,14 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Any:
-    """Return a table for rich."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-@contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
+def status(text: str) -> contextlib.AbstractContextManager[Any]:
     """Show on stderr what happens inside."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
+    return Console(stderr=True).status(text)
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Any]:
     """Show a bar on stderr; the function (text, done, total) moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

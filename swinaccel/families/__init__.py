@@ -26,8 +26,7 @@ from .microsoft import Microsoft
 from .mutual import Mutual
 from .rectangles import Rectangles
 from .renamed import Renamed
-from .restoration import Hat, SwinIR
-from .rolling import Rolling
+from .restoration import Hat, Rolling, SwinIR
 from .timm import Timm
 from .timm_cr import TimmCr
 from .torchvision import Torchvision, Torchvision3d

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..spec.window import Axes, Section, WindowSpec
-from .shared.common import AttentionItself, is_idle, sides
+from .shared.common import AttentionItself, dropped, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
@@ -50,13 +50,12 @@ class Aurora(AttentionItself):
             rate, name = "attn_drop", type(module).__name__
             return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
         head_dim = module.proj.in_features // module.num_heads
-        output = functools.partial(_adapted, module.proj, module.lora_proj, rollout_step)
         return Section(
             geometry=geometry,
             num_heads=module.num_heads,
             head_dim=head_dim,
             project=functools.partial(_adapted, module.qkv, module.lora_qkv, rollout_step),
-            output=output if is_idle(module.proj_drop) else lambda y: module.proj_drop(output(y)),
+            output=dropped(functools.partial(_adapted, module.proj, module.lora_proj, rollout_step), module.proj_drop),
             padding=None,
             scale=head_dim**-0.5,
             mask=mask,

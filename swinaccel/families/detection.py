@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.block import Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Section, WindowSpec
+from ..spec.window import Section, WindowSpec
 from .shared.blocks import OfficialBlock, block_spec, sized_geometry, strange_mask
 from .shared.common import argument, pair, positional_names
 from .shared.official import attention_projections, attention_section, attention_spec
@@ -35,8 +35,7 @@ class Detection(OfficialBlock):
         if isinstance(geometry, str):
             return geometry
         mask = mask_matrix if module.shift_size > 0 else None
-        value = 0.0 if mask is None else SHIFT_MASK_VALUE
-        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value)
+        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, implied=False)
 
     def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         return argument(1, "mask_matrix", args, kwargs)

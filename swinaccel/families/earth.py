@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
-from .shared.common import AttentionItself, argument, drop_rate, is_idle, is_index, sides
+from .shared.common import AttentionItself, argument, drop_rate, dropped, is_index, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
@@ -54,7 +54,7 @@ class Earth(AttentionItself):
             num_heads=module.num_heads,
             head_dim=module.proj.in_features // module.num_heads,
             project=module.qkv,
-            output=module.proj if is_idle(module.proj_drop) else lambda y: module.proj_drop(module.proj(y)),
+            output=dropped(module.proj, module.proj_drop),
             padding=None,
             table=lambda: table,
             index=module.earth_position_index.view(tokens, tokens),

@@ -17,10 +17,15 @@ from .shared.common import is_table, pair
 from .shared.separate import separate_padding, separate_projections
 
 
-def square_geometry(module: Any, dimensions: Any) -> Geometry | str:
+def layer_geometry(module: Any, dimensions: Any, always_partition: Any, table_window: Any) -> Geometry | str:
+    """Return the windows of a call, after the layer has shrunk them if it does, or why the original must run."""
+    if hasattr(module, "set_shift_and_window_size") and not always_partition:
+        module.set_shift_and_window_size(dimensions)
     window, shift = module.window_size, module.shift_size
     if not (isinstance(window, int) and isinstance(shift, int) and pair(dimensions)):
         return "window, shift or input_dimensions are tensors, as they are while a model is traced"
+    if tuple(table_window) != (window, window):
+        return f"the bias table belongs to a window of {table_window[0]}, not {window}"
     return Geometry((dimensions[0], dimensions[1]), (window, window), (shift, shift))
 
 
@@ -79,16 +84,12 @@ class HuggingFaceSwin(HuggingFaceLayer):
             return "attention weights are requested, which kernels do not keep; call without output_attentions"
         if not type(module).__module__.startswith("transformers.") and kwargs.keys() - {"output_attentions"}:
             return f"the call has arguments that are not known: {', '.join(sorted(kwargs))}"
-        if not always_partition:
-            module.set_shift_and_window_size(input_dimensions)
-        geometry = square_geometry(module, input_dimensions)
+        bias = attn.relative_position_bias
+        geometry = layer_geometry(module, input_dimensions, always_partition, bias.window_size)
         if isinstance(geometry, str):
             return geometry
         if not isinstance(attn.scaling, (int, float)):
             return "its scale is no number"
-        bias = attn.relative_position_bias
-        if bias.window_size != geometry.window:
-            return f"the bias table belongs to a window of {bias.window_size[0]}, not {geometry.window[0]}"
         return Section(
             geometry=geometry,
             num_heads=attn.num_attention_heads,

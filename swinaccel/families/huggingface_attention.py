@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..spec.block import Attend
 from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_idle, is_table, logit_scale_reason, pair, position_bias
+from .shared.common import cosine_bias, drop_rate, is_idle, is_table, pair
 from .shared.separate import separate_padding, separate_projections
 from .shared.stacked import StackedAttention, takes_windows
 
@@ -56,14 +56,11 @@ def outer_section(outer: Any, geometry: Geometry, mask: Tensor | None = None) ->
     if getattr(outer, "pruned_heads", None):
         return "attention heads were pruned, and its projections have sizes that kernels do not take"
     if hasattr(attn, "logit_scale"):
-        reason = logit_scale_reason(attn.logit_scale, heads)
-        if reason is not None:
-            return reason
-        bias = {
-            **position_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, heads),
-            "logit_scale": attn.logit_scale,
-            "mask_value": 2 * SHIFT_MASK_VALUE,  # added once before and once after a reshape
-        }
+        mlp, coords = attn.continuous_position_bias_mlp, attn.relative_coords_table
+        bias = cosine_bias(mlp, coords, attn.logit_scale, heads)
+        if isinstance(bias, str):
+            return bias
+        bias["mask_value"] = 2 * SHIFT_MASK_VALUE  # added once before and once after a reshape
     else:
         table, scale = attn.relative_position_bias_table, attn.attention_head_size**-0.5
         bias = {"table": lambda: attn.relative_position_bias_table, "sources": (table,), "scale": scale}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..spec.block import Block, Tokens
 from ..spec.window import Section, WindowSpec
-from .huggingface import HuggingFaceLayer, square_geometry
+from .huggingface import HuggingFaceLayer, layer_geometry
 from .huggingface_attention import outer_section
 from .shared.common import has_table_rows, is_index, is_position_mlp, pair, positional_names
 
@@ -54,16 +54,10 @@ class HuggingFaceSwinLegacy(HuggingFaceLayer):
             return "attention weights are requested, which kernels do not keep; call without output_attentions"
         if arguments.get("head_mask") is not None:
             return "a head_mask is given, which kernels do not take; call without it"
-        attn = module.attention.self
-        dimensions = arguments["input_dimensions"]
-        if hasattr(module, "set_shift_and_window_size") and not arguments.get("always_partition"):
-            module.set_shift_and_window_size(dimensions)
-        geometry = square_geometry(module, dimensions)
-        if isinstance(geometry, str):
-            return geometry
-        if tuple(attn.window_size) != geometry.window:
-            return f"the bias table belongs to a window of {attn.window_size[0]}, not {geometry.window[0]}"
-        return outer_section(module.attention, geometry)
+        outer = module.attention
+        size, always = arguments["input_dimensions"], arguments.get("always_partition")
+        geometry = layer_geometry(module, size, always, outer.self.window_size)
+        return geometry if isinstance(geometry, str) else outer_section(outer, geometry)
 
     def forward(self, module: Any, attend: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         arguments = _named(module, args, kwargs)

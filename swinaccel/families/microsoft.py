@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec.block import Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import OfficialBlock, block_spec, undivided
 from .shared.common import pair
 from .shared.official import attention_section
@@ -32,10 +32,8 @@ class Microsoft(OfficialBlock):
         size, window, shift = module.input_resolution, (module.window_size,) * 2, (module.shift_size,) * 2
         if x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return f"the input's tokens are not the block's input_resolution {size[0]}x{size[1]}"
-        mask = module.attn_mask
-        value = 0.0 if mask is None else SHIFT_MASK_VALUE
         geometry = Geometry((size[0], size[1]), window, shift)
-        return undivided(geometry) or attention_section(module.attn, geometry, mask, value)
+        return undivided(geometry) or attention_section(module.attn, geometry, module.attn_mask, implied=False)
 
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, tuple(module.input_resolution)

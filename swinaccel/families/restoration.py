@@ -1,8 +1,8 @@
-"""Blocks of image restoration on (B, H * W, C), which are told the size at each call: SwinIR's and HAT's.
+"""Image restoration on (B, H * W, C), told the size at each call: SwinIR's and HAT's blocks, and GRL's attention.
 
-Neither pads. Their shift was settled by the size that the model was made for, and stays at any other. SwinIR keeps
-the mask of that size and computes that of others; HAT is given mask and index of the biases, and has a branch of
-convolutions beside the attention.
+None pads. Their shift was settled by the size that the model was made for, and stays at any other. SwinIR and GRL keep
+the mask of that size and compute that of others; HAT is given mask and index of the biases, and has a branch of
+convolutions beside the attention. GRL's attention rolls and cuts the image for itself, as no other does.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.block import Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import OfficialAttention, OfficialBlock, block_spec, sized_geometry, strange_mask, undivided
-from .shared.common import argument, is_index
-from .shared.official import attention_section
+from .shared.common import AttentionItself, argument, is_index, pair, positional_names
+from .shared.official import attention_projections, attention_section, attention_spec
 
 
 def told_geometry(module: Any, x: Tensor, size: Any) -> Geometry | str:
@@ -32,8 +32,7 @@ def told_section(module: Any, attn: Any, x: Tensor, x_size: Any) -> Section | st
         return geometry
     if module.input_resolution != x_size:
         return attention_section(attn, geometry)
-    mask = module.attn_mask
-    return attention_section(attn, geometry, mask, 0.0 if mask is None else SHIFT_MASK_VALUE)
+    return attention_section(attn, geometry, module.attn_mask, implied=False)
 
 
 def told_examples(module: Any, window: tuple[int, int]) -> list[tuple[Any, ...]]:
@@ -80,8 +79,8 @@ class Hat(OfficialAttention):
         if not is_index(rpi_sa, geometry.tokens):
             return f"the bias index does not belong to a window of {geometry.tokens} tokens"
         mask = attn_mask if module.shift_size > 0 else None
-        value, index = 0.0 if mask is None else SHIFT_MASK_VALUE, rpi_sa.to(x.device)  # it may be no buffer, and lag
-        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, value, index)
+        index = rpi_sa.to(x.device)  # it may be no buffer, and lag
+        return strange_mask(mask, x) or attention_section(module.attn, geometry, mask, index, implied=False)
 
     def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         return argument(3, "attn_mask", args, kwargs)
@@ -98,3 +97,29 @@ class Hat(OfficialAttention):
         table = module.attn.relative_position_bias_table
         index = torch.arange(tokens * tokens).view(tokens, tokens) % table.shape[0]
         return torch.Size((2, size[0] * size[1], module.dim)), size, index, torch.Size((rows * cols, tokens, tokens))
+
+
+class Rolling(AttentionItself):
+    """GRL's attention of V1 and V2, with `shift_size`, `attn_mask` and `input_resolution`; its block is not known."""
+
+    name = "rolling_attention"
+
+    def match(self, module: Any) -> WindowSpec | None:
+        shift = getattr(module, "shift_size", None)
+        if not isinstance(shift, int) or "attn_mask" not in module._buffers or pair(module.input_resolution) is None:
+            return None
+        if len(positional_names(type(module).forward)) != 2:
+            return None
+        return attention_spec(self.name, module, (shift, shift))
+
+    def projections(self, module: Any) -> tuple[nn.Module, ...]:
+        return attention_projections(module)
+
+    def section(self, module: Any, x: Tensor, x_size: Any) -> Section | str:
+        return told_section(module, module, x, x_size)
+
+    def forward(self, module: Any, attend: Any, x: Tensor, x_size: Any) -> Tensor:
+        return attend(x.view(x.shape[0], *x_size, x.shape[2])).view(x.shape)
+
+    def example(self, module: Any) -> list[tuple[Any, ...]]:
+        return told_examples(module, tuple(module.window_size))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec.block import Tokens
-from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
+from ..spec.window import Axes, Geometry, Section, WindowSpec
 from .shared.blocks import OfficialBlock
 from .shared.common import pair
 from .shared.official import attention_section, attention_spec
@@ -44,11 +44,11 @@ class Timm(OfficialBlock):
             module.attn,
             Geometry((x.shape[1], x.shape[2]), tuple(module.window_size), tuple(module.shift_size), roll_first=True),
             mask,
-            SHIFT_MASK_VALUE if dynamic or mask is not None else 0.0,
+            dynamic,
         )
 
-    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
-        return attention_section(attn, geometry, mask, mask_value)
+    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, implied: bool) -> Section | str:
+        return attention_section(attn, geometry, mask, implied=implied)
 
     def forward(self, module: Any, attend: Any, x: Tensor) -> Tensor:
         return attend(x)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import Axes, Geometry, Section, WindowSpec
+from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .shared.common import drop_rate, pair
 from .shared.separate import separate_padding
 from .timm import Timm, few_windows
@@ -37,7 +37,7 @@ class TimmCr(Timm):
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.attn.qkv, module.attn.proj
 
-    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, mask_value: float) -> Section | str:
+    def attention_section(self, attn: Any, geometry: Geometry, mask: Tensor | None, implied: bool) -> Section | str:
         bias = _bias(attn, geometry.tokens) if _has_bias(attn) else _no_bias(attn, geometry.tokens)
         if isinstance(bias, str):
             return bias
@@ -51,7 +51,7 @@ class TimmCr(Timm):
             **bias,
             logit_scale=attn.logit_scale,
             mask=mask,
-            mask_value=mask_value,
+            mask_value=SHIFT_MASK_VALUE if implied or mask is not None else 0.0,
             dropout=drop_rate(attn.attn_drop),
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..spec.block import Product
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import AttentionItself, is_position_mlp, is_table, logit_scale_reason, position_bias, sides
+from .shared.common import AttentionItself, cosine_bias, is_position_mlp, is_table, sides
 from .shared.shrinking import example_sizes, prefix, shrinking_geometry
 
 
@@ -49,13 +49,9 @@ class Torchvision(AttentionItself):
         heads, geometry = module.num_heads, self.geometry(tuple(x.shape[1:-1]), module.window_size, module.shift_size)
         product, drops = Product(module.proj), module.training and module.dropout
         if hasattr(module, "logit_scale"):
-            reason = logit_scale_reason(module.logit_scale, heads)
-            if reason is not None:
-                return reason
-            bias = {
-                **position_bias(module.cpb_mlp, module.relative_coords_table, heads),
-                "logit_scale": module.logit_scale,
-            }
+            bias = cosine_bias(module.cpb_mlp, module.relative_coords_table, module.logit_scale, heads)
+            if isinstance(bias, str):
+                return bias
         else:
             bias = {
                 "table": lambda: module.relative_position_bias_table,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ..spec.window import Geometry, Section, WindowSpec
 from .shared.blocks import OfficialAttention, strange_mask
 from .shared.common import argument, positional_names, sides
 from .shared.official import attention_section, attention_spec, flash_reason
@@ -45,9 +45,8 @@ class Video(OfficialAttention):
         geometry: Geometry = shrinking_geometry(tuple(x.shape[1:-1]), module.window_size, module.shift_size)
         mask = mask_matrix if geometry.is_shifted else None
         index = prefix(attn.relative_position_index, attn.window_size, geometry)
-        value = 0.0 if mask is None else SHIFT_MASK_VALUE
         reason = strange_mask(mask, x) or flash_reason(attn)
-        return reason or attention_section(attn, geometry, mask, value, index)
+        return reason or attention_section(attn, geometry, mask, index, implied=False)
 
     def mask_of(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         return argument(1, "mask_matrix", args, kwargs)

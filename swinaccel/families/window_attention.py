@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
+from ..spec.window import Geometry, Section, WindowSpec
 from .shared.official import attention_projections, attention_section, attention_spec, flash_reason
 from .shared.stacked import StackedAttention, takes_windows
 
@@ -28,4 +28,4 @@ class WindowAttention(StackedAttention):
         return attention_projections(module)
 
     def read(self, module: Any, geometry: Geometry, mask: Tensor | None) -> Section | str:
-        return flash_reason(module) or attention_section(module, geometry, mask, SHIFT_MASK_VALUE)
+        return flash_reason(module) or attention_section(module, geometry, mask)

@@ -18,7 +18,7 @@ from ..backends.triton.traced import TracedLaunch, expected
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures
-from .packaged import open_in_packages
+from .operators import register
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -225,14 +225,6 @@ def compiled_after_attention(
     return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
 
 
-_library = torch.library.Library("swinaccel", "FRAGMENT")
-_library.define(
-    "after_attention(Tensor x, Tensor branch, Tensor? norm1_weight, Tensor? norm1_bias, float eps1,"
-    " Tensor? norm2_weight, Tensor? norm2_bias, float eps2, Tensor weight1, Tensor? bias1, Tensor weight2,"
-    " Tensor? bias2, bool post_norm) -> Tensor"
-)
-
-
 def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch], Any]) -> Tensor:
     """Compute what the operator does, as compilers see it."""
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
@@ -255,22 +247,9 @@ def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
     return _plain(x, branch, norms, linears, arguments[10])
 
 
-def _check(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    _: float,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    __: float,
-    fc1: Tensor,
-    fc1_bias: Tensor | None,
-    fc2: Tensor,
-    fc2_bias: Tensor | None,
-    *___: bool,
-) -> None:
+def _check(x: Tensor, branch: Tensor, *arguments: Any) -> None:
     """Raise where the kernels would read a tensor otherwise than it is."""
+    weight, bias, _, weight2, bias2, _, fc1, fc1_bias, fc2, fc2_bias, _ = arguments
     channels, hidden, dtype = x.shape[-1:], fc1.shape[:1], x.dtype
     for name, one, shape in (
         ("branch", branch, x.shape),
@@ -304,7 +283,9 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-open_in_packages(_library, "after_attention", _traced, batched=2)
-for _key in ("CUDA", "CPU"):
-    _library.impl("after_attention", _operator, _key)
-torch.library.register_fake("swinaccel::after_attention", _fake, lib=_library)
+register(
+    "after_attention(Tensor x, Tensor branch, Tensor? norm1_weight, Tensor? norm1_bias, float eps1,"
+    " Tensor? norm2_weight, Tensor? norm2_bias, float eps2, Tensor weight1, Tensor? bias1, Tensor weight2,"
+    " Tensor? bias2, bool post_norm) -> Tensor",
+    _operator, _fake, inside=_traced, batched=2,
+)  # fmt: skip

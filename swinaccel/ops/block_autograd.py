@@ -11,7 +11,6 @@ cannot give, such as of a batch of gradients.
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..backends.triton.block import ADD, ADD_NORM, NORM, NORM_ADD, Affine
 from ..backends.triton.linear import linear_gelu_kept
 from ..spec.reference_block import unmerged
 from .block import HALVES
+from .recomputed import recomputed_gradients
 
 
 def norm(x: Tensor, affine: Affine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class _Norm(torch.autograd.Function):
             with suppress(kernels.LaunchError):
                 sums = backward_kernels.norm(NORM, grad_out.contiguous(), other, x, stats, None, weight, grad_x=grad)
                 return grad, *_like(sums, weight, bias), None, None
-        own, *others = _recompute_grads(partial(_layer_norm, ctx.eps, grad_out.dtype), (x, weight, bias), grad_out)
+        own, *others = _norm_gradients(ctx.eps, x, weight, bias, grad_out)
         return own if grad_x is None else grad_x if own is None else own + grad_x, *others, None, None
 
 
@@ -83,7 +83,7 @@ class _AddNorm(torch.autograd.Function):
                 sums = backward_kernels.norm(ADD_NORM, *grads, *saved, grad_x=grad_x, grad_branch=grad_branch)
                 grad_branch = _with_sums(grad_x if grad_branch is None else grad_branch, sums[2])
                 return grad_x, grad_branch, None, *_like(sums[:2], weight, bias), None
-        grad, *others = _recompute_grads(partial(_layer_norm, ctx.eps, grad_out.dtype), (total, weight, bias), grad_out)
+        grad, *others = _norm_gradients(ctx.eps, total, weight, bias, grad_out)
         grad_x = grad_total if grad is None else grad_total + grad
         return grad_x, _scaled(grad_x, scale).to(grad_out.dtype), None, *others, None
 
@@ -130,8 +130,7 @@ class _NormAdd(torch.autograd.Function):
                 grad_branch = _with_sums(grad_branch, sums[2])
                 return grad_x, grad_branch, None, *_like(sums[:2], weight, bias), None, None, None
         total = grad_out if grad_other is None else grad_out + grad_other
-        function = partial(_layer_norm, ctx.eps, total.dtype)
-        grad, *others = _recompute_grads(function, (branch, weight, bias), _scaled(total, scale))
+        grad, *others = _norm_gradients(ctx.eps, branch, weight, bias, _scaled(total, scale))
         return total.to(ctx.dtype), grad, None, *others, None, None, None
 
 
@@ -180,8 +179,7 @@ class _MergeNorm(torch.autograd.Function):
                 with suppress(kernels.LaunchError):
                     grad_x, sums = backward_kernels.merge(grad_out.contiguous(), shape, dtype, kept, weight)
                     return grad_x, *_like(sums, weight, bias), None, None
-            function = partial(_layer_norm, ctx.eps, grad_out.dtype)
-            own, *others = _recompute_grads(function, (patches, weight, bias), grad_out)
+            own, *others = _norm_gradients(ctx.eps, patches, weight, bias, grad_out)
             grad = own if grad is None else grad if own is None else grad + own
         return None if grad is None else _unmerged(grad, *ctx.image), *others, None, None
 
@@ -272,27 +270,21 @@ class _Mlp(torch.autograd.Function):
         y, scale, hidden, first, second = ctx.saved_tensors
         needs = ctx.needs_input_grad
         weight1, bias1, weight2, bias2 = ctx.parameters
-        saved = hidden, first, second
-        if torch.is_grad_enabled():
-            return grad if needs[0] else None, *_recompute_mlp_grads(
-                y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype)
-            )
-        rows = y.view(-1, y.shape[-1])
-        try:
-            grad_branch, sums2 = _scaled_columns(grad, scale, y.dtype)
-            grad_hidden, active, sums1 = _hidden_backward(grad_branch, second, hidden)
-        except kernels.LaunchError:
-            return grad if needs[0] else None, *_recompute_mlp_grads(
-                y, ctx.parameters, saved, _scaled(grad, scale).to(y.dtype)
-            )
-        grads = (
-            _product(grad_hidden.t(), rows, weight1.dtype) if needs[3] else None,
-            sums1.to(bias1.dtype) if needs[4] else None,
-            _product(grad_branch.t(), active, weight2.dtype) if needs[5] else None,
-            sums2.to(bias2.dtype) if needs[6] else None,
-        )
-        grad_y = (grad_hidden @ first).view(y.shape) if needs[1] else None
-        return grad if needs[0] else None, grad_y, None, *grads
+        grad_x = grad if needs[0] else None
+        if not torch.is_grad_enabled():
+            with suppress(kernels.LaunchError):
+                grad_branch, sums2 = _scaled_columns(grad, scale, y.dtype)
+                grad_hidden, active, sums1 = _hidden_backward(grad_branch, second, hidden)
+                grads = (
+                    _product(grad_hidden.t(), y.view(-1, y.shape[-1]), weight1.dtype) if needs[3] else None,
+                    sums1.to(bias1.dtype) if needs[4] else None,
+                    _product(grad_branch.t(), active, weight2.dtype) if needs[5] else None,
+                    sums2.to(bias2.dtype) if needs[6] else None,
+                )
+                return grad_x, (grad_hidden @ first).view(y.shape) if needs[1] else None, None, *grads
+        grad_branch = _scaled(grad, scale).to(y.dtype)
+        grad_y, *others = _mlp_gradients(y, ctx.parameters, (hidden, first, second), grad_branch)
+        return grad_x, grad_y, None, *others
 
 
 def _hidden(y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -334,39 +326,27 @@ def _like(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tens
     return [None if one is None else total if one.dtype is total.dtype else total.to(one.dtype) for total, one in pairs]
 
 
-def _recompute_grads(function: Any, inputs: tuple[Any, ...], grad: Tensor) -> list[Tensor | None]:
-    """Return gradients of a function's inputs by PyTorch's own, which have gradients in turn where that is wanted."""
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if twice:
-            views = [None if one is None else one.view_as(one) for one in inputs]
-        else:
-            views = [None if one is None else one.detach().requires_grad_() for one in inputs]
-        wanted = [one for one in views if one is not None and one.requires_grad]
-        if not wanted:
-            return [None] * len(views)
-        found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=twice))
-    return [next(found) if one is not None and one.requires_grad else None for one in views]
+def _norm_gradients(eps: float, x: Tensor, weight: Any, bias: Any, grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients of x and of the parameters of its layer norm, from that of the norm."""
+
+    def norm(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        weight, bias = (None if one is None else one.float() for one in (weight, bias))
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(grad.dtype)
+
+    return recomputed_gradients(norm, (x, weight, bias), grad, torch.is_grad_enabled())
 
 
-def _layer_norm(eps: float, dtype: torch.dtype, x: Tensor, weight: Any, bias: Any) -> Tensor:
-    weight, bias = (None if one is None else one.float() for one in (weight, bias))
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
+def _mlp_gradients(y: Tensor, parameters: Any, saved: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients of y and of the parameters of its MLP, from that of the MLP."""
 
-
-def _recompute_mlp_grads(
-    y: Tensor, parameters: Any, saved: tuple[Tensor, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    def function(y: Tensor, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
+    def mlp(y: Tensor, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> Tensor:
         hidden, first, second = saved
         bias1, bias2 = (None if one is None else one.to(y.dtype) for one in (bias1, bias2))
         again = F.linear(y.view(-1, y.shape[-1]), _saved_with_grad(first, weight1), bias1)
-        return F.linear(F.gelu(_saved_with_grad(hidden, again)), _saved_with_grad(second, weight2), bias2).view(
-            grad.shape
-        )
+        active = F.gelu(_saved_with_grad(hidden, again))
+        return F.linear(active, _saved_with_grad(second, weight2), bias2).view(grad.shape)
 
-    grad_y, *grads = _recompute_grads(function, (y, *parameters), grad)
-    return grad_y, None, *grads
+    return recomputed_gradients(mlp, (y, *parameters), grad, torch.is_grad_enabled())
 
 
 def _saved_with_grad(saved: Tensor, now: Tensor) -> Tensor:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 
+import torch
+
+from ..errors import ArgumentError
+
+NOT_THE_KERNELS = (torch.OutOfMemoryError, ArgumentError)  # errors that say nothing of a kernel
+
 logger = logging.getLogger("swinaccel")
 
 

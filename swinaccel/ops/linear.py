@@ -13,6 +13,7 @@ from ..backends.triton.block import LaunchError
 from ..layers import PLAIN_TENSORS
 from .block import HALVES
 from .failures import failures
+from .observed import count_modes
 
 
 def product_of(x: Tensor) -> Callable[..., Tensor]:
@@ -24,7 +25,8 @@ def product_of(x: Tensor) -> Callable[..., Tensor]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weightᵀ + bias."""
-    if _fits(x, weight, bias) and not torch._C._is_any_autocast_enabled() and not _is_observed():
+    # A mode is to see PyTorch's own operators.
+    if _fits(x, weight, bias) and not torch._C._is_any_autocast_enabled() and not count_modes():
         problem = "linear", x.device, x.dtype, weight.shape
         if failures.get(problem) is None:
             try:
@@ -44,8 +46,3 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not is_plain or x.dtype not in HALVES or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
     return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
-
-
-def _is_observed() -> bool:
-    """Return True if a mode is to see PyTorch's own operators."""
-    return torch._C._len_torch_dispatch_stack() > 0

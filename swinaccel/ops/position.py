@@ -7,15 +7,11 @@ from torch import Tensor
 
 from ..backends.triton import bias as backend
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
-from ..errors import ArgumentError
-from .failures import failures
+from .failures import NOT_THE_KERNELS, failures
 from .observed import count_modes, is_observed, is_profiled
-from .packaged import open_in_packages
+from .operators import register
 
 _PROBLEM = ("position_table",)
-
-_library = torch.library.Library("swinaccel", "FRAGMENT")
-_library.define("position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor")
 
 
 def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
@@ -42,30 +38,26 @@ class BoundPosition:
                 table = coords.new_empty(self._shape, dtype=torch.float32)
                 self._launch(table, coords, hidden_weight, hidden_bias, weight)
                 return table.t()
-            except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            except NOT_THE_KERNELS:
                 raise
             except Exception:  # which the operator meets again, notes, and does without
                 pass
         return position_table(coords, hidden_weight, hidden_bias, weight)
 
 
-def bind(
-    device: torch.device, coords: torch.Size, hidden_weight: torch.Size, hidden_bias: torch.Size, weight: torch.Size
-) -> BoundPosition | None:
-    """Bind the table of a position MLP, by the shapes of its tensors, to its launch; None where that failed before.
+def bind(*tensors: Tensor) -> BoundPosition | None:
+    """Bind the table of a position MLP, of tensors of such shapes, to its launch; None where that failed before.
 
     Raises:
         ArgumentError: the shapes do not fit together.
     """
-    if failures.get(_PROBLEM) is not None:
-        return None
-    return BoundPosition(*backend.position_launch(device, coords, hidden_weight, hidden_bias, weight))
+    return None if failures.get(_PROBLEM) is not None else BoundPosition(*backend.position_launch(*tensors))
 
 
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
     try:
         return backend.position_table(coords, hidden_weight, hidden_bias, weight)
-    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+    except NOT_THE_KERNELS:
         raise
     except Exception as error:
         failures.record(_PROBLEM, first_line(error))
@@ -73,11 +65,9 @@ def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, 
         return 16 * torch.sigmoid(weight.float() @ hidden.t()).t()
 
 
-open_in_packages(_library, "position_table", backend.position_table, batched=0)
-for _key in ("CUDA", "CPU"):
-    _library.impl("position_table", _position_table, _key)
-torch.library.register_fake(
-    "swinaccel::position_table",
+register(
+    "position_table(Tensor coords, Tensor hidden_weight, Tensor hidden_bias, Tensor weight) -> Tensor",
+    _position_table,
     lambda coords, _, __, weight: coords.new_empty((len(weight), coords.numel() // 2), dtype=torch.float32).t(),
-    lib=_library,
+    inside=backend.position_table,
 )

@@ -6,7 +6,7 @@ for every later call of that kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,25 +15,15 @@ from torch import Tensor
 from ..backends.torch import sequence as torch_sequence
 from ..backends.triton import sequence as backend
 from ..backends.triton.launches import Launch, first_line
-from ..backends.triton.sequence import Problem
+from ..backends.triton.sequence import Operands, Problem
 from ..config import env_strict
-from ..errors import ArgumentError, KernelError
-from .failures import failures
+from ..errors import KernelError
+from .failures import NOT_THE_KERNELS, failures
 from .observed import is_observed
-from .packaged import open_in_packages
+from .operators import register
+from .recomputed import recomputed_gradients
 
 unsupported_reason = backend.unsupported_reason
-
-_library = torch.library.Library("swinaccel", "FRAGMENT")
-_library.define(
-    "sequence_attention(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? mask, bool causal,"
-    " int block_size, int window_blocks, float scale) -> (Tensor, Tensor)"
-)
-_library.define(
-    "sequence_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor,"
-    " Tensor? mask, Tensor out, Tensor lse, bool causal, int block_size, int window_blocks, float scale,"
-    " bool factor_grad) -> Tensor[]"
-)
 
 
 def sequence_attention(
@@ -53,75 +43,58 @@ def sequence_attention(
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run the forward of the operator, whose schema names the arguments."""
-    q, k, v, q_factor, k_factor, mask, *numbers = arguments
-    problem = Problem(*numbers)
-    key = _failure_key(q, q_factor, mask, problem)
+    call, problem = Operands(*arguments[:6]), Problem(*arguments[6:])
+    key = _failure_key(call, problem)
     if failures.get(key) is None:
         try:
-            return backend.forward(q, k, v, q_factor, k_factor, mask, problem)
-        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            return backend.forward(call, problem)
+        except NOT_THE_KERNELS:
             raise
         except Exception as error:
             _record(key, error)
-    out = backend.empty_like(q)
-    return out.copy_(_plain(q, k, v, q_factor, k_factor, mask, problem)), _fake_lse(q, mask).fill_(float("nan"))
+    out = backend.empty_like(call.q)
+    return out.copy_(_plain(call, problem)), _fake_lse(call.q, call.mask).fill_(float("nan"))
 
 
 def _traced(*arguments: Any, bound: Callable[[Launch], Any]) -> tuple[Tensor, Tensor]:
     """Compute what the operator does, as compilers see it."""
-    q, k, v, q_factor, k_factor, mask, *numbers = arguments
-    return backend.forward(q, k, v, q_factor, k_factor, mask, Problem(*numbers), bound)
+    return backend.forward(Operands(*arguments[:6]), Problem(*arguments[6:]), bound)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Run the backward of the operator, whose schema names the arguments."""
-    q, k, v, q_factor, k_factor, mask, out, lse, *numbers, factor_grad = arguments
+    call, (out, lse, *numbers, factor_grad) = Operands(*arguments[:6]), arguments[6:]
     problem = Problem(*numbers)
-    key = _failure_key(q, q_factor, mask, problem)
+    key = _failure_key(call, problem)
     if failures.get(key) is None:
         try:
-            grads = backend.backward(grad, q, k, v, q_factor, k_factor, mask, out, lse, problem, factor_grad)
-            return list(grads)
-        except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            return list(backend.backward(grad, call, out, lse, problem, factor_grad))
+        except NOT_THE_KERNELS:
             raise
         except Exception as error:
             _record(key, error)
-    inputs = [q, k, v, *((q_factor, k_factor) if factor_grad else ())]
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
-    q, k, v = leaves[:3]
-    if factor_grad:
-        q_factor, k_factor = leaves[3:]
-    with torch.enable_grad():
-        plain = _plain(q, k, v, q_factor, k_factor, mask, problem)
-    made = [backend.empty_like(leaf) if place < 3 else torch.empty_like(leaf) for place, leaf in enumerate(leaves)]
-    return [place.copy_(found) for place, found in zip(made, torch.autograd.grad(plain, leaves, grad), strict=True)]
+
+    def plain(*inputs: Tensor) -> Tensor:
+        return _plain(Operands._make((*inputs, *call[len(inputs) :])), problem)
+
+    inputs: Any = call[:5] if factor_grad else call[:3]
+    found: Any = recomputed_gradients(plain, inputs, grad, twice=False)
+    made = [backend.empty_like(one) if place < 3 else torch.empty_like(one) for place, one in enumerate(inputs)]
+    return [place.copy_(one) for place, one in zip(made, found, strict=True)]
 
 
-def _plain(
-    q: Any, k: Any, v: Any, q_factor: Any, k_factor: Any, mask: Any, problem: Problem, twice: bool = False
-) -> Tensor:
-    if problem.block_size:
-        return torch_sequence.block_sliding_window_attention(
-            q, k, v, problem.block_size, problem.window_blocks, problem.scale, twice
-        )
-    return torch_sequence.factored_bias_attention(
-        q, k, v, q_factor, k_factor, mask, problem.scale, problem.causal, twice
-    )  # fmt: skip
+def _plain(call: Operands, problem: Problem, twice: bool = False) -> Tensor:
+    q, k, v, q_factor, k_factor, mask = call
+    _, block_size, window_blocks, scale = problem
+    if block_size:
+        return torch_sequence.block_sliding_window_attention(q, k, v, block_size, window_blocks, scale, twice)
+    return torch_sequence.factored_bias_attention(q, k, v, q_factor, k_factor, mask, scale, problem.causal, twice)
 
 
-def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor | None], mask: Tensor | None, problem: Problem) -> list:
-    """Return gradients of (q, k, v, q_factor, k_factor) by PyTorch's own, so that they have gradients in turn."""
-    inputs = [t if t is None else t.view_as(t) for t in inputs]
-    q, k, v, q_factor, k_factor = inputs
-    out = _plain(q, k, v, q_factor, k_factor, mask, problem, twice=True)
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
-
-
-def _failure_key(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Problem) -> tuple:
-    factor = None if q_factor is None else (q_factor.shape[-1], q_factor.dtype)
-    return "sequence", q.device, q.dtype, q.shape[-1], factor, mask is None, problem.causal, bool(problem.block_size)
+def _failure_key(call: Operands, problem: Problem) -> tuple:
+    q, factor = call.q, None if call.q_factor is None else (call.q_factor.shape[-1], call.q_factor.dtype)
+    is_blocked = bool(problem.block_size)
+    return "sequence", q.device, q.dtype, q.shape[-1], factor, call.mask is None, problem.causal, is_blocked
 
 
 def _record(key: tuple, error: Exception) -> None:
@@ -160,7 +133,11 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple:
 def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> tuple:
     if torch.is_grad_enabled():  # these gradients are to be differentiated again
         *inputs, mask, _, _ = ctx.saved_tensors
-        grads = _plain_gradients(grad, inputs, mask, Problem(*ctx.problem))
+
+        def plain(*inputs: Tensor) -> Tensor:
+            return _plain(Operands._make((*inputs, mask)), Problem(*ctx.problem), twice=True)
+
+        grads = recomputed_gradients(plain, inputs, grad, twice=True)
     else:
         factor_grad = any(ctx.needs_input_grad[3:5])
         grads = [*backward(grad, *ctx.saved_tensors, *ctx.problem, factor_grad), None, None][:5]
@@ -182,12 +159,14 @@ class _Direct(torch.autograd.Function):
         return _gradients(_backward, ctx, grad)
 
 
-open_in_packages(_library, "sequence_attention", _traced, batched=0)
-for _key in ("CUDA", "CPU"):
-    _library.impl("sequence_attention", _forward, _key)
-    _library.impl("sequence_attention_backward", _backward, _key)
-torch.library.register_fake("swinaccel::sequence_attention", _fake, lib=_library)
-torch.library.register_fake("swinaccel::sequence_attention_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "swinaccel::sequence_attention", _autograd, setup_context=_setup_context, lib=_library
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? mask"
+_PROBLEM = "bool causal, int block_size, int window_blocks, float scale"
+register(
+    f"sequence_attention({_INPUTS}, {_PROBLEM}) -> (Tensor, Tensor)",
+    _forward, _fake, gradients=(_autograd, _setup_context), inside=_traced,
+)  # fmt: skip
+register(
+    f"sequence_attention_backward(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_PROBLEM}, bool factor_grad)"
+    " -> Tensor[]",
+    _backward, _fake_backward,
 )  # fmt: skip

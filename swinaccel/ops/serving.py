@@ -18,8 +18,6 @@ from .observed import is_onnx_export
 
 def window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, cosine: bool) -> str | None:
     """Return why the window kernels cannot serve a call, or None."""
-    if q.numel() == 0:
-        return "there is nothing to compute"
     reason = _pytorch_reason(q)
     if reason is not None:
         return reason
@@ -33,6 +31,8 @@ def window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, 
 
 def _pytorch_reason(q: Tensor) -> str | None:
     """Return why a call is for PyTorch's own operators, whatever its numbers, or None."""
+    if q.numel() == 0:
+        return "there is nothing to compute"
     if torch.compiler.is_compiling():
         if is_onnx_export():
             return "ONNX has no Triton kernels"
@@ -70,8 +70,6 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def sequence_reason(q: Tensor, rank: int, factor_dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot serve a call, or None."""
-    if q.numel() == 0:
-        return "there is nothing to compute"
     reason = _pytorch_reason(q)
     if reason is not None:
         return reason

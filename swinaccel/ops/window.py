@@ -15,39 +15,24 @@ from torch import Tensor
 
 from ..backends.triton import window as forward_launches
 from ..backends.triton import window_bwd as backward_launches
-from ..backends.triton.problem import empty_image, unsupported_reason
-from ..errors import ArgumentError
+from ..backends.triton.problem import Operands, empty_image, unsupported_reason
 from ..spec.window import Geometry
+from .failures import NOT_THE_KERNELS
 from .observed import count_modes, is_observed, is_profiled
-from .packaged import open_in_packages
+from .operators import register
 from .window_plain import (
     dense,
     geometry_of,
-    head_dim_of,
     is_readable,
     lse_shape_of,
     note_failure,
-    options_of,
+    operands_of,
     problem,
     reference_gradients,
     reference_of,
 )
 
 __all__ = ["BoundAttention", "bind", "problem", "shifted_window_attention", "unsupported_reason"]
-
-_library = torch.library.Library("swinaccel", "DEF")
-_INPUTS = (
-    "Tensor qkv, Tensor? k, Tensor? v, Tensor? table, Tensor? index, Tensor? padding, Tensor? mask,"
-    " Tensor? logit_scale, Tensor? seed"
-)
-_OPTIONS = "int num_heads, int[] window, int[] shift, bool roll_first, float mask_value, float scale, float dropout"
-_library.define(
-    f"shifted_window_attention({_INPUTS}, {_OPTIONS}, bool for_backward, Tensor[]? factors) -> (Tensor, Tensor)"
-)
-_library.define(
-    f"shifted_window_attention_backward(Tensor grad, Tensor? out, Tensor lse, {_INPUTS}, {_OPTIONS},"
-    " bool grad_table) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def shifted_window_attention(
@@ -129,7 +114,7 @@ class BoundAttention:
             try:
                 if self._precision is None or _setting() == self._precision:
                     return self._forward.run(qkv, k, v, table, index, padding, mask, logit_scale)[0]
-            except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            except NOT_THE_KERNELS:
                 raise
             except Exception:  # which the operator meets again, notes, and does without
                 pass
@@ -147,74 +132,64 @@ class BoundAttention:
 
 
 def bind(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     geometry: Geometry,
     *,
-    dtype: torch.dtype,
     num_heads: int,
     mask_value: float = -100.0,
     scale: float = 1.0,
-    **form: Any,
+    **tensors: Tensor | None,
 ) -> BoundAttention:
-    """Bind a problem of attention in inference, without dropout and factors, to its launches: no tensor is needed yet.
+    """Bind attention in inference, without dropout and factors, to its launches.
 
     Args:
-        **form: of the tensors of a call; see `backends.triton.window.bind`, also for what it raises.
+        qkv, **tensors: as of `shifted_window_attention`; only their forms count.
+    Raises:
+        ArgumentError: see `backends.triton.window.bind`.
     """
-    options: dict[str, Any] = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
-    return BoundAttention(forward_launches.bind(geometry, dtype=dtype, **options, **form), geometry, dtype, options)
+    parts = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
+    others = map(tensors.get, ("table", "index", "padding", "mask", "logit_scale"))
+    place = num_heads, geometry.window, geometry.shift, geometry.roll_first
+    call = Operands._make((*parts, *others, None, *place, mask_value, scale, 0.0))
+    options = {"num_heads": num_heads, "mask_value": mask_value, "scale": scale}
+    return BoundAttention(forward_launches.bind(call, geometry), geometry, parts[0].dtype, options)
 
 
 def _forward(*arguments: Any, geometry: Geometry | None = None, bound: Any = None) -> tuple[Tensor, Any]:
     """Run the forward of the operator, whose schema names the arguments; `bound` as the backend's."""
-    (
-        qkv, k, v, table, index, padding, mask, logit_scale, seed,
-        num_heads, window, shift, roll_first, mask_value, scale, dropout, for_backward, factors,
-    ) = arguments  # fmt: skip
-    if geometry is None:
-        geometry = geometry_of(qkv, window, shift, roll_first)
-    if not is_readable(qkv, k, v, geometry):
-        qkv, k, v = (None if t is None else dense(t, geometry) for t in (qkv, k, v))
-    options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
+    call = operands_of(arguments)
+    for_backward, factors = arguments[16:]
+    geometry = geometry or geometry_of(call)
+    if not is_readable(call.qkv, call.k, call.v, geometry):
+        call = operands_of(arguments, geometry)
     factors = None if factors is None or bound is not None else tuple(factors)
-    drawn = {"dropout": dropout, "seed": seed}
     try:
-        return forward_launches.shifted_window_attention(
-            qkv, k, v, geometry, **options, **drawn, factors=factors, for_backward=for_backward, bound=bound
-        )
-    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+        return forward_launches.shifted_window_attention(call, geometry, factors, for_backward, bound)
+    except NOT_THE_KERNELS:
         raise
     except Exception as error:
         if bound is not None:
             raise
-        head_dim = head_dim_of(qkv, k, num_heads, geometry)
-        note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
-        out = dense(reference_of(qkv, k, v, geometry, options).to(qkv.dtype), geometry)
-        shape = lse_shape_of(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
-        return out, torch.empty(shape, device=qkv.device)
+        note_failure(error, call, geometry)
+        out = dense(reference_of(call, geometry).to(call.qkv.dtype), geometry)
+        return out, torch.empty(lse_shape_of(call, geometry, for_backward), device=out.device)
 
 
 def _backward(grad: Tensor, *arguments: Any, geometry: Geometry | None = None) -> tuple[Tensor, ...]:
     """Run the backward of the operator, whose schema names the arguments."""
-    (
-        out, lse, qkv, k, v, table, index, padding, mask, logit_scale, seed,
-        num_heads, window, shift, roll_first, mask_value, scale, dropout, grad_table,
-    ) = arguments  # fmt: skip
-    if geometry is None:
-        geometry = geometry_of(qkv, window, shift, roll_first)
-    options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
+    out, lse, *rest, grad_table = arguments
+    geometry = geometry or geometry_of(Operands._make(rest))
+    call = operands_of(rest, geometry)
     try:
         gradients: Sequence[Tensor | None] = backward_launches.shifted_window_attention_backward(
-            dense(grad, geometry), out, lse, dense(qkv, geometry), None if k is None else dense(k, geometry),
-            None if v is None else dense(v, geometry), geometry, **options, dropout=dropout, seed=seed,
-            grad_table=grad_table,
-        )  # fmt: skip
-    except (torch.OutOfMemoryError, ArgumentError):  # which say nothing of the kernel
+            dense(grad, geometry), out, lse, call, geometry, grad_table
+        )
+    except NOT_THE_KERNELS:
         raise
     except Exception as error:
-        head_dim = head_dim_of(qkv, k, num_heads, geometry)
-        note_failure(error, qkv, geometry, head_dim, logit_scale is not None, dropout)
-        gradients = reference_gradients(grad, qkv, k, v, geometry, options, create_graph=False)
-    return tuple(qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
+        note_failure(error, call, geometry)
+        gradients = reference_gradients(grad, call, geometry, twice=False)
+    return tuple(call.qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -252,19 +227,16 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return one gradient, or None, for each argument of the operator."""
     *inputs, out, lse = ctx.saved_tensors
-    qkv, k, v, table, index, padding, mask, logit_scale, _ = inputs
     found: Sequence[Tensor | None]
     twice = torch.is_grad_enabled()
     if twice or _is_batched(grad):  # these gradients are to be differentiated again, or are many at once
-        num_heads, window, shift, roll_first, mask_value, scale, dropout = ctx.options
-        if dropout:
+        call = operands_of((*inputs, *ctx.options))
+        if call.dropout:
             raise NotImplementedError(
                 f"swinaccel cannot {'differentiate twice' if twice else 'take a batch of gradients'} through attention "
                 "dropout; run that step inside swinaccel.disabled()"
             )
-        options = options_of(num_heads, table, index, padding, mask, mask_value, scale, logit_scale)
-        geometry = geometry or geometry_of(qkv, window, shift, roll_first)
-        found = reference_gradients(grad, qkv, k, v, geometry, options, create_graph=twice)
+        found = reference_gradients(grad, call, geometry or geometry_of(call), twice)
     else:
         arguments: tuple[Any, ...] = (grad, out, lse, *inputs, *ctx.options, needs_grad[3])
         if geometry is None or is_observed():
@@ -289,33 +261,35 @@ def _operator(*arguments: Any, bound: Any = None) -> tuple[Tensor, Tensor]:
     return out, arguments[0].new_empty(0) if lse is None else lse
 
 
-def _fake(qkv: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    mask = rest[3]
-    num_heads, window, shift, roll_first = rest[6:10]
-    for_backward = rest[13]
-    geometry = geometry_of(qkv, window, shift, roll_first)
-    head_dim = head_dim_of(qkv, k, num_heads, geometry)
-    shape = lse_shape_of(qkv, geometry, num_heads, head_dim, mask is not None, for_backward)
-    out = empty_image(qkv, geometry, k is None)
-    return out, qkv.new_empty(shape, dtype=torch.float32 if for_backward else qkv.dtype)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, for_backward, _ = arguments
+    call = Operands(*rest)
+    geometry = geometry_of(call)
+    shape, dtype = lse_shape_of(call, geometry, for_backward), torch.float32 if for_backward else call.qkv.dtype
+    return empty_image(call.qkv, geometry, call.k is None), call.qkv.new_empty(shape, dtype=dtype)
 
 
-def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    qkv, k, v, table, _, padding, _, logit_scale = rest[:8]
-    grad_table = rest[-1]
-    geometry = geometry_of(qkv, *rest[10:13])
-    tokens = [None if t is None else empty_image(t, geometry, False) for t in (qkv, k, v)]
-    wanted = (table if grad_table else None, padding, logit_scale)
+def _fake_backward(grad: Tensor, out: Tensor | None, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *rest, grad_table = arguments
+    call = Operands(*rest)
+    geometry = geometry_of(call)
+    tokens = [None if t is None else empty_image(t, geometry, False) for t in call[:3]]
+    wanted = (call.table if grad_table else None, call.padding, call.logit_scale)
     others = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
-    return tuple(qkv.new_empty(0) if t is None else t for t in (*tokens, *others))
+    return tuple(call.qkv.new_empty(0) if t is None else t for t in (*tokens, *others))
 
 
-for _key in ("CUDA", "CPU"):
-    _library.impl("shifted_window_attention", _operator, _key)
-    _library.impl("shifted_window_attention_backward", _backward, _key)
-open_in_packages(_library, "shifted_window_attention", _operator, batched=3)
-torch.library.register_fake("swinaccel::shifted_window_attention", _fake, lib=_library)
-torch.library.register_fake("swinaccel::shifted_window_attention_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "swinaccel::shifted_window_attention", _autograd_backward, setup_context=_setup_context, lib=_library
+_INPUTS = (
+    "Tensor qkv, Tensor? k, Tensor? v, Tensor? table, Tensor? index, Tensor? padding, Tensor? mask,"
+    " Tensor? logit_scale, Tensor? seed, int num_heads, int[] window, int[] shift, bool roll_first, float mask_value,"
+    " float scale, float dropout"
 )
+register(
+    f"shifted_window_attention({_INPUTS}, bool for_backward, Tensor[]? factors) -> (Tensor, Tensor)",
+    _operator, _fake, gradients=(_autograd_backward, _setup_context), inside=_operator, batched=3,
+)  # fmt: skip
+register(
+    f"shifted_window_attention_backward(Tensor grad, Tensor? out, Tensor lse, {_INPUTS}, bool grad_table)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward, _fake_backward,
+)  # fmt: skip

@@ -11,106 +11,85 @@ from torch import Tensor
 
 from ..backends.triton.checks import lse_shape
 from ..backends.triton.launches import first_line
-from ..backends.triton.problem import are_heads_apart, is_small
+from ..backends.triton.problem import Operands, are_heads_apart, is_small
 from ..backends.triton.traced import expected
 from ..config import env_strict
 from ..errors import ArgumentError, KernelError
 from ..spec import reference
 from ..spec.window import Geometry
 from .failures import failures
+from .recomputed import recomputed_gradients
 
 
-def geometry_of(qkv: Tensor, window: Sequence[int], shift: Sequence[int], roll_first: bool) -> Geometry:
-    axes = len(window)
-    if axes not in (2, 3) or len(shift) != axes or min(window) < 1 or qkv.dim() not in (axes + 2, axes + 3):
+def operands_of(arguments: Sequence[Any], geometry: Geometry | None = None) -> Operands:
+    """Return the operands of the operator, contiguous but for the table and, without a geometry, for q, k and v.
+
+    Args:
+        arguments: of the operator; what follows the operands is left out.
+        geometry: with it, q, k and v are in memory as outputs are.
+    """
+    tokens, others = arguments[:3], [None if t is None else t.contiguous() for t in arguments[4:8]]
+    if geometry is not None:
+        tokens = [None if t is None else dense(t, geometry) for t in tokens]
+    return Operands._make((*tokens, arguments[3], *others, *arguments[8:16]))
+
+
+def geometry_of(call: Operands) -> Geometry:
+    qkv, axes = call.qkv, len(call.window)
+    is_image = axes in (2, 3) and qkv.dim() in (axes + 2, axes + 3)
+    if not is_image or len(call.shift) != axes or min(call.window) < 1:
         raise ArgumentError(
             "window must be two or three numbers of 1 or more, shift as many, and qkv an image of so many axes, "
-            f"(B, H, W, channels) if two; got {tuple(window)}, {tuple(shift)} and {tuple(qkv.shape)}"
+            f"(B, H, W, channels) if two; got {tuple(call.window)}, {tuple(call.shift)} and {tuple(qkv.shape)}"
         )
-    return Geometry(tuple(qkv.shape[1 : 1 + axes]), tuple(window), tuple(shift), roll_first)
+    return Geometry(tuple(qkv.shape[1 : 1 + axes]), tuple(call.window), tuple(call.shift), call.roll_first)
 
 
-def options_of(
-    num_heads: int,
-    table: Tensor | None,
-    index: Tensor | None,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    mask_value: float,
-    scale: float,
-    logit_scale: Tensor | None,
-) -> dict[str, Any]:
-    """Return what the backend's functions and the reference's take by name."""
-    return {
-        "num_heads": num_heads,
-        "table": table,
-        "index": _contiguous(index),
-        "padding": _contiguous(padding),
-        "mask": _contiguous(mask),
-        "mask_value": mask_value,
-        "scale": scale,
-        "logit_scale": _contiguous(logit_scale),
-    }
+def _head_dim(call: Operands, geometry: Geometry) -> int:
+    if are_heads_apart(call.qkv, geometry):
+        return call.qkv.shape[-1]
+    return call.qkv.shape[-1] // call.num_heads // (3 if call.k is None else 1)
 
 
-def head_dim_of(qkv: Tensor, k: Tensor | None, num_heads: int, geometry: Geometry) -> int:
-    if are_heads_apart(qkv, geometry):
-        return qkv.shape[-1]
-    return qkv.shape[-1] // num_heads // (3 if k is None else 1)
-
-
-def reference_of(
-    qkv: Tensor, k: Tensor | None, v: Tensor | None, geometry: Geometry, options: dict[str, Any]
-) -> Tensor:
+def reference_of(call: Operands, geometry: Geometry) -> Tensor:
     """Return the same in plain PyTorch, for tokens of every form."""
-    if k is None or v is None:
-        q, k, v = qkv.chunk(3, dim=-1)
-        return reference.shifted_window_attention(q, k, v, geometry, **options)
-    if not are_heads_apart(qkv, geometry):
-        return reference.shifted_window_attention(qkv, k, v, geometry, **options)
-    out = reference.shifted_window_attention(qkv.flatten(-2), k.flatten(-2), v.flatten(-2), geometry, **options)
-    return out.unflatten(-1, qkv.shape[-2:])
+    qkv, k, v = call.qkv, call.k, call.v
+    is_apart = are_heads_apart(qkv, geometry)
+    q, k, v = qkv.chunk(3, dim=-1) if k is None or v is None else (qkv, k, v)
+    if is_apart:
+        q, k, v = q.flatten(-2), k.flatten(-2), v.flatten(-2)
+    out = reference.shifted_window_attention(
+        q, k, v, geometry, num_heads=call.num_heads, table=call.table, index=call.index, padding=call.padding,
+        mask=call.mask, mask_value=call.mask_value, scale=call.scale, logit_scale=call.logit_scale,
+    )  # fmt: skip
+    return out.unflatten(-1, qkv.shape[-2:]) if is_apart else out
 
 
-def note_failure(error: Exception, q: Tensor, geometry: Geometry, head_dim: int, cosine: bool, dropout: float) -> None:
+def note_failure(error: Exception, call: Operands, geometry: Geometry) -> None:
     """Remember that a kernel failed on such a problem; raise where plain PyTorch cannot stand in for it now."""
-    reason = failures.record(problem(q.device, q.dtype, geometry, head_dim, cosine), first_line(error))
-    if env_strict() or dropout:  # what was dropped is known to the kernels only
+    q, is_cosine = call.qkv, call.logit_scale is not None
+    key = problem(q.device, q.dtype, geometry, _head_dim(call, geometry), is_cosine)
+    reason = failures.record(key, first_line(error))
+    if env_strict() or call.dropout:  # what was dropped is known to the kernels only
         raise KernelError(reason) from error
 
 
-def lse_shape_of(
-    qkv: Tensor, geometry: Geometry, num_heads: int, head_dim: int, has_mask: bool, for_backward: bool
-) -> tuple[int, ...]:
-    if not for_backward or is_small(qkv.device, qkv.dtype, geometry.tokens, head_dim):
+def lse_shape_of(call: Operands, geometry: Geometry, for_backward: bool) -> tuple[int, ...]:
+    qkv = call.qkv
+    if not for_backward or is_small(qkv.device, qkv.dtype, geometry.tokens, _head_dim(call, geometry)):
         return (0,)
-    return lse_shape(qkv.shape[0], geometry, num_heads, has_mask)
+    return lse_shape(qkv.shape[0], geometry, call.num_heads, call.mask is not None)
 
 
-def reference_gradients(
-    grad: Tensor,
-    qkv: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    geometry: Geometry,
-    options: dict[str, Any],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Return gradients of (qkv, k, v, table, padding, logit_scale) by PyTorch's own, which have gradients in turn."""
-    with torch.enable_grad():
-        names = ("table", "padding", "logit_scale")
-        inputs = [t if t is None else t.view_as(t) for t in (qkv, k, v, *(options[name] for name in names))]
-        if not create_graph:
-            inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
-        qkv, k, v, *rest = inputs  # type: ignore[assignment]
-        out = reference_of(qkv, k, v, geometry, {**options, **dict(zip(names, rest, strict=True))})
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create_graph, allow_unused=True))
-        return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+def reference_gradients(grad: Tensor, call: Operands, geometry: Geometry, twice: bool) -> list[Tensor | None]:
+    """Return gradients of (qkv, k, v, table, padding, logit_scale) by PyTorch's own."""
 
+    def function(qkv: Any, k: Any, v: Any, table: Any, padding: Any, logit_scale: Any) -> Tensor:
+        now = call._replace(qkv=qkv, k=k, v=v, table=table, padding=padding, logit_scale=logit_scale)
+        return reference_of(now, geometry)
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    inputs = (call.qkv, call.k, call.v, call.table, call.padding, call.logit_scale)
+    return recomputed_gradients(function, inputs, grad, twice)
 
 
 def dense(image: Tensor, geometry: Geometry) -> Tensor:

@@ -46,7 +46,7 @@ from .attention import (
 )
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason, tokens_of
-from .neighbours import EmbeddingFacts, FusedEmbedding, FusedMerging, MergingFacts
+from .neighbours import EmbeddingFacts, MergingFacts
 from .plan import Plan, PlanCache, State, state_of
 from .weights import settled
 
@@ -262,7 +262,7 @@ def _plan_fused(
             counted = state_of(inner)
     else:
         problem = facts.problem(x)
-        run = (FusedMerging if isinstance(facts, MergingFacts) else FusedEmbedding)(facts, x, size, config).run
+        run = facts.runner(x, size, config)
     failure = failures.get(problem)
     if failure is not None:
         if config.strict or env_strict():

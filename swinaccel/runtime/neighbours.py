@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,35 +48,29 @@ class MergingFacts:
         """Return what failures of its kernels are kept under."""
         return "merging", x.device, product_dtype(x), self.channels, needs_autograd(x, self.parameters())
 
+    def runner(self, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> Callable[[Tensor], Tensor]:
+        """Return what merges inputs like x in few kernels: each four neighbours become one token."""
+        merging, affine, reduction = self.merging, self.affine, self.reduction
+        is_recorded = needs_autograd(x, self.parameters())
 
-class FusedMerging:
-    """A patch merging in few kernels."""
+        def run(x: Tensor) -> Tensor:
+            image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
+            try:
+                if is_recorded:
+                    patches = recorded.merge(image, None if merging.post_norm else affine, product_dtype(x))
+                    out = F.linear(patches, *reduction)
+                    if merging.post_norm:
+                        out = recorded.norm(out, affine, norm_dtype(x))[1]
+                elif merging.post_norm:
+                    out = kernels.norm(F.linear(kernels.merge(image, None), *reduction), affine)
+                else:
+                    out = F.linear(kernels.merge(image, affine), *reduction)
+            except kernels.LaunchError as error:
+                failed(self.problem(x), error, config)
+                return merging_reference(merging, x, size)
+            return out if size is None else out.flatten(1, 2)
 
-    __slots__ = ("_config", "_facts", "_needs_autograd", "_size")
-
-    def __init__(self, facts: MergingFacts, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> None:
-        self._facts, self._config, self._needs_autograd = facts, config, needs_autograd(x, facts.parameters())
-        self._size = size
-
-    def run(self, x: Tensor) -> Tensor:
-        """Return each four neighbours of an image as one token."""
-        size = self._size
-        merging, affine, reduction = self._facts.merging, self._facts.affine, self._facts.reduction
-        image = x if size is None else x.view(x.shape[0], *size, x.shape[2])
-        try:
-            if self._needs_autograd:
-                patches = recorded.merge(image, None if merging.post_norm else affine, product_dtype(x))
-                out = F.linear(patches, *reduction)
-                if merging.post_norm:
-                    out = recorded.norm(out, affine, norm_dtype(x))[1]
-            elif merging.post_norm:
-                out = kernels.norm(F.linear(kernels.merge(image, None), *reduction), affine)
-            else:
-                out = F.linear(kernels.merge(image, affine), *reduction)
-        except kernels.LaunchError as error:
-            failed(self._facts.problem(x), error, self._config)
-            return merging_reference(merging, x, size)
-        return out if size is None else out.flatten(1, 2)
+        return run
 
 
 class EmbeddingFacts:
@@ -113,6 +108,26 @@ class EmbeddingFacts:
         shape = self.projection[0].shape
         return "embedding", x.device, product_dtype(x), shape, self.affine is None, needs_autograd(x, self.parameters())
 
+    def runner(self, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> Callable[[Tensor], Any]:
+        """Return what embeds images like x, of whole patches, in one kernel, and gives what the module gives."""
+        embedding, affine, (weight, bias) = self.embedding, self.affine, self.projection
+        is_recorded = needs_autograd(x, self.parameters())
+
+        def run(x: Tensor) -> Any:
+            try:
+                if is_recorded:
+                    image = multiplied(x, weight, bias)
+                    if affine is not None:
+                        image = recorded.norm(image, affine, norm_dtype(x))[1]
+                else:
+                    image = kernels.embed(x, weight, bias, affine)
+            except kernels.LaunchError as error:
+                failed(self.problem(x), error, config)
+                return embedding_reference(embedding, x)
+            return image if embedding.as_output is None else embedding.as_output(image)
+
+        return run
+
 
 def is_patchwise(layer: Any) -> bool:
     """Return True if a plain convolution is one of patches that neither overlap nor leave gaps."""
@@ -131,30 +146,6 @@ def _is_worth(image: Tensor) -> bool:
     if image.dtype is torch.float32 and image.is_cuda:
         return False
     return image.shape[0] * image.shape[2] * image.shape[3] < 2**31 - 64
-
-
-class FusedEmbedding:
-    """A patch embedding in one kernel, of an image of whole patches (B, C_in, H, W)."""
-
-    __slots__ = ("_config", "_facts", "_needs_autograd")
-
-    def __init__(self, facts: EmbeddingFacts, x: Tensor, _: Any, config: AccelConfig) -> None:
-        self._facts, self._config, self._needs_autograd = facts, config, needs_autograd(x, facts.parameters())
-
-    def run(self, x: Tensor) -> Any:
-        """Return the patches of an image, as the module gives them."""
-        embedding, affine, (weight, bias) = self._facts.embedding, self._facts.affine, self._facts.projection
-        try:
-            if self._needs_autograd:
-                image = multiplied(x, weight, bias)
-                if affine is not None:
-                    image = recorded.norm(image, affine, norm_dtype(x))[1]
-            else:
-                image = kernels.embed(x, weight, bias, affine)
-        except kernels.LaunchError as error:
-            failed(self._facts.problem(x), error, self._config)
-            return embedding_reference(embedding, x)
-        return image if embedding.as_output is None else embedding.as_output(image)
 
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -117,6 +118,7 @@ class PlanCache:
             self.plans[key] = plan
 
 
+@dataclass(slots=True, eq=False)
 class State:
     """One accelerated module.
 
@@ -129,17 +131,15 @@ class State:
         precision: of a block, what is known of its products of 8 bits; None where it was not asked for any.
     """
 
-    __slots__ = ("attention", "bias", "block", "calls", "fallbacks", "graphs", "precision", "reason", "unfused")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.fallbacks = 0
-        self.reason: str | None = None
-        self.unfused: str | None = None
-        self.bias: str | None = None
-        self.attention, self.block = PlanCache(), PlanCache()
-        self.graphs: Graphs | None = None
-        self.precision: Precision | None = None
+    calls: int = 0
+    fallbacks: int = 0
+    reason: str | None = None
+    unfused: str | None = None
+    bias: str | None = None
+    attention: PlanCache = field(default_factory=PlanCache)
+    block: PlanCache = field(default_factory=PlanCache)
+    graphs: Graphs | None = None
+    precision: Precision | None = None
 
 
 _states: dict[int, tuple[weakref.ref[nn.Module], State]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +40,7 @@ Read = Callable[[], tuple[Tensor, Tensor | None]]  # weight and bias of now
 Run = Callable[..., Any]
 
 
+@dataclass(slots=True, eq=False)
 class Precision:
     """State of one block that was asked to multiply in 8 bits.
 
@@ -49,13 +51,10 @@ class Precision:
         failure: why it cannot run with these weights, where that was tried.
     """
 
-    __slots__ = ("error", "failure", "reason", "versions")
-
-    def __init__(self) -> None:
-        self.error: float | None = None
-        self.reason: str | None = None
-        self.failure: str | None = None
-        self.versions: list[tuple[int, int, int]] = []
+    error: float | None = None
+    reason: str | None = None
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
+    failure: str | None = None
 
     def become(self, other: Precision) -> None:
         """Know what another one does."""

@@ -124,7 +124,8 @@ class TritonSection:
             factors = biases.factors(section, self.config, first.dtype)
         self.state.bias = form_of(section) if factors is None else factors.describe()
         table = table_of(section, trained)
-        out = attend_triton(with_mask(section, mask), qkv, table, factors)
+        section = with_mask(section, mask)
+        out = attend_triton(section, qkv, table, factors)
         if self._may_bind and self._bound is None:
             self._bound = bind_launches(section, qkv, table)
         return out
@@ -136,37 +137,22 @@ def bind_launches(section: Section, qkv: Any, table: Tensor | None) -> _Bound | 
     Args:
         table: of the call; computed anew, an MLP with dropout would draw another one.
     """
-    is_packed = isinstance(qkv, Tensor)
-    parts = (qkv,) if is_packed else qkv
+    parts = (qkv,) if isinstance(qkv, Tensor) else qkv
     first = parts[0]
     is_alike = all(one.shape == first.shape and one.dtype is first.dtype and one.is_contiguous() for one in parts)
     if not is_alike or first.dim() != len(section.geometry.size) + 2 or first.numel() >= 2**31:
         return None
-    has_padding = padding_of(section) is not None
+    operands = operands_of(section, table)
     try:
         bound_position = None
         if section.position is not None and all(one.is_contiguous() for one in section.position):
-            bound_position = position.bind(first.device, *[one.shape for one in section.position])
-        attention = window.bind(
-            section.geometry,
-            device=first.device,
-            dtype=first.dtype,
-            batch=first.shape[0],
-            num_heads=section.num_heads,
-            head_dim=section.head_dim,
-            packed=is_packed,
-            table=None if table is None else (table.shape, table.stride()),
-            has_padding=has_padding,
-            has_mask=section.mask is not None,
-            mask_value=section.mask_value,
-            scale=section.scale,
-            cosine=section.logit_scale is not None,
-        )
+            bound_position = position.bind(*section.position)
+        attention = window.bind(qkv, section.geometry, **operands)
     except ArgumentError:
         return None
     kept = table if any(table is one for one in section.sources) else None
     layout = None if table is None else (table.stride(), table.dtype)
-    return _Bound(attention, bound_position, first.shape, first.dtype, kept, layout, has_padding)
+    return _Bound(attention, bound_position, first.shape, first.dtype, kept, layout, operands["padding"] is not None)
 
 
 def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
@@ -227,18 +213,22 @@ def form_of(section: Section) -> str:
 
 def attend_triton(section: Section, qkv: Any, table: Tensor | None, factors: Any = None) -> Tensor:
     """Return what a section gives, by the Triton kernels, of its projections q, k and v and its table."""
-    logit_scale = section.logit_scale
+    given = None if factors is None else (factors.q, factors.k, factors.table, factors.index)
     return window.shifted_window_attention(
-        qkv,
-        section.geometry,
-        num_heads=section.num_heads,
-        table=table,
-        index=section.index,
-        padding=padding_of(section),
-        mask=section.mask,
-        mask_value=section.mask_value,
-        scale=section.scale,
-        logit_scale=None if logit_scale is None else logit_scale.reshape(-1),
-        factors=None if factors is None else (factors.q, factors.k, factors.table, factors.index),
-        dropout=section.dropout,
+        qkv, section.geometry, **operands_of(section, table), factors=given, dropout=section.dropout
     )
+
+
+def operands_of(section: Section, table: Tensor | None) -> dict[str, Any]:
+    """Return what the operator takes of a section and of the table of a call, by name."""
+    logit_scale = section.logit_scale
+    return {
+        "num_heads": section.num_heads,
+        "table": table,
+        "index": section.index,
+        "padding": padding_of(section),
+        "mask": section.mask,
+        "mask_value": section.mask_value,
+        "scale": section.scale,
+        "logit_scale": None if logit_scale is None else logit_scale.reshape(-1),
+    }

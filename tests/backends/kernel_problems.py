@@ -176,3 +176,33 @@ GPU_CASES = [
         [1, 9],
     )
 ]
+
+
+def rounded_cases(*large: Any) -> list[Case]:
+    """Return problems of all forms for low precision; large: window, size and shift of those with large windows."""
+    return [
+        Case((7, 7), (9, 14), (3, 3), dim=32, batch=2),
+        Case((7, 7), (9, 14), (3, 3), dim=32, batch=2, cosine=True),
+        Case(*large, dim=32),
+        Case(*large, dim=32, cosine=True),
+        Case((4, 4), (9, 9), (2, 2), dim=10, roll_first=True, batch=2),
+        Case((3, 4, 4), (4, 5, 8), (1, 2, 2), batch=2),
+        Case((5, 4, 4), (6, 4, 6), (2, 0, 2), cosine=True),
+    ]
+
+
+BIAS_KINDS = ["permuted-index", "random-index", "transposed-table", "half-table", "double-table", "no-table"]
+
+
+def bias_of_kind(kind: str, table: Tensor, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return a table and an index of one of `BIAS_KINDS`, made of ordinary ones."""
+    generator = torch.Generator().manual_seed(3)
+    if kind == "permuted-index":
+        return table, index[torch.randperm(len(index), generator=generator).to(index.device)]
+    if kind == "random-index":
+        return table, torch.randint(table.shape[0], index.shape, generator=generator).to(index.device)
+    if kind == "transposed-table":
+        return table.t().contiguous().t(), index
+    if kind == "half-table":
+        return table.half(), index
+    return (table.double(), index) if kind == "double-table" else (None, None)

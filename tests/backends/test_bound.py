@@ -26,7 +26,7 @@ def tensors(*shapes, dtype=torch.float32):
 
 
 def problem(window, shift, packed=True, form="", dtype=torch.float32):
-    """Return a geometry, the tensors that `run` takes, and what `bind` and the operator do by name."""
+    """Return a geometry, the tensors that `run` takes, and those that `bind` and the operator take by name."""
     geometry = Geometry(tuple(2 * side - 1 for side in window), window, shift)
     tokens, width = geometry.tokens, 3 * CHANNELS if packed else CHANNELS
     q, k, v = tensors(*[(3, *geometry.size, width)] * 3, dtype=dtype)
@@ -45,12 +45,7 @@ def problem(window, shift, packed=True, form="", dtype=torch.float32):
 
 
 def bind(geometry, qkv, given, **options):
-    qkv, k, _ = qkv
-    return window_ops.bind(
-        geometry, device=qkv.device, dtype=qkv.dtype, batch=qkv.shape[0], num_heads=HEADS, head_dim=DIM,
-        packed=k is None, table=(given["table"].shape, given["table"].stride()), has_padding=True,
-        has_mask=given["mask"] is not None, cosine=given["logit_scale"] is not None, **options,
-    )  # fmt: skip
+    return window_ops.bind(qkv[0] if qkv[1] is None else qkv, geometry, num_heads=HEADS, **given, **options)
 
 
 def attend(geometry, qkv, given, **options):
@@ -153,7 +148,7 @@ def test_bound_norm(strict_kernels):
 
 def test_bound_position_table(strict_kernels):
     given = tensors((3, 5, 2), (12, 2), (12,), (HEADS, 12))
-    bound = position.bind(given[0].device, *(one.shape for one in given))
+    bound = position.bind(*given)
     assert torch.equal(bound.run(*given), position.position_table(*given))
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import helpers
 import pytest
 import torch
-from kernel_problems import DTYPES, HEADS_APART, SMALL_AND_LARGE, Case, attend, compare, heads_apart
+from kernel_problems import (
+    BIAS_KINDS,
+    DTYPES,
+    HEADS_APART,
+    SMALL_AND_LARGE,
+    Case,
+    attend,
+    bias_of_kind,
+    compare,
+    heads_apart,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_kernels")
 
@@ -58,27 +68,12 @@ def test_an_axis_for_the_heads(case, kind):
 
 
 @SMALL_AND_LARGE
-@pytest.mark.parametrize(
-    "kind", ["permuted-index", "random-index", "transposed-table", "half-table", "double-table", "no-table"]
-)
+@pytest.mark.parametrize("kind", BIAS_KINDS)
 def test_bias_operands(window, kind):
     """The index is a buffer too: whatever it says is what the bias is."""
     case = Case(window, (9, 10), (2, 2))
     qkv, options = case.make(torch.float32)
-    table, index = options["table"], options["index"]
-    generator = torch.Generator().manual_seed(3)
-    if kind == "permuted-index":
-        index = index[torch.randperm(len(index), generator=generator).to(index.device)]
-    elif kind == "random-index":
-        index = torch.randint(table.shape[0], index.shape, generator=generator).to(index.device)
-    elif kind == "transposed-table":
-        table = table.t().contiguous().t()
-    elif kind == "half-table":
-        table = table.half()
-    elif kind == "double-table":
-        table = table.double()
-    else:
-        table = index = None
+    table, index = bias_of_kind(kind, options["table"], options["index"])
     compare(qkv, case.geometry, **{**options, "table": table, "index": index})
 
 

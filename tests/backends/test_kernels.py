@@ -21,6 +21,7 @@ from kernel_problems import (
     attend,
     compare,
     draw_case,
+    rounded_cases,
     run,
 )
 from torch import Tensor
@@ -110,19 +111,7 @@ def test_how_many_images_a_program_takes(positions, batch, images):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((7, 7), (9, 14), (3, 3), dim=32, batch=2),
-        Case((7, 7), (9, 14), (3, 3), dim=32, batch=2, cosine=True),
-        Case((12, 12), (13, 24), (6, 6), dim=32),
-        Case((12, 12), (13, 24), (6, 6), dim=32, cosine=True),
-        Case((4, 4), (9, 9), (2, 2), dim=10, roll_first=True, batch=2),
-        Case((3, 4, 4), (4, 5, 8), (1, 2, 2), batch=2),
-        Case((5, 4, 4), (6, 4, 6), (2, 0, 2), cosine=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", rounded_cases((12, 12), (13, 24), (6, 6)), ids=str)
 def test_low_precision(case, dtype):
     run(case, dtype)
 

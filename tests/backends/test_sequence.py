@@ -299,18 +299,12 @@ def test_launches_fit_the_shared_memory(limit):
         for element_size, factor_size in ((2, 2), (2, 4), (4, 4)):
             for head_dim, rank in ((8, 0), (64, 2), (128, 0), (128, 64)):
                 for has_mask in (False, True):
-                    facts = {
-                        "head_dim": head_dim,
-                        "rank": rank,
-                        "element_size": element_size,
-                        "factor_size": factor_size,
-                        "has_mask": has_mask,
-                    }
-                    small, large = (choose(**facts, shared_memory=size) for size in (limit * 1024, 1 << 30))
+                    sizes = sequence_launch.Sizes(head_dim, rank, element_size, factor_size, has_mask, 0)
+                    small, large = (choose(sizes._replace(shared_memory=one)) for one in (limit * 1024, 1 << 30))
                     assert small.block_d >= head_dim
                     assert small.block_r >= rank
                     assert small.block_m * small.block_n <= large.block_m * large.block_n
-                    least = choose(**facts, shared_memory=0)
+                    least = choose(sizes)
                     assert small != least or (least.block_m, least.block_n) == (16, 16) or large == least
 
 

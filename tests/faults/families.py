@@ -9,7 +9,7 @@ FAULTS = under(
     ("aurora.py", "lora(x, step)", "lora(x, 0)", "families/test_weather -k aurora_at"),
     ("earth.py", "one.shape[1] != rows", "False", "families/test_weather -k earth_with_rows"),
     # Families.
-    ("timm.py", "dynamic or mask is not None else 0.0", "True else 0.0", "api/test_gaps -k mask"),
+    ("shared/official.py", "implied or mask is not None else 0.0", "True else 0.0", "api/test_gaps -k mask"),
     ("timm_cr.py", "if coords.shape[0] != tokens * tokens:", "if False:", "runtime/test_gaps_in_proofs -k coordinates"),
     ("shared/official.py", "attn.attn_drop.p if attn.training", "attn.attn_drop.p if attn.attn_drop.training",
      "runtime/test_gaps_in_proofs -k mode"),
@@ -17,7 +17,7 @@ FAULTS = under(
      "runtime/test_traps_of_scores runtime/test_traps_of_windows -k clamp"),
     ("torchvision.py", "torch.zeros_like(k_bias)", "k_bias",
      "runtime/test_traps_of_projections runtime/test_traps_of_scores -k bias"),
-    ("huggingface.py", "if not always_partition:", "if True:", "runtime/test_traps_of_windows -k partition"),
+    ("huggingface.py", " and not always_partition:", ":", "runtime/test_traps_of_windows -k partition"),
     ("video.py", "mask_matrix if geometry.is_shifted else None", "mask_matrix", "families/test_families_3d"),
     ("shared/common.py", "torch.zeros_like(attn.v_bias) if k_bias is None", "attn.v_bias if k_bias is None",
      "families/test_families families/test_hidden_differences families/test_other_forwards"),

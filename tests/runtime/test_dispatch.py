@@ -311,10 +311,10 @@ def test_kernel_failure_concerns_its_own_problem(monkeypatch):
     """One window size that does not fit does not stop the others."""
     real = window_launches.shifted_window_attention
 
-    def picky(qkv, k, v, geometry, **options):
+    def picky(call, geometry, *options):
         if geometry.window == (4, 4):
             raise Broken("no")
-        return real(qkv, k, v, geometry, **options)
+        return real(call, geometry, *options)
 
     monkeypatch.setattr(window_launches, "shifted_window_attention", picky)
     bad, good = on_triton(block()), on_triton(helpers.timm_block((6, 6), window=3, shift=1))

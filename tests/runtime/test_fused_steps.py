@@ -197,7 +197,7 @@ def test_a_backward_that_fails(v2, monkeypatch):
     def fail(*_, **__):
         raise kernels.LaunchError("no")
 
-    monkeypatch.setattr(triton_block_bwd, "_launch", fail)
+    monkeypatch.setattr(triton_block_bwd, "run", fail)
     assert_alike(twin, model)
     for _ in range(2):  # projections, too
         assert_alike(twin, model, dtype=HALF)

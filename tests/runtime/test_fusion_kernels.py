@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fused_calls
 import helpers
 import pytest
 import torch
@@ -46,12 +47,12 @@ def test_norms(dtype, rows, channels, affine, poisoned):
     given = (weight, bias, 1e-5)
     ex, ebranch, eweight, ebias, eextra = exact(x, branch, weight, bias, extra)
     compare(kernels.norm(x, given), layer_norm(x, weight, bias), layer_norm(ex, eweight, ebias))
-    total, out = kernels.add_norm(x, branch, given, extra)
+    total, out = fused_calls.add_norm(x, branch, given, extra)
     compare(total, x + branch + extra, ex + ebranch + eextra)
     compare(out, layer_norm(x + branch, weight, bias), layer_norm(ex + ebranch, eweight, ebias))
-    assert torch.equal(kernels.add_norm(x, branch, given, None)[0], (x.float() + branch.float()).to(dtype))
+    assert torch.equal(fused_calls.add_norm(x, branch, given, None)[0], (x.float() + branch.float()).to(dtype))
     compare(
-        kernels.norm_add(x, branch, given),
+        fused_calls.norm_add(x, branch, given),
         x + layer_norm(branch, weight, bias),
         ex + layer_norm(ebranch, eweight, ebias),
     )
@@ -114,7 +115,7 @@ def test_mlp_in_one_kernel(dtype, rows, channels, biases, pre_norm, poisoned):
 
     inputs = (x, branch, weight, bias, weight1, bias1, weight2, bias2)
     given = branch if pre_norm else None
-    found = kernels.mlp(x, given, (weight, bias, 1e-5), (weight1, bias1), (weight2, bias2))
+    found = fused_calls.mlp(x, given, (weight, bias, 1e-5), (weight1, bias1), (weight2, bias2))
     compare(found, block(*inputs), block(*exact(*inputs)))
 
 
@@ -171,10 +172,10 @@ def test_who_multiplies(monkeypatch):
     ):
         assert programs(*problem) is None
     monkeypatch.setattr(devices, "multiprocessors", lambda device: 132)
-    weight, x = random(512, 128, dtype=torch.float16), random(132 * 64, 128, dtype=torch.float16)
-    assert kernels.is_one_kernel(x, weight)
-    assert not kernels.is_one_kernel(x[1:], weight)
-    assert not kernels.is_one_kernel(x.view(-1, 256), weight.view(-1, 256))
+    kind, rows = (torch.device("cpu"), torch.float16), 132 * 64
+    assert kernels.pays_in_one(*kind, rows, 128, 512)
+    assert not kernels.pays_in_one(*kind, rows - 1, 128, 512)
+    assert not kernels.pays_in_one(*kind, rows, 256, 256)
 
 
 def test_launches_fit_smaller_devices(monkeypatch):

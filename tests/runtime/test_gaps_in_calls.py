@@ -28,6 +28,7 @@ import swinaccel
 from swinaccel import patching
 from swinaccel.backends.triton import checks
 from swinaccel.backends.triton import window as window_launches
+from swinaccel.backends.triton.problem import Operands
 from swinaccel.bias import cache
 from swinaccel.cli import factory
 from swinaccel.config import AccelConfig
@@ -382,10 +383,11 @@ def test_tokens_that_kernels_find_by_their_strides():
 
 
 def test_a_failure_of_what_was_dropped_is_raised():
-    failure = RuntimeError("no memory"), torch.zeros(1), Geometry((8, 8), (4, 4)), 8, False
-    note_failure(*failure, 0.0)
+    error, geometry = RuntimeError("no memory"), Geometry((8, 8), (4, 4))
+    call = Operands(torch.zeros(1, 8, 8, 24), *[None] * 8, 1, (4, 4), (0, 0), False, 0.0, 1.0, 0.0)
+    note_failure(error, call, geometry)
     with pytest.raises(KernelError):
-        note_failure(*failure, 0.5)
+        note_failure(error, call._replace(dropout=0.5), geometry)
 
 
 def test_calls_about_another_tensor_are_not_planned():

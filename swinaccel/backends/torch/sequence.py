@@ -48,7 +48,8 @@ def factored_bias_attention(
     if mask is not None:
         given = _batch_mask(mask, query, causal)
         is_recorded = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-        twice = twice or (is_recorded and can_look() and _has_large_numbers(given))
+        # Numbers so large leave no digits for the scores in a log-sum-exp, of which gradients are made.
+        twice = twice or (is_recorded and can_look() and bool(((given.abs() > 1e3) & given.isfinite()).any()))
     out = _attend(query, key, value, given, causal and mask is None, factor, twice)
     out = out[..., : v.shape[-1]].to(q.dtype)
     return _exactly(out, q, k, v, q_factor=q_factor, k_factor=k_factor, mask=mask, scale=scale, causal=causal)
@@ -62,11 +63,6 @@ def _batch_mask(mask: Tensor, q: Tensor, causal: bool) -> Tensor:
     if mask.shape[0] > 1:
         mask = mask[torch.arange(q.shape[0], device=mask.device) % mask.shape[0]]
     return clamp_finite(mask, accurate(q.dtype) if q.device.type == "cpu" else q.dtype).unsqueeze(1)
-
-
-def _has_large_numbers(mask: Tensor) -> bool:
-    """Return True if a mask leaves no digits for the scores in a log-sum-exp, of which gradients are made."""
-    return bool(((mask.abs() > 1e3) & mask.isfinite()).any())
 
 
 def block_sliding_window_attention(

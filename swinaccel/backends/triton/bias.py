@@ -12,8 +12,6 @@ from .checks import check_position
 from .launches import Launch, keep, launches
 from .problem import Problem
 
-_BLOCK = 4096
-
 
 def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype]) -> Launch:
     """Return the launch that expands the live table into the dense bias."""
@@ -73,16 +71,12 @@ def compare(differs: Tensor, left: Tensor, right: Tensor) -> None:
     if left.shape != right.shape:
         differs.fill_(1)
         return
-    count = left.numel()
-    run = launches.get(("compare", left.device, count)) or _plan_compare(left.device, count)
-    run(differs, left, right)
-
-
-def _plan_compare(device: torch.device, count: int) -> Launch:
     from ...kernels import bias as bias_kernels
 
-    launch = Launch(bias_kernels._compare_kernel, (-(-count // _BLOCK),), (count, _BLOCK))
-    return keep(("compare", device, count), launch)
+    count = left.numel()
+    key = "compare", left.device, count
+    run = launches.get(key) or keep(key, Launch(bias_kernels._compare_kernel, (-(-count // 4096),), (count, 4096)))
+    run(differs, left, right)
 
 
 def position_table(
@@ -101,31 +95,26 @@ def position_table(
     Returns:
         (T, heads), fp32; the heads come first in memory.
     """
-    run, shape = position_launch(
-        coords.device, coords.shape, hidden_weight.shape, hidden_bias.shape, weight.shape
-    )  # fmt: skip
+    run, shape = position_launch(coords, hidden_weight, hidden_bias, weight)
     table = torch.empty(shape, dtype=torch.float32, device=coords.device)
     bound(run)(table, coords.contiguous(), hidden_weight.contiguous(), hidden_bias.contiguous(), weight.contiguous())
     return table.t()
 
 
-def position_launch(device: torch.device, *shapes: torch.Size) -> tuple[Launch, tuple[int, int]]:
+def position_launch(*tensors: Tensor) -> tuple[Launch, tuple[int, int]]:
     """Return the launch for tensors of such shapes, in order, and the table's shape in memory, (heads, T)."""
-    key: tuple[Any, ...] = ("position", device, *shapes)
-    return launches.get(key) or _plan_position(*key)
-
-
-def _plan_position(
-    name: str, device: torch.device, coords: torch.Size, weight1: torch.Size, bias1: torch.Size, weight2: torch.Size
-) -> tuple[Launch, tuple[int, int]]:
+    shapes = [one.shape for one in tensors]
+    key: tuple[Any, ...] = ("position", tensors[0].device, *shapes)
+    if (known := launches.get(key)) is not None:
+        return known
     from ...kernels import bias as bias_kernels
     from ...kernels.launch import power_of_two
 
-    rows, heads, hidden = check_position(coords, weight1, bias1, weight2)
+    rows, heads, hidden = check_position(*shapes)
     launch = Launch(
         bias_kernels._position_table_kernel,
         (-(-rows // 16), heads),
         (rows, hidden, 16, min(512, power_of_two(hidden))),
         ("", "coords", "hidden_weight", "hidden_bias", "weight"),
     )
-    return keep((name, device, coords, weight1, bias1, weight2), (launch, (heads, rows)))
+    return keep(key, (launch, (heads, rows)))

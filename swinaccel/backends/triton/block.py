@@ -7,14 +7,16 @@ failure to compile or launch is a `LaunchError`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from . import devices
 from .launches import Launch, first_line, keep, launches
+
+_Plan = TypeVar("_Plan", bound=Callable[..., Any])
 
 Affine = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a norm
 NORM, ADD_NORM, NORM_ADD, ADD = range(4)  # modes of `kernels.pointwise._norm_kernel`
@@ -24,13 +26,18 @@ class LaunchError(RuntimeError):
     """A kernel could not be compiled or launched."""
 
 
-def _launch(key: tuple, plan: Callable[..., Any], *tensors: Tensor | None) -> None:
-    """Run the launch that is kept under a key: the plan's name, and what is planned from."""
-    run(kept(key, plan), *tensors)
+def planned(plan: _Plan) -> _Plan:
+    """Keep the launches that a function plans, by its arguments, on which they depend, and by the shared memory."""
+
+    @wraps(plan)
+    def launch(*arguments: Any) -> Any:
+        return kept(((plan, devices.shared_memory_override), *arguments), plan)
+
+    return cast(_Plan, launch)
 
 
 def kept(key: tuple, plan: Callable[..., Any]) -> Any:
-    """Return the launch that is kept under a key."""
+    """Return the launch that is kept under a key: a name, and what is planned from."""
     try:
         return launches.get(key) or keep(key, plan(*key[1:]))
     except Exception as error:
@@ -47,18 +54,6 @@ def run(launch: Any, *tensors: Tensor | None) -> None:
         raise
     except Exception as error:
         raise LaunchError(first_line(error)) from error
-
-
-def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, eps: float, mode: int) -> Any:
-    from ...kernels import fusion_launch, pointwise
-
-    shape = fusion_launch.rows(channels)
-    return Launch(
-        pointwise._norm_kernel,
-        (-(-rows // shape.rows),),
-        (rows, sample_rows, eps, channels, mode, shape.block_c, shape.rows),
-        num_warps=fusion_launch.NORM_WARPS,
-    )
 
 
 def sample_rows(rows: int, scale: Tensor | None) -> int:
@@ -86,29 +81,24 @@ def run_norm(
         run(launch, x, out, total, stats, branch, scale, weight, bias, total_bias)
 
 
+@planned
 def norm_launch(mode: int, device: torch.device, rows: int, channels: int, eps: float, sample_rows: int = 1) -> Any:
     """Return the launch of `kernels.pointwise._norm_kernel` for tensors of so many rows."""
-    return kept(("norm", device, rows, sample_rows, channels, eps, mode), _plan_norm)
+    from ...kernels import fusion_launch, pointwise
+
+    shape = fusion_launch.rows(channels)
+    return Launch(
+        pointwise._norm_kernel,
+        (-(-rows // shape.rows),),
+        (rows, sample_rows, eps, channels, mode, shape.block_c, shape.rows),
+        num_warps=fusion_launch.NORM_WARPS,
+    )
 
 
 def norm(x: Tensor, affine: Affine) -> Tensor:
     """Return the layer norm of the last axis; statistics in fp32."""
     out = torch.empty_like(x)
     run_norm(NORM, x, None, affine, out=out)
-    return out
-
-
-def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
-    return total, out
-
-
-def norm_add(x: Tensor, branch: Tensor, affine: Affine) -> Tensor:
-    """Return x + the layer norm of branch, which is not rounded before."""
-    out = torch.empty_like(x)
-    run_norm(NORM_ADD, x, branch, affine, out=out)
     return out
 
 
@@ -129,11 +119,12 @@ def merge(
     out = x.new_empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels), dtype=dtype or x.dtype)
     if out.numel():
         weight, bias, eps = (None, None, None) if affine is None else affine
-        _launch(("merge", x.device, batch, height, width, channels, eps), _plan_merge, out, x, *kept, weight, bias)
+        run(_merge_launch(x.device, batch, height, width, channels, eps), out, x, *kept, weight, bias)
     return out
 
 
-def _plan_merge(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float | None) -> Any:
+@planned
+def _merge_launch(device: torch.device, batch: int, height: int, width: int, channels: int, eps: float | None) -> Any:
     from ...kernels import fusion_launch, pointwise
 
     rows = batch * ((height + 1) // 2) * ((width + 1) // 2)
@@ -167,12 +158,15 @@ def embed(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine | None)
     out = x.new_empty((batch, down, across, channels))
     if out.numel():
         norm_weight, norm_bias, eps = (None, None, None) if affine is None else affine
-        key = ("embed", x.device, batch, down, across, weight.shape, eps)
-        _launch(key, _plan_embed, out, x, weight, bias, norm_weight, norm_bias)
+        launch = _embed_launch(x.device, batch, down, across, weight.shape, eps)
+        run(launch, out, x, weight, bias, norm_weight, norm_bias)
     return out
 
 
-def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight: torch.Size, eps: float | None) -> Any:
+@planned
+def _embed_launch(
+    device: torch.device, batch: int, down: int, across: int, weight: torch.Size, eps: float | None
+) -> Any:
     from ...kernels import embedding
 
     channels, inputs, *patch = weight
@@ -182,21 +176,12 @@ def _plan_embed(device: torch.device, batch: int, down: int, across: int, weight
         embedding._embed_kernel,
         (-(-rows // shape.block_m),),
         (
-            rows,
-            down,
-            across,
-            0.0 if eps is None else eps,
-            channels,
-            numbers,
-            *patch,
-            eps is not None,
-            shape.block_m,
-            shape.block_c,
-            shape.block_k,
+            rows, down, across, 0.0 if eps is None else eps, channels, numbers, *patch, eps is not None, shape.block_m,
+            shape.block_c, shape.block_k,
         ),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-    )
+    )  # fmt: skip
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -207,32 +192,23 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+@planned
 def gelu_launch(device: torch.device, numbers: int) -> Any:
     """Return the launch of GELU for so many numbers, which writes to its first tensor."""
-    return kept(("gelu", device, numbers), _plan_gelu)
-
-
-def _plan_gelu(device: torch.device, numbers: int) -> Any:
     from ...kernels import fusion_launch, mlp
 
     block = fusion_launch.GELU_BLOCK
     return Launch(mlp._gelu_kernel, (-(-numbers // block),), (numbers, block), num_warps=fusion_launch.GELU_WARPS)
 
 
-def is_one_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Return True if `mlp` is to be preferred to products of their own, for (..., C) and the weight (hidden, C)."""
-    hidden, channels = weight.shape
-    return pays_in_one(x.device, x.dtype, x.numel() // channels, channels, hidden)
-
-
 def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int) -> bool:
-    """Return True if so many rows are enough for `mlp`, in which a program goes through all hidden channels."""
+    """Return True if so many rows are enough for one kernel, of which a program goes through all hidden channels."""
     launch = mlp_launch(device, dtype, channels, hidden)
     return launch is not None and rows >= launch.block_m * devices.multiprocessors(device)
 
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
-    """Return how `mlp` would run, or None where it cannot, or never is to."""
+    """Return how all of a block after its attention would run as one kernel; None where it cannot, or never is to."""
     shared_memory = devices.shared_memory(device)
     return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
 
@@ -244,45 +220,15 @@ def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: in
     return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
 
 
-def mlp(
-    x: Tensor,
-    branch: Tensor | None,
-    affine: Affine,
-    fc1: tuple[Tensor, Tensor | None],
-    fc2: tuple[Tensor, Tensor | None],
-) -> Tensor:
-    """Run all of a block after its attention, where `mlp_launch` has a launch.
-
-    Args:
-        branch: the attention's output: with total = x + branch, total + mlp(norm(total)). None: x + norm(mlp(x)).
-        fc1, fc2: weight and bias.
-    """
-    (hidden, channels), (weight, bias, eps) = fc1[0].shape, affine
-    rows, out = x.numel() // channels, torch.empty_like(x)
-    if rows:
-        launch = whole_mlp_launch(x.device, x.dtype, rows, channels, hidden, eps, branch is not None)
-        run(launch, out, x, branch, weight, bias, *fc1, *fc2)
-    return out
-
-
+@planned
 def whole_mlp_launch(
     device: torch.device, dtype: torch.dtype, rows: int, channels: int, hidden: int, eps: float, is_residual: bool
 ) -> Any:
-    """Return the launch of `mlp` for so many rows."""
-    key = ("mlp", device, rows, channels, hidden, eps, is_residual, dtype, devices.shared_memory_override)
-    return kept(key, _plan_mlp)
+    """Return the launch of all of a block after its attention, where `mlp_launch` has one, for so many rows.
 
-
-def _plan_mlp(
-    device: torch.device,
-    rows: int,
-    channels: int,
-    hidden: int,
-    eps: float,
-    is_residual: bool,
-    dtype: torch.dtype,
-    shared_memory: int | None,
-) -> Any:
+    Args:
+        is_residual: with total = x + the attention's output, it gives total + mlp(norm(total)); else x + norm(mlp(x)).
+    """
     from ...kernels import mlp
 
     shape = mlp_launch(device, dtype, channels, hidden)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .block import NORM, _launch, sample_rows
+from .block import NORM, planned, run, sample_rows
 from .launches import Launch
 
 
@@ -39,12 +39,13 @@ def norm(
     shape = fusion_launch.rows(channels)
     programs = fusion_launch.backward_programs(-(-rows // shape.rows), devices.multiprocessors(device))
     sums = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
-    key = ("norm backward", device, rows, sample_rows(rows, scale), channels, mode, programs)
-    _launch(key, _plan_norm, sums, grad_x, grad_branch, grad_out, grad_total, source, stats, scale, weight)
+    launch = _norm_launch(device, rows, sample_rows(rows, scale), channels, mode, programs)
+    run(launch, sums, grad_x, grad_branch, grad_out, grad_total, source, stats, scale, weight)
     return _add_parts(sums)
 
 
-def _plan_norm(device: torch.device, rows: int, sample_rows: int, channels: int, mode: int, programs: int) -> Any:
+@planned
+def _norm_launch(device: torch.device, rows: int, sample_rows: int, channels: int, mode: int, programs: int) -> Any:
     from ...kernels import fusion_launch, pointwise_bwd
 
     shape = fusion_launch.rows(channels)
@@ -81,12 +82,13 @@ def merge(
     tiles = -(-rows // fusion_launch.merged_rows(rows, channels).rows)
     programs = fusion_launch.backward_programs(tiles, devices.multiprocessors(device))
     sums = None if stats is None else torch.empty((programs, 2, 4 * channels), dtype=torch.float32, device=device)
-    key = ("merge backward", device, rows, height, width, channels, stats is not None, programs)
-    _launch(key, _plan_merge, grad_x, sums, grad_out, *kept, weight)
+    launch = _merge_launch(device, rows, height, width, channels, stats is not None, programs)
+    run(launch, grad_x, sums, grad_out, *kept, weight)
     return grad_x, torch.empty((2, 0)) if sums is None else _add_parts(sums)
 
 
-def _plan_merge(
+@planned
+def _merge_launch(
     device: torch.device, rows: int, height: int, width: int, channels: int, has_norm: bool, programs: int
 ) -> Any:
     from ...kernels import fusion_launch, pointwise_bwd
@@ -107,19 +109,19 @@ def gelu(grad_out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         The gradient of x; GELU(x); and the sums of the gradient's columns (C,), fp32.
     """
     grad_x, out = torch.empty_like(x), torch.empty_like(x)
-    sums = _columns(_plan_gelu, x, None, (grad_x, out), (grad_out, x))
+    sums = _columns(_gelu_launch, x, None, (grad_x, out), (grad_out, x))
     return grad_x, out, sums
 
 
 def scaled_columns(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return x (rows, C) in a dtype, each sample multiplied by its factor, and the sums of its columns, (C,), fp32."""
     scaled = None if scale is None and dtype is x.dtype else torch.empty_like(x, dtype=dtype)
-    sums = _columns(_plan_sums, x, scale, (scaled,), (x, scale))
+    sums = _columns(_sums_launch, x, scale, (scaled,), (x, scale))
     return x if scaled is None else scaled, sums
 
 
 def _columns(
-    plan: Callable[..., Any],
+    launch_of: Callable[..., Any],
     x: Tensor,
     scale: Tensor | None,
     results: tuple[Tensor | None, ...],
@@ -135,18 +137,19 @@ def _columns(
     tiles = -(-rows // fusion_launch.COLUMN_ROWS)
     programs = fusion_launch.backward_programs(tiles, -(-devices.multiprocessors(device) // blocks))
     sums = torch.empty((programs, channels), dtype=torch.float32, device=device)
-    key = (plan.__name__, device, rows, sample_rows(rows, scale), channels, programs)
-    _launch(key, plan, sums, *results, *operands)
+    run(launch_of(device, rows, sample_rows(rows, scale), channels, programs), sums, *results, *operands)
     return _add_parts(sums)
 
 
-def _plan_gelu(device: torch.device, rows: int, _: int, channels: int, programs: int) -> Any:
+@planned
+def _gelu_launch(device: torch.device, rows: int, _: int, channels: int, programs: int) -> Any:
     from ...kernels import pointwise_bwd
 
     return _plan_columns(pointwise_bwd._gelu_bwd_kernel, (rows,), channels, programs)
 
 
-def _plan_sums(device: torch.device, rows: int, sample_rows: int, channels: int, programs: int) -> Any:
+@planned
+def _sums_launch(device: torch.device, rows: int, sample_rows: int, channels: int, programs: int) -> Any:
     from ...kernels import pointwise_bwd
 
     return _plan_columns(pointwise_bwd._column_sums_kernel, (rows, sample_rows), channels, programs)
@@ -167,11 +170,12 @@ def _add_parts(parts: Tensor) -> Tensor:
     """Return the sum over the first axis of what programs have summed; PyTorch takes twice as long for so few."""
     columns = parts[0].numel()
     sums = parts.new_empty(parts.shape[1:])
-    _launch(("add parts", parts.device, parts.shape[0], columns), _plan_parts, sums, parts)
+    run(_parts_launch(parts.device, parts.shape[0], columns), sums, parts)
     return sums
 
 
-def _plan_parts(device: torch.device, parts: int, columns: int) -> Any:
+@planned
+def _parts_launch(device: torch.device, parts: int, columns: int) -> Any:
     from ...kernels import fusion_launch, pointwise_bwd
 
     return Launch(

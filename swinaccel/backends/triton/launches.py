@@ -34,33 +34,6 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-class _Compilers:
-    """Threads that compile kernels, each once."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS)
-        self._begun: set[tuple] = set()
-
-    def compile(self, launch: Launch, index: int, tensors: tuple[Tensor | None, ...], signature: tuple) -> None:
-        """Begin to compile a launch for such tensors."""
-        if (key := (id(launch), signature)) in self._begun:
-            return
-        self._begun.add(key)
-        passed = launch._passed(tensors)
-        from ...kernels.run import compile_ahead
-
-        def run() -> None:
-            with suppress(Exception), torch.cuda.device(index):  # who runs it will be told
-                prepare().wait(_PATIENCE)
-                compile_ahead(launch.kernel, launch.grid, (*passed, *launch.arguments), launch.options)
-
-        self._threads.submit(run)
-
-    def finish(self) -> None:
-        """Wait until all is compiled."""
-        self._threads.shutdown()
-
-
 _prepared: threading.Event | None = None
 _PATIENCE = 10.0  # seconds: a process that was forked meanwhile has no such thread
 
@@ -87,7 +60,7 @@ def _read_sources(done: threading.Event) -> None:
 
 
 _THREADS = 8
-_compilers: dict[int, _Compilers] = {}  # by stream
+_compilers: dict[int, tuple[ThreadPoolExecutor, set[tuple]]] = {}  # by stream: threads, and what they have begun
 
 
 @contextmanager
@@ -96,12 +69,12 @@ def compiled_ahead(stream: torch.cuda.Stream) -> Iterator[None]:
 
     What others compute from their results is of no use. Kernels that were compiled before run.
     """
-    compilers = _compilers[stream.cuda_stream] = _Compilers()
     try:
-        yield
+        with ThreadPoolExecutor(_THREADS) as threads:  # which waits until all is compiled
+            _compilers[stream.cuda_stream] = threads, set()
+            yield
     finally:
-        compilers.finish()
-        del _compilers[stream.cuda_stream]
+        _compilers.pop(stream.cuda_stream, None)
 
 
 class Launch:
@@ -124,11 +97,6 @@ class Launch:
         names: tuple[str, ...] = (),
         **options: int,
     ) -> None:
-        """Decide all about a launch.
-
-        Args:
-            names: of tensors that come from outside, as `check_dtypes` takes them, "" for those that do not.
-        """
         self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
         self.grid = (*grid, 1, 1)[:3]
         self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`
@@ -161,7 +129,7 @@ class Launch:
         if _compilers and index >= 0:
             compilers = _compilers.get(torch._C._cuda_getCurrentRawStream(index))
             if compilers is not None:
-                return compilers.compile(self, index, tensors, signature)
+                return self._compile_ahead(index, tensors, signature, *compilers)
         from ...kernels.run import launch_first, runner
 
         compiled = launch_first(self.kernel, self.grid, (*self._passed(tensors), *self.arguments), self.options)
@@ -173,6 +141,28 @@ class Launch:
             run = runner(compiled, self.grid, self.arguments, stream_of, index)
             self.runners[signature] = run, is_here
             self.latest = list(signature), self.runners[signature]
+
+    def _compile_ahead(
+        self,
+        index: int,
+        tensors: tuple[Tensor | None, ...],
+        signature: tuple,
+        threads: ThreadPoolExecutor,
+        begun: set[tuple],
+    ) -> None:
+        """Let a thread compile the kernel for such tensors, unless one has begun to."""
+        if (key := (id(self), signature)) in begun:
+            return
+        begun.add(key)
+        passed = self._passed(tensors)
+        from ...kernels.run import compile_ahead
+
+        def run() -> None:
+            with suppress(Exception), torch.cuda.device(index):  # who runs it will be told
+                prepare().wait(_PATIENCE)
+                compile_ahead(self.kernel, self.grid, (*passed, *self.arguments), self.options)
+
+        threads.submit(run)
 
     def _passed(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         """Return what the kernel is given for its tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,69 @@ def shapes_of(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([None if one is None else one.shape for one in tensors])
 
 
+class Operands(NamedTuple):
+    """Tensors and numbers of one attention, in the order of the operator's schema.
+
+    Attributes:
+        qkv, k, v: q, k and v packed, or q alone where k and v are given, all with equal strides, the last one 1. Those
+            may have an axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D.
+        table: (T, heads), or (T, rows, heads) with biases that rows of windows take in turn; without index the bias
+            itself, (heads, N, N) or (rows, heads, N, N).
+        index, padding, mask, logit_scale: contiguous.
+        seed: (1,), int64, from which the random numbers of dropout follow.
+    """
+
+    qkv: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    padding: Tensor | None
+    mask: Tensor | None
+    logit_scale: Tensor | None
+    seed: Tensor | None
+    num_heads: int
+    window: Sequence[int]
+    shift: Sequence[int]
+    roll_first: bool
+    mask_value: float
+    scale: float
+    dropout: float
+
+
+def key_of(
+    call: Operands,
+    geometry: Geometry,
+    table: Tensor | None,
+    index: Tensor | None,
+    rows: int,
+    for_backward: bool,
+    factors: tuple[Tensor, ...] | None = None,
+    kept: tuple[torch.Size | None, ...] | None = None,
+) -> tuple[Any, ...]:
+    """Return what launches are kept under: three numbers of the geometry, and the fields of a `Problem` behind it.
+
+    Tuples are compared in a fraction of a dataclass's time.
+
+    Args:
+        table, index, rows: of the call, as `bias.as_table` gives them.
+        factors, kept: as the launches of forward and backward take them.
+    """
+    qkv, k, v, _, given, padding, mask, logit_scale, seed, num_heads, _, _, _, mask_value, scale, dropout = call
+    dtype = qkv.dtype
+    return (
+        geometry.window, geometry.shift, geometry.roll_first, qkv.device, dtype, qkv.shape, qkv.stride(), num_heads,
+        None if k is None else shapes_of(k, v), None if table is None else table.shape,
+        None if table is None else table.stride(), None if index is None else index.shape,
+        given is None and table is not None, rows,
+        None if padding is None or not geometry.is_padded else padding.shape, None if mask is None else mask.shape,
+        None if logit_scale is None else logit_scale.shape, mask_value, scale,
+        None if factors is None else shapes_of(*factors[:2]), None if seed is None else seed.shape, dropout,
+        for_backward, "ieee" if dtype is not torch.float32 else devices.precision(dtype),
+        devices.shared_memory_override, kept,
+    )  # fmt: skip
+
+
 class Problem(NamedTuple):
     """All that the launches of one attention problem depend on, and the key that they are kept under.
 
@@ -117,16 +181,8 @@ class Problem(NamedTuple):
         return self.shape[-1] * (self.shape[-2] if self.heads_apart else 1)
 
     @property
-    def is_padded(self) -> bool:
-        return self.padding_shape is not None
-
-    @property
     def has_mask(self) -> bool:
         return self.mask_shape is not None
-
-    @property
-    def cosine(self) -> bool:
-        return self.logit_scale_shape is not None
 
     @property
     def rank(self) -> int:
@@ -200,8 +256,9 @@ class Problem(NamedTuple):
 
     @property
     def constexprs(self) -> tuple[Any, ...]:
-        flags = (self.is_padded, self.geometry.roll_first, self.dropout > 0)
-        shape = (self.window, self.is_volume, self.head_dim, self.packed, self.cosine)
+        flags = (self.padding_shape is not None, self.geometry.roll_first, self.dropout > 0)
+        is_cosine = self.logit_scale_shape is not None
+        shape = (self.window, self.is_volume, self.head_dim, self.packed, is_cosine)
         return (*shape, self.bias_mode, self.bias_rows, self.mask_mode, *flags)
 
     def dense(self, block_m: int, block_n: int) -> tuple[tuple[int, int, int], torch.dtype]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import devices
 from .checks import check_sequence
 from .launches import DescribedLaunch, Launch, keep, launches
+from .problem import shapes_of
 
 MAX_HEAD_DIM, MAX_RANK = 128, 64
 
@@ -30,6 +31,23 @@ class Problem(NamedTuple):
     block_size: int
     window_blocks: int
     scale: float
+
+
+class Operands(NamedTuple):
+    """Tensors of one call.
+
+    Attributes:
+        q, k, v: (batch, heads, N, D).
+        q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
+        mask: (M, N, N).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factor: Tensor | None
+    k_factor: Tensor | None
+    mask: Tensor | None
 
 
 def unsupported_reason(
@@ -58,26 +76,15 @@ def lse_shape(q: Tensor, mask: Tensor | None) -> tuple[int, ...]:
     return rows if mask is None else (*rows[:-1], 2, *rows[-1:])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    problem: Problem,
-    bound: Callable[[Launch], Any] | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Operands, problem: Problem, bound: Callable[[Launch], Any] | None = None) -> tuple[Tensor, Tensor]:
     """Attend over sequences by one kernel.
 
     Args:
-        q, k, v: (batch, heads, N, D).
-        q_factor, k_factor: (heads, N, R) or (batch, heads, N, R); natural units.
-        mask: (M, N, N).
         bound: what the launch, without descriptors then, is made into.
     Returns:
         (batch, heads, N, D), laid out as q is, and what is kept of the softmax, of `lse_shape`, fp32.
     """
+    q, k, v, q_factor, k_factor, mask = call
     out = empty_like(q)
     lse = torch.empty(lse_shape(q, mask), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -86,7 +93,7 @@ def forward(
     mask = None if mask is None else mask.contiguous()
     strides = _strides(out, q, k, v, q_factor, k_factor)
     described = bound is None and _describable(q_factor, mask, k, v)
-    shapes = _shapes(k, v, q_factor, k_factor, mask)
+    shapes = shapes_of(k, v, q_factor, k_factor, mask)
     key = ("sequence", *_key(q, q_factor, problem), strides, described, shapes)
     launch = launches.get(key)
     if launch is None:
@@ -98,24 +105,15 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factor: Tensor | None,
-    k_factor: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    problem: Problem,
-    factor_grad: bool,
+    grad: Tensor, call: Operands, out: Tensor, lse: Tensor, problem: Problem, factor_grad: bool
 ) -> tuple[Tensor, ...]:
     """Return gradients of q, k and v, and with `factor_grad` of q_factor and k_factor.
 
     Args:
         grad: of the output, (batch, heads, N, D).
-        out, lse: what `forward` gave; the rest as there.
+        out, lse: what `forward` gave.
     """
+    q, k, v, q_factor, k_factor, mask = call
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     batch, heads, tokens, _ = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     factors = (q_factor, k_factor) if factor_grad and q_factor is not None and k_factor is not None else ()
@@ -134,7 +132,7 @@ def backward(
         delta = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
         strides = _strides(dq, dk, dv, grad, out, q, k, v, q_factor, k_factor)
         described = _describable(q_factor, mask, grad, q, k, v)
-        shapes = _shapes(k, v, q_factor, k_factor, mask, grad, out, lse)
+        shapes = shapes_of(k, v, q_factor, k_factor, mask, grad, out, lse)
         key = ("sequence backward", *_key(q, q_factor, problem), factor_grad, strides, described, shapes)
         kept = launches.get(key)
         if kept is None:
@@ -148,10 +146,6 @@ def backward(
         for part, factor in zip(parts, factors, strict=True)
     )
     return dq, dk, dv, *sums
-
-
-def _shapes(*tensors: Tensor | None) -> tuple[torch.Size | None, ...]:
-    return tuple([None if one is None else one.shape for one in tensors])
 
 
 def _rows(tensor: Any) -> Any:
@@ -177,11 +171,9 @@ def _key(q: Tensor, q_factor: Tensor | None, problem: Problem) -> tuple:
 class _Facts(NamedTuple):
     """Facts that the plans of all three kernels share."""
 
-    shape: dict[str, Any]  # arguments of `sequence_launch`
+    sizes: Any  # `sequence_launch.Sizes`
     numbers: tuple[float, ...]  # arguments of the kernels: sizes and scale
     pattern: int
-    rank: int
-    precision: str
     blocks: tuple[int, int]  # 0, 0 where the pattern has none
 
 
@@ -203,18 +195,11 @@ def _facts(q: Tensor, q_factor: Tensor | None, mask: Tensor | None, problem: Pro
     )
     masks = 1 if mask is None else mask.shape[0]
     return _Facts(
-        {
-            "head_dim": head_dim,
-            "rank": rank,
-            "element_size": q.element_size(),
-            "factor_size": factor_dtype.itemsize,
-            "has_mask": mask is not None,
-            "shared_memory": devices.shared_memory(q.device),
-        },
+        sequence_launch.Sizes(
+            head_dim, rank, q.element_size(), factor_dtype.itemsize, mask is not None, devices.shared_memory(q.device)
+        ),
         (batch * heads, heads, tokens, masks, block_size, window_blocks, group, problem.scale),
         pattern.value,
-        rank,
-        devices.precision(q.dtype),
         (block_size, window_blocks) if problem.block_size else (0, 0),
     )
 
@@ -267,10 +252,10 @@ def _plan(
         keys: programs go through the keys, and queries pass; else queries, and keys pass.
     """
     batch, heads, tokens, head_dim = q.shape
-    shape, has_mask = shapes[0], facts.shape["has_mask"]
+    shape, has_mask = shapes[0], facts.sizes.has_mask
     described = shape is not None and not _has_edges(facts, tokens, shape.block_m, shape.block_n)
     if not described:
-        shape = shapes[1](**facts.shape)
+        shape = shapes[1](facts.sizes)
     rows, passing_rows = (shape.block_n, shape.block_m) if keys else (shape.block_m, shape.block_n)
     options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     if shape.max_registers is not None:
@@ -278,8 +263,8 @@ def _plan(
     arguments = (
         (-(-tokens // rows) * batch * heads,),
         (
-            *strides, *facts.numbers, head_dim, facts.rank, facts.pattern, has_mask,
-            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, facts.precision,
+            *strides, *facts.numbers, head_dim, facts.sizes.rank, facts.pattern, has_mask,
+            _has_edges(facts, tokens, shape.block_m, shape.block_n), described, *flags, devices.precision(q.dtype),
             shape.block_m, shape.block_n, shape.block_d, shape.block_r,
         ),
         (*names, "q_factor", "k_factor", "mask"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from . import devices
 from .bias import as_table, compare, expand
 from .checks import check_shapes, lse_shape
 from .launches import BoundLaunch, Launch, keep, launches
-from .problem import Problem, as_3d, image_shape, shapes_of
+from .problem import Operands, Problem, as_3d, image_shape, key_of
 from .traced import expected
 
 _CHECKS = 32  # programs that look over one window's mask
@@ -154,117 +153,44 @@ class Forward:
         return out, lse
 
 
-def bind(
-    geometry: Geometry,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int,
-    num_heads: int,
-    head_dim: int,
-    packed: bool,
-    table: tuple[torch.Size, tuple[int, ...]] | None,
-    mask_value: float,
-    scale: float,
-    has_padding: bool = False,
-    has_mask: bool = False,
-    cosine: bool = False,
-) -> Forward:
-    """Return the launches of inference where every tensor but the table is contiguous.
+def bind(call: Operands, geometry: Geometry) -> Forward:
+    """Return the launches of inference for tensors of such forms: all but the table are contiguous.
 
-    Args:
-        device: with its index, as tensors have it.
-        packed: qkv is one tensor (B, H, W, 3 * heads * D), and not three (B, H, W, heads * D).
-        table: shape and strides of the table (T, heads), which comes with an index (N, N).
-        has_padding, has_mask: there is a padding vector (3 * heads * D,), a mask (windows, N, N).
-        cosine: there is a logit_scale (heads,).
     Raises:
-        ArgumentError: the problem does not fit together.
+        ArgumentError: they do not fit together, or have no place in memory that launches could find.
     """
-    tokens, channels = geometry.tokens, num_heads * head_dim
-    width = 3 * channels if packed else channels
-    shape = torch.Size((batch, *geometry.size, width))
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    table_shape, table_strides, rows = (None, None, 1) if table is None else _columns(*table)
-    key = (
-        geometry.window, geometry.shift, geometry.roll_first, device, dtype, shape, strides, num_heads,
-        None if packed else (shape, shape), table_shape, table_strides,
-        None if table is None else torch.Size((tokens, tokens)), False, rows,
-        torch.Size((3 * channels,)) if has_padding and geometry.is_padded else None,
-        torch.Size((geometry.num_windows, tokens, tokens)) if has_mask else None,
-        torch.Size((num_heads,)) if cosine else None, mask_value, scale, None, None, 0.0, False,
-        devices.precision(dtype), devices.shared_memory_override,
-    )  # fmt: skip
-    forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
-    return forward.bound()
+    table, index, rows = as_table(call.table, call.index)
+    if table is not None and call.table is not None and table.data_ptr() != call.table.data_ptr():
+        raise ArgumentError(f"table must have biases that are neighbours in memory; got strides {call.table.stride()}")
+    return _kept(key_of(call, geometry, table, index, rows, False), geometry).bound()
 
 
-def _columns(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, tuple[int, ...], int]:
-    """Return shape and strides of a table as (T, columns), and how many biases it holds; see `bias.as_table`."""
-    if len(shape) != 3:
-        return shape, strides, 1
-    if strides[1] != shape[2] * strides[2]:
-        raise ArgumentError(f"table must have biases that are neighbours in memory; got strides {strides}")
-    return torch.Size((shape[0], shape[1] * shape[2])), (strides[0], strides[2]), shape[1]
+def _kept(key: tuple[Any, ...], geometry: Geometry) -> Forward:
+    return launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
 
 
 def shifted_window_attention(
-    qkv: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
+    call: Operands,
     geometry: Geometry,
-    *,
-    num_heads: int,
-    table: Tensor | None,
-    index: Tensor | None,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    mask_value: float,
-    scale: float,
-    logit_scale: Tensor | None,
     factors: tuple[Tensor, ...] | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
     for_backward: bool = False,
     bound: Callable[[Launch], Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as `reference.shifted_window_attention` does, by one kernel.
 
     Args:
-        qkv: packed, or q alone where k and v are given, all with equal strides, the last one 1. Those may have an
-            axis of their own for the heads, (B, H, W, heads, D), whose stride is a multiple of D; so has the output.
-        index, mask, padding, logit_scale: contiguous.
-        table: (T, heads), or (T, rows, heads) with biases that rows of windows take in turn; without index the bias
-            itself, (heads, N, N) or (rows, heads, N, N).
         factors: q's (heads, N, R) and k's (heads, N, R) factors of the bias, and the table and index
             that they were computed from; where those differ from the live ones, the live table is used.
-        dropout, seed: of the attention weights, and a (1,) int64 that its random numbers follow from.
         for_backward: keep what the backward needs.
         bound: what launches are made into; nothing is kept then. With factors, only None.
     Returns:
-        (B, H, W, heads * D), and where `for_backward` what is kept of the softmax, of `lse_shape`, which is empty for
-        small windows.
+        (B, H, W, heads * D), with an axis for the heads where q has one, and where `for_backward` what is kept of the
+        softmax, of `lse_shape`, which is empty for small windows.
     """
-    device, dtype = qkv.device, qkv.dtype
-    is_dense = index is None and table is not None
-    rows = 1
-    if table is not None and (is_dense or table.dim() != 2):
-        table, index, rows = as_table(table, index)
-    if not geometry.is_padded:
-        padding = None
-    # Of a geometry its numbers, since tuples are compared in a fraction of a dataclass's time.
-    key = (
-        geometry.window, geometry.shift, geometry.roll_first, device, dtype, qkv.shape, qkv.stride(), num_heads,
-        None if k is None else shapes_of(k, v), None if table is None else table.shape,
-        None if table is None else table.stride(), None if index is None else index.shape, is_dense, rows,
-        None if padding is None else padding.shape, None if mask is None else mask.shape,
-        None if logit_scale is None else logit_scale.shape, mask_value, scale,
-        None if factors is None else shapes_of(*factors[:2]), None if seed is None else seed.shape, dropout,
-        for_backward, "ieee" if dtype is not torch.float32 else devices.precision(dtype),
-        devices.shared_memory_override,
-    )  # fmt: skip
-    if bound is not None:  # sizes may be symbols, which no key is made of
-        forward = Forward(Problem(geometry, *key[3:])).bound(bound)
-    else:
-        forward = launches.get(key) or keep(key, Forward(Problem(geometry, *key[3:])))
+    qkv, k, v, table, index, padding, mask, logit_scale, seed, *_ = call
+    table, index, rows = as_table(table, index)
+    key = key_of(call, geometry, table, index, rows, for_backward, factors)
+    # Where it is bound otherwise, sizes may be symbols, which no key is made of.
+    forward = _kept(key, geometry) if bound is None else Forward(Problem(geometry, *key[3:])).bound(bound)
+    padding = padding if geometry.is_padded else None
     return forward.run(qkv, k, v, table, index, padding, mask, logit_scale, seed, factors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from . import devices
 from .bias import as_table, expand, reduce_bias
 from .checks import check_shapes
 from .launches import Launch, keep, launches
-from .problem import Problem, shapes_of
+from .problem import Operands, Problem, key_of, shapes_of
 from .window import registers_of
 
 
@@ -108,71 +108,35 @@ class Backward:
         self.padding_shape = (batch * windows * max(tiles, key_tiles), 3 * problem.channels)
         if grad_bias:
             tiles = -(-tokens // large.bias.block_m) * -(-tokens // large.bias.block_n) * heads
-            chunk = launch.bias_chunk(tiles=tiles * biases, windows=positions, batch=batch)
-            groups = -(-positions // chunk.windows) * biases, -(-batch // chunk.images)
+            chunk, images = launch.bias_chunk(tiles=tiles * biases, windows=positions, batch=batch)
+            groups = -(-positions // chunk) * biases, -(-batch // images)
             self.bias = plan(
                 window_bwd_bias._window_attention_bwd_bias_kernel, large.bias, (tiles, *groups),
-                ("", "grad", "lse", "", "", ""), batch, images=(chunk.images, chunk.windows),
+                ("", "grad", "lse", "", "", ""), batch, images=(images, chunk),
             )  # fmt: skip
             self.bias_shape = (groups[0] * groups[1] // biases, biases * heads, tokens, tokens)
 
 
-class Gradients(NamedTuple):
-    """Gradients of one call, each as its input; None where not asked for."""
-
-    qkv: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    table: Tensor | None
-    padding: Tensor | None
-    logit_scale: Tensor | None
-
-
 def shifted_window_attention_backward(
-    grad_out: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    qkv: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    geometry: Geometry,
-    *,
-    num_heads: int,
-    table: Tensor | None,
-    index: Tensor | None,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    mask_value: float,
-    scale: float,
-    logit_scale: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    grad_table: bool,
-) -> Gradients:
-    """Return gradients of `shifted_window_attention` with `for_backward`.
+    grad_out: Tensor, out: Tensor | None, lse: Tensor, call: Operands, geometry: Geometry, grad_table: bool
+) -> tuple[Tensor | None, ...]:
+    """Return gradients of `shifted_window_attention` with `for_backward`: of qkv, k, v, table, padding, logit_scale.
+
+    Those that were not asked for are None.
 
     Args:
         grad_out: in memory as `empty_image` makes it, and so are tokens with an axis for the heads.
         out, lse: what the forward gave; small windows need no out.
-        qkv, k, v: else contiguous, as everything.
+        call: whose tokens are else contiguous, as everything.
         grad_table: whether the table's gradient is wanted, the only one that costs much.
     """
-    device = qkv.device
+    qkv, k, v, padding, logit_scale, device = call.qkv, call.k, call.v, call.padding, call.logit_scale, call.qkv.device
     pad = padding if geometry.is_padded else None
-    is_dense = table is not None and index is None
-    given = table
-    table, index, rows = as_table(table, index)
+    table, index, rows = as_table(call.table, call.index)
     grad_table = grad_table and table is not None
-    problem = Problem(
-        geometry, device, qkv.dtype, qkv.shape, qkv.stride(), num_heads, None if k is None else shapes_of(k, v),
-        None if table is None else table.shape, None if table is None else table.stride(),
-        None if index is None else index.shape, is_dense, rows, None if pad is None else pad.shape,
-        None if mask is None else mask.shape, None if logit_scale is None else logit_scale.shape, mask_value, scale,
-        None, None if seed is None else seed.shape, dropout, True, devices.precision(qkv.dtype),
-        devices.shared_memory_override, shapes_of(grad_out, out, lse),
-    )  # fmt: skip
-    key = ("backward", grad_table, problem)
-    backward = launches.get(key) or keep(key, Backward(problem, grad_table))
+    found = key_of(call, geometry, table, index, rows, True, kept=shapes_of(grad_out, out, lse))
+    key = ("backward", grad_table, *found)
+    backward = launches.get(key) or keep(key, Backward(Problem(geometry, *found[3:]), grad_table))
 
     def fp32(shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -185,8 +149,8 @@ def shifted_window_attention_backward(
         grad_bias = None if grad_bias is None else grad_bias.zero_()
     elif backward.is_small:
         backward.small(
-            grad_qkv, grad_k, grad_v, grad_bias, grad_pad, grad_scale, grad_out, qkv, k, v, pad, table, index, mask,
-            logit_scale, seed,
+            grad_qkv, grad_k, grad_v, grad_bias, grad_pad, grad_scale, grad_out, qkv, k, v, pad, table, index,
+            call.mask, logit_scale, call.seed,
         )  # fmt: skip
     else:
         dense = None
@@ -196,22 +160,17 @@ def shifted_window_attention_backward(
         delta = fp32(backward.row_shape)
         norms = None if logit_scale is None else fp32(backward.row_shape)
         queries = torch.empty(backward.query_shape, dtype=qkv.dtype, device=device)
-        operands = (qkv, k, v, pad, mask, logit_scale, dense, seed)
+        operands = (qkv, k, v, pad, call.mask, logit_scale, dense, call.seed)
         backward.query(grad_qkv, grad_pad, grad_scale, delta, queries, grad_out, out, lse, *operands)
         backward.key(grad_qkv, grad_k, grad_v, grad_pad, norms, grad_out, lse, delta, queries, *operands)
         if grad_table:
             backward.bias(grad_bias, grad_out, lse, delta, norms, queries, *operands)
-    return Gradients(
-        grad_qkv,
-        grad_k,
-        grad_v,
-        None
-        if grad_bias is None or given is None
-        else reduce_bias(grad_bias, table, None if is_dense else index, backward.reduce).view(given.shape),
-        None
-        if padding is None
-        else torch.zeros_like(padding)
-        if grad_pad is None
-        else grad_pad.sum(0).to(padding.dtype),
-        None if grad_scale is None else grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype),  # type: ignore[union-attr]
-    )
+    grad_bias_table = grad_padding = None
+    if grad_bias is not None and call.table is not None:
+        reduced = reduce_bias(grad_bias, table, None if call.index is None else index, backward.reduce)
+        grad_bias_table = reduced.view(call.table.shape)
+    if padding is not None:
+        grad_padding = torch.zeros_like(padding) if grad_pad is None else grad_pad.sum(0).to(padding.dtype)
+    if grad_scale is not None and logit_scale is not None:
+        grad_scale = grad_scale.flatten(0, -2).sum(0).to(logit_scale.dtype)
+    return grad_qkv, grad_k, grad_v, grad_bias_table, grad_padding, grad_scale

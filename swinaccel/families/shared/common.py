@@ -90,6 +90,12 @@ def logit_scale_reason(logit_scale: object, num_heads: int) -> str | None:
     return None
 
 
+def cosine_bias(mlp: Any, coords: Tensor, logit_scale: Any, num_heads: int) -> dict[str, Any] | str:
+    """Return SwinV2's bias and scale as fields of a `Section`, or why its scale is not one."""
+    reason = logit_scale_reason(logit_scale, num_heads)
+    return {**position_bias(mlp, coords, num_heads), "logit_scale": logit_scale} if reason is None else reason
+
+
 def mlp_table_shape(coords: Tensor, last: Any, num_heads: int) -> tuple[int, int]:
     """Return the shape of a table that an MLP computes, whatever the width of its last layer, as originals view it."""
     width = last.weight.shape[0] if type(last) is nn.Linear else last.out_features
@@ -117,6 +123,11 @@ def drop_rate(dropout: Any) -> float:
 def is_idle(dropout: Any) -> bool:
     """Return True if this is a dropout that hands on what it is given, so that it need not be called."""
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
+
+
+def dropped(projection: Any, dropout: Any) -> Any:
+    """Return a projection with the dropout behind it: the projection alone, where that does nothing now."""
+    return projection if is_idle(dropout) else lambda y: dropout(projection(y))
 
 
 def argument(place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,8 +18,8 @@ from ...spec.block import Product
 from ...spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .common import (
     drop_rate,
+    dropped,
     has_table_rows,
-    is_idle,
     is_index,
     is_plain_linear,
     is_position_mlp,
@@ -60,14 +60,16 @@ def attention_section(
     attn: Any,
     geometry: Geometry,
     mask: Tensor | None = None,
-    mask_value: float = SHIFT_MASK_VALUE,
     index: Tensor | None = None,
+    *,
+    implied: bool = True,
 ) -> Section | str:
     """Return the live facts of a call of an official window attention over these windows, or why it must run itself.
 
     Args:
-        mask, mask_value: as in `Section`.
+        mask: as in `Section`.
         index: of the position biases, where it is not the one that the attention keeps.
+        implied: without a mask the shift has its own.
     """
     heads, tokens, head_dim = attn.num_heads, geometry.tokens, attn.proj.in_features // attn.num_heads
     index = attn.relative_position_index if index is None else index
@@ -75,10 +77,10 @@ def attention_section(
         "geometry": geometry,
         "num_heads": heads,
         "head_dim": head_dim,
-        "output": attn.proj if is_idle(attn.proj_drop) else lambda y: attn.proj_drop(attn.proj(y)),
+        "output": dropped(attn.proj, attn.proj_drop),
         "index": index.view(tokens, tokens) if index.numel() == tokens * tokens else index,
         "mask": mask,
-        "mask_value": mask_value,
+        "mask_value": SHIFT_MASK_VALUE if implied or mask is not None else 0.0,
         "dropout": _dropout(attn),
     }
     if hasattr(attn, "logit_scale"):

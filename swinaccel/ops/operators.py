@@ -1,7 +1,7 @@
-"""Open operators where AOTInductor makes a package, which then holds their kernels, and needs neither Python nor this.
+"""Register operators, and open them where AOTInductor makes a package, which then holds their kernels.
 
-Elsewhere operators stay whole: torch.compile calls them in the process that compiled them, and a program of
-torch.export that holds no kernels runs on other GPUs too.
+Such a package needs neither Python nor this. Elsewhere operators stay whole: torch.compile calls them in the process
+that compiled them, and a program of torch.export that holds no kernels runs on other GPUs too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,41 @@ from ..backends.triton.traced import TracedLaunch
 from ..errors import ArgumentError
 from .failures import logger
 
+_library = torch.library.Library("swinaccel", "DEF")
 
-def open_in_packages(library: Any, name: str, inside: Callable[..., Any], batched: int) -> None:
-    """Let packages have what is inside of an operator.
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    gradients: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    inside: Callable[..., Any] | None = None,
+    batched: int = 0,
+) -> None:
+    """Register an operator.
 
     Args:
-        inside: computes the same, of the same arguments, by PyTorch's operators and launches `bound` as it is told.
-        batched: how many of the first arguments may have a first size that is a symbol, the same for all.
+        run: computes it, on GPUs and CPUs.
+        fake: gives empty tensors of the same forms.
+        gradients: its backward, and what sets up a context for that, as autograd takes them.
+        inside: computes the same, of the same arguments, by PyTorch's operators and launches `bound` as it is told:
+            packages have that in its place.
+        batched: how many of the first arguments may have a first size that is a symbol there, the same for all.
     """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    if inside is not None:
+        _open_in_packages(name, inside, batched)
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"swinaccel::{name}", fake, lib=_library)
+    if gradients is not None:
+        backward, setup = gradients
+        torch.library.register_autograd(f"swinaccel::{name}", backward, setup_context=setup, lib=_library)
 
+
+def _open_in_packages(name: str, inside: Callable[..., Any], batched: int) -> None:
     def decompose(mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         is_on_gpu = all(type(one) is FunctionalTensor and one.device.type == "cuda" for _, one in _tensors(args))
         if _is_packaging() and is_on_gpu:
@@ -43,7 +69,7 @@ def open_in_packages(library: Any, name: str, inside: Callable[..., Any], batche
                 _warn(name, first_line(error))
         return mode.__torch_dispatch__(operator, types, args, kwargs or {})
 
-    torch.library.register_torch_dispatch(f"swinaccel::{name}", FunctionalTensorMode, decompose, lib=library)
+    torch.library.register_torch_dispatch(f"swinaccel::{name}", FunctionalTensorMode, decompose, lib=_library)
 
 
 @lru_cache(maxsize=64)
