@@ -237,7 +237,7 @@ class States(RuleBasedStateMachine):
 
 
 # How many sequences, and how long they are.
-QUICK = {"torch": (20, 10), "triton": (12, 8)}
+QUICK = {"torch": (12, 10), "triton": (7, 8)}
 LONG = {"torch": (400, 20), "triton": (100, 12)}
 
 

@@ -293,6 +293,6 @@ def test_modules(backend, length):
         case.judge()
 
     COUNTS[backend] = [0, 0]
-    explore(calls(backend, length), check_modules, 60, length)
+    explore(calls(backend, length), check_modules, 40, length)
     total, fallbacks = COUNTS[backend]
     assert total > 3 * fallbacks, f"{fallbacks} of {total} calls ran their originals"
