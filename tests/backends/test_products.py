@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from swinaccel.backends.torch import products
+from swinaccel.backends.torch import block, products
 
 pytestmark = pytest.mark.skipif(not products.HAS_ONEDNN, reason="this PyTorch has no oneDNN for x86")
 
@@ -20,6 +22,8 @@ class Quantized(torch.Tensor):
 @pytest.fixture
 def taken(monkeypatch):
     """Return a list that grows with each product that oneDNN takes."""
+    for module in (products, block):
+        monkeypatch.setattr(module, "USES_ONEDNN", True)  # on whatever CPU
     names, own = [], products._pointwise
     monkeypatch.setattr(products, "_pointwise", lambda *given: names.append(given[3]) or own(*given))
     return names
@@ -78,3 +82,13 @@ def test_whole_models_take_them(taken):
     model, x = helpers.timm_v1(), torch.randn(2, 3, 56, 56)
     helpers.check(model, x, backend="torch")
     assert {"none", "gelu"} <= {*taken}
+
+
+@pytest.mark.parametrize(("capability", "uses"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_processors_without_avx_512_have_pytorchs_products(monkeypatch, capability, uses):
+    """There oneDNN's are slower than MKL's."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    spec = importlib.util.find_spec(products.__name__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.USES_ONEDNN is uses

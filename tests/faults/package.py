@@ -31,6 +31,8 @@ FAULTS = under(
     ("ops/fp8.py", "eps[0 if post_norm else 1]", "1.0", "runtime/test_fp8_blocks"),
     ("ops/fp8.py", "hidden_norm, bias1, None)", "hidden_norm, None, None)", "runtime/test_fp8_blocks"),
     ("verify.py", '"precision": "model"}', '"precision": "fp8"}', "runtime/test_fp8 runtime/test_fp8_left_out"),
+    ("backends/torch/products.py", ' and torch.backends.cpu.get_cpu_capability().startswith("AVX512")', "",
+     "backends/test_products -k processors"),
     ("backends/torch/products.py", 'torch.get_float32_matmul_precision() == "highest"', "True",
      "backends/test_products"),
     ("backends/torch/products.py", "and torch._C._get_mkldnn_enabled()", "", "backends/test_products"),

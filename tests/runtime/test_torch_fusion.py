@@ -172,7 +172,7 @@ def test_gradients_are_recorded_for_the_whole_batch(small):
 @pytest.mark.parametrize("has_onednn", [False, True])
 def test_worth(monkeypatch, has_onednn):
     """Without GELU in an epilogue, one part is no gain: its rows are those of the module, and so are its products."""
-    monkeypatch.setattr(torch_block, "HAS_ONEDNN", has_onednn)
+    monkeypatch.setattr(torch_block, "USES_ONEDNN", has_onednn)
     assert torch_block.is_worth(torch.empty(1, 3136, 96))
     assert torch_block.is_worth(torch.empty(1, 784, 192)) == has_onednn
     assert torch_block.is_worth(torch.empty(8, 784, 192))

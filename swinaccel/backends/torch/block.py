@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .products import HAS_ONEDNN, linear, linear_gelu
+from .products import USES_ONEDNN, linear, linear_gelu
 
 hidden_numbers = 1 << 19  # in one part: 2 MiB, what a core's or two cores' second-level caches hold
 fewest_rows = 1024  # in one part: with fewer, products slow down
@@ -21,7 +21,7 @@ fewest_rows = 1024  # in one part: with fewer, products slow down
 def is_worth(x: Tensor) -> bool:
     """Return True if products have GELU in their epilogue, or x rows for more than one part; in single precision."""
     rows = x.numel() // max(1, x.shape[-1])
-    pays_off = HAS_ONEDNN or 2 * rows >= 3 * _part(4 * x.shape[-1])
+    pays_off = USES_ONEDNN or 2 * rows >= 3 * _part(4 * x.shape[-1])
     return x.is_cpu and x.dtype == torch.float32 and rows > 0 and pays_off
 
 

@@ -1,7 +1,8 @@
 """Multiply on x86 CPUs by oneDNN, which PyTorch's `linear` does not use in single precision, GELU in its epilogue.
 
-The numbers are those of `linear` and `gelu`, NaN and infinities among them. Weights stay where they lie: packing them
-once gains another 2 % for 100 rows and more, and packed ones would have to be compared with the live ones at each call.
+That is faster with AVX-512 only; with AVX2 `linear`, which is MKL's, is. The numbers are those of `linear` and `gelu`,
+NaN and infinities among them. Weights stay where they lie: packing them once gains another 2 % for 100 rows and more,
+and packed ones would have to be compared with the live ones at each call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ HAS_ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+USES_ONEDNN = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,7 +46,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     if not all(type(one) in PLAIN_TENSORS for one in given):
         return False
-    if not HAS_ONEDNN or x.dtype is not torch.float32 or x.device.type != "cpu" or weight.dtype is not torch.float32:
+    if not USES_ONEDNN or x.dtype is not torch.float32 or x.device.type != "cpu" or weight.dtype is not torch.float32:
         return False
     if x.numel() * weight.shape[0] < fewest or not weight.is_contiguous() or not x.is_contiguous():
         return False
