@@ -7,6 +7,18 @@ from .mlp import gelu
 
 
 @triton.jit
+def place_tile(tile, tiles_m, TILES_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Return a tile's first row and column.
+
+    Tiles that are worked on at a time share rows and columns: GROUP down, then the next ones across.
+    """
+    top = tile // (GROUP * TILES_N) * GROUP
+    height = tl.minimum(tiles_m - top, GROUP)
+    row = (top + tile % (GROUP * TILES_N) % height) * BLOCK_M
+    return row, tile % (GROUP * TILES_N) // height * BLOCK_N
+
+
+@triton.jit
 def _linear_kernel(
     out_desc,  # (rows, N), in tiles (BLOCK_M, BLOCK_N / 2)
     x_desc,  # (rows, K), in tiles (BLOCK_M, BLOCK_K)
@@ -27,11 +39,7 @@ def _linear_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     tiles_m, TILES_N = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
-        # Tiles that are worked on at a time share rows and columns: GROUP down, then the next ones across.
-        top = tile // (GROUP * TILES_N) * GROUP
-        height = tl.minimum(tiles_m - top, GROUP)
-        row = (top + tile % (GROUP * TILES_N) % height) * BLOCK_M
-        col = tile % (GROUP * TILES_N) // height * BLOCK_N
+        row, col = place_tile(tile, tiles_m, TILES_N, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             acc = tl.dot(x_desc.load([row, k]), weight_desc.load([col, k]).T, acc)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .linear import place_tile
+
 
 @triton.jit
 def gelu8(x):
@@ -39,10 +41,7 @@ def _linear8_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     tiles_m, TILES_N = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
-        top = tile // (GROUP * TILES_N) * GROUP
-        height = tl.minimum(tiles_m - top, GROUP)
-        row = (top + tile % (GROUP * TILES_N) % height) * BLOCK_M
-        col = tile % (GROUP * TILES_N) // height * BLOCK_N
+        row, col = place_tile(tile, tiles_m, TILES_N, BLOCK_M, BLOCK_N, GROUP)
         inside = row + offs_m < rows
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):

@@ -172,15 +172,10 @@ def plan_attention(
 
         return family.forward(module, watched, *args, **kwargs), made.pop()
 
-    way = (
-        run_recorded
-        if is_recorded
-        else run_with_weights
-        if reading.weights
-        else run
-        if mask_of is None
-        else run_with_mask
-    )
+    if reading.weights:
+        way = run_recorded if is_recorded else run_with_weights
+    else:
+        way = run if mask_of is None else run_with_mask
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
 
 
