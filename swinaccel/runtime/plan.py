@@ -150,11 +150,11 @@ def state_of(module: nn.Module) -> State:
     found = _states.get(id(module))
     if found is not None and found[0]() is module:
         return found[1]
-    address, state = id(module), State()
+    address, state, states = id(module), State(), _states
 
-    def forget(reference: weakref.ref[nn.Module]) -> None:
-        if (known := _states.get(address)) is not None and known[0] is reference:
-            del _states[address]
+    def forget(reference: weakref.ref[nn.Module]) -> None:  # as Python ends as well, when globals may be gone
+        if (known := states.get(address)) is not None and known[0] is reference:
+            del states[address]
 
     _states[address] = weakref.ref(module, forget), state
     return state
