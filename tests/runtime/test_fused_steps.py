@@ -91,12 +91,12 @@ def test_autocast_without_gradients(name, ran):
     make, example, _count = MODELS[name]
     model, twin = pair(make())
     outputs = []
-    for seed in range(6):  # a few logits of one draw alone say little about a mean
+    for seed in range(6):  # features are many numbers; the mean error of a few logits is chance
         x = random(*example().shape, seed=seed)
         with torch.no_grad():
-            exact = copy.deepcopy(model).eval().double()(x.double())
+            exact = copy.deepcopy(model).eval().double().forward_features(x.double())
             with autocast(HALF):
-                outputs.append((twin.eval()(x), model.eval()(x), exact))
+                outputs.append((*(one.eval().forward_features(x) for one in (twin, model)), exact))
     assert ran == WHOLE[name] * 6
     found, own, exact = (torch.cat(column) for column in zip(*outputs, strict=True))
     assert found.dtype == own.dtype
