@@ -143,7 +143,6 @@ FAULTS = under(
     ("weights.py", "requires_grad=recorded)", "requires_grad=False)", RECORDED + " -k originals"),
     ("recorded_weights.py", "if not call.record.is_needed():", "if False:", RECORDED + " -k past"),
     ("recorded_weights.py", "if not call.record.is_needed():", "if True:", RECORDED + " -k originals"),
-    ("recorded_weights.py", "        if not creates:", "        if True:", RECORDED + " -k originals"),
     ("recorded_weights.py", "padding=_giver(padding),\n            logit", "padding=None,\n            logit",
      RECORDED + " -k forms"),
     ("recorded_weights.py", "None if padding is None else padding.chunk(3)[2]", "None", RECORDED + " -k forms"),
