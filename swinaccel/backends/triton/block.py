@@ -27,23 +27,23 @@ class LaunchError(RuntimeError):
 
 
 def planned(plan: _Plan) -> _Plan:
-    """Keep the launches that a function plans, by its arguments, on which they depend, and by the shared memory."""
+    """Keep the launches that a function plans, by its arguments, on which they depend, and by the shared memory.
+
+    Raises:
+        LaunchError: a launch cannot be planned.
+    """
 
     @wraps(plan)
-    def launch(*arguments: Any) -> Any:
-        return kept(((plan, devices.shared_memory_override), *arguments), plan)
+    def launch(*arguments: Any, **ways: Any) -> Any:
+        key = plan, devices.shared_memory_override, *arguments, *ways.items()
+        try:
+            return launches.get(key) or keep(key, plan(*arguments, **ways))
+        except Exception as error:
+            if any(isinstance(one, torch.SymInt) for one in arguments):  # which no key is made of
+                return plan(*arguments, **ways)
+            raise LaunchError(first_line(error)) from error
 
     return cast(_Plan, launch)
-
-
-def kept(key: tuple, plan: Callable[..., Any]) -> Any:
-    """Return the launch that is kept under a key: a name, and what is planned from."""
-    try:
-        return launches.get(key) or keep(key, plan(*key[1:]))
-    except Exception as error:
-        if any(isinstance(one, torch.SymInt) for one in key):  # which no key is made of
-            return plan(*key[1:])
-        raise LaunchError(first_line(error)) from error
 
 
 def run(launch: Any, *tensors: Tensor | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .block import kept, run
+from .block import planned, run
 from .launches import DescribedLaunch
 
 
@@ -76,7 +76,7 @@ def linear_launch(
     how = None if devices.shared_memory_override else _how(device, rows, channels, outputs, gelu, keeps)
     if how is None:
         return None
-    return kept(("linear", device, rows, channels, outputs, *how, gelu, keeps, adds), _plan)
+    return _plan(device, rows, channels, outputs, *how, gelu, keeps, adds)
 
 
 def are_describable(*tensors: Tensor) -> bool:
@@ -97,6 +97,7 @@ def _how(device: torch.device, rows: int, channels: int, outputs: int, gelu: boo
     return fusion_launch.linear(**sizes, multiprocessors=multiprocessors)
 
 
+@planned
 def _plan(
     device: torch.device,
     rows: int,
