@@ -152,28 +152,20 @@ def plan_attention(
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
         refuse_capture()
-        images, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
-
-        def watched(image: Tensor) -> Tensor:
-            images.append(image)
-            return attend(image, mask)
-
-        out = family.forward(module, watched, *args, **kwargs)
-        return out, lazy_weights(with_mask(section, mask), images[0], given)
-
-    def run_recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        refuse_capture()
         made, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:
-            out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
+            if is_recorded:
+                out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
+            else:
+                out, weights = attend(image, mask), lazy_weights(with_mask(section, mask), image, given)
             made.append(weights)
             return out
 
         return family.forward(module, watched, *args, **kwargs), made.pop()
 
     if reading.weights:
-        way = run_recorded if is_recorded else run_with_weights
+        way: Callable[..., Any] = run_with_weights
     else:
         way = run if mask_of is None else run_with_mask
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
