@@ -155,19 +155,16 @@ def plan_attention(
         made, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:
-            if is_recorded:
-                out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
-            else:
+            if not is_recorded:
                 out, weights = attend(image, mask), lazy_weights(with_mask(section, mask), image, given)
+            else:
+                out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
             made.append(weights)
             return out
 
         return family.forward(module, watched, *args, **kwargs), made.pop()
 
-    if reading.weights:
-        way: Callable[..., Any] = run_with_weights
-    else:
-        way = run if mask_of is None else run_with_mask
+    way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
 
 

@@ -25,7 +25,7 @@ FAULTS = under(
     ("call.py", "precision.note(adapter, module, config, None)", "pass", FP8),
     ("call.py", "fused.run(x, mask_of(module, args, kwargs))", "fused.run(x)", "runtime/test_given_masks -k triton"),
     ("context.py", "Identity(value))", "value.shape)", "runtime/test_given_masks -k index"),
-    ("attention.py", "        refuse_capture()\n        images,", "        images,", CAPTURED),
+    ("attention.py", "        refuse_capture()\n        made,", "        made,", CAPTURED),
     ("attention.py", "        refuse_capture()\n        made,", "        made,", RECORDED + " -k part"),
     ("weights.py", "one if one._value is None else one._value,", "one,",
      "families/test_returned_weights -k done"),

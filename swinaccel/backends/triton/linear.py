@@ -76,7 +76,8 @@ def linear_launch(
     how = None if devices.shared_memory_override else _how(device, rows, channels, outputs, gelu, keeps)
     if how is None:
         return None
-    return _plan(device, rows, channels, outputs, *how, gelu, keeps, adds)
+    shape, programs = how
+    return _plan(device, rows, channels, outputs, shape, programs, gelu, keeps, adds)
 
 
 def are_describable(*tensors: Tensor) -> bool:
