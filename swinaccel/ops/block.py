@@ -218,13 +218,6 @@ def after_attention(
     return cast(Tensor, rest.run(x, branch, norms, linears))
 
 
-def compiled_after_attention(
-    x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
-) -> Tensor:
-    """Return the same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
-    return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
-
-
 def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch], Any]) -> Tensor:
     """Compute what the operator does, as compilers see it."""
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])

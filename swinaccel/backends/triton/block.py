@@ -184,9 +184,9 @@ def _embed_launch(
     )  # fmt: skip
 
 
-def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return exact GELU of 16-bit numbers; `out` may be x."""
-    out, numbers = torch.empty_like(x) if out is None else out, x.numel()
+def gelu(x: Tensor) -> Tensor:
+    """Return exact GELU of 16-bit numbers."""
+    out, numbers = torch.empty_like(x), x.numel()
     if numbers:
         run(gelu_launch(x.device, numbers), out, x)
     return out
