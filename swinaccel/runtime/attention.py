@@ -58,11 +58,11 @@ def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Readi
                 f"its dropout {dropout.removesuffix('.p')} is active, and only its own code says where it drops; "
                 "call eval(), or set its rate to 0"
             )
-    cache.renew(facts, lambda: guard_of(family, root, inside))
+    cache.renew(facts, lambda: guard_of(family, inside))
     return facts
 
 
-def guard_of(adapter: Adapter, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
+def guard_of(adapter: Adapter, parts: list[nn.Module]) -> Guard | None:
     """Return a guard of modules and of what their code reads elsewhere, or None where that cannot be compared."""
     try:
         trace = Trace([("", part) for part in parts], (adapter.method, block_method(adapter)))

@@ -26,11 +26,12 @@ from ..ops import block as block_ops
 from ..ops import block_autograd as recorded
 from ..ops.block import HALVES, is_like
 from ..ops.failures import failures
+from ..ops.observed import count_modes
 from ..spec.block import Block
 from ..spec.reference_block import drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
-from .context import are_functions_torchs, has_dispatch_mode, product_dtype
+from .context import are_functions_torchs, product_dtype
 
 logger = logging.getLogger("swinaccel")
 
@@ -139,7 +140,7 @@ def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:
     """Return why kernels must not stand in for layers around an attention in this call, or None."""
     if not are_functions_torchs():
         return "a function of PyTorch's was replaced"
-    if has_dispatch_mode():
+    if count_modes():
         return "a mode looks at operators"
     dtype, device = product_dtype(x), x.device
     if dtype not in DTYPES or x.dtype not in (dtype, torch.float32):

@@ -219,7 +219,7 @@ def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) ->
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable) as error:
         facts = f"it is not built as it was ({error})"
     parts = [root, *(part for part in module.modules() if part is not module)]
-    cache.renew(facts, lambda: guard_of(adapter, root, parts))
+    cache.renew(facts, lambda: guard_of(adapter, parts))
     return facts
 
 

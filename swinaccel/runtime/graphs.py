@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..backends.triton.launches import first_line
 from ..config import CAPTURED_CALL, AccelConfig
 from ..layers import PLAIN_TENSORS
 from ..ops.observed import count_modes
@@ -131,7 +132,8 @@ class Graphs:
         try:
             capture = (TrainingCapture if torch.is_grad_enabled() else Capture)(module, run, inputs)
         except Exception as error:  # of the call itself it will be raised again, by the call
-            self.refuse(key, str(error) if isinstance(error, NotCapturable) else f"capturing failed: {_line(error)}")
+            reason = str(error) if isinstance(error, NotCapturable) else f"capturing failed: {first_line(error)}"
+            self.refuse(key, reason)
             return
         while self.captures and (len(self.captures) >= MOST or self.nbytes + capture.nbytes > limit):
             self._latest = None
@@ -147,10 +149,6 @@ class Graphs:
             self._refused.clear()
         self._refused[key] = self.reason = reason
         logger.info("swinaccel: no graph, and results are right: %s", reason)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}"
 
 
 def call(
