@@ -92,7 +92,7 @@ def launched(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
 
     launches.Launch.__call__ = note  # type: ignore[method-assign]
     devices.shared_memory_override = limit
-    launches.forget_launches()
+    launches.launches.clear()
     torch.version.hip = "assumed" if target.backend == "hip" else None
     try:
         plan()

@@ -55,11 +55,6 @@ Original = Callable[..., Any]
 _warned: set[str] = set()
 
 
-def forget_warnings() -> None:
-    """Warn again of reasons that were warned of before."""
-    _warned.clear()
-
-
 class Entry:
     """Options of the calls of one method, as a marker holds them.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class Capture:
         self._calls: list[tuple[State, int, int]] = []
         contents, hosts = Contents(root), host_state(self._device)
         try:
-            with _without_autocast_cache(), drawing_apart(self._device):
+            with _autocast_without_cache(self._device.type), drawing_apart(self._device):
                 leaves, self._form = tree_flatten(self._capture(run, inputs))
                 if host_state(self._device) != hosts:
                     raise NotCapturable("it draws random numbers on the host, which a graph would not draw anew")
@@ -216,12 +215,6 @@ def _outside(modules: list[nn.Module]) -> tuple[list[Any], list[Any]]:
     return trace.cells, trace.contents
 
 
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Let autocast convert weights anew inside: a graph must not read what the cache is about to free."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+def _autocast_without_cache(kind: str) -> Any:
+    """Return autocast as it is, which converts weights anew: a graph must not read what its cache is about to free."""
+    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)

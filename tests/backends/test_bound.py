@@ -73,7 +73,7 @@ def test_bound_attention(case, strict_kernels):
 
 def test_nothing_is_planned_again(strict_kernels):
     """The launch of a binding is the one that the operator has, so that both are compiled once."""
-    launches.forget_launches()
+    launches.launches.clear()
     bind(*PROBLEMS[3], scale=0.3)
     count = len(launches.launches)
     attend(*PROBLEMS[3], scale=0.3)

@@ -194,7 +194,7 @@ FAULTS = under(
      "runtime/test_graph_contents"),
     ("capture.py", "[one.clone() for one in self._outputs]", "list(self._outputs)", GRAPHS),
     ("capture.py", "self._where() == self._places and self.is_safe()", "self.is_safe()", GRAPHS),
-    ("capture.py", "with _without_autocast_cache(), ", "with ", GRAPHS),
+    ("capture.py", "cache_enabled=False", "cache_enabled=True", GRAPHS),
     ("capture.py", "        with engine.lock:", "        if True:", GRAPHS),
     ("capture.py", "is_same and self._failures == failures.count and", "is_same and", GRAPHS),
     ("capture.py", "self._guard.tensors() + self._guard.values", "self._guard.tensors()", GRAPHS),

@@ -209,15 +209,10 @@ def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: i
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
     """Return how all of a block after its attention would run as one kernel; None where it cannot, or never is to."""
-    shared_memory = devices.shared_memory(device)
-    return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
-
-
-@lru_cache(maxsize=256)
-def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: int) -> Any:
     from ...kernels import fusion_launch
 
-    return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
+    shared_memory = devices.shared_memory(device)
+    return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=dtype.itemsize, shared_memory=shared_memory)
 
 
 @planned
