@@ -86,12 +86,14 @@ def launched(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
     target, limit = GPUS[gpu]
     found = []
     plain, hip = launches.Launch.__call__, torch.version.hip
+    own = devices.shared_memory, devices.has_copy_engine
 
     def note(launch: Any, *tensors: Any) -> None:
         found.append((launch, tensors))
 
     launches.Launch.__call__ = note  # type: ignore[method-assign]
-    devices.shared_memory_override = limit
+    devices.shared_memory = lambda device: limit
+    devices.has_copy_engine = lambda device: False
     launches.launches.clear()
     torch.version.hip = "assumed" if target.backend == "hip" else None
     try:
@@ -99,7 +101,7 @@ def launched(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
     finally:
         torch.version.hip = hip
         launches.Launch.__call__ = plain  # type: ignore[method-assign]
-        devices.shared_memory_override = None
+        devices.shared_memory, devices.has_copy_engine = own
     return found
 
 

@@ -23,6 +23,7 @@ import helpers  # noqa: E402
 import interpreter  # noqa: E402
 
 from swinaccel import ops, patching  # noqa: E402
+from swinaccel.backends.triton import devices, launches, linear  # noqa: E402
 from swinaccel.bias import cache, table  # noqa: E402
 from swinaccel.runtime import call  # noqa: E402
 from swinaccel.trust.registry import registry  # noqa: E402
@@ -68,6 +69,21 @@ def _freeze_imports() -> None:
         gc.collect()
         gc.freeze()
         _modules_frozen = len(sys.modules)
+
+
+@pytest.fixture
+def with_shared_memory(monkeypatch):
+    """Lets kernels be launched as on a GPU with so much shared memory, and without a copy engine."""
+
+    def begin(limit):
+        monkeypatch.setattr(devices, "shared_memory", lambda device: limit)
+        monkeypatch.setattr(devices, "has_copy_engine", lambda device: False)
+        linear._how.cache_clear()
+        launches.launches.clear()
+
+    yield begin
+    linear._how.cache_clear()
+    launches.launches.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,7 +27,7 @@ class LaunchError(RuntimeError):
 
 
 def planned(plan: _Plan) -> _Plan:
-    """Keep the launches that a function plans, by its arguments, on which they depend, and by the shared memory.
+    """Keep the launches that a function plans, by its arguments, on which they depend.
 
     Raises:
         LaunchError: a launch cannot be planned.
@@ -35,7 +35,7 @@ def planned(plan: _Plan) -> _Plan:
 
     @wraps(plan)
     def launch(*arguments: Any, **ways: Any) -> Any:
-        key = plan, devices.shared_memory_override, *arguments, *ways.items()
+        key = plan, *arguments, *ways.items()
         try:
             return launches.get(key) or keep(key, plan(*arguments, **ways))
         except Exception as error:

@@ -73,7 +73,7 @@ def linear_launch(
         keeps: it also writes what GELU is computed of.
         adds: it adds another tensor.
     """
-    how = None if devices.shared_memory_override else _how(device, rows, channels, outputs, gelu, keeps)
+    how = _how(device, rows, channels, outputs, gelu, keeps)
     if how is None:
         return None
     shape, programs = how
