@@ -21,9 +21,10 @@ def serves_windows(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int,
     """Return True if the window kernels can serve a call."""
     if _is_pytorchs(q):
         return False
-    problem = window.problem(q.device, q.dtype, geometry, head_dim, cosine)
-    if not torch.compiler.is_compiling() and failures.get(problem) is not None and not env_strict():
-        return False
+    if not torch.compiler.is_compiling():
+        problem = window.problem(q.device, q.dtype, geometry, head_dim, cosine)
+        if failures.get(problem) is not None and not env_strict():
+            return False
     return window.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, _is_interpreted(q)) is None
 
 
