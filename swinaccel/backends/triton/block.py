@@ -7,7 +7,7 @@ failure to compile or launch is a `LaunchError`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -138,7 +138,6 @@ def _merge_launch(device: torch.device, batch: int, height: int, width: int, cha
     )
 
 
-@lru_cache(maxsize=256)
 def embed_launch(channels: int, numbers: int) -> Any:
     """Return how `embed` would run for patches of so many numbers, or None where it is not to."""
     from ...kernels import fusion_launch
