@@ -14,7 +14,7 @@ from ..backends.triton import block as kernels
 from ..backends.triton import linear
 from ..backends.triton.block import ADD_NORM, NORM_ADD, Affine, LaunchError
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
-from ..backends.triton.traced import TracedLaunch, expected
+from ..backends.triton.traced import expected, traced_launch
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures
@@ -74,7 +74,7 @@ class BoundRest:
         if not expected(rows):
             self._run: Any = BoundRest._nothing
             return
-        has_descriptors = self._is_half and bound is not TracedLaunch
+        has_descriptors = self._is_half and bound is not traced_launch
         if post_norm:
             self._add = bound(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
         if kernels.pays_in_one(device, dtype, expected(rows), channels, hidden):

@@ -26,7 +26,7 @@ FAULTS = under(
     ("ops/operators.py", "if _is_packaging() and", "if", "runtime/test_packages"),
     ("ops/operators.py", "sizes.pop(0)", "sizes[0]", "runtime/test_packages"),
     ("ops/operators.py", "if any(map(_name, (*sizes, *one.stride()))):", "if False:", "runtime/test_packages"),
-    ("ops/block.py", "self._is_half and bound is not TracedLaunch", "self._is_half", "runtime/test_packages"),
+    ("ops/block.py", "self._is_half and bound is not traced_launch", "self._is_half", "runtime/test_packages"),
     ("backends/triton/sequence.py", "bound is None and _describable", "_describable", "runtime/test_packages"),
     ("ops/fp8.py", "(before if self._post_norm else after)", "(after)", "runtime/test_fp8_blocks"),
     ("ops/fp8.py", "eps[0 if post_norm else 1]", "1.0", "runtime/test_fp8_blocks"),
