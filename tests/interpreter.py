@@ -65,7 +65,8 @@ def hasten() -> None:
 
     It patches the whole language anew at every call of a device function, although the launch has done so; it follows
     every sum of integers with one in 64 bits, which no problem of these sizes needs (the test of offsets beyond 32 bits
-    runs on a GPU); and it derives the same few types again for every operation.
+    runs on a GPU); it derives the same few types again for every operation, and writes constants and scalars out to
+    whole blocks, where NumPy broadcasts them by itself.
     """
     from triton.runtime import interpreter
 
@@ -90,6 +91,7 @@ def hasten() -> None:
     )
     _remember_builtins()
     _remember_types()
+    _take_operands()
 
 
 def _remember_builtins() -> None:
@@ -104,35 +106,63 @@ def _remember_builtins() -> None:
     def patch_builtin(package: Any, *rest: Any) -> None:
         for name, member in builtins(package):
             if getattr(package, name) is member:  # a second namespace of one launch finds it patched
-                interpreter._patch_attr(package, name, member, *rest)
+                set_attribute = getattr(rest[-1], "set_attr", setattr)  # newer ones note what they set
+                set_attribute(package, name, quick(member))
+
+    wrapper = tl.core.builtin(lambda: None).__code__
+
+    @functools.cache
+    def quick(member: Any) -> Any:
+        """The function with the interpreter's `_semantic`, without what looks if one is given."""
+        if getattr(member, "__code__", None) is wrapper:
+            member = member.__wrapped__
+
+        def run(*args: Any, **options: Any) -> Any:
+            options["_semantic"] = interpreter.interpreter_semantic
+            return member(*args, **options)
+
+        return run
 
     interpreter._patch_builtin = patch_builtin
 
 
 def _remember_types() -> None:
-    """Check and wrap every shape once, name a type when somebody asks, and broadcast no equal shapes."""
+    """Make every type and shape once, name a type when somebody asks, and broadcast no equal shapes."""
     from triton import language as tl
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     core = tl.core
     shapes: dict[tuple[int, ...], tuple[Any, ...]] = {}
+    known: dict[int, tuple[Any, ...]] = {}  # of tuples that are kept in `shapes`
+    types: dict[tuple[str, int], Any] = {}
 
-    def shape_of(sides: tuple[int, ...]) -> tuple[Any, ...]:
+    def shape_of(shape: Any) -> tuple[Any, ...]:
         """The same tuple of Triton's for the same sides, the number of entries, and both as constants."""
+        found = known.get(id(shape))
+        if found is not None:
+            return found
+        sides = tuple([core._unwrap_if_constexpr(side) for side in getattr(shape, "values", shape)])
         if sides not in shapes:
             if not sides:
                 raise TypeError("0d block_type is forbidden")
             numel = core.validate_block_shape(sides)
             constants = core.tuple([core.constexpr(side) for side in sides])
-            shapes[sides] = (core.tuple(list(sides)), numel, constants, core.constexpr(numel))
+            made = (core.tuple(list(sides)), numel, constants, core.constexpr(numel))
+            shapes[sides] = known[id(made[0])] = known[id(constants)] = made
         return shapes[sides]
 
-    def make_block_type(self: Any, element_ty: Any, shape: Any) -> None:
-        self.element_ty = element_ty
-        values = shape.values if isinstance(shape, core.tuple) else shape
-        self.remembered = shape_of(tuple([core._unwrap_if_constexpr(side) for side in values]))
-        self.shape, self.numel = self.remembered[:2]
+    def block_type(cls: Any, element_ty: Any, shape: Any) -> Any:
+        remembered = shape_of(shape)
+        is_plain = type(element_ty) is core.dtype
+        found = types.get((element_ty.name, id(remembered))) if is_plain else None
+        if found is None:
+            found = object.__new__(cls)
+            found.element_ty, found.remembered = element_ty, remembered
+            found.shape, found.numel = remembered[:2]
+            if is_plain:
+                types[element_ty.name, id(remembered)] = found
+        return found
 
     scalar_shape, scalar_numel = core.tuple([]), core.constexpr(1)
 
@@ -141,7 +171,8 @@ def _remember_types() -> None:
         remembered = getattr(type, "remembered", None)
         self.shape, self.numel = (scalar_shape, scalar_numel) if remembered is None else remembered[2:]
 
-    core.block_type.__init__ = make_block_type
+    core.block_type.__new__ = block_type
+    core.block_type.__init__ = lambda self, element_ty, shape: None
     core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     core.tensor.__init__ = make_tensor
 
@@ -171,3 +202,82 @@ def _remember_types() -> None:
         return dtypes[scalar.name]
 
     interpreter._get_np_dtype = get_np_dtype
+
+
+def _take_operands() -> None:
+    """Take the operands of an operation as they are where they have one type, and constants by NumPy's broadcasting."""
+    import numpy as np
+    from triton import language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    tensor, handle = tl.core.tensor, interpreter.TensorHandle
+    plain = {"int1", "int32", "int64", "fp32"}  # nothing is promoted between two of one of these
+    integers, limit = {"int32", "int64"}, 2**31
+    decide = TritonSemantic.binary_op_type_checking_impl
+
+    @functools.lru_cache(maxsize=4096)
+    def constant(value: float, name: str) -> Any:
+        dtype = tl.dtype(name)
+        array = np.array([value or 0], dtype=interpreter._get_np_dtype(dtype))  # Triton's zero has no sign
+        array.setflags(write=False)
+        return handle(array, dtype)
+
+    def operand(value: Any, other: Any) -> Any:
+        """A number as an operand of a tensor, or None where Triton must decide."""
+        name, kind = other.dtype.name, type(value)
+        if kind is int and name in integers:
+            is_plain = -limit <= value < limit
+        else:
+            is_plain = name == "fp32" and kind in (int, float)
+        return tensor(constant(value, name), other.type) if is_plain else None
+
+    shapes: dict[tuple[int, int], Any] = {}
+
+    def joined(left: Any, right: Any) -> Any:
+        """The shape of two that are broadcast; None where Triton must decide."""
+        if left is right or not right:
+            return left
+        if not left:
+            return right
+        if (id(left), id(right)) not in shapes:  # tuples that are kept for ever
+            found, sides = None, [(one.value, other.value) for one, other in zip(left, right, strict=False)]
+            if len(left) == len(right) and all(one == other or 1 in (one, other) for one, other in sides):
+                found = tl.block_type(tl.int32, [max(pair) for pair in sides]).remembered[2]
+            shapes[id(left), id(right)] = found
+        return shapes[id(left), id(right)]
+
+    def typed(one: Any, shape: Any) -> Any:
+        """A tensor of this shape, whose numbers NumPy will broadcast."""
+        return one if one.shape is shape else tensor(one.handle, tl.block_type(one.dtype, shape))
+
+    def binary_op_type_checking_impl(self: Any, lhs: Any, rhs: Any, *rest: Any, **options: Any) -> Any:
+        is_left, is_right = type(lhs) is tensor, type(rhs) is tensor
+        if is_left and is_right:
+            left, right = lhs.dtype.name, rhs.dtype.name
+            is_address = rest[:1] == (True,) and type(lhs.dtype) is tl.pointer_type and right in integers
+            if is_address or (left == right and left in plain):
+                shape = joined(lhs.shape, rhs.shape)
+                if shape is not None:
+                    return typed(lhs, shape), typed(rhs, shape)
+        elif is_left and (other := operand(rhs, lhs)) is not None:
+            return lhs, other
+        elif is_right and (other := operand(lhs, rhs)) is not None:
+            return other, rhs
+        return decide(self, lhs, rhs, *rest, **options)
+
+    TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl
+
+    fits = interpreter._validate_np_data_size
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        output, dtype = op(lhs.data, rhs.data), lhs.dtype.scalar
+        if output.dtype is not lhs.data.dtype and not fits(output, dtype):
+            output = output.astype(interpreter._get_np_dtype(dtype))
+        return handle(output, dtype)
+
+    def make_handle(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+
+    interpreter.InterpreterBuilder.binary_op = binary_op
+    handle.__init__ = make_handle

@@ -285,8 +285,9 @@ def test_gelu():
 
     x = torch.tensor([[NAN, INF, -INF, 1.0, -1.0, 0.0]] * 2, dtype=torch.float16, device=TRITON_DEVICE)
     x.requires_grad_()
-    expected = torch.nn.functional.gelu(x)
-    (slope,) = torch.autograd.grad(expected.sum(), x)
+    plain = torch.nn.functional.gelu(x)
+    (slope,) = torch.autograd.grad(plain.sum(), x)
+    expected = torch.where(x == INF, INF, plain)  # PyTorch has NaN there on some CPUs, where it takes many at a time
     found_slope, out, _ = triton_block_bwd.gelu(torch.ones_like(x), x.detach())
     for one in (triton_block.gelu(x.detach()), out):
         torch.testing.assert_close(one, expected.detach(), equal_nan=True)
