@@ -153,7 +153,7 @@ def test_bound_norm(strict_kernels):
 def test_bound_position_table(strict_kernels):
     given = tensors((3, 5, 2), (12, 2), (12,), (HEADS, 12))
     bound = position.bind(*given)
-    assert torch.equal(bound.run(*given), position.position_table(*given))
+    assert torch.equal(bound(*given), position.position_table(*given))
 
 
 def test_only_aligned_tensors_are_passed_on_unseen(monkeypatch):
