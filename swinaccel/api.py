@@ -24,7 +24,7 @@ from .runtime.rehearsal import prepare_compilers
 from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe
-from .trust.registry import Reading
+from .trust.registry import Reading, parts_of_attention
 
 _LEFT_OUT = "the filter left it out"
 _DISABLED = "SWINACCEL_DISABLE is set"
@@ -204,7 +204,10 @@ def _attentions(model: nn.Module, judge: Judge) -> Iterator[tuple[str, nn.Module
         found = _recognise(module)
         if found is None or module in settled:
             continue
-        parts = _parts_of_attention(found[0], module)
+        try:
+            parts = parts_of_attention(found[0], module)
+        except AttributeError:  # it was changed beyond recognition
+            parts = []
         settled.update(part for _, part in parts)
         if judge(name, module, *found) == "no":
             for path, part in parts:
@@ -224,15 +227,6 @@ def _recognise(module: nn.Module) -> tuple[Family, WindowSpec] | None:
     if found is None and marked is not None and is_family(family := marked.adapter):
         return family, WindowSpec(family.name, (0, 0), (0, 0), 0, 0)  # changed beyond recognition
     return found
-
-
-def _parts_of_attention(family: Family, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the attention of a module and what is in it, by their names within the module."""
-    try:
-        inside = set(family.attention(module).modules())
-    except AttributeError:  # it was changed beyond recognition
-        return []
-    return [(path, part) for path, part in module.named_modules() if part in inside]
 
 
 def _survey(model: nn.Module, config: AccelConfig) -> Iterator[tuple[nn.Module, Family, WindowSpec, Entry]]:

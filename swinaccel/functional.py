@@ -18,7 +18,7 @@ from .backends.triton.sequence import Problem
 from .bias.exact import alibi_factors, squared_distance_factors
 from .bias.factors import BiasFactors, factorize_bias
 from .ops import sequence as sequence_ops
-from .ops.serving import autocast, sequence_reason, try_window_kernels, window_reason
+from .ops.serving import autocast, serves_sequences, serves_windows, try_window_kernels
 from .spec import reference
 from .spec.arguments import (
     check_axes,
@@ -203,7 +203,7 @@ def shifted_window_attention(
         "num_heads": num_heads, "padding": padding, "mask": mask, "mask_value": float(mask_value), "scale": number,
         "logit_scale": logit_scale, "dropout": dropout,
     }  # fmt: skip
-    if window_reason(parts[0], geometry, num_heads, head_dim, logit_scale is not None) is None:
+    if serves_windows(parts[0], geometry, num_heads, head_dim, logit_scale is not None):
         given = parts[0] if packed else parts
         out = try_window_kernels(given, geometry, table=table if bias is None else bias, index=index, **options)
         if out is not None:
@@ -246,7 +246,7 @@ def _attend_windows(
 
     q, k, v = autocast(q, k, v)
     geometry = Geometry((period, tokens), (1, max(1, tokens)))  # as an image with one window a row
-    if window_reason(q, geometry, heads, head_dim, logit_scale is not None) is None:
+    if serves_windows(q, geometry, heads, head_dim, logit_scale is not None):
         images = tuple(t.transpose(1, 2).unflatten(0, (-1, period)) for t in (q, k, v))
         # Heads that are neighbours, as in a view of the projection, may stay so: the output then is such a view too.
         are_neighbours = q.stride(1) == head_dim and q.stride(3) == 1
@@ -326,13 +326,11 @@ def factored_bias_attention(
         raise TypeError(f"causal must be True or False; got {causal!r}")
     q, k, v = autocast(q, k, v)
     q, factor = _positive_scale(q, scale)
-    reason = sequence_reason(q, rank, torch.promote_types(q_factor.dtype, k_factor.dtype))
-    if reason is not None or rank == 0:
+    dtype = torch.promote_types(q_factor.dtype, k_factor.dtype)
+    if rank == 0 or not serves_sequences(q, rank, dtype):
         return torch_sequence.factored_bias_attention(q, k, v, q_factor, k_factor, mask, factor, causal)
-    if q_factor.dtype != k_factor.dtype:
-        dtype = torch.promote_types(q_factor.dtype, k_factor.dtype)
-        q_factor, k_factor = q_factor.to(dtype), k_factor.to(dtype)
-    return sequence_ops.sequence_attention(q, k, v, q_factor, k_factor, mask, Problem(causal, 0, 0, factor))
+    problem = Problem(causal, 0, 0, factor)
+    return sequence_ops.sequence_attention(q, k, v, q_factor.to(dtype), k_factor.to(dtype), mask, problem)
 
 
 def block_sliding_window_attention(
@@ -359,7 +357,7 @@ def block_sliding_window_attention(
         check_positive(name, value)
     q, k, v = autocast(q, k, v)
     q, factor = _positive_scale(q, scale)
-    if sequence_reason(q, 0, q.dtype) is not None:
+    if not serves_sequences(q, 0, q.dtype):
         return torch_sequence.block_sliding_window_attention(q, k, v, block_size, window_blocks, factor)
     return sequence_ops.sequence_attention(
         q, k, v, None, None, None, Problem(False, block_size, window_blocks, factor)

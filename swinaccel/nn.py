@@ -56,7 +56,7 @@ class _Attention(nn.Module):
         check_layer("qkv", self.qkv, self.dim, 3 * self.dim, x)
         check_layer("proj", self.proj, self.dim, self.dim, x)
 
-    def _table_of_biases(self) -> None:
+    def _positions(self) -> None:
         rows = math.prod(2 * side - 1 for side in self.window_size)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -107,7 +107,7 @@ class WindowAttention(_Attention):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__(dim, window_size, num_heads, qkv_bias, proj_bias=True)
-        self._table_of_biases()
+        self._positions()
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
 
@@ -177,9 +177,6 @@ class ShiftedWindowAttention(_Attention):
         self.attention_dropout = check_dropout(attention_dropout, "attention_dropout")
         self.dropout = check_dropout(dropout)
         self._positions()
-
-    def _positions(self) -> None:
-        self._table_of_biases()
 
     def _scores(self) -> dict[str, Any]:
         """Return what belongs to the scores: their bias and their scale."""

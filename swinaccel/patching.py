@@ -78,11 +78,6 @@ class Marking:
         entries = {method: Entry(self.adapter, self.config, method) for method in methods}
         object.__setattr__(self, "entries", entries)
 
-    @property
-    def has_attention(self) -> bool:
-        """Return True if the module is a window attention, or a block that holds its section."""
-        return is_family(self.adapter)
-
 
 _parsed: dict[str, Marking | None] = {}
 
@@ -160,7 +155,7 @@ def marker(module: nn.Module) -> str | None:
 def marking_of(module: nn.Module) -> Marking | None:
     """Return the content of an accelerated window attention's marker; None for any other module."""
     found = _content(module)
-    if found is None or not found.has_attention:
+    if found is None or not is_family(found.adapter):
         return None
     # Not only its owner: transformers wraps the inherited forward anew in every subclass, as FSDP2 makes them.
     has_dispatcher = any((base, found.adapter.method) in _installed for base in type(module).__mro__)
@@ -170,7 +165,7 @@ def marking_of(module: nn.Module) -> Marking | None:
 def is_block_only(module: nn.Module) -> bool:
     """Return True if a module is marked for what is around an attention, or beside it, alone."""
     found = _content(module)
-    return found is not None and not found.has_attention
+    return found is not None and not is_family(found.adapter)
 
 
 def is_captured(module: nn.Module) -> bool:

@@ -86,20 +86,22 @@ def launched(plan: Any, gpu: str) -> list[tuple[Any, tuple]]:
     target, limit = GPUS[gpu]
     found = []
     plain, hip = launches.Launch.__call__, torch.version.hip
+    own = devices.shared_memory, devices.has_copy_engine
 
     def note(launch: Any, *tensors: Any) -> None:
         found.append((launch, tensors))
 
     launches.Launch.__call__ = note  # type: ignore[method-assign]
-    devices.shared_memory_override = limit
-    launches.forget_launches()
+    devices.shared_memory = lambda device: limit
+    devices.has_copy_engine = lambda device: False
+    launches.launches.clear()
     torch.version.hip = "assumed" if target.backend == "hip" else None
     try:
         plan()
     finally:
         torch.version.hip = hip
         launches.Launch.__call__ = plain  # type: ignore[method-assign]
-        devices.shared_memory_override = None
+        devices.shared_memory, devices.has_copy_engine = own
     return found
 
 

@@ -22,8 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 import helpers  # noqa: E402
 import interpreter  # noqa: E402
 
-from swinaccel import bias, ops, patching  # noqa: E402
-from swinaccel.bias import cache  # noqa: E402
+from swinaccel import ops, patching  # noqa: E402
+from swinaccel.backends.triton import devices, launches, linear  # noqa: E402
+from swinaccel.bias import cache, table  # noqa: E402
 from swinaccel.runtime import call  # noqa: E402
 from swinaccel.trust.registry import registry  # noqa: E402
 
@@ -70,6 +71,21 @@ def _freeze_imports() -> None:
         _modules_frozen = len(sys.modules)
 
 
+@pytest.fixture
+def with_shared_memory(monkeypatch):
+    """Lets kernels be launched as on a GPU with so much shared memory, and without a copy engine."""
+
+    def begin(limit):
+        monkeypatch.setattr(devices, "shared_memory", lambda device: limit)
+        monkeypatch.setattr(devices, "has_copy_engine", lambda device: False)
+        linear._how.cache_clear()
+        launches.launches.clear()
+
+    yield begin
+    linear._how.cache_clear()
+    launches.launches.clear()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_verdicts():
     registry.clear()
@@ -86,10 +102,10 @@ def _clean_slate(request, monkeypatch, tmp_path_factory):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SWINACCEL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(cache, "_told", set())
-    call.forget_warnings()
+    call._warned.clear()
     if not getattr(request.module, "KEEPS_VERDICTS", False):
         registry.clear()
-    bias.forget()
+    table.forget()
     ops.forget_failures()
     torch.manual_seed(0)
     with warnings.catch_warnings():

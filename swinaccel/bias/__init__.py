@@ -1,5 +1,1 @@
 """Attention biases as products of factors."""
-
-from .table import forget
-
-__all__ = ["forget"]

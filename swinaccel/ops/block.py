@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..backends.triton import block as kernels
 from ..backends.triton import linear
-from ..backends.triton.block import ADD_NORM, NORM, NORM_ADD, Affine, LaunchError
+from ..backends.triton.block import ADD_NORM, NORM_ADD, Affine, LaunchError
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
-from ..backends.triton.traced import TracedLaunch, expected
+from ..backends.triton.traced import expected, traced_launch
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures
@@ -74,7 +74,7 @@ class BoundRest:
         if not expected(rows):
             self._run: Any = BoundRest._nothing
             return
-        has_descriptors = self._is_half and bound is not TracedLaunch
+        has_descriptors = self._is_half and bound is not traced_launch
         if post_norm:
             self._add = bound(kernels.norm_launch(NORM_ADD, device, rows, channels, eps[0]))
         if kernels.pays_in_one(device, dtype, expected(rows), channels, hidden):
@@ -178,53 +178,6 @@ class BoundRest:
         return total
 
 
-class BoundNorm:
-    """A layer norm of the last axis, bound to its launch."""
-
-    __slots__ = ("_launch",)
-
-    def __init__(self, shape: Sequence[int], device: torch.device, eps: float) -> None:
-        rows = math.prod(shape[:-1])
-        self._launch = BoundLaunch(kernels.norm_launch(NORM, device, rows, shape[-1], eps)) if rows else None
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return the norm of a contiguous x of the shape that was bound.
-
-        Raises:
-            LaunchError: the kernel did not compile or fit.
-        """
-        out = torch.empty_like(x)
-        if self._launch is not None:
-            try:
-                self._launch(x, out, None, None, None, None, weight, bias, None)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise LaunchError(first_line(error)) from error
-        return out
-
-
-def after_attention(
-    x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
-) -> Tensor:
-    """Return what a block returns whose input is x, and whose attention gave branch; see `spec.block.Block`.
-
-    Raises:
-        LaunchError: a kernel did not compile or fit.
-    """
-    eps = norms[0][2], norms[1][2]
-    hidden = linears[0][0].shape[0]
-    rest = BoundRest(x.shape, x.dtype, x.device, hidden, eps, post_norm, bound=lambda launch: launch)  # for this call
-    return cast(Tensor, rest.run(x, branch, norms, linears))
-
-
-def compiled_after_attention(
-    x: Tensor, branch: Tensor, norms: tuple[Affine, Affine], linears: tuple[Layer, Layer], post_norm: bool
-) -> Tensor:
-    """Return the same, for a compiler's trace; a kernel that fails is replaced by plain PyTorch."""
-    return torch.ops.swinaccel.after_attention(x, branch, *norms[0], *norms[1], *linears[0], *linears[1], post_norm)
-
-
 def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch], Any]) -> Tensor:
     """Compute what the operator does, as compilers see it."""
     norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
@@ -235,16 +188,19 @@ def _traced(x: Tensor, branch: Tensor, *arguments: Any, bound: Callable[[Launch]
 
 
 def _operator(x: Tensor, branch: Tensor, *arguments: Any) -> Tensor:
-    norms, linears = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10])
+    """Return what a block returns whose input is x, and whose attention gave branch; see `spec.block.Block`."""
+    norms, linears, post_norm = (arguments[:3], arguments[3:6]), (arguments[6:8], arguments[8:10]), arguments[10]
     _check(x, branch, *arguments)
-    x, branch = x.contiguous(), branch.contiguous()
-    problem = "after attention", x.device, x.dtype, x.shape[-1], linears[0][0].shape, arguments[10]
+    x, branch, hidden = x.contiguous(), branch.contiguous(), linears[0][0].shape[0]
+    problem = "after attention", x.device, x.dtype, x.shape[-1], linears[0][0].shape, post_norm
     if failures.get(problem) is None:
-        try:
-            return after_attention(x, branch, norms, linears, arguments[10])
+        try:  # with launches that are looked at anew at each call
+            eps = norms[0][2], norms[1][2]
+            rest = BoundRest(x.shape, x.dtype, x.device, hidden, eps, post_norm, lambda launch: launch)
+            return cast(Tensor, rest.run(x, branch, norms, linears))
         except LaunchError as error:
             failures.record(problem, str(error))
-    return _plain(x, branch, norms, linears, arguments[10])
+    return _plain(x, branch, norms, linears, post_norm)
 
 
 def _check(x: Tensor, branch: Tensor, *arguments: Any) -> None:

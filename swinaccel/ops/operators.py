@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from ..backends.triton.launches import first_line
-from ..backends.triton.traced import TracedLaunch
+from ..backends.triton.traced import traced_launch
 from ..errors import ArgumentError
 from .failures import logger
 
@@ -61,7 +61,7 @@ def _open_in_packages(name: str, inside: Callable[..., Any], batched: int) -> No
             try:
                 if _are_sizes_known(args, batched):
                     with mode:
-                        return inside(*args, bound=TracedLaunch)
+                        return inside(*args, bound=traced_launch)
                 _warn(name, "only the number of images may be any")
             except ArgumentError:
                 raise

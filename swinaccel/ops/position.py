@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..backends.triton import bias as backend
-from ..backends.triton.launches import BoundLaunch, Launch, first_line
+from ..backends.triton.launches import BoundLaunch, first_line
 from .failures import NOT_THE_KERNELS, failures
 from .observed import count_modes, is_observed, is_profiled
 from .operators import register
@@ -23,35 +25,30 @@ def position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, w
     return _position_table(coords, hidden_weight, hidden_bias, weight)
 
 
-class BoundPosition:
-    """SwinV2's bias table, bound to its launch; see `bind`."""
+def bind(*tensors: Tensor) -> Callable[..., Tensor | None] | None:
+    """Return `position_table`, bound to its launch, for contiguous tensors of such shapes; None where it failed before.
 
-    __slots__ = ("_launch", "_shape")
+    Raises:
+        ArgumentError: the shapes do not fit together.
+    """
+    if failures.get(_PROBLEM) is not None:
+        return None
+    launch, shape = backend.position_launch(*tensors)
+    run = BoundLaunch(launch)
 
-    def __init__(self, launch: Launch, shape: tuple[int, int]) -> None:
-        self._launch, self._shape = BoundLaunch(launch), shape
-
-    def run(self, coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor | None:
-        """Return what `position_table` gives; the tensors are contiguous and of the shapes that were bound."""
+    def bound(coords: Tensor, *weights: Tensor) -> Tensor | None:
         if not count_modes() and not is_profiled():  # `is_observed`, of a call that no compiler traces
             try:
-                table = coords.new_empty(self._shape, dtype=torch.float32)
-                self._launch(table, coords, hidden_weight, hidden_bias, weight)
+                table = coords.new_empty(shape, dtype=torch.float32)
+                run(table, coords, *weights)
                 return table.t()
             except NOT_THE_KERNELS:
                 raise
             except Exception:  # which the operator meets again, notes, and does without
                 pass
-        return position_table(coords, hidden_weight, hidden_bias, weight)
+        return position_table(coords, *weights)
 
-
-def bind(*tensors: Tensor) -> BoundPosition | None:
-    """Bind the table of a position MLP, of tensors of such shapes, to its launch; None where that failed before.
-
-    Raises:
-        ArgumentError: the shapes do not fit together.
-    """
-    return None if failures.get(_PROBLEM) is not None else BoundPosition(*backend.position_launch(*tensors))
+    return bound
 
 
 def _position_table(coords: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def recomputed_gradients(
         grad: of the function's output.
         twice: they are to have gradients in turn; else all inputs have one.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):  # which would round what is wide
         own = [t if t is None else t.view_as(t) if twice else t.detach().requires_grad_() for t in inputs]
         wanted = [t for t in own if t is not None and t.requires_grad]
         if not wanted:

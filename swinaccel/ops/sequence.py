@@ -44,14 +44,9 @@ def sequence_attention(
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run the forward of the operator, whose schema names the arguments."""
     call, problem = Operands(*arguments[:6]), Problem(*arguments[6:])
-    key = _failure_key(call, problem)
-    if failures.get(key) is None:
-        try:
-            return backend.forward(call, problem)
-        except NOT_THE_KERNELS:
-            raise
-        except Exception as error:
-            _record(key, error)
+    found = _by_kernels(call, problem, lambda: backend.forward(call, problem))
+    if found is not None:
+        return found
     out = backend.empty_like(call.q)
     return out.copy_(_plain(call, problem)), _fake_lse(call.q, call.mask).fill_(float("nan"))
 
@@ -65,14 +60,9 @@ def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Run the backward of the operator, whose schema names the arguments."""
     call, (out, lse, *numbers, factor_grad) = Operands(*arguments[:6]), arguments[6:]
     problem = Problem(*numbers)
-    key = _failure_key(call, problem)
-    if failures.get(key) is None:
-        try:
-            return list(backend.backward(grad, call, out, lse, problem, factor_grad))
-        except NOT_THE_KERNELS:
-            raise
-        except Exception as error:
-            _record(key, error)
+    grads = _by_kernels(call, problem, lambda: backend.backward(grad, call, out, lse, problem, factor_grad))
+    if grads is not None:
+        return list(grads)
 
     def plain(*inputs: Tensor) -> Tensor:
         return _plain(Operands._make((*inputs, *call[len(inputs) :])), problem)
@@ -91,16 +81,21 @@ def _plain(call: Operands, problem: Problem, twice: bool = False) -> Tensor:
     return torch_sequence.factored_bias_attention(q, k, v, q_factor, k_factor, mask, scale, problem.causal, twice)
 
 
-def _failure_key(call: Operands, problem: Problem) -> tuple:
+def _by_kernels(call: Operands, problem: Problem, run: Callable[[], tuple[Tensor, ...]]) -> Any:
+    """Return what kernels give; None where they fail, which is noted, or have failed before."""
     q, factor = call.q, None if call.q_factor is None else (call.q_factor.shape[-1], call.q_factor.dtype)
     is_blocked = bool(problem.block_size)
-    return "sequence", q.device, q.dtype, q.shape[-1], factor, call.mask is None, problem.causal, is_blocked
-
-
-def _record(key: tuple, error: Exception) -> None:
-    reason = failures.record(key, first_line(error))
-    if env_strict():
-        raise KernelError(reason) from error
+    key = "sequence", q.device, q.dtype, q.shape[-1], factor, call.mask is None, problem.causal, is_blocked
+    if failures.get(key) is None:
+        try:
+            return run()
+        except NOT_THE_KERNELS:
+            raise
+        except Exception as error:
+            reason = failures.record(key, first_line(error))
+            if env_strict():
+                raise KernelError(reason) from error
+    return None
 
 
 def _fake_lse(q: Tensor, mask: Tensor | None) -> Tensor:

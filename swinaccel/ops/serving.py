@@ -10,41 +10,45 @@ from torch import Tensor
 from ..backends.torch import sequence as torch_sequence
 from ..config import env_interpret, env_strict
 from ..errors import KernelError
+from ..layers import PLAIN_TENSORS
 from ..spec.window import Geometry
-from . import has_failures, sequence, window
+from . import sequence, window
 from .failures import failures
 from .observed import is_onnx_export
 
 
-def window_reason(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, cosine: bool) -> str | None:
-    """Return why the window kernels cannot serve a call, or None."""
-    reason = _pytorch_reason(q)
-    if reason is not None:
-        return reason
-    if not torch.compiler.is_compiling() and has_failures():
-        failed = failures.get(window.problem(q.device, q.dtype, geometry, head_dim, cosine))
-        if failed is not None and not env_strict():
-            return failed
-    interpret = q.device.type == "cpu" and env_interpret()
-    return window.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, interpret)
+def serves_windows(q: Tensor, geometry: Geometry, num_heads: int, head_dim: int, cosine: bool) -> bool:
+    """Return True if the window kernels can serve a call."""
+    if _is_pytorchs(q):
+        return False
+    if not torch.compiler.is_compiling():
+        problem = window.problem(q.device, q.dtype, geometry, head_dim, cosine)
+        if failures.get(problem) is not None and not env_strict():
+            return False
+    return window.unsupported_reason(q.device, q.dtype, geometry, num_heads, head_dim, _is_interpreted(q)) is None
 
 
-def _pytorch_reason(q: Tensor) -> str | None:
-    """Return why a call is for PyTorch's own operators, whatever its numbers, or None."""
+def serves_sequences(q: Tensor, rank: int, factor_dtype: torch.dtype) -> bool:
+    """Return True if the kernels of sequences can serve a call."""
+    if _is_pytorchs(q):
+        return False
+    return sequence.unsupported_reason(q.device, q.dtype, q.shape[-1], rank, factor_dtype, _is_interpreted(q)) is None
+
+
+def _is_pytorchs(q: Tensor) -> bool:
+    """Return True if a call is for PyTorch's own operators, whatever its numbers."""
     if q.numel() == 0:
-        return "there is nothing to compute"
+        return True
     if torch.compiler.is_compiling():
-        if is_onnx_export():
-            return "ONNX has no Triton kernels"
-    elif type(q) not in (Tensor, torch.nn.Parameter):
-        return f"q is a {type(q).__name__}"
-    elif torch.jit.is_tracing():
-        return "the call is being traced, and sizes are tensors then"
-    if torch_sequence.is_in_transform():
-        return "the call is inside a torch.func transform, which kernels have no rules for"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active, which kernels have no rules for"
-    return None
+        if is_onnx_export():  # which has no Triton kernels
+            return True
+    elif type(q) not in PLAIN_TENSORS or torch.jit.is_tracing():  # sizes are tensors in a trace
+        return True
+    return torch_sequence.is_transformed()
+
+
+def _is_interpreted(q: Tensor) -> bool:
+    return q.device.type == "cpu" and env_interpret()
 
 
 def try_window_kernels(qkv: Any, geometry: Geometry, **options: Any) -> Tensor | None:
@@ -66,12 +70,3 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def sequence_reason(q: Tensor, rank: int, factor_dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot serve a call, or None."""
-    reason = _pytorch_reason(q)
-    if reason is not None:
-        return reason
-    interpret = q.device.type == "cpu" and env_interpret()
-    return sequence.unsupported_reason(q.device, q.dtype, q.shape[-1], rank, factor_dtype, interpret)

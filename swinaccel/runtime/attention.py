@@ -58,11 +58,11 @@ def proven_reading(family: Family, module: nn.Module, cache: PlanCache) -> Readi
                 f"its dropout {dropout.removesuffix('.p')} is active, and only its own code says where it drops; "
                 "call eval(), or set its rate to 0"
             )
-    cache.renew(facts, lambda: guard_of(family, root, inside))
+    cache.renew(facts, lambda: guard_of(family, inside))
     return facts
 
 
-def guard_of(adapter: Adapter, root: nn.Module, parts: list[nn.Module]) -> Guard | None:
+def guard_of(adapter: Adapter, parts: list[nn.Module]) -> Guard | None:
     """Return a guard of modules and of what their code reads elsewhere, or None where that cannot be compared."""
     try:
         trace = Trace([("", part) for part in parts], (adapter.method, block_method(adapter)))
@@ -152,30 +152,19 @@ def plan_attention(
     def run_with_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
         refuse_capture()
-        images, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
-
-        def watched(image: Tensor) -> Tensor:
-            images.append(image)
-            return attend(image, mask)
-
-        out = family.forward(module, watched, *args, **kwargs)
-        return out, lazy_weights(with_mask(section, mask), images[0], given)
-
-    def run_recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        refuse_capture()
         made, mask = [], None if mask_of is None else mask_of(module, args, kwargs)
 
         def watched(image: Tensor) -> Tensor:
-            out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
+            if not is_recorded:
+                out, weights = attend(image, mask), lazy_weights(with_mask(section, mask), image, given)
+            else:
+                out, weights = attend_recorded(attend, image, mask)  # type: ignore[arg-type]
             made.append(weights)
             return out
 
         return family.forward(module, watched, *args, **kwargs), made.pop()
 
-    if reading.weights:
-        way = run_recorded if is_recorded else run_with_weights
-    else:
-        way = run if mask_of is None else run_with_mask
+    way = run_with_weights if reading.weights else run if mask_of is None else run_with_mask
     return Plan(way, problem, guard, section.index, is_reusable=is_reusable)
 
 

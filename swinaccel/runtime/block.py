@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from ..backends.torch import block as torch_block
 from ..backends.torch import products
 from ..backends.triton import block as kernels
+from ..backends.triton.launches import BoundLaunch
 from ..config import AccelConfig, env_strict
 from ..errors import FallbackError
 from ..layers import PLAIN_TENSORS, has_hooks, is_builtin, replaced_methods
-from ..ops import block as block_ops
 from ..ops import block_autograd as recorded
-from ..ops.block import HALVES, is_like
+from ..ops.block import HALVES, BoundRest, is_like
 from ..ops.failures import failures
+from ..ops.observed import count_modes
 from ..spec.block import Block
 from ..spec.reference_block import drop_factors
 from ..trust.fingerprint import rates
 from ..trust.libraries import is_of_library
-from .context import are_functions_torchs, has_dispatch_mode, product_dtype
+from .context import are_functions_torchs, product_dtype
 
 logger = logging.getLogger("swinaccel")
 
@@ -139,7 +140,7 @@ def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:
     """Return why kernels must not stand in for layers around an attention in this call, or None."""
     if not are_functions_torchs():
         return "a function of PyTorch's was replaced"
-    if has_dispatch_mode():
+    if count_modes():
         return "a mode looks at operators"
     dtype, device = product_dtype(x), x.device
     if dtype not in DTYPES or x.dtype not in (dtype, torch.float32):
@@ -208,8 +209,11 @@ class FusedBlock:
         facts, post_norm = self._facts, self._facts.block.post_norm
         eps = facts.norms[0][2], facts.norms[1][2]
         try:
-            self._first = None if post_norm else block_ops.BoundNorm(x.shape, x.device, eps[0])
-            self._rest = block_ops.BoundRest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
+            self._first: Any = None
+            if not post_norm and x.numel():
+                sizes = x.numel() // facts.channels, facts.channels
+                self._first = BoundLaunch(kernels.norm_launch(kernels.NORM, x.device, *sizes, eps[0]))
+            self._rest = BoundRest(x.shape, x.dtype, x.device, facts.hidden, eps, post_norm)
             self._output = self._attend.output_layer(x) if self._rest.projects else None
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
@@ -217,9 +221,11 @@ class FusedBlock:
         return True
 
     def _bound(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        facts, first = self._facts, self._first
+        facts, first, y = self._facts, self._first, x
         try:
-            y = x if first is None else first.run(x, *facts.norms[0][:2])
+            if first is not None:
+                y = torch.empty_like(x)
+                kernels.run(first, x, y, None, None, None, None, *facts.norms[0][:2], None)
         except kernels.LaunchError as error:
             failed(self._problem, error, self._config)
             y = facts.block.norm1(x)

@@ -55,11 +55,6 @@ Original = Callable[..., Any]
 _warned: set[str] = set()
 
 
-def forget_warnings() -> None:
-    """Warn again of reasons that were warned of before."""
-    _warned.clear()
-
-
 class Entry:
     """Options of the calls of one method, as a marker holds them.
 
@@ -219,7 +214,7 @@ def _guarded_facts(adapter: BlockReader, module: nn.Module, cache: PlanCache) ->
     except (AttributeError, TypeError, KeyError, ValueError, Untraceable) as error:
         facts = f"it is not built as it was ({error})"
     parts = [root, *(part for part in module.modules() if part is not module)]
-    cache.renew(facts, lambda: guard_of(adapter, root, parts))
+    cache.renew(facts, lambda: guard_of(adapter, parts))
     return facts
 
 

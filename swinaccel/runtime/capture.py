@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,13 +77,16 @@ class Capture:
         self._calls: list[tuple[State, int, int]] = []
         contents, hosts = Contents(root), host_state(self._device)
         try:
-            with _without_autocast_cache(), drawing_apart(self._device):
+            with _autocast_without_cache(self._device.type), drawing_apart(self._device):
                 leaves, self._form = tree_flatten(self._capture(run, inputs))
                 if host_state(self._device) != hosts:
                     raise NotCapturable("it draws random numbers on the host, which a graph would not draw anew")
             if [one._version for one in self._inputs if not one.is_inference()] != written:
                 raise NotCapturable("it writes to its input")
-            self._outputs, self._leaves = _split(leaves)
+            for leaf in leaves:
+                if type(leaf) is not Tensor and not isinstance(leaf, (int, float, str, type(None))):
+                    raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph does not compute")
+            self._leaves, (self._order, self._outputs) = leaves, distinct(leaves)
             if not self._guard.holds() or self._where() != self._places:
                 raise NotCapturable(CHANGES)
         finally:
@@ -174,7 +176,8 @@ class Capture:
 
     def _formed(self, tensors: Any) -> Any:
         """Return tensors in the form of the call's output."""
-        leaves = [other if place is None else tensors[place] for place, other in self._leaves]
+        pairs = zip(self._leaves, self._order, strict=True)
+        leaves = [one if place is None else tensors[place] for one, place in pairs]
         return tree_unflatten(leaves, self._form)
 
     def _where(self) -> list[int]:
@@ -184,22 +187,17 @@ class Capture:
         return [one._version for one in self._counted]  # of indices, through which kernels read
 
 
-def _split(leaves: list[Any]) -> tuple[list[Tensor], list[tuple[int | None, Any]]]:
-    """Return the tensors among the leaves of an output, each once, and for each leaf its place there, or itself."""
+def distinct(leaves: list[Any]) -> tuple[list[int | None], list[Tensor]]:
+    """Return for each leaf its place among the tensors, or None for what is none; and those, each once."""
     tensors: list[Tensor] = []
     places: dict[int, int] = {}
-    found: list[tuple[int | None, Any]] = []
+    found: list[int | None] = []
     for leaf in leaves:
-        if type(leaf) is Tensor:
-            if id(leaf) not in places:
-                places[id(leaf)] = len(tensors)
-                tensors.append(leaf)
-            found.append((places[id(leaf)], None))
-        elif isinstance(leaf, (int, float, str, type(None))):
-            found.append((None, leaf))
-        else:
-            raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph does not compute")
-    return tensors, found
+        if isinstance(leaf, Tensor) and id(leaf) not in places:
+            places[id(leaf)] = len(tensors)
+            tensors.append(leaf)
+        found.append(places.get(id(leaf)))
+    return found, tensors
 
 
 def _may_be_sharded() -> bool:
@@ -216,12 +214,6 @@ def _outside(modules: list[nn.Module]) -> tuple[list[Any], list[Any]]:
     return trace.cells, trace.contents
 
 
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Let autocast convert weights anew inside: a graph must not read what the cache is about to free."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+def _autocast_without_cache(kind: str) -> Any:
+    """Return autocast as it is, which converts weights anew: a graph must not read what its cache is about to free."""
+    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)

@@ -75,11 +75,6 @@ def context_reason(x: Any) -> str | None:
     return None
 
 
-def has_dispatch_mode() -> bool:
-    """Return True if a torch dispatch mode is active."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def backend_of(config: AccelConfig, device: torch.device) -> str:
     """Return "triton" or "torch", for tensors on a device."""
     if config.backend != "auto":

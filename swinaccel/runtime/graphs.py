@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..backends.triton.launches import first_line
 from ..config import CAPTURED_CALL, AccelConfig
 from ..layers import PLAIN_TENSORS
 from ..ops.observed import count_modes
-from .capture import ENGINES, Capture, NotCapturable, Run
+from .capture import ENGINES, Capture, NotCapturable, Run, distinct
 from .plan import State
 from .rehearsal import compile_ahead
 from .training_capture import TrainingCapture
@@ -131,7 +132,8 @@ class Graphs:
         try:
             capture = (TrainingCapture if torch.is_grad_enabled() else Capture)(module, run, inputs)
         except Exception as error:  # of the call itself it will be raised again, by the call
-            self.refuse(key, str(error) if isinstance(error, NotCapturable) else f"capturing failed: {_line(error)}")
+            reason = str(error) if isinstance(error, NotCapturable) else f"capturing failed: {first_line(error)}"
+            self.refuse(key, reason)
             return
         while self.captures and (len(self.captures) >= MOST or self.nbytes + capture.nbytes > limit):
             self._latest = None
@@ -147,10 +149,6 @@ class Graphs:
             self._refused.clear()
         self._refused[key] = self.reason = reason
         logger.info("swinaccel: no graph, and results are right: %s", reason)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}"
 
 
 def call(
@@ -190,7 +188,7 @@ def call(
 def _again(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     """Return a function that makes a call anew, of another module and other tensors."""
     leaves, form = _flat(args, kwargs)
-    places, _ = _distinct(leaves)
+    places, _ = distinct(leaves)
     others = [None if isinstance(one, Tensor) else one for one in leaves]  # which does not keep the tensors alive
 
     def again(module: nn.Module, tensors: list[Tensor]) -> Any:
@@ -213,7 +211,7 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
         trained: calls that record gradients may be graphs, too.
     """
     leaves, form = _flat(args, kwargs)
-    places, inputs = _distinct(leaves)
+    places, inputs = distinct(leaves)
     if not inputs or not all(map(_is_input, inputs)):
         return None
     if not all(place is not None or _is_plain(one) for one, place in zip(leaves, places, strict=True)):
@@ -258,19 +256,6 @@ def _may_replay(device: str) -> bool:
         and (not torch.is_grad_enabled() or _is_ordinary_training())
         and not (device == "cuda" and torch.cuda.is_current_stream_capturing())
     )
-
-
-def _distinct(leaves: list[Any]) -> tuple[list[int | None], list[Tensor]]:
-    """Return for each leaf its place among the tensors, or None for what is none; and those, each once."""
-    tensors: list[Tensor] = []
-    places: dict[int, int] = {}
-    found: list[int | None] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and id(leaf) not in places:
-            places[id(leaf)] = len(tensors)
-            tensors.append(leaf)
-        found.append(places.get(id(leaf)))
-    return found, tensors
 
 
 def _is_input(x: Tensor) -> bool:

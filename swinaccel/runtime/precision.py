@@ -100,7 +100,7 @@ def run_of(
             return plain.run(x, mask)
 
         return run
-    return _Block(plain, facts, section, reads, x, config, state, known).run
+    return _Block(plain, facts, section, reads, config, state, known).run
 
 
 def products_of(section: Section) -> list[Read] | str:
@@ -193,7 +193,7 @@ class _Block:
     """A block that can multiply in 8 bits, for one kind of calls."""
 
     def __init__(
-        self, plain: FusedBlock, facts: BlockFacts, section: Section, reads: list[Read], x: Tensor, config: AccelConfig,
+        self, plain: FusedBlock, facts: BlockFacts, section: Section, reads: list[Read], config: AccelConfig,
         state: State, known: Precision,
     ) -> None:  # fmt: skip
         self._plain, self._facts, self._reads, self._known = plain, facts, reads, known

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.recomputed import recomputed_gradients
 from ..spec.reference import cut, join, section_weights, split_heads
 from ..spec.window import Section, with_mask
 from .section import TritonSection, padding_of
@@ -46,7 +47,7 @@ class _Call:
         self.record.weights = weakref.ref(made)
         return made
 
-    def weights(self, sources: Sequence[Any]) -> Tensor:
+    def weights(self, *sources: Any) -> Tensor:
         """Return the weights, with gradients for the sources."""
         *parts, table, padding, logit_scale = sources
         section = dataclasses.replace(
@@ -58,7 +59,7 @@ class _Call:
         )
         return section_weights(section, parts[0])
 
-    def mixed(self, weights: Tensor, sources: Sequence[Any]) -> Tensor:
+    def mixed(self, weights: Tensor, *sources: Any) -> Tensor:
         """Return the values, mixed by the weights, as an image."""
         *parts, _, padding, _ = sources
         values = parts[0].chunk(3, dim=-1)[2] if self.count == 1 else parts[2]
@@ -104,7 +105,7 @@ class _PutOff(torch.autograd.Function):
         sources = ctx.saved_tensors
         if grad is None:
             return None, *(None for _ in sources)
-        return None, *_gradients(ctx.call.weights, sources, grad)
+        return None, *recomputed_gradients(ctx.call.weights, sources, grad, torch.is_grad_enabled())
 
 
 class _Past(torch.autograd.Function):
@@ -122,19 +123,7 @@ class _Past(torch.autograd.Function):
         if not call.record.is_needed():
             return None, grad, None, *(None for _ in sources)
         with torch.autocast(grad.device.type, enabled=False):
-            weights = call.weights(sources)  # of its gradient there is more to come: this is only what the output has
+            weights = call.weights(*sources)  # of its gradient there is more to come: this is only what the output has
         if not weights.requires_grad:
             weights = weights.detach().requires_grad_()
-        return None, None, *_gradients(lambda given: call.mixed(given[0], given[1:]), [weights, *sources], grad)
-
-
-def _gradients(function: Callable[[Sequence[Any]], Tensor], inputs: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
-    """Return the gradients of inputs, or None; with gradients of their own where a backward records these."""
-    creates = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        given = [None if one is None else one.view_as(one) for one in inputs]
-        if not creates:
-            given = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in inputs]
-        wanted = [one for one in given if one is not None and one.requires_grad]
-        found = iter(torch.autograd.grad(function(given), wanted, grad, create_graph=creates, allow_unused=True))
-    return [None if one is None or not one.requires_grad else next(found) for one in given]
+        return None, None, *recomputed_gradients(call.mixed, (weights, *sources), grad, torch.is_grad_enabled())

@@ -25,7 +25,7 @@ class _Bound(NamedTuple):
     """The launches of a section in inference, and the projections that they were bound for; see `bind_launches`."""
 
     attention: window.BoundAttention
-    position: position.BoundPosition | None
+    position: Callable[..., Tensor | None] | None
     shape: torch.Size
     dtype: torch.dtype
     table: Tensor | None  # a parameter stays what it is while the plan's guard holds, and is read where it lies
@@ -104,7 +104,7 @@ class TritonSection:
             return self._first(qkv, mask)
         table = bound.table
         if table is None and section.table is not None:
-            table = None if bound.position is None else bound.position.run(*section.position)  # type: ignore[misc]
+            table = None if bound.position is None else bound.position(*section.position)  # type: ignore[misc]
             table = section.table() if table is None else table
             if (table.stride(), table.dtype) != bound.layout:
                 return attend_triton(with_mask(section, mask), qkv, table)

@@ -22,7 +22,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..config import env_strict
 from ..errors import FallbackError
 from ..layers import BASE_ATTRIBUTES, MARKER, PROVEN, has_hooks, has_own_forward, is_builtin, replaced_methods
-from ..ops import block as block_ops
 from ..spec.adapters import Adapter, Family, call_settings, is_family, reads_attention_blocks
 from ..spec.block import Attend, Block, Embedding
 from ..spec.reference_block import attend_tokens
@@ -328,7 +327,8 @@ def _block(block: Block, attend: Attend, x: Tensor, size: tuple[int, int] | None
     if branch.dtype != x.dtype or branch.shape != x.shape:
         out = rest(block, x, branch)
     else:
-        norms: Any = tuple([(one.weight, one.bias, one.eps) for one in (block.norm1, block.norm2)])
-        linears: Any = tuple([(one.weight, one.bias) for one in (block.fc1, block.fc2)])
-        out = block_ops.compiled_after_attention(x, branch, norms, linears, block.post_norm)
+        norm1, norm2, fc1, fc2 = block.norm1, block.norm2, block.fc1, block.fc2
+        norms = norm1.weight, norm1.bias, norm1.eps, norm2.weight, norm2.bias, norm2.eps
+        layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        out = torch.ops.swinaccel.after_attention(x, branch, *norms, *layers, block.post_norm)
     return out if block.as_output is None else block.as_output(out)

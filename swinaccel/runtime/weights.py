@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..errors import KernelError
+from ..ops.observed import count_modes
 from ..spec.reference import section_weights
 from ..spec.window import Section
-from .context import has_dispatch_mode
 from .section import plain_layer
 
 # Answered without the numbers.
@@ -276,7 +276,7 @@ def weights_reason(section: Section, x: Tensor) -> str | None:
         return "it returns its attention weights, and its projection is more than a linear layer; merge what it adds"
     if section.dropout > 0:
         return "it returns its attention weights, which dropout changes at random now; call eval() to accelerate"
-    if torch.is_autocast_enabled(x.device.type) or has_dispatch_mode():
+    if torch.is_autocast_enabled(x.device.type) or count_modes():
         return "it returns its attention weights, and autocast or another mode decides how they are computed"
     return None
 

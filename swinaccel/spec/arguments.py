@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -164,27 +164,25 @@ def check_table(q: Tensor, table: Any, index: Any, heads: int, tokens: int) -> T
     return index.reshape(tokens, tokens)
 
 
-# By index, itself, what was last found in it: its version then, and its smallest and largest entries.
-_ranges: dict[int, tuple[weakref.ref, int, int, int]] = {}
+# What was last found in an index: its version then, and its smallest and largest entries.
+_ranges = WeakTensorKeyDictionary()
 
 
 def check_entries(index: Tensor, rows: int) -> None:
     """Raise where an index names rows that a table has not. An index is looked through once, until it is written to."""
     if torch.compiler.is_compiling():
         return  # kernels read nothing beyond the table, and give NaN
-    known = _ranges.get(id(index))
+    known = _ranges.get(index)
     version = 0 if index.is_inference() else index._version
-    if known is None or known[0]() is not index or known[1] != version:
+    if known is None or known[0] != version:
         if not can_look() or type(index) not in (Tensor, torch.nn.Parameter) or index.is_meta:
             return
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if len(_ranges) > 256:
-            _ranges.clear()
         low, high = (int(one) for one in index.aminmax())
-        known = _ranges[id(index)] = weakref.ref(index), version, low, high
-    if known[2] < 0 or known[3] >= rows:
-        raise ValueError(f"index must hold rows of the table, 0 to {rows - 1}; got {known[2]} to {known[3]}")
+        known = _ranges[index] = version, low, high
+    if known[1] < 0 or known[2] >= rows:
+        raise ValueError(f"index must hold rows of the table, 0 to {rows - 1}; got {known[1]} to {known[2]}")
 
 
 def check_logit_scale(q: Tensor, logit_scale: Any, heads: int, of: str = "q") -> Tensor:

@@ -209,16 +209,29 @@ def _bias(table: Tensor | None, index: Tensor | None, geometry: Geometry) -> Ten
     return bias_of_windows(bias, geometry) if bias is not None and bias.dim() == 4 else bias
 
 
+def section_attention(section: Section, image: Tensor) -> Tensor:
+    """Return what a section gives of an image: (B, H, W, C) to (B, H, W, C'). A dropout counts if it drops all."""
+    (q, k, v), bias, mask = _operands(section, image)
+    scale, logit_scale, dropout = section.scale, section.logit_scale, float(section.dropout == 1.0)
+    out = attention(q, k, v, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale, dropout=dropout)
+    return section.output(join(out.transpose(1, 2).flatten(2), section.geometry))
+
+
 def section_weights(section: Section, image: Tensor) -> Tensor:
     """Return the weights that a section gives the keys of an image (B, H, W, C), (B * M, heads, N, N)."""
+    (q, k, _), bias, mask = _operands(section, image)
+    return attention_weights(q, k, bias=bias, mask=mask, scale=section.scale, logit_scale=section.logit_scale)
+
+
+def _operands(section: Section, image: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Return q, k and v of all windows of an image, and their bias and mask."""
     qkv, geometry, mask = section.project(image), section.geometry, section.mask
     parts = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
     padding = section.padding() if section.padding is not None else None
-    q, k, _ = windows_of(parts, geometry, section.num_heads, padding)
+    windows = windows_of(parts, geometry, section.num_heads, padding)
     if mask is None and geometry.is_shifted and section.mask_value:
         mask = shift_mask(geometry, section.mask_value, device=image.device)
-    bias = _bias(None if section.table is None else section.table(), section.index, geometry)
-    return attention_weights(q, k, bias=bias, mask=mask, scale=section.scale, logit_scale=section.logit_scale)
+    return windows, _bias(None if section.table is None else section.table(), section.index, geometry), mask
 
 
 def visible_keys(

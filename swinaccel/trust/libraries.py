@@ -9,16 +9,11 @@ import torch
 
 from .names import functions_behind
 
-# Homes of the surveyed implementations of window attention.
-SURVEYED = (
-    "timm.models.swin_transformer",
-    "torchvision.models.swin_transformer",
-    "torchvision.models.video.swin_transformer",
-    "transformers.models.",
-    "monai.networks.nets.swin_unetr",
-)
-# Homes of those and of the layers that they use.
-LIBRARIES = (*SURVEYED, "torch.", "timm.layers.", "torchvision.ops.", "transformers.", "monai.networks.")
+# Homes of the surveyed implementations of window attention, and of the layers that they use.
+LIBRARIES = (
+    "timm.models.swin_transformer", "torchvision.models.swin_transformer", "torchvision.models.video.swin_transformer",
+    "torch.", "timm.layers.", "torchvision.ops.", "transformers.", "monai.networks.",
+)  # fmt: skip
 
 _PARTS = "Model", "ForImageClassification", "Backbone", "Encoder", "Stage"
 # Whole models and stages that run the same operators at every call of one signature, whatever the values of tensors.

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,7 +55,7 @@ def compare_attention(
 
     def attended(image: Tensor) -> Tensor:
         images.append(image)
-        return attend(section, image)
+        return reference.section_attention(section, image)
 
     if section.beside is None:
         found = _parts(family.forward(other, attended, inputs[1], *rest))
@@ -64,7 +63,7 @@ def compare_attention(
         beside = section.beside
 
         def attended_beside(image: Tensor, mask: Tensor | None) -> Tensor:
-            return attend(with_mask(beside, mask), image)
+            return reference.section_attention(with_mask(beside, mask), image)
 
         found = _parts(family.forward_beside(other, attended, attended_beside, inputs[1], *rest))  # type: ignore[attr-defined]
     if generator_state() != draws and not section.dropout:
@@ -118,7 +117,7 @@ def compare_block(
             section = reading.apply(section, family.attention(other), args[0])
             if isinstance(section, str):
                 return PADDED
-            attended = functools.partial(attend, section)
+            attended = functools.partial(reference.section_attention, section)
     inputs = [args[0].clone().requires_grad_(setting.grad) for _ in range(2)]
     expected = _expected(original, clone, (inputs[0], *args[1:]), setting)
     if expected is None:
@@ -136,29 +135,6 @@ def compare_block(
     if generator_state() != draws:
         return _DRAWS
     return compare.mismatch_reason(family.name, expected, _parts(found), inputs, clone, other, setting)
-
-
-def attend(section: Section, x: Tensor) -> Tensor:
-    """Return what a section computes, in plain PyTorch: (B, H, W, C) to (B, H, W, C')."""
-    qkv = section.project(x)
-    q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
-    if section.dropout == 1.0:
-        return section.output(torch.zeros_like(v))
-    out = reference.shifted_window_attention(
-        q,
-        k,
-        v,
-        section.geometry,
-        num_heads=section.num_heads,
-        table=None if section.table is None else section.table(),
-        index=section.index,
-        padding=section.padding() if section.padding is not None else None,
-        mask=section.mask,
-        mask_value=section.mask_value,
-        scale=section.scale,
-        logit_scale=section.logit_scale,
-    )
-    return section.output(out)
 
 
 def _expected(

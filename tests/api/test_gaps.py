@@ -274,10 +274,10 @@ def pairs(monkeypatch):
         made.append(problem)
         return dataclasses.replace(large(**problem), images=2)
 
-    launches.forget_launches()
+    launches.launches.clear()
     monkeypatch.setattr(launch, "large", paired)
     yield
-    launches.forget_launches()
+    launches.launches.clear()
     assert made
 
 

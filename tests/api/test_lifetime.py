@@ -124,7 +124,7 @@ def test_loading_where_nothing_was_proven(monkeypatch):
     gc.collect()
     patching.unmark(())
     registry.clear()
-    call.forget_warnings()
+    call._warned.clear()
     twin = pickle.loads(data)
     assert getattr(type(twin.blocks[0]), traced.PROVEN) == frozenset()  # compilers are told of no proof
     with pytest.warns(UserWarning, match=r"call swinaccel\.accelerate\(model\)") as warned:

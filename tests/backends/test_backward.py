@@ -28,7 +28,7 @@ from kernel_problems import (
 )
 from torch import Tensor
 
-from swinaccel.backends.triton import devices, launches
+from swinaccel.backends.triton import launches
 from swinaccel.ops import window as window_ops
 
 pytestmark = pytest.mark.usefixtures("strict_kernels")
@@ -314,8 +314,8 @@ def test_error_of_logit_scale_over_many_draws(window, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kilobytes", [64, 99, 163])
-def test_small_shared_memory(monkeypatch, kilobytes):
+def test_small_shared_memory(with_shared_memory, kilobytes):
     """Launches adapt to GPUs with less shared memory than the one at hand."""
-    monkeypatch.setattr(devices, "shared_memory_override", kilobytes * 1024)
+    with_shared_memory(kilobytes * 1024)
     for window, dim, dtype in itertools.product([(7, 7), (12, 12)], [32, 128], [torch.float16, torch.float32]):
         run(Case(window, (32, 32), (3, 3), dim=dim), dtype)

@@ -8,6 +8,7 @@ import torch
 from helpers import TRITON_DEVICE
 
 from swinaccel import ops
+from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import launches
 from swinaccel.backends.triton import window as window_launches
 from swinaccel.errors import ArgumentError
@@ -73,7 +74,7 @@ def test_bound_attention(case, strict_kernels):
 
 def test_nothing_is_planned_again(strict_kernels):
     """The launch of a binding is the one that the operator has, so that both are compiled once."""
-    launches.forget_launches()
+    launches.launches.clear()
     bind(*PROBLEMS[3], scale=0.3)
     count = len(launches.launches)
     attend(*PROBLEMS[3], scale=0.3)
@@ -127,7 +128,8 @@ def test_bound_rest_of_a_block(dtype, in_one, post_norm, strict_kernels):
     bound = block_ops.BoundRest(x.shape, dtype, x.device, 64, (1e-5, 1e-2), post_norm)
     found = bound.run(x, branch, affine, linears)
     assert TRITON_DEVICE != "cpu" or (bound._in_one is not None) == in_one
-    assert torch.equal(found, block_ops.after_attention(x, branch, affine, linears, post_norm))
+    flat = (*affine[0], *affine[1], *linears[0], *linears[1])
+    assert torch.equal(found, torch.ops.swinaccel.after_attention(x, branch, *flat, post_norm))
     plain = block_ops._plain(x.double(), branch.double(), *exact((affine, linears)), post_norm)
     helpers.assert_close(found.double(), plain, 1e-2 if dtype == torch.float16 else 2e-5)
 
@@ -140,16 +142,18 @@ def exact(value):
 
 def test_bound_norm(strict_kernels):
     x, weight, bias = tensors((3, 5, 24), (24,), (24,))
-    bound = block_ops.BoundNorm(x.shape, x.device, 1e-5)
-    helpers.assert_close(bound.run(x, weight, bias), torch.nn.functional.layer_norm(x, (24,), weight, bias))
-    assert torch.equal(bound.run(x, weight, bias), block_ops.kernels.norm(x, (weight, bias, 1e-5)))
-    assert block_ops.BoundNorm((0, 5, 24), x.device, 1e-5).run(x[:0], weight, bias).shape == (0, 5, 24)
+    bound = launches.BoundLaunch(kernels.norm_launch(kernels.NORM, x.device, 15, 24, 1e-5))
+    for _ in range(2):
+        out = torch.empty_like(x)
+        bound(x, out, None, None, None, None, weight, bias, None)
+        helpers.assert_close(out, torch.nn.functional.layer_norm(x, (24,), weight, bias))
+        assert torch.equal(out, kernels.norm(x, (weight, bias, 1e-5)))
 
 
 def test_bound_position_table(strict_kernels):
     given = tensors((3, 5, 2), (12, 2), (12,), (HEADS, 12))
     bound = position.bind(*given)
-    assert torch.equal(bound.run(*given), position.position_table(*given))
+    assert torch.equal(bound(*given), position.position_table(*given))
 
 
 def test_only_aligned_tensors_are_passed_on_unseen(monkeypatch):

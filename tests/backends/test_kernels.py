@@ -337,10 +337,8 @@ def test_offsets_beyond_32_bits(dtype):
 
 
 @pytest.mark.gpu
-def test_small_shared_memory(monkeypatch):
+def test_small_shared_memory(with_shared_memory):
     """Launches adapt to GPUs with less shared memory than the one at hand."""
-    from swinaccel.backends.triton import devices
-
-    monkeypatch.setattr(devices, "shared_memory_override", 64 * 1024)
+    with_shared_memory(64 * 1024)
     for window, dim in itertools.product([(7, 7), (12, 12), (16, 16)], [32, 128]):
         run(Case(window, (32, 32), (3, 3), dim=dim), torch.float16)

@@ -349,8 +349,8 @@ def test_full_sizes(case, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("limit", [64, 99])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-def test_small_shared_memory(limit, dtype, monkeypatch):
-    monkeypatch.setattr(devices, "shared_memory_override", limit * 1024)
+def test_small_shared_memory(limit, dtype, with_shared_memory):
+    with_shared_memory(limit * 1024)
     for case in (Case(300, rank=16, dim=64, causal=True, masks=1), Case(300, block_size=64, window_blocks=2, dim=128)):
         compare(case, "triton", dtype)
 

@@ -15,7 +15,7 @@ from helpers import both_backends, check, check_fallback, randomize
 from traps import TRANSFORMERS_5
 
 import swinaccel
-from swinaccel.trust import trial
+from swinaccel.spec import reference
 
 KEEPS_VERDICTS = True
 
@@ -84,7 +84,7 @@ def test_trap_16_swin2sr_adds_its_mask_twice(backend):
     for value in (-200.0, -100.0):
         section.mask_value = value
         with torch.no_grad():
-            attended = trial.attend(section, x.view(1, 8, 8, 16)).flatten(1, 2)
+            attended = reference.section_attention(section, x.view(1, 8, 8, 16)).flatten(1, 2)
             y = x + model.layernorm_before(attended)
             outputs.append(y + model.layernorm_after(model.output(model.intermediate(y))))
     helpers.assert_close(outputs[0], found[0].cpu(), 1e-4)

@@ -246,7 +246,7 @@ def test_a_part_of_a_model_that_is_captured_computes_them_at_once(monkeypatch):
 def test_graphs_of_training_steps(monkeypatch):
     """Weights that a model returns are computed by every replay, with their gradients."""
     monkeypatch.setitem(capture.ENGINES, "cpu", Tape)
-    monkeypatch.setattr(weights, "has_dispatch_mode", lambda: False)  # the stand-in is one
+    monkeypatch.setattr(weights, "count_modes", lambda: 0)  # the stand-in is one
     model, x = htsat(), torch.randn(2, 64, 16, device=DEVICE)
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton", graphs=True)
     for _ in range(3):

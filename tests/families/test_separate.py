@@ -185,16 +185,9 @@ def test_what_is_put_together_is_of_one_kind(packed):
         assert not separate._is_packed(x, parametrized)
 
 
-def test_training(packed, monkeypatch):
+def test_training(packed):
     x, linears = torch.randn(4, 16), plain(*((16, 16),) * 3)
     assert separate._is_packed(x, linears)
-    monkeypatch.setattr(separate, "packs_training", False)
-    assert not separate._is_packed(x, linears)
-    with torch.no_grad():
-        assert separate._is_packed(x, linears)
-        monkeypatch.setattr(separate, "packs_inference", False)
-        assert not separate._is_packed(x, linears)
-    monkeypatch.setattr(separate, "packs_training", True)
     linears[1].requires_grad_(False)  # its gradient would be worked out for nothing
     assert not separate._is_packed(x, linears)
     for linear in linears:

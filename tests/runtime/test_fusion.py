@@ -289,13 +289,13 @@ def test_memory_that_runs_out_is_no_failure_of_a_kernel(monkeypatch):
 @pytest.fixture
 def after_attention(monkeypatch):
     """The dtypes of what the operator was given."""
-    dtypes, plain = [], block_ops.after_attention
+    dtypes, plain = [], block_ops._check
 
     def run(x, *rest):
         dtypes.append(x.dtype)
         return plain(x, *rest)
 
-    monkeypatch.setattr(block_ops, "after_attention", run)
+    monkeypatch.setattr(block_ops, "_check", run)
     return dtypes
 
 

@@ -178,7 +178,7 @@ def test_who_multiplies(monkeypatch):
     assert not kernels.pays_in_one(*kind, rows, 256, 256)
 
 
-def test_launches_fit_smaller_devices(monkeypatch):
+def test_launches_fit_smaller_devices(with_shared_memory):
     from swinaccel.kernels import fusion_launch
 
     for limit in (232448, 166912, 101376, 65536):
@@ -187,5 +187,5 @@ def test_launches_fit_smaller_devices(monkeypatch):
             if shape is not None:
                 per_stage = 4 * shape.block_h * shape.block_c
                 assert 2 * shape.block_m * (shape.block_c + shape.block_h) + shape.num_stages * per_stage <= limit
-    monkeypatch.setattr(devices, "shared_memory_override", 16384)
+    with_shared_memory(16384)
     assert kernels.mlp_launch(torch.device(TRITON_DEVICE), torch.float16, 128, 512) is None

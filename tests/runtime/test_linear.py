@@ -38,9 +38,9 @@ def multiplied(few_processors, monkeypatch):
         return lambda *tensors: (ran.append(key), launch(*tensors))[1]
 
     monkeypatch.setattr(linear, "_plan", planned)
-    launches.forget_launches()
+    launches.launches.clear()
     yield ran
-    launches.forget_launches()
+    launches.launches.clear()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from helpers import TRITON_DEVICE
 
 import swinaccel
 from swinaccel.backends.triton import devices
-from swinaccel.backends.triton.traced import TracedLaunch
+from swinaccel.backends.triton.traced import traced_launch
 from swinaccel.ops import block, position, sequence, window
 from swinaccel.spec.reference import shift_mask
 from swinaccel.spec.window import Geometry
@@ -80,7 +80,7 @@ def test_what_is_inside_computes_what_the_operator_does(case, monkeypatch):
     arguments = arguments_of()
     expected = getattr(torch.ops.swinaccel, name)(*arguments)
     assert not launched
-    found = inside(*arguments, bound=TracedLaunch)
+    found = inside(*arguments, bound=traced_launch)
     assert launched
     pairs = [(expected, found)] if isinstance(expected, torch.Tensor) else zip(expected, found, strict=True)
     for one, other in pairs:

@@ -39,12 +39,8 @@ class _Order(NamedTuple):
 
 
 @lru_cache(maxsize=16)  # the stages of one model; each is as large as its images
+@torch.inference_mode(False)  # it may be saved for a backward later
 def _order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
-    with torch.inference_mode(False):  # it may be saved for a backward later
-        return _make_order(geometry, batch, masked, device)
-
-
-def _make_order(geometry: Geometry, batch: int, masked: bool, device: torch.device) -> _Order:
     count = batch * math.prod(geometry.size)
     if geometry.size[1:] == geometry.window[1:] and not (geometry.is_padded or geometry.is_shifted):
         return _Order(None, None, ((batch * geometry.num_windows, None),))
@@ -88,12 +84,12 @@ def _kinds(geometry: Geometry) -> list[_Kind]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _shift_masks(geometry: Geometry, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (kinds, N, N): the masks of an image of two windows along each axis, which are all that there are."""
     sides = [min(count, 2) * side for count, side in zip(geometry.grid, geometry.window, strict=True)]
-    with torch.inference_mode(False):
-        few = Geometry(tuple(sides), geometry.window, geometry.shift)
-        return reference.shift_mask(few, value, device=device).to(dtype)
+    few = Geometry(tuple(sides), geometry.window, geometry.shift)
+    return reference.shift_mask(few, value, device=device).to(dtype)
 
 
 def _is_implied(section: Section) -> bool:

@@ -7,7 +7,7 @@ failure to compile or launch is a `LaunchError`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,23 +27,23 @@ class LaunchError(RuntimeError):
 
 
 def planned(plan: _Plan) -> _Plan:
-    """Keep the launches that a function plans, by its arguments, on which they depend, and by the shared memory."""
+    """Keep the launches that a function plans, by its arguments, on which they depend.
+
+    Raises:
+        LaunchError: a launch cannot be planned.
+    """
 
     @wraps(plan)
-    def launch(*arguments: Any) -> Any:
-        return kept(((plan, devices.shared_memory_override), *arguments), plan)
+    def launch(*arguments: Any, **ways: Any) -> Any:
+        key = plan, *arguments, *ways.items()
+        try:
+            return launches.get(key) or keep(key, plan(*arguments, **ways))
+        except Exception as error:
+            if any(isinstance(one, torch.SymInt) for one in arguments):  # which no key is made of
+                return plan(*arguments, **ways)
+            raise LaunchError(first_line(error)) from error
 
     return cast(_Plan, launch)
-
-
-def kept(key: tuple, plan: Callable[..., Any]) -> Any:
-    """Return the launch that is kept under a key: a name, and what is planned from."""
-    try:
-        return launches.get(key) or keep(key, plan(*key[1:]))
-    except Exception as error:
-        if any(isinstance(one, torch.SymInt) for one in key):  # which no key is made of
-            return plan(*key[1:])
-        raise LaunchError(first_line(error)) from error
 
 
 def run(launch: Any, *tensors: Tensor | None) -> None:
@@ -138,7 +138,6 @@ def _merge_launch(device: torch.device, batch: int, height: int, width: int, cha
     )
 
 
-@lru_cache(maxsize=256)
 def embed_launch(channels: int, numbers: int) -> Any:
     """Return how `embed` would run for patches of so many numbers, or None where it is not to."""
     from ...kernels import fusion_launch
@@ -184,9 +183,9 @@ def _embed_launch(
     )  # fmt: skip
 
 
-def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return exact GELU of 16-bit numbers; `out` may be x."""
-    out, numbers = torch.empty_like(x) if out is None else out, x.numel()
+def gelu(x: Tensor) -> Tensor:
+    """Return exact GELU of 16-bit numbers."""
+    out, numbers = torch.empty_like(x), x.numel()
     if numbers:
         run(gelu_launch(x.device, numbers), out, x)
     return out
@@ -209,15 +208,10 @@ def pays_in_one(device: torch.device, dtype: torch.dtype, rows: int, channels: i
 
 def mlp_launch(device: torch.device, dtype: torch.dtype, channels: int, hidden: int) -> Any:
     """Return how all of a block after its attention would run as one kernel; None where it cannot, or never is to."""
-    shared_memory = devices.shared_memory(device)
-    return _mlp_launch(channels, hidden, dtype.itemsize, shared_memory)
-
-
-@lru_cache(maxsize=256)
-def _mlp_launch(channels: int, hidden: int, element_size: int, shared_memory: int) -> Any:
     from ...kernels import fusion_launch
 
-    return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=element_size, shared_memory=shared_memory)
+    shared_memory = devices.shared_memory(device)
+    return fusion_launch.mlp(channels=channels, hidden=hidden, element_size=dtype.itemsize, shared_memory=shared_memory)
 
 
 @planned

@@ -9,9 +9,6 @@ import torch
 
 from .checks import DTYPES
 
-# Bytes to assume in place of the device's own limit: how the tests stand in for smaller GPUs.
-shared_memory_override: int | None = None
-
 _INSTALLED = find_spec("triton") is not None
 
 
@@ -29,14 +26,9 @@ def unsupported_reason(device: torch.device, dtypes: tuple[torch.dtype, ...], in
     return None
 
 
+@lru_cache(maxsize=16)
 def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that one program may use."""
-    return shared_memory_override or _device_shared_memory(device)
-
-
-@lru_cache(maxsize=16)
-def _device_shared_memory(device: torch.device) -> int:
-    """Return the device's own limit."""
     if device.type != "cuda":
         return 1 << 17
     properties = torch.cuda.get_device_properties(device)

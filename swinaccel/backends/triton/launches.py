@@ -23,11 +23,6 @@ def keep(key: tuple, value: Any) -> Any:
     return value
 
 
-def forget_launches() -> None:
-    """Plan all launches again; what is compiled stays so."""
-    launches.clear()
-
-
 def first_line(error: Exception) -> str:
     """Return an error in one line."""
     text = str(error).strip().splitlines()

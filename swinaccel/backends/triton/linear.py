@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import devices
-from .block import kept, run
+from .block import planned, run
 from .launches import DescribedLaunch
 
 
@@ -73,10 +73,11 @@ def linear_launch(
         keeps: it also writes what GELU is computed of.
         adds: it adds another tensor.
     """
-    how = None if devices.shared_memory_override else _how(device, rows, channels, outputs, gelu, keeps)
+    how = _how(device, rows, channels, outputs, gelu, keeps)
     if how is None:
         return None
-    return kept(("linear", device, rows, channels, outputs, *how, gelu, keeps, adds), _plan)
+    shape, programs = how
+    return _plan(device, rows, channels, outputs, shape, programs, gelu, keeps, adds)
 
 
 def are_describable(*tensors: Tensor) -> bool:
@@ -97,6 +98,7 @@ def _how(device: torch.device, rows: int, channels: int, outputs: int, gelu: boo
     return fusion_launch.linear(**sizes, multiprocessors=multiprocessors)
 
 
+@planned
 def _plan(
     device: torch.device,
     rows: int,

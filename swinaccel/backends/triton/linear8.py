@@ -7,22 +7,15 @@ from typing import Any
 import torch
 
 from . import devices
-from .block import kept
+from .block import planned
 from .launches import DescribedLaunch
 
 
+@planned
 def linear8_launch(
     device: torch.device, rows: int, channels: int, outputs: int, gelu: bool = False, adds: bool = False
 ) -> Any:
-    """Return the launch of `kernels.linear8._linear8_kernel` for tensors of so many rows.
-
-    Raises:
-        LaunchError: it cannot be planned.
-    """
-    return kept(("linear8", device, rows, channels, outputs, gelu, adds), _plan)
-
-
-def _plan(device: torch.device, rows: int, channels: int, outputs: int, gelu: bool, adds: bool) -> Any:
+    """Return the launch of `kernels.linear8._linear8_kernel` for tensors of so many rows."""
     from ...kernels import fusion_launch, linear8
 
     shape = fusion_launch.LINEAR8

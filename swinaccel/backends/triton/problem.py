@@ -127,7 +127,7 @@ def key_of(
         None if logit_scale is None else logit_scale.shape, mask_value, scale,
         None if factors is None else shapes_of(*factors[:2]), None if seed is None else seed.shape, dropout,
         for_backward, "ieee" if dtype is not torch.float32 else devices.precision(dtype),
-        devices.shared_memory_override, kept,
+        kept,
     )  # fmt: skip
 
 
@@ -163,7 +163,6 @@ class Problem(NamedTuple):
     dropout: float
     for_backward: bool
     precision: str
-    shared_memory: int | None
     kept: tuple[torch.Size | None, ...] | None = None
 
     @property

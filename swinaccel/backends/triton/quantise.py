@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from .block import kept
+from .block import planned
 from .launches import Launch
 
 PLAIN, NORM, ADD_NORM, NORM_ADD = range(4)  # modes of `kernels.quantise._quantise_kernel`
 
 
+@planned
 def rows_launch(
     mode: int, device: torch.device, rows: int, channels: int, hidden: int, eps: float = 0.0, limits: bool = False
 ) -> Any:
@@ -20,13 +21,7 @@ def rows_launch(
     Args:
         hidden: channels of the MLP.
         limits: it takes the limits of the MLP's hidden numbers.
-    Raises:
-        LaunchError: it cannot be planned.
     """
-    return kept(("quantise", device, rows, channels, hidden, eps, mode, limits), _plan_rows)
-
-
-def _plan_rows(device: torch.device, rows: int, channels: int, hidden: int, eps: float, mode: int, limits: bool) -> Any:
     from ...kernels import fusion_launch, quantise
 
     shape = fusion_launch.rows(channels)
@@ -38,16 +33,9 @@ def _plan_rows(device: torch.device, rows: int, channels: int, hidden: int, eps:
     )
 
 
+@planned
 def weights_launch(device: torch.device, channels: int, qkv: int, hidden: int) -> Any:
-    """Return the launch of `kernels.quantise._quantise_weights_kernel`: rows of q, k and v, and hidden channels.
-
-    Raises:
-        LaunchError: it cannot be planned.
-    """
-    return kept(("quantise weights", device, channels, qkv, hidden), _plan_weights)
-
-
-def _plan_weights(device: torch.device, channels: int, qkv: int, hidden: int) -> Any:
+    """Return the launch of `kernels.quantise._quantise_weights_kernel`: rows of q, k and v, and hidden channels."""
     from ...kernels import fusion_launch, quantise
 
     own, deep = fusion_launch.rows(channels), fusion_launch.rows(hidden)

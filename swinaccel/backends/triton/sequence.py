@@ -163,9 +163,7 @@ def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
 
 def _key(q: Tensor, q_factor: Tensor | None, problem: Problem) -> tuple:
     factor_dtype = None if q_factor is None else q_factor.dtype
-    return (
-        q.device, q.dtype, q.shape, factor_dtype, problem, devices.precision(q.dtype), devices.shared_memory_override
-    )  # fmt: skip
+    return q.device, q.dtype, q.shape, factor_dtype, problem, devices.precision(q.dtype)
 
 
 class _Facts(NamedTuple):
@@ -221,7 +219,7 @@ def _describable(q_factor: Tensor | None, mask: Tensor | None, *tensors: Tensor)
     first = tensors[0]
     if q_factor is not None or mask is not None or first.shape[-1] != DESCRIBED_HEAD_DIM or first.element_size() != 2:
         return False
-    if not devices.has_copy_engine(first.device) or devices.shared_memory_override:
+    if not devices.has_copy_engine(first.device):
         return False
     for tensor in tensors:
         if tensor.dim() != 4:

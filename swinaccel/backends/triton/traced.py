@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,22 +12,18 @@ from .checks import check_dtypes
 from .launches import Launch
 
 
-class TracedLaunch:
-    """A launch as compilers see it; one with descriptors is none that they can."""
+def traced_launch(launch: Launch) -> Callable[..., None]:
+    """Return a launch as compilers see it; one with descriptors is none that they can."""
+    from ...kernels.traced import copied
 
-    __slots__ = ("_launch",)
+    options = {name: number for name, number in launch.options.items() if name != "maxnreg"}  # they know no other
 
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-
-    def __call__(self, *tensors: Tensor | None) -> None:
-        from ...kernels.traced import copied
-
-        launch = self._launch
+    def run(*tensors: Tensor | None) -> None:
         check_dtypes(launch.names, tensors)
-        options = {name: number for name, number in launch.options.items() if name != "maxnreg"}  # they know no other
         kernel = torch.library.wrap_triton(copied(launch.kernel))
         kernel[launch.grid](*tensors, *launch.arguments, **options)
+
+    return run
 
 
 def expected(number: Any) -> Any:

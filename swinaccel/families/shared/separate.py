@@ -23,7 +23,6 @@ from .common import is_plain_linear
 widest = 512
 rows_per_channel = 8  # putting together moves 6 * C^2 numbers, and saves reading 2 * rows * C of them
 smallest = 1 << 20  # numbers in x; below, a call waits for the host, to which both ways are three launches
-packs_inference = packs_training = True  # to time the one way against the other
 
 
 def separate_projections(*projections: Any) -> Callable[[Tensor], Any]:
@@ -63,8 +62,8 @@ def _is_packed(x: Tensor, projections: tuple[Any, ...]) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *biases)):
         # Where some of them are frozen, gradients of all of them would be more work than before.
-        return packs_training and all(weight.requires_grad == first.requires_grad for weight in others)
-    return packs_inference
+        return all(weight.requires_grad == first.requires_grad for weight in others)
+    return True
 
 
 def is_worth(x: Tensor, channels: int) -> bool:
