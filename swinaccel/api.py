@@ -18,9 +18,9 @@ from .families.shared import near
 from .ops.failures import failures
 from .report import Entry, Graph, Report
 from .runtime.attention import reading_of
-from .runtime.graphs import Graphs
+from .runtime.graphs.rehearsal import prepare_compilers
+from .runtime.graphs.replay import Graphs
 from .runtime.plan import State, state_of
-from .runtime.rehearsal import prepare_compilers
 from .spec.adapters import BlockReader, block_method, is_family, reads_blocks
 from .spec.window import WindowSpec
 from .trust import libraries, probe

@@ -32,7 +32,7 @@ from ..spec.block import Embedding, Merging
 from ..spec.window import Section
 from ..trust.fingerprint import Untraceable
 from ..trust.registry import block_key, registry
-from . import graphs, precision, traced
+from . import precision, traced
 from .attention import (
     MaskOf,
     bind_backend,
@@ -46,6 +46,7 @@ from .attention import (
 )
 from .block import BlockFacts, FusedBlock, NotFusable, block_problem, common_reason
 from .context import backend_of, call_key, context_reason, tokens_of
+from .graphs import replay
 from .neighbours import EmbeddingFacts, MergingFacts
 from .plan import Plan, PlanCache, State, state_of
 from .weights import settled
@@ -97,7 +98,7 @@ def call(entry: Entry, module: nn.Module, original: Original, args: tuple[Any, .
         return traced.call(entry, module, original, x, args, kwargs)
     reason, key, names = context_reason(x), None, entry.settings
     if entry.is_captured and reason is None and env_graphs():
-        return settled(graphs.call, state_of(module), module, original, args, kwargs, entry.config)
+        return settled(replay.call, state_of(module), module, original, args, kwargs, entry.config)
     if entry.is_outermost:
         return settled(original, module, *args, **kwargs)
     if reason is None:

@@ -14,7 +14,7 @@ from ..trust.registry import registry
 from .guard import Guard, same_tensors
 
 if TYPE_CHECKING:
-    from .graphs import Graphs
+    from .graphs.replay import Graphs
     from .precision import Precision
 
 _MOST_PLANS = 16  # of one module; sizes that never come back

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tape import Tape
 
-from swinaccel.runtime import capture
+from swinaccel.runtime.graphs import capture
 
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "results"))
 import several_gpus

@@ -13,7 +13,8 @@ from tape import Tape
 from torch import nn
 
 import swinaccel
-from swinaccel.runtime import capture, weights
+from swinaccel.runtime import weights
+from swinaccel.runtime.graphs import capture
 from swinaccel.spec.reference import section_weights
 
 KEEPS_VERDICTS = True

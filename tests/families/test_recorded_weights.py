@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import swinaccel
 from swinaccel.config import AccelConfig
-from swinaccel.runtime import capture, recorded_weights, weights
+from swinaccel.runtime import recorded_weights, weights
+from swinaccel.runtime.graphs import capture
 from swinaccel.runtime.plan import State
 from swinaccel.runtime.section import TritonSection
 from swinaccel.spec import reference

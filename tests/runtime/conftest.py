@@ -12,7 +12,8 @@ from swinaccel import ops
 from swinaccel.backends.triton import block as kernels
 from swinaccel.backends.triton import devices, launches, linear
 from swinaccel.ops import block_autograd as recorded
-from swinaccel.runtime import call, capture, precision
+from swinaccel.runtime import call, precision
+from swinaccel.runtime.graphs import capture
 
 NORMS = {kernels.NORM: "norm", kernels.ADD_NORM: "add_norm", kernels.NORM_ADD: "norm_add", kernels.ADD: "add"}
 

@@ -13,7 +13,7 @@ from eight_bits import MODELS, X, accelerated, assert_runs, call, first, knows, 
 from torch import nn
 
 import swinaccel
-from swinaccel.runtime import rehearsal
+from swinaccel.runtime.graphs import rehearsal
 
 KEEPS_VERDICTS = True
 pytestmark = pytest.mark.usefixtures("anywhere")

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel.runtime import training_capture
+from swinaccel.runtime.graphs import training
 
 MODES = pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_shown_no_replay():
 def test_a_backward_does_not_wait_for_who_captures(monkeypatch):
     if graphed.DEVICE != "cpu":
         pytest.skip("about the stand-in's lock; the next test is about the device's")
-    monkeypatch.setattr(training_capture, "_PATIENCE", 0.05)
+    monkeypatch.setattr(training, "_PATIENCE", 0.05)
     model, twin, x = trained_pair()
     is_held, is_done = threading.Event(), threading.Event()
 

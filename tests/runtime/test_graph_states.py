@@ -11,7 +11,7 @@ import test_states
 from hypothesis.stateful import run_state_machine_as_test
 from tape import Tape
 
-from swinaccel.runtime import capture
+from swinaccel.runtime.graphs import capture
 
 SECONDS = float(os.environ.get("GRAPH_STATES_SECONDS", "600"))  # of the long run
 

@@ -20,7 +20,7 @@ from torch import nn
 import swinaccel
 from swinaccel.config import CAPTURED_CALL
 from swinaccel.ops.failures import failures
-from swinaccel.runtime import capture, graphs
+from swinaccel.runtime.graphs import capture, replay
 from swinaccel.runtime.plan import state_of
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -253,13 +253,13 @@ def test_what_cannot_be_captured_is_said_once_and_never_tried_again(monkeypatch,
 
 def test_limits(monkeypatch, tapes):
     model, twin, x = captured()
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(replay, "MOST", 2)
     for batch in (2, 3, 4):
         for _ in range(CAPTURED_CALL):
             assert_alike(model, twin, torch.randn(batch, *x.shape[1:], device=graphed.DEVICE))
     graph = swinaccel.report(model).graphs[0]
     assert (graph.captured, graph.nbytes) == (2, 200)
-    monkeypatch.setattr(graphs, "memory_of", lambda device: 50.0)
+    monkeypatch.setattr(replay, "memory_of", lambda device: 50.0)
     for _ in range(4):
         assert_alike(model, twin, torch.randn(5, *x.shape[1:], device=graphed.DEVICE))
     assert "graphs_memory" in swinaccel.report(model).graphs[0].reason
@@ -351,7 +351,7 @@ def test_verify_compares_a_replay():
 
 def test_only_the_first_signature_is_rehearsed(monkeypatch):
     rehearsed = []
-    monkeypatch.setattr(graphs, "compile_ahead", lambda *given: rehearsed.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(replay, "compile_ahead", lambda *given: rehearsed.append(torch.is_grad_enabled()))
     model, _, x = captured()
     for batch in (2, 3, 4):
         call(model, torch.cat([x] * batch))

@@ -16,7 +16,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel.config import CAPTURED_CALL
-from swinaccel.runtime import capture
+from swinaccel.runtime.graphs import capture
 
 MODELS = {
     "timm": lambda: helpers.timm_block((8, 8), shift=2),

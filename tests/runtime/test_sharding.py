@@ -10,7 +10,7 @@ from tape import Tape
 from torch import nn
 
 import swinaccel
-from swinaccel.runtime import capture
+from swinaccel.runtime.graphs import capture
 from swinaccel.trust.libraries import is_of_library
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..layers import PLAIN_TENSORS, alias, has_hooks
-from ..ops.failures import failures
-from ..trust.fingerprint import Trace, Untraceable
-from ..trust.libraries import unsharded_class
+from ...layers import PLAIN_TENSORS, alias, has_hooks
+from ...ops.failures import failures
+from ...trust.fingerprint import Trace, Untraceable
+from ...trust.libraries import unsharded_class
+from ..guard import Guard, NotGuardable, same_tensors
+from ..plan import State, known_states
+from ..weights import settled, with_numbers
 from .cuda_graph import CudaGraphs
-from .guard import Guard, NotGuardable, same_tensors
-from .plan import State, known_states
 from .rehearsal import Contents, drawing_apart, host_state, random_state, set_random_state
-from .weights import settled, with_numbers
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
 

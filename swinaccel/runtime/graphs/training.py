@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..guard import Guard
+from ..plan import known_states
+from ..weights import settled, with_numbers
 from .capture import CHANGES, RUNS, Capture, NotCapturable, Run
-from .guard import Guard
-from .plan import known_states
 from .rehearsal import Contents, differentiable, drawing_apart, set_random_state, twin_of
-from .weights import settled, with_numbers
 
 _PATIENCE = 1.0  # seconds that a backward waits for another thread
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models

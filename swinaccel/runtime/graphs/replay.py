@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..backends.triton.launches import first_line
-from ..config import CAPTURED_CALL, AccelConfig
-from ..layers import PLAIN_TENSORS
-from ..ops.observed import count_modes
+from ...backends.triton.launches import first_line
+from ...config import CAPTURED_CALL, AccelConfig
+from ...layers import PLAIN_TENSORS
+from ...ops.observed import count_modes
+from ..plan import State
 from .capture import ENGINES, Capture, NotCapturable, Run, distinct
-from .plan import State
 from .rehearsal import compile_ahead
-from .training_capture import TrainingCapture
+from .training import TrainingCapture
 
 logger = logging.getLogger("swinaccel")
 

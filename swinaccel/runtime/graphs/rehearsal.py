@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backends.triton.launches import compiled_ahead, prepare
+from ...backends.triton.launches import compiled_ahead, prepare
+from ..plan import known_states
+from ..precision import Precision
 from .cuda_graph import CudaGraphs
-from .plan import known_states
-from .precision import Precision
 
 
 def prepare_compilers(module: nn.Module) -> None:
