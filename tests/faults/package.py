@@ -11,6 +11,7 @@ ROWS = (
 FAULTS = under(
     "swinaccel",
     ("layers.py", " and _is_called_plainly(cls)", "", "runtime/test_patched_code -k Linear"),
+    ("layers.py", " and module._compiled_call_impl is None", "", "runtime/test_edits -k compiled-"),
     # What training fuses beside norms.
     ("ops/linear.py", "not torch._C._is_any_autocast_enabled()", "True", "runtime/test_linear -k left"),
     ("ops/linear.py", "failures.record(problem, str(error))", "pass", "runtime/test_linear -k fails"),
