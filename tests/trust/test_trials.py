@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
+import helpers
+import microsoft_models
 import pytest
 import timm
 import torch
@@ -80,3 +84,32 @@ def test_embeddings_stay_as_they_were(odd):
         swinaccel.accelerate(model)
         assert model.patch_embed.img_size == (32, 32)
         assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+class Sized(microsoft_models.SwinTransformerBlock):
+    """Does more with its size or its shift than to cut windows."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return 3 * out if self.input_resolution[0] > 8 or self.shift_size == 1 else out
+
+
+@pytest.mark.parametrize(("size", "shift"), [(8, 1), (16, 2)])
+def test_code_that_was_proven_is_tried_at_each_size_and_shift(size, shift):
+    swinaccel.accelerate(helpers.randomize(Sized(16, (8, 8), 2, 4, 2)), backend="torch")
+    model = helpers.randomize(Sized(16, (size, size), 2, 4, shift))
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x = torch.randn(2, size * size, 16)
+    with torch.no_grad():
+        helpers.assert_close(twin(x), model(x))
+
+
+def test_the_same_code_at_another_size_is_tried_once(monkeypatch):
+    tried = _counted(monkeypatch)
+    seen, real = [], probe.compare_attention
+    monkeypatch.setattr(probe, "compare_attention", lambda *call, **how: (seen.append(call), real(*call, **how))[1])
+    for size in (8, 16, 16):
+        seen.clear()
+        swinaccel.accelerate(helpers.microsoft_block((size, size)), backend="torch")
+        tried.append(str(len(seen)))
+    assert [one for one in tried if one.isdigit()][1:] == ["1", "0"]
