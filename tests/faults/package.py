@@ -52,6 +52,8 @@ FAULTS = under(
     ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
     ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass",
      ROWS),
+    ("backends/torch/window.py", "if qkv.shape[-1] != 3 * section.num_heads * section.head_dim:", "if False:",
+     "runtime/test_traps_of_scores -k trap_21"),
     ("backends/torch/windows.py", "term.repeat(period // term.shape[0], 1, 1, 1)", "term[:1]", ROWS),
     ("spec/reference.py", "bias.repeat_interleave(geometry.grid[-1], 0)", "bias", ROWS),
     # Dispatchers and markers.
