@@ -154,10 +154,9 @@ def test_trap_21_heads_pruned_in_the_weights_alone(backend):
 
 @both_backends
 def test_trap_21_a_projection_of_more_than_its_heads(backend):
-    model = helpers.torchvision_attention(shift=(2, 2))
-    model.qkv.weight = torch.nn.Parameter(torch.randn(60, 16))
-    model.qkv.bias = torch.nn.Parameter(torch.randn(60))
+    model = helpers.timm_block((8, 8), shift=2)
     model = swinaccel.accelerate(model.to(helpers.DEVICES[backend]), backend=backend)
+    model.attn.qkv = torch.nn.Linear(16, 60, device=helpers.DEVICES[backend])
     x = torch.randn(2, 8, 8, 16, device=helpers.DEVICES[backend])
     with torch.no_grad(), pytest.raises(RuntimeError) as found:
         model(x)
