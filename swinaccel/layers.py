@@ -36,9 +36,10 @@ _LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity, nn.Dropout, nn.Conv2d)
 _FORWARDS = {cls: cls.forward if is_torch_function(cls.forward) else None for cls in _LAYERS}
 
 
-def is_builtin(module: Any, cls: type) -> bool:
-    """Return True if a module is exactly PyTorch's layer, one of `_LAYERS`, and its class is not patched."""
-    return type(module) is cls and cls.forward is _FORWARDS[cls] and _is_called_plainly(cls)
+def is_builtin(module: Any, cls: Any) -> bool:
+    """Return True if a module is exactly PyTorch's layer, one of `_LAYERS`, whose calls run its class's forward."""
+    is_one = type(module) is cls and module._compiled_call_impl is None
+    return is_one and cls.forward is _FORWARDS[cls] and _is_called_plainly(cls)
 
 
 def _is_called_plainly(cls: Any) -> bool:

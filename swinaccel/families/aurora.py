@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..spec.window import Axes, Section, WindowSpec
-from .shared.common import AttentionItself, dropped, sides
+from .shared.common import AttentionItself, dropped, fan_in, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
@@ -32,7 +32,7 @@ class Aurora(AttentionItself):
             return None
         if not callable(module.lora_qkv) or not callable(module.lora_proj):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
+        return WindowSpec(self.name, window, (0,) * len(window), heads, fan_in(module.proj) // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         called = module.qkv, module.proj, module.lora_qkv, module.lora_proj
@@ -49,7 +49,7 @@ class Aurora(AttentionItself):
         if module.attn_drop:  # any such number is looked after at eager calls, and none at compiled ones
             rate, name = "attn_drop", type(module).__name__
             return f"{rate} of its {name} is not zero, and only its own code says if that drops; set it to 0"
-        head_dim = module.proj.in_features // module.num_heads
+        head_dim = fan_in(module.proj) // module.num_heads
         return Section(
             geometry=geometry,
             num_heads=module.num_heads,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Section, WindowSpec
-from .shared.common import AttentionItself, argument, drop_rate, dropped, is_index, sides
+from .shared.common import AttentionItself, argument, drop_rate, dropped, fan_in, is_index, sides
 from .shared.stacked import stacked_geometry, stacked_image
 
 
@@ -34,7 +34,7 @@ class Earth(AttentionItself):
             return None
         if not is_index(module.earth_position_index, math.prod(window)):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
+        return WindowSpec(self.name, window, (0,) * len(window), heads, fan_in(module.proj) // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.qkv, module.proj
@@ -52,7 +52,7 @@ class Earth(AttentionItself):
         return Section(
             geometry=geometry,
             num_heads=module.num_heads,
-            head_dim=module.proj.in_features // module.num_heads,
+            head_dim=fan_in(module.proj) // module.num_heads,
             project=module.qkv,
             output=dropped(module.proj, module.proj_drop),
             padding=None,

@@ -63,8 +63,12 @@ class PatchEmbed:
             return True
         return getattr(module, "img_size", None) is not None and getattr(module, "strict_img_size", True)
 
+    def shrink(self, module: Any) -> None:
+        """Leave a copy a few patches, where its code is known to do the same with any number of them."""
+        _few_patches(module)
+
     def example(self, module: Any) -> list[tuple[Any, ...]]:
-        projection, size = _projection(module), _few_patches(module)
+        projection, size = _projection(module), pair(getattr(module, "img_size", None))
         height, width = projection.kernel_size
         sizes: list[Axes] = [(3 * height, 2 * width), (2 * height, 5 * width)]
         if size is not None:
@@ -80,12 +84,12 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def _few_patches(module: Any) -> Axes | None:
-    """Leave a copy that takes images of one size a few patches of it, which cost a trial less; return the size."""
+def _few_patches(module: Any) -> None:
+    """Leave a copy that takes images of one size a few patches of it, which cost a trial less."""
     size, (height, width) = pair(getattr(module, "img_size", None)), _projection(module).kernel_size
     small = 3 * height, 2 * width
     if size is None or not vars(module).keys() <= _KNOWN or size[0] <= small[0] or size[1] <= small[1]:
-        return size
+        return
     grid = size[0] // height, size[1] // width
     held = {"img_size": (size, small), **dict.fromkeys(_GRIDS, (grid, (3, 2)))}
     for name, (old, new) in held.items():
@@ -94,7 +98,6 @@ def _few_patches(module: Any) -> Axes | None:
             setattr(module, name, type(value)(new))
     if getattr(module, "num_patches", None) == grid[0] * grid[1]:
         module.num_patches = 6
-    return pair(module.img_size)
 
 
 class Embeddings:

@@ -20,6 +20,7 @@ from torch._C._nn import scaled_dot_product_attention
 
 from ..spec.window import Section, WindowSpec
 from .renamed import Renamed
+from .shared.common import fan_in
 from .shared.stacked import stacked_image, window_arguments
 
 
@@ -32,7 +33,7 @@ class Mutual(Renamed):
         spec = self.named(module)
         if spec is None or spec.window[0] != 2 or not isinstance(module.qkv_mut, nn.Module):
             return None
-        channels = module.proj.in_features // 2
+        channels = fan_in(module.proj) // 2
         tokens = module.relative_position_index.shape[-1] // 2
         if tuple(module.position_bias.shape) != (1, tokens, channels):
             return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import Axes, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, is_table, sides
+from .shared.common import drop_rate, fan_in, is_table, sides
 from .shared.stacked import StackedAttention, takes_windows
 
 
@@ -34,7 +34,7 @@ class Renamed(StackedAttention):
             return None
         if not is_table(module.relative_position_bias_table, module.relative_position_index, window, heads):
             return None
-        return WindowSpec(self.name, window, (0,) * len(window), heads, module.proj.in_features // heads)
+        return WindowSpec(self.name, window, (0,) * len(window), heads, fan_in(module.proj) // heads)
 
     def window(self, module: Any) -> Axes:
         return tuple(_window(module))
@@ -53,7 +53,7 @@ class Renamed(StackedAttention):
         return Section(
             geometry=geometry,
             num_heads=module.num_heads,
-            head_dim=module.proj.in_features // module.num_heads,
+            head_dim=fan_in(module.proj) // module.num_heads,
             project=queries[0] if len(queries) == 1 else lambda x: torch.cat([one(x) for one in queries], -1),
             output=module.proj if drops[1] is None else lambda y: drops[1](module.proj(y)),
             padding=None,  # windows come whole

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
-from .shared.common import drop_rate, pair
+from .shared.common import drop_rate, fan_in, pair
 from .shared.separate import separate_padding
 from .timm import Timm, few_windows
 
@@ -32,7 +32,7 @@ class TimmCr(Timm):
                 return None
             if attn.meta_mlp.fc1.in_features != 2 or attn.meta_mlp.fc2.out_features != heads:
                 return None
-        return WindowSpec(self.name, window, shift, heads, attn.proj.in_features // heads)
+        return WindowSpec(self.name, window, shift, heads, fan_in(attn.proj) // heads)
 
     def projections(self, module: Any) -> tuple[nn.Module, ...]:
         return module.attn.qkv, module.attn.proj
@@ -44,7 +44,7 @@ class TimmCr(Timm):
         return Section(
             geometry=geometry,
             num_heads=attn.num_heads,
-            head_dim=attn.proj.in_features // attn.num_heads,
+            head_dim=fan_in(attn.proj) // attn.num_heads,
             project=attn.qkv,
             output=lambda y: attn.proj_drop(attn.proj(y)),
             padding=separate_padding(attn.qkv),

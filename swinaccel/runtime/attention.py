@@ -87,6 +87,9 @@ def parts_reason(parts: list[nn.Module], is_called: bool, reading: Reading | str
             if unsharded_class(type(part)) is not type(part):
                 return f"{name} inside the attention is sharded by itself; shard the whole block in its place"
             return f"{name} inside the attention has hooks, which expect its own tensors; remove them"
+        is_left_out = (place or not is_called) and not isinstance(part, nn.Linear)  # a projection is called
+        if is_left_out and part._compiled_call_impl is not None:
+            return f"{name} inside the attention is compiled by itself; compile the block or the model in its place"
         for method in replaced_methods(part):
             if method != "forward" or place or not is_called:
                 return f"{name} inside the attention has a {method} of its own; delete it to accelerate"

@@ -74,6 +74,7 @@ class BlockFacts:
         for part in around:
             is_leaf = not part._modules and part not in named
             require(not is_leaf or does_nothing(part), f"what {type(part).__name__} does is not known")
+            require(part is module or part._compiled_call_impl is None, f"{type(part).__name__} is compiled by itself")
         linears = (block.fc1, self.channels, self.hidden), (block.fc2, self.hidden, self.channels)
         for norm in (block.norm1, block.norm2):
             require_norm_size(norm, self.channels)

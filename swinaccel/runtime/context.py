@@ -62,6 +62,8 @@ def context_reason(x: Any) -> str | None:
         return "the model is being traced, and a trace holds no kernels; use torch.export or torch.compile in its place"
     if type(x) not in PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
+    if x.is_neg():  # of which kernels would read the numbers as they lie
+        return "the input is a view of numbers with the other sign; call resolve_neg() on it to accelerate"
     if x.is_meta:
         return "the input is on the meta device, where nothing is computed"
     if _interpreter_stack() is not None:

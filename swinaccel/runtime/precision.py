@@ -113,7 +113,7 @@ def products_of(section: Section) -> list[Read] | str:
 def _read(call: Any) -> Read | None:
     if isinstance(call, Product):
         return call.read
-    if is_builtin(call, nn.Linear) and not has_hooks(call) and call._compiled_call_impl is None:
+    if is_builtin(call, nn.Linear) and not has_hooks(call):
         return lambda: (call.weight, call.bias)
     return None
 

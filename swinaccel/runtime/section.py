@@ -165,11 +165,7 @@ def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor]
         layer, bias_of = projection.layer, projection.bias
         run = linear if torch.is_grad_enabled() else product
         return lambda x: run(x, layer.weight, layer.bias if bias_of is None else bias_of())
-    if (
-        not is_builtin(projection, nn.Linear)
-        or projection._compiled_call_impl is not None
-        or not are_functions_torchs()
-    ):
+    if not is_builtin(projection, nn.Linear) or not are_functions_torchs():
         return projection
     weight, bias = projection.weight, projection.bias
     if torch.is_grad_enabled():

@@ -220,6 +220,8 @@ class Subject:
     def prepared(self, setting: Setting = EXACT[0]) -> tuple[nn.Module, list[tuple[Any, ...]]]:
         """Return a random copy, and the arguments of its calls."""
         clone = random_copy(self.module, self.moved, setting)
+        if hasattr(self.family, "shrink") and is_of_library(self.module):
+            self.family.shrink(clone)
         return clone, calls(self.family, clone, setting)
 
 

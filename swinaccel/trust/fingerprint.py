@@ -15,6 +15,7 @@ import collections
 import contextvars
 import enum
 import functools
+import itertools
 import math
 import threading
 import types
@@ -45,6 +46,7 @@ _WALKS = frozenset((
     "_modules", "_parameters", "_buffers", "children", "modules", "named_children", "named_modules", "parameters",
     "named_parameters", "buffers", "named_buffers", "__dict__", "vars",
 ))  # fmt: skip
+_REPLACED_IN_PLACE = "__code__", "__defaults__", "__kwdefaults__"  # of functions, as notebooks do that reload files
 _ASKS = frozenset(("getattr", "hasattr"))
 _PROTOCOL_METHODS = (
     "__call__", "__getattr__", "__getattribute__", "__getitem__", "__get__", "__missing__", "_call_impl",
@@ -226,7 +228,9 @@ class Trace:
         if is_library:
             found += self._library_state(function) if depth == 0 else ()
         elif depth == 0 or not is_installed(function):
-            own = vars(function)
+            own, by_name = vars(function), function.__kwdefaults__ or {}
+            self.cells += ((function, name, getattr(function, name)) for name in _REPLACED_IN_PLACE)
+            self.contents.append((by_name, dict(by_name)))
             for namespace, used in ((function.__globals__, names_in(code)), (own, names)):
                 for name in sorted(used & namespace.keys() - {DISPATCHER, "__wrapped__"}):
                     self._watch(namespace, name)
@@ -260,7 +264,7 @@ class Trace:
         if isinstance(value, types.FunctionType):
             return self._function(value, names, depth)
         if isinstance(value, types.MethodType):
-            return self._function(value.__func__, names, depth), self._owner(value.__self__, names, depth)
+            return self._function(value.__func__, names, depth), self._value(value.__self__, names, depth + 1)
         if isinstance(value, types.BuiltinFunctionType):
             return _identity(value)
         if isinstance(value, functools.partial):
@@ -271,27 +275,21 @@ class Trace:
             return place
         if isinstance(value, (list, collections.deque, set)):
             self.contents.append((value, value.copy()))
-        if isinstance(value, (list, tuple, collections.deque)):
-            return type(value), *(self._value(one, names, depth + 1) for one in value)
-        if isinstance(value, (set, frozenset)):
-            return type(value), frozenset(self._value(one, names, depth + 1) for one in value)
+        if isinstance(value, (list, tuple, collections.deque, set, frozenset)):
+            own = self._object(value, names, depth) if hasattr(value, "__dict__") else ()
+            entries = (self._value(one, names, depth + 1) for one in value)
+            return type(value), own, frozenset(entries) if isinstance(value, (set, frozenset)) else tuple(entries)
         if isinstance(value, Tensor):
             if depth:
                 raise Untraceable("its code reads a tensor that is no part of the module; register it as a buffer")
             return _identity(value)
+        if isinstance(value, nn.Module) and value in self._modules:  # which counts by itself
+            return _identity(value)
         if isinstance(value, nn.Module):
-            return self._owner(value, names, depth)
+            raise Untraceable(f"its code reads a {type(value).__name__} that is no submodule of it; assign it as one")
         if (inner := wrapped_function(value)) is not None:  # of functools.lru_cache and the like
             return _identity(value), self._function(inner, names, depth + 1)
         return self._object(value, names, depth)
-
-    def _owner(self, value: Any, names: frozenset[str], depth: int) -> Hashable:
-        """Return a module, which counts by itself where it is one of those, or another object."""
-        if not isinstance(value, nn.Module):
-            return self._value(value, names, depth + 1)
-        if value not in self._modules and not is_of_library(value):
-            raise Untraceable(f"its code reads a {type(value).__name__} that is no submodule of it; assign it as one")
-        return _identity(value)
 
     def _namespace(self, value: Any, names: frozenset[str], depth: int) -> Iterator[Hashable]:
         """Yield what code uses of a Python module or of a class; of a user's class all that is no function."""
@@ -338,12 +336,13 @@ class Trace:
             is_read_by_name = is_library_function(cls) and not isinstance(value, Mapping)
             shown = attributes.keys() & names if is_read_by_name else attributes
             found += ((name, self._value(attributes[name], names, depth + 1)) for name in sorted(shown))
-        elif slots := [name for base in cls.__mro__ for name in getattr(base, "__slots__", ())]:
-            for name in slots:
-                one = getattr(value, name, None)
-                self.cells.append((value, name, one))
-                found.append((name, self._value(one, names, depth + 1)))
-        elif not is_mapping:
+        members = itertools.chain(*(vars(base).items() for base in cls.__mro__ if "__slots__" in vars(base)))
+        slots = [name for name, one in members if isinstance(one, types.MemberDescriptorType)]
+        for name in slots:
+            one = getattr(value, name, None)
+            self.cells.append((value, name, one))
+            found.append((name, self._value(one, names, depth + 1)))
+        if attributes is None and not slots and not is_mapping:
             raise Untraceable(f"its code reads a {cls.__name__}, and whether that changes cannot be seen")
         if is_mapping:
             self.contents.append((value, dict(value)))

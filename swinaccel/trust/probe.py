@@ -41,7 +41,7 @@ from .copies import (
     set_path_rates,
 )
 from .dropping import with_dropouts
-from .fingerprint import Untraceable, fingerprint
+from .fingerprint import LIVE, Untraceable, fingerprint
 from .libraries import is_installed, is_library_function, is_of_library
 from .names import helpers_of, names_in
 from .registry import Reading, attention_key, block_key, mask_kind, parts_of_attention, registry
@@ -83,7 +83,7 @@ def judge(module: nn.Module, family: Family, spec: WindowSpec) -> str | None:
         decisive,
         (family.method,),
         _read(attention, family.projections(module)),
-        lambda: _probe(module, family, own),
+        lambda known: _probe(module, family, own, known),
         lambda: attention_key(family, module),
     )
     return projections.name_layer(attention, reason)
@@ -106,7 +106,7 @@ def judge_block(module: nn.Module, family: Any, method: str, attention: str | No
         list(module.named_modules()),
         methods,
         [part for part in module.modules() if part not in inside],
-        lambda: _probe_block(module, family, forward, own),
+        lambda known: _probe_block(module, family, forward, own, known),
         lambda: block_key(family, module),
     )
 
@@ -122,10 +122,10 @@ def _judge(
     decisive: list[tuple[str, nn.Module]],
     methods: tuple[str, ...],
     parts: Iterable[nn.Module],
-    probe: Callable[[], Reading | str],
+    probe: Callable[[Reading | None], Reading | str],
     proven_by: Callable[[], Hashable],
 ) -> str | None:
-    parts = list(parts)
+    parts, sizes = list(parts), _sizes(decisive)
     reason = _replaced(parts) or _unseen(parts)
     if reason is not None:
         return reason
@@ -133,12 +133,16 @@ def _judge(
         verdict: Reading | str | None = None
         for _ in range(2):  # what code keeps for later calls is there in the second
             found = (*key, fingerprint(decisive, methods))
-            verdict = registry.verdict(found)
+            known = registry.verdict(found)
+            if isinstance(known, str):
+                return known
+            verdict = registry.verdict((*found, sizes))
             if verdict is not None:
                 break
-            verdict = probe()
+            verdict = probe(known)
             if found == (*key, fingerprint(decisive, methods)):
-                registry.record(found, verdict)
+                registry.record(found, known or verdict)
+                registry.record((*found, sizes), verdict)
                 break
         else:
             verdict = _WRITES
@@ -148,6 +152,12 @@ def _judge(
         return verdict
     except (Untraceable, Inconclusive) as reason:
         return str(reason)
+
+
+def _sizes(parts: list[tuple[str, nn.Module]]) -> tuple[Hashable, ...]:
+    """Return what families read at each call of modules that are no library's, whose code may do more with it."""
+    own = [(path, vars(part)) for path, part in parts if not is_of_library(part)]
+    return tuple((path, name, repr(held[name])) for path, held in own for name in sorted(LIVE & held.keys()))
 
 
 def _replaced(parts: Iterable[nn.Module]) -> str | None:
@@ -209,14 +219,20 @@ def _settings(module: nn.Module) -> tuple[Setting, ...]:
     return EXACT if all(map(is_of_library, module.modules())) else EXACT + OTHERS
 
 
-def _probe(module: nn.Module, family: Family, original: Callable[..., Any]) -> Reading | str:
-    """Return how the attention of a module is to be read, or why its forward is not its family's."""
+def _probe(module: nn.Module, family: Family, original: Callable[..., Any], known: Reading | None) -> Reading | str:
+    """Return how the attention of a module is to be read, or why its forward is not its family's.
+
+    Args:
+        known: how that of the same code at another size is; then one trial at this size is enough.
+    """
     inside = set(family.attention(module).modules()) | {module}
 
     def compared(reading: Reading) -> Callable[..., str | None]:
         return functools.partial(compare_attention, family=family, original=original, reading=reading)
 
     subject = Subject(module, family, inside, original)
+    if known is not None:
+        return _run(subject, compared(known), settings=EXACT[:1]) or known
     first, refused = None, _refused(subject)
     for weights in (False, True):
         if weights and not str(first).startswith("its forward gives 2 outputs"):
@@ -281,7 +297,11 @@ class _Bare(Reading):
 
 
 def _probe_block(
-    module: nn.Module, family: Any, original: Callable[..., Any], attention: Callable[..., Any] | None
+    module: nn.Module,
+    family: Any,
+    original: Callable[..., Any],
+    attention: Callable[..., Any] | None,
+    known: Reading | None,
 ) -> Reading | str:
     """Return a reading if what a module does around its attention is what its family takes it for, else why not."""
     reading = (registry.reading(attention_key(family, module)) if is_family(family) else None) or Reading()
@@ -289,7 +309,7 @@ def _probe_block(
         return reading
     subject = Subject(module, family, set(module.modules()), original)
     compared = functools.partial(compare_block, family=family, original=original, attention=attention, reading=reading)
-    return _run(subject, compared, drops=True) or reading
+    return _run(subject, compared, drops=True, settings=() if known is None else EXACT[:1]) or reading
 
 
 def _run(

@@ -11,6 +11,7 @@ ROWS = (
 FAULTS = under(
     "swinaccel",
     ("layers.py", " and _is_called_plainly(cls)", "", "runtime/test_patched_code -k Linear"),
+    ("layers.py", " and module._compiled_call_impl is None", "", "runtime/test_edits -k compiled-"),
     # What training fuses beside norms.
     ("ops/linear.py", "not torch._C._is_any_autocast_enabled()", "True", "runtime/test_linear -k left"),
     ("ops/linear.py", "failures.record(problem, str(error))", "pass", "runtime/test_linear -k fails"),
@@ -52,6 +53,8 @@ FAULTS = under(
     ("functional.py", "period = windows if rows % period else rows", "period = rows", ROWS),
     ("functional.py", "bias = bias[torch.arange(windows, device=bias.device) % bias.shape[0]]", "pass",
      ROWS),
+    ("backends/torch/window.py", "if qkv.shape[-1] != 3 * section.num_heads * section.head_dim:", "if False:",
+     "runtime/test_traps_of_scores -k trap_21"),
     ("backends/torch/windows.py", "term.repeat(period // term.shape[0], 1, 1, 1)", "term[:1]", ROWS),
     ("spec/reference.py", "bias.repeat_interleave(geometry.grid[-1], 0)", "bias", ROWS),
     # Dispatchers and markers.

@@ -16,6 +16,7 @@ from part_edits import (
     all_data,
     all_hooks,
     class_method,
+    compiled,
     data,
     hook,
     in_place,
@@ -110,6 +111,9 @@ ATTENTION = {
         for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")
     },
     "all-hooks": Edit(all_hooks(nn.Softmax), reason="global module hook"),
+    "compiled-attn": Edit(compiled("attn"), reason="compiled by itself"),
+    "compiled-attn.qkv": Edit(compiled("attn.qkv"), KEPT),
+    "compiled-attn.softmax": Edit(compiled("attn.softmax"), reason="compiled by itself"),
     "forward-attention": Edit(method("attn"), reason="has a forward of its own"),
     "forward-projection": Edit(method("attn.proj"), reason="has a forward of its own"),
     "method": Edit(method("attn", "_get_rel_pos_bias"), reason="has a _get_rel_pos_bias of its own"),

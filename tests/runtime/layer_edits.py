@@ -77,6 +77,7 @@ BLOCK = {
     "forward": Edit(parts.method("mlp.fc1")),
     "parametrized": Edit(parts.parametrized("mlp.fc1")),
     "dropout": Edit(active_dropout),
+    **{f"compiled-{part}": Edit(parts.compiled(part)) for part in ("norm1", "mlp", "mlp.act", "mlp.fc2")},
     **{
         f"class-{part}": Edit(parts.class_method(part))
         for part in ("norm1", "mlp", "mlp.act", "mlp.fc2", "mlp.drop1", "drop_path1")

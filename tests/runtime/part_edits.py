@@ -63,6 +63,17 @@ def method(part: str, name: str = "forward") -> Callable:
     return unguarded(change)
 
 
+def compiled(part: str) -> Callable:
+    """Let calls of a part run what was compiled of it alone; this compiler doubles."""
+
+    def change(model: nn.Module, _: Any) -> None:
+        module = model.get_submodule(part)
+        plain = module._call_impl
+        module._compiled_call_impl = lambda *args, **kwargs: 2 * plain(*args, **kwargs)
+
+    return change
+
+
 def class_method(part: str, name: str = "forward", only: bool = False) -> Callable:
     """Replace a method of a class by one that doubles, of all instances, or only of this part."""
 

@@ -96,3 +96,11 @@ def test_no_windows(backend):
     swinaccel.accelerate(model, backend=backend)
     with torch.no_grad():
         assert model(torch.zeros(0, 16, 16, device=DEVICES[backend])).shape == (0, 16, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_input_whose_numbers_lie_in_memory_with_the_other_sign(backend):
+    """As the imaginary part of a conjugate does."""
+    x = torch._neg_view(torch.randn(2, 8, 8, 16, device=DEVICES[backend]))
+    helpers.check(MODELS["timm"](), x, backend=backend)
+    helpers.check_fallback(MODELS["torchvision"](), x, reason="with the other sign", backend=backend)

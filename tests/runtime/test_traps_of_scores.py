@@ -140,6 +140,32 @@ def test_trap_21_pruned_heads():
 
 
 @both_backends
+def test_trap_21_heads_pruned_in_the_weights_alone(backend):
+    """What the layers say of their sizes is out of date."""
+    block = helpers.timm_block((8, 8), shift=2)
+    attn, rows = block.attn, torch.arange(48).view(3, 16)[:, :8].flatten()
+    attn.num_heads = 1
+    for one, name in ((attn.qkv, "weight"), (attn.qkv, "bias")):
+        setattr(one, name, torch.nn.Parameter(getattr(one, name).detach()[rows].clone()))
+    attn.proj.weight = torch.nn.Parameter(attn.proj.weight.detach()[:, :8].clone())
+    attn.relative_position_bias_table = torch.nn.Parameter(attn.relative_position_bias_table.detach()[:, :1].clone())
+    helpers.check(block, torch.randn(2, 8, 8, 16), backend=backend, count=1)
+
+
+@both_backends
+def test_trap_21_a_projection_of_more_than_its_heads(backend):
+    model = helpers.timm_block((8, 8), shift=2)
+    model = swinaccel.accelerate(model.to(helpers.DEVICES[backend]), backend=backend)
+    model.attn.qkv = torch.nn.Linear(16, 60, device=helpers.DEVICES[backend])
+    x = torch.randn(2, 8, 8, 16, device=helpers.DEVICES[backend])
+    with torch.no_grad(), pytest.raises(RuntimeError) as found:
+        model(x)
+    with swinaccel.disabled(), torch.no_grad(), pytest.raises(RuntimeError) as expected:
+        model(x)
+    assert str(found.value) == str(expected.value)
+
+
+@both_backends
 @pytest.mark.parametrize("kind", ["timm-v2", "torchvision-v2", "hf-swinv2"])
 def test_trap_22_zero_keys_in_half(kind, backend):
     """Padding keys are exact zeros and 1e-12 is 0 in fp16: the original gives NaN, we need not."""

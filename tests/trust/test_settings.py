@@ -129,6 +129,93 @@ class OfSlots(Scaled):
         return SLOTTED.gain
 
 
+class SlottedAndMore(Slotted):
+    """Its instances have attributes as well."""
+
+
+class Hidden:
+    __slots__ = "__gain"  # a string, and a name that Python changes
+
+    def __init__(self, gain):
+        self.set(gain)
+
+    def set(self, gain):
+        self.__gain = gain
+
+    def get(self):
+        return self.__gain
+
+
+MORE, HIDDEN = SlottedAndMore(), Hidden(1.0)
+MORE.gain = 1.0
+
+
+@place(lambda gain: setattr(MORE, "gain", gain))
+class OfSlotsBesideAttributes(Scaled):
+    def gain(self):
+        return MORE.gain
+
+
+@place(HIDDEN.set)
+class OfAHiddenSlot(Scaled):
+    def gain(self):
+        return HIDDEN.get()
+
+
+class Listed(list):
+    gain = 1.0
+
+
+LISTED = Listed()
+
+
+@place(lambda gain: setattr(LISTED, "gain", gain))
+class OfAListsAttribute(Scaled):
+    def gain(self):
+        return LISTED.gain
+
+
+def one():
+    return 1.0
+
+
+def three():
+    return 3.0
+
+
+ONE = one.__code__
+
+
+@place(lambda gain: setattr(one, "__code__", ONE if gain == 1 else three.__code__))
+class OfCodeThatIsReloaded(Scaled):
+    def gain(self):
+        return one()
+
+
+def default(gain=1.0, *, other=1.0):
+    return gain * other
+
+
+@place(lambda gain: setattr(default, "__defaults__", (gain,)))
+class OfADefault(Scaled):
+    def gain(self):
+        return default()
+
+
+@place(lambda gain: default.__kwdefaults__.__setitem__("other", gain))
+class OfADefaultByName(OfADefault):
+    pass
+
+
+DROPOUT = torch.nn.Dropout(0.0)
+
+
+@place(lambda gain: setattr(DROPOUT, "p", float(gain != 1)))
+class OfALayerElsewhere(Scaled):
+    def gain(self):
+        return DROPOUT(torch.ones(()))
+
+
 LOCAL, CONTEXT = threading.local(), contextvars.ContextVar("gain", default=1.0)
 LOCAL.gain = 1.0
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
+import helpers
+import microsoft_models
 import pytest
 import timm
 import torch
@@ -49,6 +53,7 @@ class Counting(timm.layers.PatchEmbed):
 @pytest.mark.parametrize("strict", [True, False])
 def test_patch_embeddings_are_tried_on_few_patches(strict):
     own = timm.layers.PatchEmbed(img_size=224, patch_size=4, embed_dim=8, strict_img_size=strict)
+    PatchEmbed().shrink(own)
     sizes = [tuple(shape) for (shape,) in PatchEmbed().example(own)]
     assert sizes[0] == (2, 3, 12, 8)
     assert (own.img_size, own.grid_size, own.num_patches) == ((12, 8), (3, 2), 6)
@@ -58,6 +63,7 @@ def test_patch_embeddings_are_tried_on_few_patches(strict):
 def test_patch_embeddings_that_hold_more_are_tried_as_they_are():
     own = Counting(img_size=16, patch_size=2, embed_dim=8)
     own.counted = 64
+    PatchEmbed().shrink(own)
     assert [tuple(shape) for (shape,) in PatchEmbed().example(own)] == [(2, 3, 16, 16)]
     assert own.img_size == (16, 16)
 
@@ -80,3 +86,49 @@ def test_embeddings_stay_as_they_were(odd):
         swinaccel.accelerate(model)
         assert model.patch_embed.img_size == (32, 32)
         assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+class Sized(microsoft_models.SwinTransformerBlock):
+    """Does more with its size or its shift than to cut windows."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return 3 * out if self.input_resolution[0] > 8 or self.shift_size == 1 else out
+
+
+@pytest.mark.parametrize(("size", "shift"), [(8, 1), (16, 2)])
+def test_code_that_was_proven_is_tried_at_each_size_and_shift(size, shift):
+    swinaccel.accelerate(helpers.randomize(Sized(16, (8, 8), 2, 4, 2)), backend="torch")
+    model = helpers.randomize(Sized(16, (size, size), 2, 4, shift))
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x = torch.randn(2, size * size, 16)
+    with torch.no_grad():
+        helpers.assert_close(twin(x), model(x))
+
+
+def test_the_same_code_at_another_size_is_tried_once(monkeypatch):
+    tried = _counted(monkeypatch)
+    seen, real = [], probe.compare_attention
+    monkeypatch.setattr(probe, "compare_attention", lambda *call, **how: (seen.append(call), real(*call, **how))[1])
+    for size in (8, 16, 16):
+        seen.clear()
+        swinaccel.accelerate(helpers.microsoft_block((size, size)), backend="torch")
+        tried.append(str(len(seen)))
+    assert [one for one in tried if one.isdigit()][1:] == ["1", "0"]
+
+
+class Switched(microsoft_models.PatchEmbed):
+    """Does otherwise where it says that images are large."""
+
+    def forward(self, x):
+        return super().forward(x) * (3 if self.img_size[0] >= 64 else 1)
+
+
+def test_unknown_code_is_tried_as_it_is_set():
+    own = Switched(64, norm_layer=nn.LayerNorm)
+    block = microsoft_models.SwinTransformerBlock(16, (16, 16), 2, 4)
+    model = helpers.randomize(nn.Sequential(own, block))
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        helpers.assert_close(twin.to(helpers.TRITON_DEVICE)(x.to(helpers.TRITON_DEVICE)).cpu(), model(x))

@@ -38,7 +38,7 @@ def rest(x: Tensor, branch: Tensor, block: Any) -> Tensor:
     """
     channels = x.shape[-1]
     rows = x.numel() // channels
-    parts = max(1, round(rows / _part(block.fc1.out_features)))
+    parts = max(1, round(rows / _part(block.fc1.weight.shape[0])))
     out = torch.empty_like(x)
     flat = (tensor.reshape(rows, channels).split(-(-rows // parts)) for tensor in (x, branch, out))
     for before, attended, after in zip(*flat, strict=True):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...errors import KernelError
 from ...spec import reference
 from ...spec.window import Geometry, Section
 from .products import PLAIN_TENSORS
@@ -217,6 +218,8 @@ def _windows(section: Section, x: Tensor, starts: _Starts, masked: bool) -> tupl
 
     qkv = section.project(windows)
     if isinstance(qkv, Tensor):
+        if qkv.shape[-1] != 3 * section.num_heads * section.head_dim:
+            raise KernelError(f"its projection does not give q, k and v of {section.num_heads} x {section.head_dim}")
         q, k, v = qkv.unflatten(-1, (3, section.num_heads, section.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         q, k, v = (reference.split_heads(part, section.num_heads) for part in qkv)

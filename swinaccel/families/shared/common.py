@@ -102,6 +102,12 @@ def mlp_table_shape(coords: Tensor, last: Any, num_heads: int) -> tuple[int, int
     return coords.numel() // 2 * width // num_heads, num_heads
 
 
+def fan_in(layer: Any) -> int:
+    """Return how many numbers a linear layer takes: by its weight, where what it says of itself may be out of date."""
+    width: int = layer.weight.shape[1] if type(layer) is nn.Linear else layer.in_features
+    return width
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Return True if the projection is exactly nn.Linear with its own weight, so that its bias may be read."""
     return is_builtin(module, nn.Linear)

@@ -19,6 +19,7 @@ from ...spec.window import SHIFT_MASK_VALUE, Axes, Geometry, Section, WindowSpec
 from .common import (
     drop_rate,
     dropped,
+    fan_in,
     has_table_rows,
     is_index,
     is_plain_linear,
@@ -53,7 +54,7 @@ def attention_spec(family: str, attn: Any, shift: Axes | None = None, has_index:
             return None
     elif cosine or not has_table_rows(attn.relative_position_bias_table, window, heads):
         return None
-    return WindowSpec(family, window, shift or (0,) * len(window), heads, attn.proj.in_features // heads)
+    return WindowSpec(family, window, shift or (0,) * len(window), heads, fan_in(attn.proj) // heads)
 
 
 def attention_section(
@@ -71,7 +72,7 @@ def attention_section(
         index: of the position biases, where it is not the one that the attention keeps.
         implied: without a mask the shift has its own.
     """
-    heads, tokens, head_dim = attn.num_heads, geometry.tokens, attn.proj.in_features // attn.num_heads
+    heads, tokens, head_dim = attn.num_heads, geometry.tokens, fan_in(attn.proj) // attn.num_heads
     index = attn.relative_position_index if index is None else index
     common: dict[str, Any] = {
         "geometry": geometry,
