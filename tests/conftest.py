@@ -59,16 +59,15 @@ _modules_frozen = 0
 
 
 def pytest_collection_finish() -> None:
-    _freeze_imports()
+    _freeze()
 
 
-def _freeze_imports() -> None:
-    """Keep what imported libraries hold from the collector: collecting and counting instances gets quick."""
+def _freeze() -> None:
+    """Keep what is there, of libraries nearly all, from the collector: collecting and counting instances gets quick."""
     global _modules_frozen
-    if len(sys.modules) != _modules_frozen:
-        gc.collect()
-        gc.freeze()
-        _modules_frozen = len(sys.modules)
+    gc.collect()
+    gc.freeze()
+    _modules_frozen = len(sys.modules)
 
 
 @pytest.fixture
@@ -89,6 +88,7 @@ def with_shared_memory(monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def _no_verdicts():
     registry.clear()
+    _freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,8 @@ def _clean_slate(request, monkeypatch, tmp_path_factory):
             if issubclass(type(instance), torch.nn.Module):
                 instance.__dict__.pop(patching.MARKER, None)
     torch._dynamo.reset()
-    _freeze_imports()
+    if len(sys.modules) != _modules_frozen:
+        _freeze()
     if HAS_CUDA and torch.cuda.memory_reserved() > 2**32:
         torch.cuda.empty_cache()  # other workers share the GPU
 

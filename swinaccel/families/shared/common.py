@@ -104,7 +104,8 @@ def mlp_table_shape(coords: Tensor, last: Any, num_heads: int) -> tuple[int, int
 
 def fan_in(layer: Any) -> int:
     """Return how many numbers a linear layer takes: by its weight, where what it says of itself may be out of date."""
-    width: int = layer.weight.shape[1] if type(layer) is nn.Linear else layer.in_features
+    is_whole = type(layer) is nn.Linear and layer.weight.dim() == 2  # FSDP leaves parameters empty between calls
+    width: int = layer.weight.shape[1] if is_whole else layer.in_features
     return width
 
 
