@@ -114,7 +114,7 @@ def generator_state() -> bytes:
     return torch.default_generator.get_state().numpy().tobytes()
 
 
-def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> nn.Module:
+def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting, draws: dict[str, Tensor]) -> nn.Module:
     """Return a CPU copy, every tensor and number another one, without hooks and dropping nothing; nothing is shared.
 
     In fp64, the first of several heads has a table whose spread lets tokens see past the shift mask's -100, which is
@@ -123,12 +123,15 @@ def random_copy(module: nn.Module, moved: set[nn.Module], setting: Setting) -> n
 
     Args:
         moved: the modules whose floating-point attributes are moved. Rates of dropout become 0.
+        draws: random numbers of the parameters, by their names, which copies of one module share; drawn where missing.
     """
     seed()
     memo: dict[int, Any] = {}
     for name, parameter in module.named_parameters():
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
-        value = torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / max(1, fan_in) ** 0.5)
+        if name not in draws:
+            draws[name] = torch.randn(parameter.shape, dtype=torch.float64)
+        value = draws[name] * (1.5 / max(1, fan_in) ** 0.5)
         if name.endswith("logit_scale"):
             largest = 5.5 if setting.is_exact else 0.5
             value = torch.linspace(largest, -3.0, parameter.numel(), dtype=torch.float64).view(parameter.shape)
@@ -208,7 +211,7 @@ class Subject:
     """A module that copies are made of, and how they are called.
 
     Attributes:
-        moved: as for `random_copy`.
+        moved, draws: as for `random_copy`.
         original: the module's own method, unbound.
     """
 
@@ -216,10 +219,11 @@ class Subject:
     family: Any
     moved: set[nn.Module]
     original: Callable[..., Any]
+    draws: dict[str, Tensor] = field(default_factory=dict)
 
     def prepared(self, setting: Setting = EXACT[0]) -> tuple[nn.Module, list[tuple[Any, ...]]]:
         """Return a random copy, and the arguments of its calls."""
-        clone = random_copy(self.module, self.moved, setting)
+        clone = random_copy(self.module, self.moved, setting, self.draws)
         if hasattr(self.family, "shrink") and is_of_library(self.module):
             self.family.shrink(clone)
         return clone, calls(self.family, clone, setting)
