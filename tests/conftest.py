@@ -22,9 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; model
 import helpers  # noqa: E402
 import interpreter  # noqa: E402
 
-from swinaccel import ops, patching  # noqa: E402
+from swinaccel import bias, ops, patching  # noqa: E402
 from swinaccel.backends.triton import devices, launches, linear  # noqa: E402
-from swinaccel.bias import cache, table  # noqa: E402
+from swinaccel.bias import cache  # noqa: E402
 from swinaccel.runtime import call  # noqa: E402
 from swinaccel.trust.registry import registry  # noqa: E402
 
@@ -105,7 +105,7 @@ def _clean_slate(request, monkeypatch, tmp_path_factory):
     call._warned.clear()
     if not getattr(request.module, "KEEPS_VERDICTS", False):
         registry.clear()
-    table.forget()
+    bias.forget()
     ops.forget_failures()
     torch.manual_seed(0)
     with warnings.catch_warnings():
