@@ -105,13 +105,13 @@ def test_tokens_and_gradients(window, cosine, dtype, backend):
 @kinds()
 def test_parameters(window, cosine, dtype, backend):
     """An entry of the table, all of it and logit_scale, in a head each."""
-    case = Case(window, window, heads=8, dim=4, cosine=cosine)
+    case = Case(window, window, heads=9, dim=4, cosine=cosine)
     qkv, grad, options = draw(case, dtype)
     for head, value in enumerate(VALUES):
         options["table"][1, head] = value
         options["table"][:, 3 + head] = value
         if cosine:
-            options["logit_scale"][5 + head] = value
+            options["logit_scale"][6 + head] = value
     check(backend, case, qkv, grad, options)
 
 
