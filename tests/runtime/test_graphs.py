@@ -122,6 +122,18 @@ def test_indices_that_changed_are_not_even_read(tapes):
     assert engine.replays == before
 
 
+def test_calls_by_name_do_not_go_ahead_and_are_looked_after_too():
+    model, twin, x = captured()
+    with torch.no_grad():
+        for scale in (0.5, 0.25):
+            for every in (model, twin):
+                every.layers[0].blocks[0].attn.scale = scale
+            before = replays(model)
+            for _ in range(CAPTURED_CALL + 2):
+                helpers.assert_close(model(x=x), twin(x=x))
+            assert replays(model) > before
+
+
 def test_memory_that_a_replay_may_read_is_kept():
     model, twin, x = captured()
     kept = latest(model)._held
