@@ -244,9 +244,7 @@ def bind_backend(
         return reason
     others = (section.mask, section.logit_scale, *section.sources, *attention.parameters())
     if any(one is not None and one.is_neg() for one in others):
-        return (
-            "its mask or a parameter is a view of numbers with the other sign; call resolve_neg() on it to accelerate"
-        )
+        return "a mask or parameter is a view of numbers with the other sign; call resolve_neg() on it to accelerate"
     if backend_of(config, x.device) == "torch":
         reason = _torch_reason(section, attention, config, x) or index_reason(section)
         if reason is not None:
