@@ -64,7 +64,9 @@ class Mutual(Renamed):
             image = stacked_image(x, mask, self.window(module))
             # Without a mask all windows are closed alike, as the section has it.
             out = beside(image, None if mask is None else _between_frames(x, mask))
-            return out.view(len(x), 2, -1, out.shape[-1]).flip(1)  # a query's answer stands where its keys were
+            return out.view(len(x), 2, x.shape[1] // 2, out.shape[-1]).flip(
+                1
+            )  # a query's answer stands where its keys were
 
         return self._joined(module, attend, exchanged, args, kwargs)
 
@@ -98,10 +100,11 @@ def _between_frames(x: Tensor, mask: Tensor | None) -> Tensor:
 def _by_pytorch(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the attention between frames, (2 * windows, N / 2, C): all frames in one call."""
     windows, tokens, _ = x.shape
-    frames = module.qkv_mut(x).view(2 * windows, tokens // 2, 3, -1)
-    q, k, v = frames.unflatten(3, (module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    frames = module.qkv_mut(x).unflatten(1, (2, tokens // 2)).flatten(0, 1)
+    q, k, v = frames.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q = q.unflatten(0, (windows, 2)).flip(1).flatten(0, 1)
     if mask is not None:
         mask = mask[:, None, : tokens // 2, : tokens // 2].to(q.dtype)
+        mask = mask.masked_fill((mask == -math.inf).all(-1, keepdim=True), math.nan)  # as softmax has it
         mask = mask.repeat(windows // mask.shape[0], 2, 1, 1).flatten(0, 1)[:, None]
     return scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2)

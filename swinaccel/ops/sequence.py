@@ -43,7 +43,7 @@ def sequence_attention(
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run the forward of the operator, whose schema names the arguments."""
-    call, problem = Operands(*arguments[:6]), Problem(*arguments[6:])
+    call, problem = _operands(arguments), Problem(*arguments[6:])
     found = _by_kernels(call, problem, lambda: backend.forward(call, problem))
     if found is not None:
         return found
@@ -53,14 +53,16 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _traced(*arguments: Any, bound: Callable[[Launch], Any]) -> tuple[Tensor, Tensor]:
     """Compute what the operator does, as compilers see it."""
-    return backend.forward(Operands(*arguments[:6]), Problem(*arguments[6:]), bound)
+    return backend.forward(_operands(arguments), Problem(*arguments[6:]), bound)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Run the backward of the operator, whose schema names the arguments."""
-    call, (out, lse, *numbers, factor_grad) = Operands(*arguments[:6]), arguments[6:]
+    call, (out, lse, *numbers, factor_grad) = _operands(arguments), arguments[6:]
     problem = Problem(*numbers)
-    grads = _by_kernels(call, problem, lambda: backend.backward(grad, call, out, lse, problem, factor_grad))
+    grads = _by_kernels(
+        call, problem, lambda: backend.backward(grad.resolve_neg(), call, out, lse, problem, factor_grad)
+    )
     if grads is not None:
         return list(grads)
 
@@ -71,6 +73,11 @@ def _backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     found: Any = recomputed_gradients(plain, inputs, grad, twice=False)
     made = [backend.empty_like(one) if place < 3 else torch.empty_like(one) for place, one in enumerate(inputs)]
     return [place.copy_(one) for place, one in zip(made, found, strict=True)]
+
+
+def _operands(arguments: tuple[Any, ...]) -> Operands:
+    """Return the operands of the operator; kernels read numbers as they lie."""
+    return Operands._make(None if t is None else t.resolve_neg() for t in arguments[:6])
 
 
 def _plain(call: Operands, problem: Problem, twice: bool = False) -> Tensor:

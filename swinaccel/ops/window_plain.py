@@ -28,10 +28,11 @@ def operands_of(arguments: Sequence[Any], geometry: Geometry | None = None) -> O
         arguments: of the operator; what follows the operands is left out.
         geometry: with it, q, k and v are in memory as outputs are.
     """
-    tokens, others = arguments[:3], [None if t is None else t.contiguous() for t in arguments[4:8]]
+    tokens = [None if t is None else t.resolve_neg() for t in arguments[:4]]  # kernels read numbers as they lie
+    others = [None if t is None else t.contiguous().resolve_neg() for t in arguments[4:8]]
     if geometry is not None:
-        tokens = [None if t is None else dense(t, geometry) for t in tokens]
-    return Operands._make((*tokens, arguments[3], *others, *arguments[8:16]))
+        tokens[:3] = [None if t is None else dense(t, geometry) for t in tokens[:3]]
+    return Operands._make((*tokens, *others, *arguments[8:16]))
 
 
 def geometry_of(call: Operands) -> Geometry:
@@ -94,6 +95,7 @@ def reference_gradients(grad: Tensor, call: Operands, geometry: Geometry, twice:
 
 def dense(image: Tensor, geometry: Geometry) -> Tensor:
     """Return an image in memory as outputs are: without gaps, heads before the last axis of the image."""
+    image = image.resolve_neg()
     if not are_heads_apart(image, geometry):
         return image.contiguous()
     return image.transpose(-3, -2).contiguous().transpose(-3, -2)

@@ -242,6 +242,9 @@ def bind_backend(
     reason = section_reason(section, x)
     if reason is not None:
         return reason
+    others = (section.mask, section.logit_scale, *section.sources, *attention.parameters())
+    if any(one is not None and one.is_neg() for one in others):
+        return "a mask or parameter is a view of numbers with the other sign; call resolve_neg() on it to accelerate"
     if backend_of(config, x.device) == "torch":
         reason = _torch_reason(section, attention, config, x) or index_reason(section)
         if reason is not None:

@@ -129,7 +129,7 @@ def _form_of(value: Any) -> tuple | None:
         return None
     if not value.is_floating_point():
         return None if value.is_inference() else ("index", Identity(value))
-    return "mask", value.shape, value.dtype, value.device, value.requires_grad, value.stride()
+    return "mask", value.shape, value.dtype, value.device, value.requires_grad, value.stride(), value.is_neg()
 
 
 def _is_plain(values: tuple[Any, ...]) -> bool:

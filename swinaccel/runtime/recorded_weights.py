@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..ops.recomputed import recomputed_gradients
-from ..spec.reference import cut, join, section_weights, split_heads
+from ..spec.reference import cut, join, section_scores, section_weights, split_heads
 from ..spec.window import Section, with_mask
 from .section import TritonSection, padding_of
-from .weights import LazyTensor, Record, detached_copy, weights_like
+from .weights import LazyTensor, Numbers, Record, detached_copy, weights_like
 
 
 class _Call:
@@ -47,8 +47,16 @@ class _Call:
         self.record.weights = weakref.ref(made)
         return made
 
-    def weights(self, *sources: Any) -> Tensor:
-        """Return the weights, with gradients for the sources."""
+    def weights(self, sources: Sequence[Any]) -> Tensor:
+        """Return the weights anew, since they may have been written to, in their place in the graph of gradients."""
+        held = self.record.weights()
+        with torch.autocast(sources[0].device.type, enabled=False):
+            if held is None:
+                return self.scores(*sources).softmax(-1)
+            return Numbers.apply(held, lambda: self.scores(*sources).softmax(-1))
+
+    def scores(self, *sources: Any) -> Tensor:
+        """Return the scores, of which softmax makes the weights, with gradients for the sources."""
         *parts, table, padding, logit_scale = sources
         section = dataclasses.replace(
             self.section,
@@ -57,7 +65,7 @@ class _Call:
             padding=_giver(padding),
             logit_scale=logit_scale,
         )
-        return section_weights(section, parts[0])
+        return section_scores(section, parts[0])
 
     def mixed(self, weights: Tensor, *sources: Any) -> Tensor:
         """Return the values, mixed by the weights, as an image."""
@@ -105,7 +113,9 @@ class _PutOff(torch.autograd.Function):
         sources = ctx.saved_tensors
         if grad is None:
             return None, *(None for _ in sources)
-        return None, *recomputed_gradients(ctx.call.weights, sources, grad, torch.is_grad_enabled())
+        weights = ctx.call.weights(sources)
+        grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+        return None, *recomputed_gradients(ctx.call.scores, sources, grad, torch.is_grad_enabled())
 
 
 class _Past(torch.autograd.Function):
@@ -113,17 +123,16 @@ class _Past(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, out: Tensor, weights: LazyTensor, *sources: Any) -> Tensor:
-        ctx.call = call
+        ctx.call, call.record.mixed = call, weakref.ref(ctx)
         ctx.save_for_backward(*sources)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call, sources = ctx.call, ctx.saved_tensors
-        if not call.record.is_needed():
+        if call.record.weights() is None:
             return None, grad, None, *(None for _ in sources)
-        with torch.autocast(grad.device.type, enabled=False):
-            weights = call.weights(*sources)  # of its gradient there is more to come: this is only what the output has
+        weights = call.weights(sources)
         if not weights.requires_grad:
             weights = weights.detach().requires_grad_()
         return None, None, *recomputed_gradients(call.mixed, (weights, *sources), grad, torch.is_grad_enabled())

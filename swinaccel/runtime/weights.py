@@ -47,16 +47,18 @@ class Record:
     """What is known of weights that were put off while gradients were recorded.
 
     Attributes:
-        is_read: somebody has asked for them, or for their gradient.
-        weights: where they may still be asked for, if anybody holds them.
+        weights: they, for as long as somebody may ask for them.
+        mixed: what the graph of gradients has of the output that was made with them.
     """
 
-    is_read = False
-    weights: weakref.ref[LazyTensor] | None = None
+    def __init__(self) -> None:
+        self.weights: Callable[[], LazyTensor | None] = lambda: None
+        self.mixed: Callable[[], Any] = lambda: None
 
-    def is_needed(self) -> bool:
-        """Return True unless nobody has asked for them, and nobody can."""
-        return self.is_read or (self.weights is not None and self.weights() is not None)
+    def keep(self) -> None:
+        """Keep them while the output may be asked for its gradient, which goes through them from now on."""
+        if (mixed := self.mixed()) is not None:
+            mixed.weights = self.weights()
 
 
 class LazyTensor(Tensor):
@@ -126,7 +128,7 @@ class LazyTensor(Tensor):
         """Return what has the place of this in the graph of gradients."""
         if self.record is None:
             return self.read()
-        self.record.is_read = True
+        self.record.keep()
         return self
 
     def lasts(self) -> bool:
@@ -137,11 +139,11 @@ class LazyTensor(Tensor):
         """Return the numbers."""
         if self._value is None:
             if self.record is not None:
-                self.record.is_read = True
+                self.record.keep()
             mode = torch.inference_mode(self._is_inference)  # that of the call
             is_recorded = self.requires_grad
             with mode, torch.set_grad_enabled(is_recorded), torch.autocast(self.device.type, enabled=False):
-                value = self._compute() if self._is_recorded or not is_recorded else _Numbers.apply(self, self._compute)
+                value = self._compute() if self._is_recorded or not is_recorded else Numbers.apply(self, self._compute)
             if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
                 raise RuntimeError("swinaccel: attention weights came out in another shape or dtype than was expected")
             if not self.lasts():
@@ -150,7 +152,7 @@ class LazyTensor(Tensor):
         return self._value
 
 
-class _Numbers(torch.autograd.Function):
+class Numbers(torch.autograd.Function):
     """From weights that have a place in the graph of gradients to their numbers."""
 
     @staticmethod

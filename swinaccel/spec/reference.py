@@ -106,20 +106,14 @@ def attention(
     Returns:
         (windows, heads, N, D).
     """
-    weights = attention_weights(q, k, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale)
+    weights = attention_scores(q, k, bias=bias, mask=mask, scale=scale, logit_scale=logit_scale).softmax(-1)
     return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    logit_scale: Tensor | None = None,
+def attention_scores(
+    q: Tensor, k: Tensor, *, bias: Tensor | None, mask: Tensor | None, scale: float, logit_scale: Tensor | None
 ) -> Tensor:
-    """Compute the weights of `attention`, (windows, heads, N, N).
+    """Compute the scores of `attention`, (windows, heads, N, N), of which softmax makes the weights.
 
     Source: arXiv:2103.14030, eq. 4; arXiv:2111.09883, eq. 2.
     """
@@ -134,7 +128,7 @@ def attention_weights(
         windows, heads, tokens, _ = scores.shape
         scores = scores.view(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None]
         scores = scores.view(windows, heads, tokens, tokens)
-    return scores.softmax(-1)
+    return scores
 
 
 def split_heads(windows: Tensor, num_heads: int) -> Tensor:
@@ -219,8 +213,13 @@ def section_attention(section: Section, image: Tensor) -> Tensor:
 
 def section_weights(section: Section, image: Tensor) -> Tensor:
     """Return the weights that a section gives the keys of an image (B, H, W, C), (B * M, heads, N, N)."""
+    return section_scores(section, image).softmax(-1)
+
+
+def section_scores(section: Section, image: Tensor) -> Tensor:
+    """Return the scores that a section gives the keys of an image (B, H, W, C), (B * M, heads, N, N)."""
     (q, k, _), bias, mask = _operands(section, image)
-    return attention_weights(q, k, bias=bias, mask=mask, scale=section.scale, logit_scale=section.logit_scale)
+    return attention_scores(q, k, bias=bias, mask=mask, scale=section.scale, logit_scale=section.logit_scale)
 
 
 def _operands(section: Section, image: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:

@@ -96,6 +96,27 @@ def test_transforms_of_functions():
     helpers.assert_close(many[1], functional.window_attention(*tokens, leaf + 1), 1e-5)
 
 
+def test_numbers_that_lie_in_memory_with_the_other_sign():
+    """As the imaginary part of a conjugate does; in gradients too."""
+    shape, device = (4, 2, 16, 8), helpers.TRITON_DEVICE
+    tokens = {name: torch.randn(shape, device=device) for name in "qkv"}
+    grad = torch.randn(shape, device=device)
+    windows = {"bias": torch.randn(2, 16, 16), "mask": torch.randn(2, 16, 16)}
+    factors = {name: torch.randn(2, 16, 4) for name in ("q_factor", "k_factor")}
+    for attend, others in (functional.window_attention, windows), (functional.factored_bias_attention, factors):
+        given = {**tokens, **{name: one.to(device) for name, one in others.items()}}
+        found = []
+        for turned in (None, *given, "grad"):
+            now = {name: torch._neg_view(-one) if name == turned else one.clone() for name, one in given.items()}
+            leaves = [one.requires_grad_() for name, one in now.items() if name != "mask"]
+            above = torch._neg_view(-grad) if turned == "grad" else grad
+            out = attend(**now)
+            found.append((out, *torch.autograd.grad(out, leaves, above)))
+        for ours in found[1:]:
+            for one, other in zip(ours, found[0], strict=True):
+                helpers.assert_close(one, other)
+
+
 def test_second_derivatives():
     inputs = Case(9, windows=2, cosine=True).make()
 

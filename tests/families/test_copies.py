@@ -241,6 +241,21 @@ def test_frames_meet_in_the_kernels_alone(monkeypatch):
     assert swinaccel.report(twin).entries[0].bias == "table"
 
 
+@torch.no_grad()
+@both_backends
+def test_frames_of_no_windows_and_queries_that_see_no_key(backend):
+    """The original's are NaN, where `scaled_dot_product_attention` has zeros."""
+    model, x = randomize(models.MutualAttention(16, (2, 3, 4), 2)), torch.randn(6, 24, 16)
+    model, x = model.to(helpers.DEVICES[backend]), x.to(helpers.DEVICES[backend])
+    twin, mask = swinaccel.accelerate(copy.deepcopy(model), backend=backend), x.new_zeros(3, 24, 24)
+    assert twin(x[:0]).shape == twin(x[:0], mask).shape == (0, 24, 16)
+    mask[1, 2, :12] = float("-inf")
+    found, expected = twin(x, mask), model(x, mask)
+    assert torch.equal(found.isnan(), expected.isnan())
+    helpers.assert_close(found.nan_to_num(), expected.nan_to_num())
+    helpers.assert_accelerated(twin, 1)
+
+
 def test_masks_between_frames_that_are_refused():
     model, x = randomize(models.MutualAttention(16, (2, 3, 4), 2)), torch.randn(6, 24, 16)
     check_fallback(model, x, torch.randint(-9, 1, (3, 24, 24)), reason="the mask is no floating-point tensor")

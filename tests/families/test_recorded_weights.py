@@ -93,6 +93,21 @@ def twice_unread(model, x):
     return [grad.detach()]
 
 
+def twice_asked_for(model, x):
+    out, found = model.blocks[0](x)
+    (grad,) = torch.autograd.grad(total(out) + total(found**3), x, create_graph=True)
+    return list(torch.autograd.grad(total(grad**2), [found, x]))
+
+
+def twice_hooked_and_left(model, x):
+    out, found = model.blocks[0](x)
+    found.register_hook(scaled)
+    del found
+    (grad,) = torch.autograd.grad(total(out), x, create_graph=True)
+    total(grad**2).backward()
+    return [grad.detach()]
+
+
 def read_between(model, x):
     out, found = model.blocks[0](x)
     one = list(torch.autograd.grad(total(out), [x], retain_graph=True))
@@ -150,6 +165,8 @@ WAYS = {
     "from them": from_them,
     "twice": twice,
     "twice, unread": twice_unread,
+    "twice, asked for": twice_asked_for,
+    "twice, hook, and left": twice_hooked_and_left,
     "read between": read_between,
     "read without": read_without,
     "derived": derived_is_retained,
@@ -182,6 +199,8 @@ def counted(monkeypatch):
     calls = []
     for one in (weights, recorded_weights):
         monkeypatch.setattr(one, "section_weights", lambda *args: calls.append(1) or reference.section_weights(*args))
+    scores = reference.section_scores
+    monkeypatch.setattr(recorded_weights, "section_scores", lambda *args: calls.append(1) or scores(*args))
     return calls
 
 

@@ -63,6 +63,8 @@ FAULTS = under(
     ("rectangles.py", "dropout=drop_rate(module.attn_drop),", "", "families/test_copies -k halves"),
     ("rectangles.py", "qkv.permute(1, 2, 0, 3)", "qkv.permute(1, 2, 3, 0)", "families/test_copies -k halves"),
     ("mutual.py", ".flip(1).flatten(0, 1)", ".flatten(0, 1)", "families/test_copies -k mutual"),
+    ("mutual.py", "mask = mask.masked_fill", "_ = mask.masked_fill", "families/test_copies -k no_windows"),
+    ("mutual.py", "len(x), 2, x.shape[1] // 2,", "len(x), 2, -1,", "families/test_copies -k no_windows"),
     ("mutual.py", "out.shape[-1]).flip(1)", "out.shape[-1])", "families/test_copies -k frames"),
     ("mutual.py", "None if mask is None else _between_frames(x, mask))", "None)", "families/test_copies -k frames"),
     ("mutual.py", "mask[:, :tokens, :tokens]", "mask[:, :tokens, tokens:]", "families/test_copies -k frames"),

@@ -104,3 +104,36 @@ def test_an_input_whose_numbers_lie_in_memory_with_the_other_sign(backend):
     x = torch._neg_view(torch.randn(2, 8, 8, 16, device=DEVICES[backend]))
     helpers.check(MODELS["timm"](), x, backend=backend)
     helpers.check_fallback(MODELS["torchvision"](), x, reason="with the other sign", backend=backend)
+
+
+def turned(one):
+    return torch._neg_view(-one)
+
+
+@pytest.mark.parametrize("turn", [turned, lambda one: torch.complex(one, -one).conj().imag])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_and_masks_whose_numbers_lie_in_memory_with_the_other_sign(backend, turn):
+    model = helpers.randomize(microsoft_models.WindowAttention(16, (4, 4), 2)).eval().to(DEVICES[backend])
+    x, mask = (torch.randn(shape, device=DEVICES[backend]) for shape in ((4, 16, 16), (2, 16, 16)))
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend=backend)
+    with torch.no_grad():
+        expected = model(x, mask)
+        for given in (mask, turn(mask)):
+            helpers.assert_close(twin(x, given), expected)
+        for name, one in list(twin.named_parameters()):
+            part, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(part), leaf, nn.Parameter(turn(one.detach())))
+            helpers.assert_close(twin(x, mask), expected)
+            setattr(twin.get_submodule(part), leaf, one)
+            helpers.assert_close(twin(x, mask), expected)
+    (entry,) = swinaccel.report(twin)
+    assert (entry.fallbacks, "with the other sign" in entry.reason) == (6, True)
+
+
+@torch.no_grad()
+def test_a_norm_whose_numbers_lie_in_memory_with_the_other_sign():
+    model, x = MODELS["timm"]().eval().to(DEVICES["triton"]), torch.randn(2, 8, 8, 16, device=DEVICES["triton"])
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton")
+    twin.norm2.bias = nn.Parameter(turned(twin.norm2.bias.detach()))
+    helpers.assert_close(twin(x), model(x))
+    helpers.assert_accelerated(twin)
