@@ -64,9 +64,8 @@ class Mutual(Renamed):
             image = stacked_image(x, mask, self.window(module))
             # Without a mask all windows are closed alike, as the section has it.
             out = beside(image, None if mask is None else _between_frames(x, mask))
-            return out.view(len(x), 2, x.shape[1] // 2, out.shape[-1]).flip(
-                1
-            )  # a query's answer stands where its keys were
+            # A query's answer stands where its keys were.
+            return out.view(len(x), 2, x.shape[1] // 2, out.shape[-1]).flip(1)
 
         return self._joined(module, attend, exchanged, args, kwargs)
 
