@@ -8,7 +8,7 @@ FAULTS = under(
     ("shared/near.py", "isinstance(child, nn.Unfold)", "False", "families/test_near -k unfolded"),
     ("aurora.py", "lora(x, step)", "lora(x, 0)", "families/test_weather -k aurora_at"),
     ("earth.py", "one.shape[1] != rows", "False", "families/test_weather -k earth_with_rows"),
-    ("shared/common.py", "layer.weight.shape[1] if type(layer) is nn.Linear else layer.in_features",
+    ("shared/common.py", "layer.weight.shape[1] if is_whole else layer.in_features",
      "layer.in_features", "runtime/test_traps_of_scores -k trap_21"),
     # Families.
     ("shared/official.py", "implied or mask is not None else 0.0", "True else 0.0", "api/test_gaps -k mask"),

@@ -107,7 +107,7 @@ FAULTS = under(
     ("context.py", "return entry, settings, x.shape", "return entry, x.shape", "runtime/test_gaps_in_calls -k sizes"),
     ("block.py", "not is_leaf or does_nothing(part)", "True", "runtime/test_gaps_in_calls -k known"),
     ("block.py", "require(not drops_now(part),", "require(True,", "runtime/test_edits -k dropout"),
-    ("block.py", "or not tensor.is_contiguous():", ":", "runtime/test_gaps_in_calls -k contiguous"),
+    ("block.py", "tensor.is_contiguous() and ", "", "runtime/test_gaps_in_calls -k contiguous"),
     ("block.py", "(x.requires_grad or any(one.requires_grad for one in parameters))", "x.requires_grad",
      "runtime/test_fusion runtime/test_fused_steps runtime/test_unfused_steps -k 'gradients or training'"),
     ("guard.py", "and list(chain.from_iterable(filled)) == self._names", "", "runtime/test_plans -k names"),
