@@ -13,6 +13,7 @@ from helpers import check, randomize
 from whole_models import IMAGES, MODELS, images
 
 import swinaccel
+from swinaccel.families.shared.common import fan_in
 
 KEEPS_VERDICTS = True
 
@@ -219,3 +220,12 @@ def test_models_traced_by_fx_beforehand_are_harmless(kind):
             owner = layer.get_submodule(name.rpartition(".")[0])
             owner.register_buffer("relative_position_index", buffer.reshape(-1)[:-1], persistent=False)
     assert not swinaccel.plan(layer).accelerated
+
+
+def test_layers_whose_parameters_are_empty_between_calls_are_as_wide_as_they_say():
+    """As FSDP leaves them; else the weight tells, which may have been pruned."""
+    layer = torch.nn.Linear(8, 4)
+    layer.weight = torch.nn.Parameter(layer.weight.detach()[:, :6])
+    assert fan_in(layer) == 6
+    layer.weight = torch.nn.Parameter(torch.empty(0))
+    assert fan_in(layer) == 8
