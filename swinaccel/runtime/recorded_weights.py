@@ -50,10 +50,12 @@ class _Call:
     def weights(self, sources: Sequence[Any]) -> Tensor:
         """Return the weights anew, since they may have been written to, in their place in the graph of gradients."""
         held = self.record.weights()
+
+        def compute() -> Tensor:
+            return self.scores(*sources).softmax(-1)
+
         with torch.autocast(sources[0].device.type, enabled=False):
-            if held is None:
-                return self.scores(*sources).softmax(-1)
-            return Numbers.apply(held, lambda: self.scores(*sources).softmax(-1))
+            return compute() if held is None else Numbers.apply(held, compute)
 
     def scores(self, *sources: Any) -> Tensor:
         """Return the scores, of which softmax makes the weights, with gradients for the sources."""
