@@ -149,7 +149,7 @@ FAULTS = under(
     ("weights.py", "mixed.weights = self.weights()", "pass", RECORDED + " -k originals"),
     ("weights.py", "self._is_recorded or not is_recorded", "True", RECORDED + " -k originals"),
     ("weights.py", "requires_grad=recorded)", "requires_grad=False)", RECORDED + " -k originals"),
-    ("recorded_weights.py", "if held is None:", "if True:", RECORDED + " -k originals"),
+    ("recorded_weights.py", "compute() if held is None else", "compute() if True else", RECORDED + " -k originals"),
     ("recorded_weights.py", "if call.record.weights() is None:", "if False:", RECORDED + " -k past"),
     ("recorded_weights.py", "if call.record.weights() is None:", "if True:", RECORDED + " -k originals"),
     ("recorded_weights.py", "padding=_giver(padding),\n            logit", "padding=None,\n            logit",
