@@ -12,7 +12,7 @@ from swinaccel.backends.triton.block import ADD_NORM, NORM_ADD, Affine
 def add_norm(x: Tensor, branch: Tensor, affine: Affine, total_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return x + branch + total_bias, and the layer norm of x + branch, which is not rounded before."""
     total, out = torch.empty_like(x), torch.empty_like(x)
-    kernels.run_norm(ADD_NORM, x, branch, affine, out=out, total=total, total_bias=total_bias)
+    kernels.run_norm(ADD_NORM, x, branch, affine, out=out, total=total, more_bias=total_bias)
     return total, out
 
 

@@ -226,6 +226,20 @@ def mlps() -> Iterator[Any]:
             expected = torch.nn.functional.gelu(torch.nn.functional.linear(x.float(), weight.float(), bias.float()))
             torch.testing.assert_close(out.float().cpu(), expected.cpu(), atol=0.05, rtol=0.01)
             yield from (out, kept)
+    x, weight = random(131, 512), random(64, 512)
+    launch, parts = linear.parted_launch(x.device, 131, 512, 64)
+    if launch is not None:
+        sums = torch.zeros(parts, 131, 64, device=DEVICE)
+        launch(sums, x, weight, None, None, None)
+        torch.testing.assert_close(sums.sum(0).cpu(), x.float().cpu() @ weight.float().cpu().t(), atol=0.01, rtol=0.01)
+        norm = kernels.norm_launch(kernels.NORM_ADD, x.device, 131, 64, 1e-5, parts=parts)
+        out, total, weight, bias, more = (
+            torch.zeros(131, 64).half().to(DEVICE),
+            random(131, 64),
+            *(random(64) for _ in range(3)),
+        )
+        norm(total, out, None, None, sums, None, weight, bias, more)
+        yield from (sums, out)
     x, weight, bias, added = random(131, 72), random(200, 72), random(200), random(131, 200)
     if INTERPRETED or torch.cuda.get_device_capability()[0] >= 9:
         out = torch.zeros_like(added)

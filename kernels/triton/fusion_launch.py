@@ -58,9 +58,26 @@ LINEAR_GELU_FEW = LinearLaunch(64, 64, 128, 8, 2, 4, 3)
 _FEW_CHANNELS = 512  # at most; beyond, PyTorch's products, which share a long sum among programs, are faster
 
 
+# Few rows: of them, and rows times channels twice, at most. One image of swin_base and swinv2_base, two of swin_tiny;
+# with twice as many PyTorch's products, whose programs share what they load, are faster.
+_FEW, _FEW_WORK = 8192, 2**26
+# Rows and columns of tiles, widest first, and how many are enough; of parts of a long sum there are to be more.
+_FEW_ROWS, _FEW_COLUMNS, _FEW_TILES, _FEW_PARTS = 64, (128, 64, 32), 40, 96
+
 # Products of 8 bits, and how many registers a thread may have: best or within 4 % of the best of eleven with GELU, of
 # four with a sum and of three with neither, from 3,136 rows of 1,024 channels to 50,176 of 256.
 LINEAR8, LINEAR8_REGISTERS = LinearLaunch(128, 128, 128, 8, 2, 8, 3), 128
+
+
+class FewLaunch(NamedTuple):
+    """Launch of a product of few rows: tiles, and the parts of its sums that have programs of their own."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int
+    num_warps: int
+    num_stages: int
 
 
 class EmbedLaunch(NamedTuple):
@@ -131,8 +148,34 @@ def linear_gelu(
     return None
 
 
+def are_few(rows: int, channels: int) -> bool:
+    """Return True if tokens are so few that what counts is how soon one kernel follows another."""
+    return rows <= _FEW and rows * channels**2 <= _FEW_WORK
+
+
+def few(*, rows: int, channels: int, outputs: int, may_part: bool = False) -> tuple[FewLaunch, int] | None:
+    """Launch and tiles of a product of few rows; None where tiles do not divide its sizes.
+
+    Args:
+        may_part: sums may be left in parts, where tiles alone are not enough.
+    """
+    down, block_k = -(-rows // _FEW_ROWS), next((one for one in (128, 64, 32) if channels % one == 0), None)
+    widest = 128 if channels > 128 and not may_part else 64
+    columns = [one for one in _FEW_COLUMNS if outputs % one == 0 and one <= widest]
+    if block_k is None or not columns:
+        return None
+    enough = [one for one in columns if may_part or down * (outputs // one) >= _FEW_TILES]
+    block_n = enough[0] if enough else columns[-1]
+    if block_n > 64:
+        block_k = min(block_k, 64)
+    tiles, parts = down * (outputs // block_n), 1
+    while may_part and tiles * parts < _FEW_PARTS and channels % (2 * parts * block_k) == 0:
+        parts *= 2
+    return FewLaunch(_FEW_ROWS, block_n, block_k, parts, 4, 3 if (block_n, block_k) == (64, 128) else 4), tiles
+
+
 def linear(*, rows: int, channels: int, outputs: int, multiprocessors: int) -> tuple[LinearLaunch, int] | None:
-    """Launch and programs of a product, with a sum or without; None where PyTorch's is faster."""
+    """Launch and programs of a product of many rows, with a sum or without; None where PyTorch's is faster."""
     columns, programs = -(-outputs // LINEAR.block_n), LINEAR.programs * multiprocessors
     if channels % 8 or outputs % 8 or -(-rows // LINEAR.block_m) * columns < programs:
         return None  # rows do not begin where descriptors can, or are few

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_inputs
 from .mlp import gelu
 
 
@@ -29,6 +30,7 @@ def _linear_kernel(
     rows,
     N: tl.constexpr, K: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Compute x weightᵀ + bias, plus what is added, or its GELU. One program takes one tile after the other.
 
@@ -37,6 +39,7 @@ def _linear_kernel(
     the shared memory which that other program needs. Beyond N and K descriptors read zeros, and write nothing.
     """
     HALF: tl.constexpr = BLOCK_N // 2
+    wait_for_inputs(DEPENDENT)
     tiles_m, TILES_N = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=True):
         row, col = place_tile(tile, tiles_m, TILES_N, BLOCK_M, BLOCK_N, GROUP)

@@ -8,10 +8,12 @@ sums, mean and variance in fp32. Rows lie one after the other.
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_inputs
+
 # What is done with the branch beside the normalised tensor.
 NORM = tl.constexpr(0)  # out = norm(x)
-ADD_NORM = tl.constexpr(1)  # total = x + branch (+ total_bias), out = norm(x + branch)
-NORM_ADD = tl.constexpr(2)  # out = x + norm(branch)
+ADD_NORM = tl.constexpr(1)  # total = x + branch (+ more_bias), out = norm(x + branch)
+NORM_ADD = tl.constexpr(2)  # out = x + norm(branch (+ more_bias))
 ADD = tl.constexpr(3)  # total = x + branch
 
 
@@ -78,27 +80,35 @@ def _norm_kernel(
     out_ptr,  # (rows, C); not with ADD
     total_ptr,  # (rows, C): with ADD_NORM and ADD; with NORM_ADD the result once more, in another dtype, or None
     stats_ptr,  # (2, rows): mean and 1 / sqrt(variance + eps), fp32, or None
-    branch_ptr,  # (rows, C); not with NORM
+    branch_ptr,  # (rows, C), or (PARTS, rows, C), whose sum it is; not with NORM
     scale_ptr,  # (samples,): what the branch, or its norm, of each sample is multiplied by; or None
-    weight_ptr, bias_ptr, total_bias_ptr,  # (C,) or None
+    weight_ptr, bias_ptr,  # (C,) or None
+    more_bias_ptr,  # (C,), what is added to the total, with NORM_ADD to the branch; or None
     rows, sample_rows, eps,
-    C: tl.constexpr, MODE: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, MODE: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Compute the norm of rows, or of their sum, or the sum with a norm, or the sum. One program: ROWS rows."""
     tl.static_assert(C <= BLOCK_C)
+    wait_for_inputs(DEPENDENT)
     offs_c = tl.arange(0, BLOCK_C)
     row, start, offs, inside = place_rows(tl.program_id(0), rows, offs_c, C, ROWS)
     source = tl.load(x_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
     x = source
     if MODE != NORM:
         source = tl.load(branch_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, PARTS):
+            branch_ptr += tl.cast(rows, tl.int64) * C
+            source += tl.load(branch_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
+    if MODE == NORM_ADD and more_bias_ptr is not None:
+        source += load_channels(more_bias_ptr, offs_c, C)
     if MODE == ADD_NORM or MODE == ADD:
         if scale_ptr is not None:
             source *= load_factors(scale_ptr, row, rows, sample_rows)
         source += x
         total = source
-        if total_bias_ptr is not None:
-            total += load_channels(total_bias_ptr, offs_c, C)
+        if more_bias_ptr is not None:
+            total += load_channels(more_bias_ptr, offs_c, C)
         total = total.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + start + offs, total, mask=inside)
         if stats_ptr is not None:

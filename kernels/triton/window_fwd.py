@@ -13,6 +13,7 @@ softmax (Dao et al. 2022, arXiv:2205.14135), two images at a time.
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_inputs
 from .softmax import LOG2E, score_tile, store_log_sum
 from .tiles import (
     BIAS_FACTORS,
@@ -73,7 +74,7 @@ def _window_attention_fwd_small_kernel(
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    IMAGES: tl.constexpr,
+    IMAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attend within one window position and head of up to IMAGES images. For each, on tiles of a whole window,
 
@@ -86,6 +87,7 @@ def _window_attention_fwd_small_kernel(
     tl.static_assert(HEAD_DIM <= BLOCK_D)
     tl.static_assert(VOLUME or WINDOW[0] == 1)
     tl.static_assert(BIAS == BIAS_NONE or BIAS == BIAS_TABLE)
+    wait_for_inputs(DEPENDENT)
     geometry = Geometry(
         (depth, height, width), (windows_d, windows_h, windows_w), (shift_d, shift_h, shift_w), (roll_d, roll_h, roll_w)
     )

@@ -49,7 +49,8 @@ class BoundRest:
     """
 
     __slots__ = (
-        "_active", "_add", "_channels", "_gelu", "_hidden", "_in_one", "_is_half", "_last", "_project", "_run",
+        "_active", "_add", "_channels", "_gelu", "_hidden", "_in_one", "_is_half", "_last", "_parted", "_parts",
+        "_project", "_run",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +72,8 @@ class BoundRest:
         self._active: Any = None
         self._gelu: Any = None
         self._project: Any = None
+        self._parted: Any = None
+        self._parts = 1
         if not expected(rows):
             self._run: Any = BoundRest._nothing
             return
@@ -88,8 +91,10 @@ class BoundRest:
             self._active = linear.linear_launch(device, rows, channels, hidden, gelu=True)
         if self._is_half:
             self._gelu = bound(kernels.gelu_launch(device, rows * hidden))
+        if has_descriptors and post_norm:
+            self._parted, self._parts = linear.parted_launch(device, rows, hidden, channels)
         mode = NORM_ADD if post_norm else ADD_NORM
-        self._last = bound(kernels.norm_launch(mode, device, rows, channels, eps[1]))
+        self._last = bound(kernels.norm_launch(mode, device, rows, channels, eps[1], parts=self._parts))
         self._run = BoundRest._in_parts
 
     @property
@@ -158,7 +163,12 @@ class BoundRest:
                 torch.ops.aten.gelu_(hidden)
         if post_norm:
             out = torch.empty_like(x)
-            self._last(total, out, None, None, F.linear(hidden, weight2, bias2), None, weight, bias, None)
+            if self._parted is None:
+                self._last(total, out, None, None, F.linear(hidden, weight2, bias2), None, weight, bias, None)
+            else:
+                branch = x.new_empty((self._parts, *x.shape), dtype=torch.float32)
+                self._parted(branch, hidden, weight2, None, None, None)
+                self._last(total, out, None, None, branch, None, weight, bias, bias2)
             return out
         # The second product adds to the sum, which holds its bias already, where it lies.
         total.view(-1, self._channels).addmm_(hidden.view(-1, self._hidden), weight2.t())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from blocks import AROUND
 from helpers import TRITON_DEVICE
+from swinaccel.kernels import fusion_launch
 from tape import Tape
 
 from swinaccel import ops
@@ -67,7 +68,8 @@ def anywhere(monkeypatch):
 
 @pytest.fixture
 def few_processors(monkeypatch):
-    """A GPU whose multiprocessors few tiles keep busy, and which copies tiles by descriptors."""
+    """A GPU whose multiprocessors few tiles keep busy, and which copies tiles by descriptors; no rows are few."""
+    monkeypatch.setattr(fusion_launch, "_FEW", 0)
     monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
     if TRITON_DEVICE == "cpu":
         monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
@@ -75,6 +77,20 @@ def few_processors(monkeypatch):
         pytest.skip("this GPU has no copy engine")
     linear._how.cache_clear()
     yield
+    linear._how.cache_clear()
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """A GPU on which few rows are multiplied by a kernel of ours."""
+    if TRITON_DEVICE == "cpu":
+        monkeypatch.setattr(devices, "has_copy_engine", lambda device: True)
+    elif not devices.has_copy_engine(torch.device("cuda", 0)):
+        pytest.skip("this GPU has no copy engine")
+    launches.launches.clear()
+    linear._how.cache_clear()
+    yield
+    launches.launches.clear()
     linear._how.cache_clear()
 
 

@@ -71,26 +71,29 @@ def run_norm(
     total: Tensor | None = None,
     stats: Tensor | None = None,
     scale: Tensor | None = None,
-    total_bias: Tensor | None = None,
+    more_bias: Tensor | None = None,
 ) -> None:
     """Run `kernels.pointwise._norm_kernel`, whose modes and operands these are."""
     channels, (weight, bias, eps) = x.shape[-1], affine
     rows = x.numel() // channels
     if rows:
         launch = norm_launch(mode, x.device, rows, channels, eps, sample_rows(rows, scale))
-        run(launch, x, out, total, stats, branch, scale, weight, bias, total_bias)
+        run(launch, x, out, total, stats, branch, scale, weight, bias, more_bias)
 
 
 @planned
-def norm_launch(mode: int, device: torch.device, rows: int, channels: int, eps: float, sample_rows: int = 1) -> Any:
-    """Return the launch of `kernels.pointwise._norm_kernel` for tensors of so many rows."""
+def norm_launch(
+    mode: int, device: torch.device, rows: int, channels: int, eps: float, sample_rows: int = 1, parts: int = 1
+) -> Any:
+    """Return the launch of `kernels.pointwise._norm_kernel` for tensors of so many rows, and a branch in parts."""
     from ...kernels import fusion_launch, pointwise
 
     shape = fusion_launch.rows(channels)
     return Launch(
         pointwise._norm_kernel,
         (-(-rows // shape.rows),),
-        (rows, sample_rows, eps, channels, mode, shape.block_c, shape.rows),
+        (rows, sample_rows, eps, channels, mode, parts, shape.block_c, shape.rows),
+        dependent=devices.are_dependent(device, rows, channels),
         num_warps=fusion_launch.NORM_WARPS,
     )
 

@@ -47,6 +47,20 @@ def has_copy_engine(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def are_few(device: torch.device, rows: int, channels: int) -> bool:
+    """Return True if tokens are so few for a device that what counts is how soon one kernel follows another."""
+    if isinstance(rows, torch.SymInt) or not has_copy_engine(device):
+        return False
+    from ...kernels import fusion_launch
+
+    return fusion_launch.are_few(rows, channels)
+
+
+def are_dependent(device: torch.device, rows: int, channels: int) -> bool:
+    """Return True if kernels of so many tokens are launched before the last one has ended; no interpreter does that."""
+    return device.type == "cuda" and are_few(device, rows, channels)
+
+
 def precision(dtype: torch.dtype) -> str:
     """Return how a product of fp32 tiles is computed: by TF32 exactly where PyTorch's own products would be."""
     if dtype != torch.float32:

@@ -80,6 +80,7 @@ class Launch:
 
     Attributes:
         names: of the tensors that come from outside, as `check_dtypes` takes them, "" for others.
+        dependent: the last argument of a kernel that may be launched so, see `kernels.dependent`; None of others.
     """
 
     __slots__ = ("arguments", "described", "grid", "kernel", "latest", "names", "options", "runners")
@@ -90,8 +91,13 @@ class Launch:
         grid: tuple[int, ...],
         arguments: tuple[Any, ...],
         names: tuple[str, ...] = (),
+        dependent: bool | None = None,
         **options: int,
     ) -> None:
+        if dependent is not None:
+            arguments = (*arguments, dependent)
+        if dependent:
+            options["launch_pdl"] = True
         self.kernel, self.arguments, self.names, self.options = kernel, arguments, names, options
         self.grid = (*grid, 1, 1)[:3]
         self.described: dict[int, tuple[type, dict[str, Any]]] = {}  # see `DescribedLaunch`

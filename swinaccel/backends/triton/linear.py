@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import devices
 from .block import planned, run
-from .launches import DescribedLaunch
+from .launches import DescribedLaunch, Launch
 
 
 def linear(
@@ -54,6 +54,8 @@ def _launch_of(x: Tensor, weight: Tensor, **ways: bool) -> Any:
 
 def is_worth(device: torch.device, rows: int, channels: int) -> bool:
     """Return True if the projections of so many tokens may be faster than PyTorch's."""
+    if devices.are_few(device, rows, channels):
+        return True
     return any(_how(device, rows, channels, outputs, False, False) for outputs in (channels, 3 * channels))
 
 
@@ -73,11 +75,38 @@ def linear_launch(
         keeps: it also writes what GELU is computed of.
         adds: it adds another tensor.
     """
+    if not (gelu or adds) and devices.are_few(device, rows, channels):
+        return _few_launch(device, rows, channels, outputs)
     how = _how(device, rows, channels, outputs, gelu, keeps)
     if how is None:
         return None
     shape, programs = how
     return _plan(device, rows, channels, outputs, shape, programs, gelu, keeps, adds)
+
+
+def parted_launch(device: torch.device, rows: int, channels: int, outputs: int) -> tuple[Any, int]:
+    """Return the launch of a product of few rows that leaves its sums in parts, and how many: None and 1 without."""
+    are_few = devices.are_few(device, rows, outputs)
+    launch = _few_launch(device, rows, channels, outputs, may_part=True) if are_few else None
+    return (None, 1) if launch is None else (launch, launch.grid[1])
+
+
+@planned
+def _few_launch(device: torch.device, rows: int, channels: int, outputs: int, may_part: bool = False) -> Any:
+    from ...kernels import fusion_launch, linear_few
+
+    how = fusion_launch.few(rows=rows, channels=channels, outputs=outputs, may_part=may_part)
+    if how is None or (may_part and how[0].parts == 1):
+        return None
+    shape, tiles = how
+    return Launch(
+        linear_few._linear_few_kernel,
+        (tiles, shape.parts),
+        (rows, outputs, channels, shape.parts, shape.block_m, shape.block_n, shape.block_k),
+        dependent=devices.are_dependent(device, rows, min(channels, outputs)),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
 
 
 def are_describable(*tensors: Tensor) -> bool:
@@ -121,6 +150,7 @@ def _plan(
         linear._linear_kernel,
         (programs,),
         (rows, outputs, channels, gelu, block_m, block_n, block_k, shape.group),
+        dependent=devices.are_dependent(device, rows, channels),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )

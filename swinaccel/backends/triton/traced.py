@@ -16,12 +16,14 @@ def traced_launch(launch: Launch) -> Callable[..., None]:
     """Return a launch as compilers see it; one with descriptors is none that they can."""
     from ...kernels.traced import copied
 
-    options = {name: number for name, number in launch.options.items() if name != "maxnreg"}  # they know no other
+    known = "num_warps", "num_stages"  # to compilers
+    options = {name: launch.options[name] for name in known if name in launch.options}
+    arguments = (*launch.arguments[:-1], False) if "launch_pdl" in launch.options else launch.arguments
 
     def run(*tensors: Tensor | None) -> None:
         check_dtypes(launch.names, tensors)
         kernel = torch.library.wrap_triton(copied(launch.kernel))
-        kernel[launch.grid](*tensors, *launch.arguments, **options)
+        kernel[launch.grid](*tensors, *arguments, **options)
 
     return run
 

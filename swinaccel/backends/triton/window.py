@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from .traced import expected
 _CHECKS = 32  # programs that look over one window's mask
 
 
-def registers_of(large: Any) -> dict[str, int]:
+def registers_of(large: Any) -> dict[str, Any]:
     """Return the launch option that holds the compiler to so many registers; AMD's has none."""
     return {"maxnreg": large.max_registers} if large.max_registers and torch.version.hip is None else {}
 
@@ -61,6 +62,7 @@ class Forward:
                     *problem.constexprs, problem.precision, small.block_n, small.block_d, small.images,
                 ),
                 ("", "qkv", "k", "v", "padding", "table", "index", "mask", "logit_scale", "seed"),
+                devices.are_dependent(problem.device, problem.batch * math.prod(geometry.size), problem.channels),
                 num_warps=small.num_warps,
                 num_stages=small.num_stages,
             )  # fmt: skip
