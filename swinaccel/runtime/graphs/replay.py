@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...backends.triton.launches import first_line
@@ -30,6 +31,10 @@ from .training import TrainingCapture
 logger = logging.getLogger("swinaccel")
 
 MOST = 8  # signatures of one module
+# How products sum up.
+_ACCUMULATIONS = (
+    "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip
 
 
 class Graphs:
@@ -224,7 +229,9 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
     if not is_recorded and any(one.requires_grad for one in inputs):
         return None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    rest = tuple((type(one), one) if place is None else place for one, place in zip(leaves, places, strict=True))
+    rest = tuple(
+        (type(one), one, repr(one)) if place is None else place for one, place in zip(leaves, places, strict=True)
+    )
     kinds = tuple(
         (one.shape, one.stride(), one.dtype, one.device, one.requires_grad, one.is_inference()) for one in inputs
     )
@@ -252,6 +259,7 @@ def _may_replay(device: str) -> bool:
     """Return True unless the call is inside a backward, a checkpoint, or what observes or captures its operators."""
     return (
         not count_modes()
+        and not parametrize._cache_enabled
         and torch._C._current_graph_task_id() == -1
         and (not torch.is_grad_enabled() or _is_ordinary_training())
         and not (device == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -278,11 +286,11 @@ def _settings() -> tuple[Any, ...]:
         precision = tuple(getattr(part, "fp32_precision", None) for part in parts)
     return (
         precision,
-        torch.are_deterministic_algorithms_enabled(),
+        torch.get_deterministic_debug_mode(),
         torch.get_default_dtype(),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
-        (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        tuple(map(cuda.matmul.__getattr__, _ACCUMULATIONS)),
     )
 
 
