@@ -314,3 +314,30 @@ def test_calls_inside_a_backward_are_no_replays():
     given.sum().backward()
     helpers.assert_close(found[0], expected)
     assert replays(model) == before
+
+
+class Collecting(nn.Module):
+    """A model that writes to a list that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = MODELS["timm"][0]()
+
+    def forward(self, x, features):
+        y = self.body(x)
+        features.append(2 * y)
+        return y
+
+
+@MODES
+def test_a_list_that_is_written_to(trained):
+    model, twin = pair(Collecting(), trained)
+    x = torch.ones(2, 3, 32, 32, device=graphed.DEVICE)
+    for _ in range(5):
+        found = [], []
+        with torch.set_grad_enabled(trained):
+            model(x, found[0])
+            twin(x, found[1])
+        helpers.assert_close(found[0][0], found[1][0], 1e-4)
+        assert len(found[0]) == 1
+    assert "list" in swinaccel.report(model).graphs[0].reason

@@ -244,3 +244,24 @@ def test_graphs_of_what_is_only_warned_of_are_no_graphs_of_what_is_an_error():
     finally:
         torch.use_deterministic_algorithms(False)
     assert replays(model) == before
+
+
+class Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = MODELS["timm"][0]()
+
+    def forward(self, x):
+        return self.body(x) * getattr(x, "weight", 1.0)
+
+
+def test_attributes_of_an_input_are_seen():
+    twin = helpers.randomize(Weighted()).eval().to(graphed.DEVICE)
+    model, x = graphed.accelerate(copy.deepcopy(twin), graphs=True), torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
+    for weight in (None, 2.0, 3.0):
+        for _ in range(CAPTURED_CALL):
+            given = x.clone()
+            if weight is not None:
+                given.weight = weight
+            assert_alike(model, twin, given)
+    assert replays(model) == 2

@@ -12,6 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from operator import is_
 from typing import Any
 
 import torch
@@ -199,7 +200,11 @@ def _again(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     def again(module: nn.Module, tensors: list[Tensor]) -> Any:
         given = [one if place is None else tensors[place] for one, place in zip(others, places, strict=True)]
         args, kwargs = _nested(given, form)
-        return run(module, *args, **kwargs)
+        result = run(module, *args, **kwargs)
+        after, form_after = _flat(args, kwargs)
+        if form_after != form or not all(map(is_, after, given)):
+            raise NotCapturable("it writes to a list or a dictionary that it is given")
+        return result
 
     return again
 
@@ -268,7 +273,7 @@ def _may_replay(device: str) -> bool:
 
 def _is_input(x: Tensor) -> bool:
     is_dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return type(x) in PLAIN_TENSORS and is_dense and x.numel() > 0
+    return type(x) in PLAIN_TENSORS and is_dense and x.numel() > 0 and not x.__dict__  # which code may read
 
 
 def _is_ordinary_training() -> bool:
