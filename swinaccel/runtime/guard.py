@@ -8,6 +8,7 @@ written in place, as all training does, are no change here: tensors are read whe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
@@ -111,10 +112,17 @@ class Guard:
         self._types = list(map(type, modules))
         self._classes = [cls for cls in dict.fromkeys(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
-        self.owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
         self._ignored = ignored
         self.values: list[Tensor] = []  # tensors among the settings
-        self._settings = [_settings(one.__dict__, self.owners, self.values) for one in self.owners]  # grows meanwhile
+        self._settings = []
+        owners: dict[int, Any] = {}  # of settings: these modules, and the objects that they name, and those, and so on
+        waiting = deque(modules)
+        while waiting:
+            one = waiting.popleft()
+            if id(one) not in owners:
+                owners[id(one)] = one
+                self._settings.append(_settings(one.__dict__, waiting, self.values))
+        self.owners = list(owners.values())
         # Settings that can be written to without a write to their module.
         self._first = list(map(dict, map(_attributes, self.owners)))
         self._lists = [
@@ -214,15 +222,18 @@ def _values(containers: list[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, containers)))
 
 
-def _settings(attributes: dict[str, Any], owners: list[Any], tensors: list[Tensor]) -> dict[str, Any]:
-    """Return a module's attributes, to be compared with what they are later; objects that they name become owners."""
-    return {
-        name: value if name in BASE_ATTRIBUTES else _copied(value, owners, tensors)  # submodules are watched themselves
-        for name, value in attributes.items()
-    }
+def _settings(attributes: dict[str, Any], objects: deque[Any], tensors: list[Tensor]) -> dict[str, Any]:
+    """Return an owner's attributes, to be compared with what they are later; objects that they name are to follow."""
+    try:
+        return {
+            name: value if name in BASE_ATTRIBUTES else _copied(value, objects, tensors)  # submodules have their own
+            for name, value in attributes.items()
+        }
+    except RecursionError:  # of what holds itself
+        raise NotGuardable from None
 
 
-def _copied(value: Any, owners: list[Any], tensors: list[Tensor]) -> Any:
+def _copied(value: Any, objects: deque[Any], tensors: list[Tensor]) -> Any:
     """Return a copy of what can be written to, all the way down; else it would be compared with itself."""
     if is_plain(value):
         return value
@@ -232,14 +243,14 @@ def _copied(value: Any, owners: list[Any], tensors: list[Tensor]) -> Any:
     if isinstance(value, nn.Module):
         raise NotGuardable
     if hasattr(value, "__dict__"):  # a configuration
-        if not type(value).__module__.startswith(_NOT_OPENED) and not any(value is owner for owner in owners):
-            owners.append(value)
+        if not type(value).__module__.startswith(_NOT_OPENED):
+            objects.append(value)
     elif not isinstance(value, (dict, list, tuple, set)):
         raise NotGuardable
     if isinstance(value, dict):
-        return {key: _copied(one, owners, tensors) for key, one in value.items()}
+        return {key: _copied(one, objects, tensors) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        copies = [_copied(one, owners, tensors) for one in value]
+        copies = [_copied(one, objects, tensors) for one in value]
         return copies if isinstance(value, list) else tuple(copies)
     return set(value) if isinstance(value, set) else value
 

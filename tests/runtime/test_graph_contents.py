@@ -29,7 +29,7 @@ MODES = pytest.mark.parametrize("trained", [False, True], ids=["inference", "tra
 pytestmark = pytest.mark.usefixtures("device")
 
 
-COUNTS = [0]
+COUNTS, TOTAL = [0], 0
 CAPTURED = "buffer", "counter", "dropout", "numbers of a parameter"
 
 
@@ -82,6 +82,10 @@ class Written(nn.Module):
         if self.way == "global":
             COUNTS[0] += 1
             return y * COUNTS[0]
+        if self.way == "replaced global":
+            global TOTAL
+            TOTAL = TOTAL + 1
+            return y * TOTAL
         if self.way == "to and fro":
             self.flag = not self.flag
             return y * 2 if self.flag else y
@@ -111,7 +115,8 @@ def outcomes(model, trained, edit=None, setting="highest"):
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002
-    COUNTS[0] = 0
+    global TOTAL
+    COUNTS[0] = TOTAL = 0
     x = torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=graphed.DEVICE).view(2, 3, 32, 32)
     found = []
     with torch.set_grad_enabled(trained):
@@ -144,6 +149,7 @@ def outcomes(model, trained, edit=None, setting="highest"):
         "nested",
         "set",
         "global",
+        "replaced global",
         "to and fro",
         "numbers of a parameter",
         "gradient",

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import swinaccel
 from swinaccel.config import CAPTURED_CALL
+from swinaccel.runtime.graphs.rehearsal import trace_of
 from swinaccel.runtime.plan import state_of
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -97,6 +98,11 @@ def test_code_that_cannot_be_followed_has_no_graph():
     finally:
         GAINS["number"] = 1.0
     assert "reads a tensor" in swinaccel.report(model).graphs[0].reason
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_code_of_libraries_can_be_followed(name):
+    assert trace_of(list(MODELS[name][0]().modules())) is not None
 
 
 @functools.lru_cache(maxsize=1)
