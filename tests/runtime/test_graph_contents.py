@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import swinaccel
 from swinaccel.runtime.graphs import training
+from swinaccel.runtime.graphs.rehearsal import Contents
 
 MODES = pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 
@@ -124,6 +125,7 @@ def outcomes(model, trained, edit=None, setting="highest"):
             if number == 4:
                 torch.set_float32_matmul_precision(setting)
                 model.gain = 1.0 if edit is None else edit
+            model.zero_grad()
             found.append(model(x).detach())
             torch.set_float32_matmul_precision("highest")
     return found
@@ -347,3 +349,13 @@ def test_a_list_that_is_written_to(trained):
         helpers.assert_close(found[0][0], found[1][0], 1e-4)
         assert len(found[0]) == 1
     assert "list" in swinaccel.report(model).graphs[0].reason
+
+
+def test_parameters_lie_where_they_did():
+    model = MODELS["timm"][0]().to(graphed.DEVICE)
+    weight = model.norm.weight
+    contents, place, then = Contents(model), weight.data_ptr(), weight.detach().clone()
+    weight.data = 2 * weight.data
+    contents.restore()
+    assert weight.data_ptr() == place
+    assert torch.equal(weight, then)

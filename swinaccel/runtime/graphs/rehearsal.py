@@ -5,12 +5,10 @@ A model's first call is rehearsed so that all its kernels are compiled at the sa
 
 from __future__ import annotations
 
-import collections
 import copy
-import logging
 import random
 import sys
-import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import is_
@@ -21,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...backends.triton.launches import compiled_ahead, prepare
-from ...spec.window import is_plain
 from ...trust.fingerprint import Trace, Untraceable
 from ...trust.libraries import is_of_library
 from ..plan import known_states
@@ -127,26 +124,17 @@ class Contents:
     """
 
     def __init__(self, module: nn.Module, trace: Trace | None = None) -> None:
-        found: dict[int, Any] = {}
-        waiting: list[Any] = list(map(vars, module.modules()))
-        while waiting:
-            one = waiting.pop()
-            if id(one) in found or is_plain(one) or isinstance(one, (nn.Module, types.ModuleType, logging.Logger)):
-                continue
-            found[id(one)] = one
-            if not isinstance(one, Tensor):
-                waiting += one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else ()
-                waiting += [vars(one)] if hasattr(one, "__dict__") else ()
-        if trace is not None:
-            found |= {id(one): one for one, _ in trace.contents}
-        self._spaces = [(one, dict(one)) for one in found.values() if isinstance(one, dict)]
-        self._lists = [(one, list(one)) for one in found.values() if isinstance(one, (list, collections.deque))]
-        self._sets = [(one, set(one)) for one in found.values() if isinstance(one, set)]
-        cells = [] if trace is None else trace.cells
+        spaces = list(map(vars, module.modules()))
+        held = [one for space in spaces for one in space.values()]
+        cells, contents = ([], []) if trace is None else (trace.cells, [one for one, _ in trace.contents])
+        containers = {id(one): one for one in (*spaces, *held, *contents)}.values()
+        self._spaces = [(one, dict(one)) for one in containers if isinstance(one, dict)]
+        self._lists = [(one, list(one)) for one in containers if isinstance(one, (list, deque))]
+        self._sets = [(one, set(one)) for one in containers if isinstance(one, set)]
         self._cells = [(owner, name, value) for owner, name, value in cells if _look(owner, name) is value]
         self._places = [(one, one.detach(), one.data_ptr()) for one in module.parameters()]
         self._gradients = [(one, one.grad) for one in module.parameters() if one.is_leaf]
-        tensors = [one for one in found.values() if type(one) is Tensor]
+        tensors = [one for one in {id(one): one for one in (*module.buffers(), *held)}.values() if type(one) is Tensor]
         if not all(map(is_of_library, module.modules())):
             tensors += [one for pair in self._gradients for one in pair if one is not None]
         self._kept = [(one, one.detach().clone(), one._version) for one in tensors if not one.is_inference()]
