@@ -246,6 +246,7 @@ FAULTS = under(
     ("graphs/training.py", "_shares_memory = False", "_shares_memory = True", TRAINING_GRAPHS),
     ("graphs/training.py", "(*given, *capture.read_by_backward)", "(*given)", TRAINING_GRAPHS),
     ("graphs/training.py", "any(one is not None and is_batched(one) for one in grads)", "False", TRAINING_GRAPHS),
+    ("graphs/training.py", "states_kept(self._modules[0]),", "", TRAINING_GRAPHS),
     ("graphs/training.py", "if not self._guard.holds() or", "if", TRAINING_GRAPHS),
     ("graphs/training.py", "acquire(timeout=_PATIENCE)", "acquire()", "runtime/test_graph_contents"),
     ("graphs/training.py", "is_latest = self._turn() is turn", "is_latest = True", TRAINING_GRAPHS),

@@ -17,7 +17,7 @@ from ..guard import Guard
 from ..plan import known_states
 from ..weights import settled, with_numbers
 from .capture import CHANGES, RUNS, Capture, NotCapturable, Run
-from .rehearsal import differentiable, drawing_apart, set_random_state, twin_of
+from .rehearsal import differentiable, drawing_apart, set_random_state, states_kept, twin_of
 
 _PATIENCE = 1.0  # seconds that a backward waits for another thread
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
@@ -178,6 +178,7 @@ class TrainingCapture(Capture):
         kind, count, creates = self._device.type, len(self._inputs), torch.is_grad_enabled()
         kept = [one.detach().clone() for one in self._statistics]
         with (
+            states_kept(self._modules[0]),
             drawing_apart(self._device),
             torch.enable_grad(),
             torch.autocast(kind, turn.autocast, enabled=turn.autocast is not None),
