@@ -480,5 +480,5 @@ def test_other_replays_come_between_a_forward_and_its_backward():
         between = other(x)
         total(between).backward()
         total(out).backward()
-    assert_alike(model, twin)
+    assert_alike(model, twin, 1e-3)
     assert (replays(teacher), replays(other), replays(model)) == (4, 3, 2)
