@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,12 +25,19 @@ class Recorder(TorchDispatchMode):
 
 
 class Tape:
-    """Captured functions on a CPU."""
+    """Captured functions on a CPU.
+
+    As on a device, what a graph frees while it is captured is memory of those that are captured later.
+    """
 
     lock = threading.RLock()
+    pool: ClassVar = weakref.WeakValueDictionary()  # tapes that share their memory, in the order of their captures
 
-    def __init__(self, device):
-        self.has_started, self.replays, self.nbytes = False, 0, 0
+    def __init__(self, device, shares_memory=True):
+        self.has_started, self.replays, self.nbytes, self.made = False, 0, 0, {}
+        self.place = max(Tape.pool, default=0) + 1
+        if shares_memory:
+            Tape.pool[self.place] = self
 
     def warm_up(self, run):
         run()
@@ -38,6 +47,10 @@ class Tape:
         with Recorder(steps):
             output = run()
         self.nbytes += 100
+        given = set()
+        for _, args, kwargs, out in steps:
+            given |= _memory((args, kwargs)).keys() - self.made.keys()
+            self.made |= {place: one for place, one in _memory(out).items() if place not in given}
 
         def replay():
             self.replays += 1
@@ -45,6 +58,9 @@ class Tape:
                 for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.detach().copy_(new)
+            later = [one for place, one in Tape.pool.items() if place > self.place and self.place in Tape.pool]
+            for storage in [one for tape in later for one in tape.made.values()]:
+                storage.fill_(255)  # which is no number
 
         return replay, output
 
@@ -54,3 +70,8 @@ class Tape:
 
     def finish(self):
         self.has_started = False
+
+
+def _memory(tree):
+    tensors = [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor) and one.numel()]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}

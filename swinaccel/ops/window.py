@@ -229,7 +229,7 @@ def _gradients(
     *inputs, out, lse = ctx.saved_tensors
     found: Sequence[Tensor | None]
     twice = torch.is_grad_enabled()
-    if twice or _is_batched(grad):  # these gradients are to be differentiated again, or are many at once
+    if twice or is_batched(grad):  # these gradients are to be differentiated again, or are many at once
         call = operands_of((*inputs, *ctx.options))
         if call.dropout:
             raise NotImplementedError(
@@ -249,7 +249,7 @@ def _gradients(
     return (*needed, *(None,) * (len(needs_grad) - len(needed)))
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Return True if a tensor stands for many tensors, which have no memory that a kernel could find."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)

@@ -8,6 +8,7 @@ written in place, as all training does, are no change here: tensors are read whe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
@@ -21,6 +22,7 @@ from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
+_NOT_OPENED = "logging"  # whose objects hold locks, and each other
 _forward, _attributes = attrgetter("forward", "__call__", "_call_impl"), attrgetter("__dict__")
 
 
@@ -30,6 +32,18 @@ class NotGuardable(Exception):
 
 class _Plain:
     """An object with attributes."""
+
+
+class _Same:
+    """Stand for a tensor that is equal to itself alone, whatever its number is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._tensor
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _sees_writes(version_of: Any) -> bool:
@@ -83,8 +97,8 @@ class Guard:
 
     __slots__ = (
         "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_counts_writes", "_empty", "_fields",
-        "_first", "_forwards", "_held", "_ignored", "_kept", "_lists", "_names", "_owners", "_pointers", "_settings",
-        "_types", "_versions", "_watched", "_written", "modules", "values",
+        "_first", "_forwards", "_held", "_ignored", "_kept", "_lists", "_names", "_pointers", "_settings",
+        "_types", "_versions", "_watched", "_written", "modules", "owners", "values",
     )  # fmt: skip
 
     def __init__(
@@ -98,13 +112,19 @@ class Guard:
         self._types = list(map(type, modules))
         self._classes = [cls for cls in dict.fromkeys(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
-        self._owners: list[Any] = modules[:]  # of settings: these modules, and the objects that they name
         self._ignored = ignored
         self.values: list[Tensor] = []  # tensors among the settings
-        settings = [_settings(one.__dict__, self._owners, self.values) for one in modules]
-        self._settings = settings + [_copied(one.__dict__, self.values) for one in self._owners[len(modules) :]]
+        self._settings = []
+        owners: dict[int, Any] = {}  # of settings: these modules, and the objects that they name, and those, and so on
+        waiting = deque(modules)
+        while waiting:
+            one = waiting.popleft()
+            if id(one) not in owners:
+                owners[id(one)] = one
+                self._settings.append(_settings(one.__dict__, waiting, self.values))
+        self.owners = list(owners.values())
         # Settings that can be written to without a write to their module.
-        self._first = list(map(dict, map(_attributes, self._owners)))
+        self._first = list(map(dict, map(_attributes, self.owners)))
         self._lists = [
             (now, then[name])
             for first, then in zip(self._first, self._settings, strict=True)
@@ -118,7 +138,7 @@ class Guard:
         self._containers = [(one.__dict__, name) for one, name in places if one.__dict__[name]]
         filled = self._filled()
         # Of other kinds of mappings, the order may change without a write.
-        self._counts_writes = _COUNTS_WRITES and {type(one) for one in (*map(vars, self._owners), *filled)} == {dict}
+        self._counts_writes = _COUNTS_WRITES and {type(one) for one in (*map(vars, self.owners), *filled)} == {dict}
         self._written: list[int] | None = None  # versions of these dictionaries when they were last compared
         self._names, self._kept = list(chain.from_iterable(filled)), _values(filled)
         self._buffers = [one for module in modules for one in module._buffers.values() if one is not None]
@@ -156,7 +176,7 @@ class Guard:
         filled = self._filled()
         written = None
         if self._counts_writes:
-            written = list(map(_version_of, chain(map(_attributes, self._owners), filled)))
+            written = list(map(_version_of, chain(map(_attributes, self.owners), filled)))
             if written == self._written:
                 return all(now == then for now, then in self._lists)
         kept = _values(filled)
@@ -177,7 +197,7 @@ class Guard:
         Who put something else that can be written to in a place, if an equal one, has all compared from then on.
         """
         before: Iterable[int | None] = self._written or repeat(None)
-        for owner, first, now, then in zip(self._owners, self._first, written, before, strict=False):
+        for owner, first, now, then in zip(self.owners, self._first, written, before, strict=False):
             if now != then:
                 values = vars(owner).items()
                 self._counts_writes &= all(value is first.get(name) or is_plain(value) for name, value in values)
@@ -185,8 +205,8 @@ class Guard:
 
     def _has_settings(self) -> bool:
         if not self._ignored:
-            return list(map(vars, self._owners)) == self._settings
-        now, *others = map(vars, self._owners)
+            return list(map(vars, self.owners)) == self._settings
+        now, *others = map(vars, self.owners)
         then = {**self._settings[0], **{name: now[name] for name in self._ignored if name in now}}
         return now == then and others == self._settings[1:]
 
@@ -202,35 +222,37 @@ def _values(containers: list[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, containers)))
 
 
-def _settings(attributes: dict[str, Any], owners: list[Any], tensors: list[Tensor]) -> dict[str, Any]:
-    """Return a module's attributes, to be compared with what they are later; objects that they name become owners."""
-    found = {}
-    for name, value in attributes.items():
-        if name in BASE_ATTRIBUTES:  # submodules are watched by themselves
-            found[name] = value
-            continue
-        found[name] = _copied(value, tensors)
-        is_object = not isinstance(value, Tensor) and not is_plain(value) and hasattr(value, "__dict__")
-        if is_object and not any(value is owner for owner in owners):
-            owners.append(value)  # a configuration
-    return found
+def _settings(attributes: dict[str, Any], objects: deque[Any], tensors: list[Tensor]) -> dict[str, Any]:
+    """Return an owner's attributes, to be compared with what they are later; objects that they name are to follow."""
+    try:
+        return {
+            name: value if name in BASE_ATTRIBUTES else _copied(value, objects, tensors)  # submodules have their own
+            for name, value in attributes.items()
+        }
+    except RecursionError:  # of what holds itself
+        raise NotGuardable from None
 
 
-def _copied(value: Any, tensors: list[Tensor]) -> Any:
+def _copied(value: Any, objects: deque[Any], tensors: list[Tensor]) -> Any:
     """Return a copy of what can be written to, all the way down; else it would be compared with itself."""
     if is_plain(value):
         return value
-    if type(value) is dict:
-        return {key: _copied(one, tensors) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)([_copied(one, tensors) for one in value])
-    if type(value) is set:
-        return value.copy()
     if isinstance(value, Tensor):
         tensors.append(value)
-    elif isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        return _Same(value) if value.numel() == 1 else value  # others are equal to themselves alone
+    if isinstance(value, nn.Module):
         raise NotGuardable
-    return value
+    if hasattr(value, "__dict__"):  # a configuration
+        if not type(value).__module__.startswith(_NOT_OPENED):
+            objects.append(value)
+    elif not isinstance(value, (dict, list, tuple, set)):
+        raise NotGuardable
+    if isinstance(value, dict):
+        return {key: _copied(one, objects, tensors) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        copies = [_copied(one, objects, tensors) for one in value]
+        return copies if isinstance(value, list) else tuple(copies)
+    return set(value) if isinstance(value, set) else value
 
 
 def _version(tensor: Tensor) -> int:

@@ -54,7 +54,7 @@ _PROTOCOL_METHODS = (
 # Of these packages, functions and plain values that the code names count: what else they hold is no model's setting.
 _OPAQUE = frozenset(("torch", "numpy", "math", "timm", "torchvision", "transformers", "monai", "einops", "builtins"))
 # Objects of these are not looked into.
-_NOT_OPENED = frozenset(("logging", "re", "typing", "torch", "warnings"))
+_NOT_OPENED = frozenset(("_thread", "logging", "re", "typing", "torch", "warnings"))
 _PER_THREAD = (threading.local, contextvars.ContextVar)  # which hold another value in every thread or context
 _MOST_VALUES = 4096
 _DEEPEST = 24

@@ -79,7 +79,7 @@ FAULTS = under(
      "api/test_lifetime api/test_patching -k nothing"),
     ("patching.py", "os.register_at_fork(after_in_child=_renew_lock)", "pass", "runtime/test_gaps_in_calls -k fork"),
     # Operators.
-    ("ops/window.py", "if twice or _is_batched(grad):", "if twice:", "runtime/test_fused_steps -k batch"),
+    ("ops/window.py", "if twice or is_batched(grad):", "if twice:", "runtime/test_fused_steps -k batch"),
     ("ops/window_plain.py", "if env_strict() or call.dropout:", "if env_strict():",
      "runtime/test_gaps_in_calls -k raised"),
     ("ops/window_plain.py", "strides == k.stride() == v.stride()", "True", "runtime/test_gaps_in_calls -k strides"),

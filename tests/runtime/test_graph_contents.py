@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from types import SimpleNamespace
 
 import graphed
 import helpers
@@ -21,11 +22,16 @@ from torch.utils.checkpoint import checkpoint
 
 import swinaccel
 from swinaccel.runtime.graphs import training
+from swinaccel.runtime.graphs.rehearsal import Contents
 
 MODES = pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 
 
 pytestmark = pytest.mark.usefixtures("device")
+
+
+COUNTS, TOTAL = [0], 0
+CAPTURED = "buffer", "counter", "dropout", "numbers of a parameter"
 
 
 class Written(nn.Module):
@@ -35,6 +41,9 @@ class Written(nn.Module):
         super().__init__()
         self.body, self.way, self.gain = MODELS["timm"][0](), way, 1.0
         self.number, self.values, self.names, self.free = 0, [], {}, torch.ones((), device=graphed.DEVICE)
+        self.object, self.nested, self.entries = SimpleNamespace(number=0), {"numbers": [0]}, set()
+        self.flag, self.generator = False, random.Random(0) if way == "own generator" else None
+        self.factor = nn.Parameter(torch.ones(()), requires_grad=False)
         self.register_buffer("mean", torch.ones(()))
         self.register_buffer("count", torch.ones((), dtype=torch.long))
 
@@ -62,6 +71,33 @@ class Written(nn.Module):
             with torch.no_grad():
                 self.body.norm.bias.data = self.body.norm.bias * 1.1
             return y
+        if self.way == "object":
+            self.object.number += 1
+            return y * self.object.number
+        if self.way == "nested":
+            self.nested["numbers"][0] += 1
+            return y * self.nested["numbers"][0]
+        if self.way == "set":
+            self.entries.add(len(self.entries))
+            return y * len(self.entries)
+        if self.way == "global":
+            COUNTS[0] += 1
+            return y * COUNTS[0]
+        if self.way == "replaced global":
+            global TOTAL
+            TOTAL = TOTAL + 1
+            return y * TOTAL
+        if self.way == "to and fro":
+            self.flag = not self.flag
+            return y * 2 if self.flag else y
+        if self.way == "numbers of a parameter":
+            return y * self.factor.data.mul_(1.1)
+        if self.way == "gradient":
+            with torch.enable_grad():
+                self.body.norm.bias.sum().backward()
+            return y * self.body.norm.bias.grad.sum()
+        if self.way == "own generator":
+            return y * self.generator.random()
         if self.way == "dropout":
             return y * F.dropout(torch.ones_like(y), 0.5, True)
         if self.way == "random":
@@ -80,6 +116,8 @@ def outcomes(model, trained, edit=None, setting="highest"):
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002
+    global TOTAL
+    COUNTS[0] = TOTAL = 0
     x = torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=graphed.DEVICE).view(2, 3, 32, 32)
     found = []
     with torch.set_grad_enabled(trained):
@@ -87,6 +125,7 @@ def outcomes(model, trained, edit=None, setting="highest"):
             if number == 4:
                 torch.set_float32_matmul_precision(setting)
                 model.gain = 1.0 if edit is None else edit
+            model.zero_grad()
             found.append(model(x).detach())
             torch.set_float32_matmul_precision("highest")
     return found
@@ -108,18 +147,51 @@ def outcomes(model, trained, edit=None, setting="highest"):
         "dropout",
         "random",
         "numpy",
+        "object",
+        "nested",
+        "set",
+        "global",
+        "replaced global",
+        "to and fro",
+        "numbers of a parameter",
+        "gradient",
+        "own generator",
     ],
 )
 def test_what_a_forward_writes_to_and_draws(way, change, trained):
-    if way not in ("buffer", "counter", "dropout") and change != "nothing":
+    if way not in CAPTURED and change != "nothing":
         pytest.skip("it is no graph")
     options = {"a setting": {"edit": 2.0}, "the surroundings": {"setting": "high"}}.get(change, {})
     model, twin = pair(Written(way), trained)
     for ours, own in zip(outcomes(model, trained, **options), outcomes(twin, trained, **options), strict=True):
         helpers.assert_close(ours, own, 1e-3)
-    for ours, own in zip(model.buffers(), twin.buffers(), strict=True):
+    for ours, own in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
         helpers.assert_close(ours.double(), own.double(), 1e-4)
-    assert (replays(model) > 0) == (way in ("buffer", "counter", "dropout")), str(swinaccel.report(model))
+    assert (replays(model) > 0) == (way in CAPTURED), str(swinaccel.report(model))
+
+
+class Overwriting(nn.Module):
+    """A model that writes to its input."""
+
+    def __init__(self, is_counted):
+        super().__init__()
+        self.body, self.is_counted = MODELS["timm"][0](), is_counted
+
+    def forward(self, x):
+        (x if self.is_counted else x.data).mul_(0.5)
+        return self.body(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_an_input_that_is_written_to(is_counted, mode):
+    model, twin = pair(Overwriting(is_counted), False)
+    for _ in range(5):
+        inputs = [torch.ones(2, 3, 32, 32, device=graphed.DEVICE) for _ in range(2)]
+        with mode():
+            helpers.assert_close(model(inputs[0]), twin(inputs[1]), 1e-4)
+        assert torch.equal(*inputs)
+    assert "writes to its input" in swinaccel.report(model).graphs[0].reason
 
 
 @pytest.mark.parametrize("returns", ["what has no gradient", "something else"])
@@ -250,3 +322,40 @@ def test_calls_inside_a_backward_are_no_replays():
     given.sum().backward()
     helpers.assert_close(found[0], expected)
     assert replays(model) == before
+
+
+class Collecting(nn.Module):
+    """A model that writes to a list that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = MODELS["timm"][0]()
+
+    def forward(self, x, features):
+        y = self.body(x)
+        features.append(2 * y)
+        return y
+
+
+@MODES
+def test_a_list_that_is_written_to(trained):
+    model, twin = pair(Collecting(), trained)
+    x = torch.ones(2, 3, 32, 32, device=graphed.DEVICE)
+    for _ in range(5):
+        found = [], []
+        with torch.set_grad_enabled(trained):
+            model(x, found[0])
+            twin(x, found[1])
+        helpers.assert_close(found[0][0], found[1][0], 1e-4)
+        assert len(found[0]) == 1
+    assert "list" in swinaccel.report(model).graphs[0].reason
+
+
+def test_parameters_lie_where_they_did():
+    model = MODELS["timm"][0]().to(graphed.DEVICE)
+    weight = model.norm.weight
+    contents, place, then = Contents(model), weight.data_ptr(), weight.detach().clone()
+    weight.data = 2 * weight.data
+    contents.restore()
+    assert weight.data_ptr() == place
+    assert torch.equal(weight, then)

@@ -1,4 +1,4 @@
-"""Capture functions as CUDA graphs that share one pool of memory."""
+"""Capture functions as CUDA graphs that share a stream, and mostly a pool of memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH = 64  # of products for which cuBLAS wants its workspace
 
 
 class _Pool:
-    """Memory of all graphs of a device that live at the same time."""
+    """Memory of graphs of a device that live at the same time."""
 
     def __init__(self) -> None:
         self.id = torch.cuda.graph_pool_handle()
@@ -65,18 +65,22 @@ _shared: dict[torch.device, _Shared] = {}
 class CudaGraphs:
     """The graphs of one call on a CUDA device.
 
+    Args:
+        shares_memory: what the graphs write may be written over as soon as `finish` is called. What a graph frees while
+            it is captured, later ones of its pool take.
+
     Attributes:
         nbytes: device memory that capturing took.
         lock: to be held from `start` to `finish`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shares_memory: bool = True) -> None:
         self._device, self.nbytes = device, 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
         with torch.cuda.device(device):
             self._shared = _shared[device] = _shared.get(device) or _Shared()
             self.lock = self._shared.lock
-            self._pool = self._shared.pool()
+            self._pool = self._shared.pool() if shares_memory else _Pool()
         self._make_workspaces()
 
     def warm_up(self, run: Callable[[], Any]) -> None:

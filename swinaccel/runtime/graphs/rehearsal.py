@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import is_
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...backends.triton.launches import compiled_ahead, prepare
+from ...trust.fingerprint import Trace, Untraceable
+from ...trust.libraries import is_of_library
 from ..plan import known_states
 from ..precision import Precision
 from .cuda_graph import CudaGraphs
@@ -39,7 +41,10 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
     device = inputs[0].device
     if device.type != "cuda":
         return
-    contents = Contents(module)
+    try:
+        contents = Contents(module, trace_of(list(module.modules())))
+    except Untraceable:
+        return  # it could not be undone
     # What fails is raised again by the call itself.
     with (
         states_kept(module),
@@ -98,42 +103,86 @@ def twin_of(module: nn.Module, shared: Iterable[Tensor] = ()) -> tuple[nn.Module
     return copy.deepcopy(module, memo), found
 
 
-class Contents:
-    """What a forward may write to in a module, as it is now: settings, buffers, and tensors that are neither.
+def trace_of(modules: list[nn.Module]) -> Trace | None:
+    """Return what the code of modules reads elsewhere, or None where all of it is of libraries and cannot be followed.
 
-    Of parameters it is where they lie, and not their numbers.
+    Raises:
+        Untraceable: where it cannot be followed otherwise.
+    """
+    try:
+        return Trace([("", one) for one in modules], ("forward",))
+    except Untraceable:
+        if all(map(is_of_library, modules)):
+            return None
+        raise
+
+
+class Contents:
+    """What a forward may write to, as it is now: settings and tensors of a module, and what its code reads elsewhere.
+
+    Of a library's parameters it is where they lie, and not their numbers.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, trace: Trace | None = None) -> None:
         spaces = list(map(vars, module.modules()))
-        values = [one for space in spaces for one in space.values()]
-        spaces += [one for one in values if type(one) in (dict, OrderedDict)]
-        self._spaces = [(one, one.copy()) for one in spaces]
-        self._lists = [(one, one[:]) for one in values if type(one) is list]
+        held = [one for space in spaces for one in space.values()]
+        cells, contents = ([], []) if trace is None else (trace.cells, [one for one, _ in trace.contents])
+        containers = {id(one): one for one in (*spaces, *held, *contents)}.values()
+        self._spaces = [(one, dict(one)) for one in containers if isinstance(one, dict)]
+        self._lists = [(one, list(one)) for one in containers if isinstance(one, (list, deque))]
+        self._sets = [(one, set(one)) for one in containers if isinstance(one, set)]
+        self._cells = [(owner, name, value) for owner, name, value in cells if _look(owner, name) is value]
         self._places = [(one, one.detach(), one.data_ptr()) for one in module.parameters()]
-        tensors = {id(one): one for one in (*module.buffers(), *values) if type(one) is Tensor}.values()
+        self._gradients = [(one, one.grad) for one in module.parameters() if one.is_leaf]
+        tensors = [one for one in {id(one): one for one in (*module.buffers(), *held)}.values() if type(one) is Tensor]
+        if not all(map(is_of_library, module.modules())):
+            tensors += [one for pair in self._gradients for one in pair if one is not None]
         self._kept = [(one, one.detach().clone(), one._version) for one in tensors if not one.is_inference()]
 
     def restore(self) -> list[Tensor]:
-        """Give the module what it held, and return the buffers and other tensors that were written to."""
+        """Put back what was held, and return the tensors that were written to."""
         for space, then in self._spaces:
             if list(space) != list(then) or not all(map(is_, space.values(), then.values())):
                 space.update(then)
                 for name in space.keys() - then.keys():
                     del space[name]
         for values, old in self._lists:
-            values[:] = old
+            if len(values) != len(old) or not all(map(is_, values, old)):
+                values.clear()
+                values.extend(old)
+        for entries, before in self._sets:
+            if entries != before:
+                entries.clear()
+                entries |= before
+        for owner, name, value in self._cells:
+            if _look(owner, name) is not value:
+                if isinstance(owner, dict):
+                    owner[name] = value
+                else:
+                    setattr(owner, name, value)
         for parameter, alike, place in self._places:
             if parameter.data_ptr() != place:
                 parameter.data = alike
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         found = [
             (one, kept)
             for one, kept, version in self._kept
             if one._version != version or not torch.equal(one, kept)  # batch norm counts no versions
         ]
         for one, kept in found:
+            if one.shape != kept.shape:
+                one.data = kept
             one.data.copy_(kept)  # without a new version, which who has saved the buffer would take for an error
         return [one for one, _ in found]
+
+
+def _look(owner: Any, name: str) -> Any:
+    """Return what a dictionary or an object has by a name; what cannot be written to has nothing."""
+    if isinstance(owner, dict):
+        return owner.get(name, _look)
+    return _look if isinstance(owner, Mapping) else getattr(owner, name, _look)
 
 
 @contextmanager

@@ -12,10 +12,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...backends.triton.launches import first_line
@@ -30,6 +32,10 @@ from .training import TrainingCapture
 logger = logging.getLogger("swinaccel")
 
 MOST = 8  # signatures of one module
+# How products sum up.
+_ACCUMULATIONS = (
+    "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip
 
 
 class Graphs:
@@ -194,7 +200,11 @@ def _again(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     def again(module: nn.Module, tensors: list[Tensor]) -> Any:
         given = [one if place is None else tensors[place] for one, place in zip(others, places, strict=True)]
         args, kwargs = _nested(given, form)
-        return run(module, *args, **kwargs)
+        result = run(module, *args, **kwargs)
+        after, form_after = _flat(args, kwargs)
+        if form_after != form or not all(map(is_, after, given)):
+            raise NotCapturable("it writes to a list or a dictionary that it is given")
+        return result
 
     return again
 
@@ -224,7 +234,9 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any], trained: bool) -> t
     if not is_recorded and any(one.requires_grad for one in inputs):
         return None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    rest = tuple((type(one), one) if place is None else place for one, place in zip(leaves, places, strict=True))
+    rest = tuple(
+        (type(one), one, repr(one)) if place is None else place for one, place in zip(leaves, places, strict=True)
+    )
     kinds = tuple(
         (one.shape, one.stride(), one.dtype, one.device, one.requires_grad, one.is_inference()) for one in inputs
     )
@@ -252,6 +264,7 @@ def _may_replay(device: str) -> bool:
     """Return True unless the call is inside a backward, a checkpoint, or what observes or captures its operators."""
     return (
         not count_modes()
+        and not parametrize._cache_enabled
         and torch._C._current_graph_task_id() == -1
         and (not torch.is_grad_enabled() or _is_ordinary_training())
         and not (device == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -260,7 +273,7 @@ def _may_replay(device: str) -> bool:
 
 def _is_input(x: Tensor) -> bool:
     is_dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return type(x) in PLAIN_TENSORS and is_dense and x.numel() > 0
+    return type(x) in PLAIN_TENSORS and is_dense and x.numel() > 0 and not x.__dict__  # which code may read
 
 
 def _is_ordinary_training() -> bool:
@@ -278,11 +291,11 @@ def _settings() -> tuple[Any, ...]:
         precision = tuple(getattr(part, "fp32_precision", None) for part in parts)
     return (
         precision,
-        torch.are_deterministic_algorithms_enabled(),
+        torch.get_deterministic_debug_mode(),
         torch.get_default_dtype(),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
-        (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        tuple(map(cuda.matmul.__getattr__, _ACCUMULATIONS)),
     )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers import PLAIN_TENSORS
+from ...ops.window import is_batched
 from ..guard import Guard
 from ..plan import known_states
 from ..weights import settled, with_numbers
 from .capture import CHANGES, RUNS, Capture, NotCapturable, Run
-from .rehearsal import Contents, differentiable, drawing_apart, set_random_state, twin_of
+from .rehearsal import differentiable, drawing_apart, set_random_state, states_kept, twin_of
 
 _PATIENCE = 1.0  # seconds that a backward waits for another thread
 _CHECKPOINTS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "with_cp")  # settings of models
@@ -28,6 +30,8 @@ class TrainingCapture(Capture):
     be a replay. Others run the module again: a backward after the forward of a later call, and one that is to be
     differentiated itself.
     """
+
+    _shares_memory = False  # other graphs may be replayed between a forward and its backward
 
     def _check(self) -> None:
         if any(getattr(part, name, False) is True for part in self._modules for name in _CHECKPOINTS):
@@ -46,7 +50,7 @@ class TrainingCapture(Capture):
             return output, differentiable(output)
 
         def backward(outs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-            # All that the forward left is kept: other graphs use the same memory, and a backward may come twice.
+            # All that the forward left is kept: a backward may come twice.
             asked = [sources[place] for place in wanted]
             return torch.autograd.grad(outs, asked, grads, retain_graph=True, allow_unused=True)
 
@@ -56,13 +60,24 @@ class TrainingCapture(Capture):
                 raise NotCapturable("nothing that it returns has a gradient")
             backward(outs, list(map(torch.ones_like, outs)))
 
-        self._warm_up(both)
+        saved: set[int] = set()
+
+        def note(one: Tensor) -> Tensor:
+            if type(one) in PLAIN_TENSORS:
+                saved.add(one.untyped_storage().data_ptr())
+            return one
+
+        def noting() -> None:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda one: one):
+                both()
+
+        self._warm_up(noting, twin, guard)
         self._forward, (output, self._differentiable) = self._engine.capture(forward)
         if not _leaves_of(self._differentiable) <= set(map(id, sources)):
             raise NotCapturable("its code reads parameters through something else than the modules inside")
         self._given_grads = list(map(torch.zeros_like, self._differentiable))
         self._backward, grads = self._engine.capture(lambda: backward(self._differentiable, self._given_grads))
-        if not guard.holds() or [one.data_ptr() for one in twin.parameters()] != places:
+        if [one.data_ptr() for one in twin.parameters()] != places:
             raise NotCapturable(CHANGES)
         for one, other in zip(self._modules, twin.modules(), strict=True):
             for state, counted in zip(known_states([one]), known_states([other]), strict=False):
@@ -73,7 +88,9 @@ class TrainingCapture(Capture):
         own = list(parameters)
         self._parameters = [own[place - len(given)] for place in used[len(given) :]]
         self._grads = [found.get(place) for place in used]
-        self._flags, self._run, self._turn = self._wanted(), run, weakref.ref(_Turn())
+        others = [one for one in self._tensors if not any(one is other for other in self._parameters)]
+        self.read_by_backward = [one for one in others if one.untyped_storage().data_ptr() in saved]
+        self._run, self._turn = run, weakref.ref(_Turn())
         return output
 
     def _copied(self, root: nn.Module) -> tuple[nn.Module, dict[Tensor, Tensor]]:
@@ -82,9 +99,8 @@ class TrainingCapture(Capture):
         except Exception as error:
             raise NotCapturable(f"it cannot be copied ({type(error).__name__})") from None
 
-    def lies(self) -> bool:
-        """Return True if the graphs read the module's memory, and the same parameters as ever want gradients."""
-        return super().lies() and self._wanted() == self._flags
+    def _layouts_now(self) -> list[tuple[Any, ...]]:
+        return [(*layout, one.requires_grad) for one, layout in zip(self._tensors, super()._layouts_now(), strict=True)]
 
     def is_free(self) -> bool:
         """Return True if no backward is to come that needs what the latest forward has left."""
@@ -118,12 +134,9 @@ class TrainingCapture(Capture):
             grads: of the forward's outputs.
         """
         if not self.lies():
-            raise RuntimeError(
-                "swinaccel: parameters were replaced between a forward and its backward, which CUDA graphs cannot"
-                " follow; replace them before the forward, or use graphs='auto'"
-            )
+            raise _changed()
         turn.is_over, engine = True, self._engine
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or any(one is not None and is_batched(one) for one in grads):
             return self._run_again(turn, given, grads)
         # Who holds the lock for long is capturing, and may wait for this very thread to run a backward.
         if not engine.lock.acquire(timeout=_PATIENCE):
@@ -160,9 +173,12 @@ class TrainingCapture(Capture):
         self, turn: _Turn, given: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
     ) -> list[Tensor | None]:
         """Return the gradients of a forward by running it anew, as it was; they have gradients themselves."""
+        if not self._guard.holds() or self._layouts_now() != self._layouts:
+            raise _changed()
         kind, count, creates = self._device.type, len(self._inputs), torch.is_grad_enabled()
-        contents = Contents(self._modules[0])
+        kept = [one.detach().clone() for one in self._statistics]
         with (
+            states_kept(self._modules[0]),
             drawing_apart(self._device),
             torch.enable_grad(),
             torch.autocast(kind, turn.autocast, enabled=turn.autocast is not None),
@@ -171,7 +187,8 @@ class TrainingCapture(Capture):
                 set_random_state(self._device, turn.random_state)
             inputs = [one if creates else one.detach().requires_grad_(one.requires_grad) for one in given[:count]]
             outs = differentiable(self._run(self._modules[0], inputs))
-        contents.restore()
+        for one, then in zip(self._statistics, kept, strict=True):
+            one.data.copy_(then)
         pairs = [(out, grad) for out, grad in zip(outs, self._selected(grads), strict=True) if grad is not None]
         sources = [*inputs, *given[count:]]
         wanted = [place for place, one in enumerate(sources) if one.requires_grad]
@@ -193,9 +210,6 @@ class TrainingCapture(Capture):
         """Return the gradients of those outputs that have one, in the order in which they were captured."""
         places = {id(one): place for place, one in enumerate(self._outputs)}
         return [grads[places[id(one)]] for one in self._differentiable]
-
-    def _wanted(self) -> list[bool]:
-        return [one.requires_grad for one in self._tensors]
 
 
 class _Turn:
@@ -219,7 +233,8 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, capture: TrainingCapture, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given)  # whose versions are compared when the backward reads them
+        # Their versions are compared when the backward reads them.
+        ctx.save_for_backward(*given, *capture.read_by_backward)
         outputs, ctx.turn = capture.begin(given)
         ctx.capture = capture
         ctx.mark_non_differentiable(
@@ -229,7 +244,15 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, *ctx.capture.backward(ctx.turn, ctx.saved_tensors, grads)
+        given = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
+        return None, *ctx.capture.backward(ctx.turn, given, grads)
+
+
+def _changed() -> RuntimeError:
+    return RuntimeError(
+        "swinaccel: parameters were replaced, or the model was changed, between a forward and its backward, which CUDA"
+        " graphs cannot follow; do it before the forward, or use graphs='auto'"
+    )
 
 
 def _leaves_of(outputs: list[Tensor]) -> set[int]:
