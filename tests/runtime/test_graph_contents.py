@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import graphed
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
-from swinaccel.runtime.graphs import training
+from swinaccel.runtime.graphs import rehearsal, training
 from swinaccel.runtime.graphs.rehearsal import Contents
 
 MODES = pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
@@ -192,6 +193,39 @@ def test_an_input_that_is_written_to(is_counted, mode):
             helpers.assert_close(model(inputs[0]), twin(inputs[1]), 1e-4)
         assert torch.equal(*inputs)
     assert "writes to its input" in swinaccel.report(model).graphs[0].reason
+
+
+GENERATOR = random.Random(0)
+
+
+class Drawing(nn.Module):
+    """A model that draws from a generator of its module."""
+
+    def forward(self, x):
+        return x * GENERATOR.random()
+
+
+@MODES
+@pytest.mark.parametrize("way", ["input", "numbers of the input", "own generator"])
+def test_a_rehearsal_leaves_inputs_and_generators(way, trained):
+    """Kernels of a call are compiled by a call whose results are thrown away, on a GPU alone."""
+    model = Written(way) if way == "own generator" else Overwriting(way == "input")
+    model, x = model.to(graphed.DEVICE), torch.ones(2, 3, 32, 32, device=graphed.DEVICE)
+    states = [one.generator.getstate() for one in model.modules() if getattr(one, "generator", None)]
+    with torch.set_grad_enabled(trained):
+        rehearsal._rehearse(model, lambda module, inputs: module(*inputs), [x])
+    assert torch.equal(x, torch.ones_like(x))
+    assert states == [one.generator.getstate() for one in model.modules() if getattr(one, "generator", None)]
+
+
+def test_what_draws_from_a_generator_of_its_own_is_not_rehearsed(monkeypatch):
+    looked_at, on_a_gpu = [], [SimpleNamespace(device=torch.device("cuda"))]
+    monkeypatch.setattr(rehearsal, "Contents", lambda *given: looked_at.append(given))
+    rehearsal.compile_ahead(Drawing(), lambda module, inputs: None, on_a_gpu)
+    assert not looked_at
+    with suppress(AttributeError):
+        rehearsal.compile_ahead(nn.Linear(2, 2), lambda module, inputs: None, on_a_gpu)
+    assert looked_at
 
 
 @pytest.mark.parametrize("returns", ["what has no gradient", "something else"])

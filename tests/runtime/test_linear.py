@@ -209,7 +209,7 @@ def test_blocks_multiply_by_it(v2, dim, moved, multiplied):
     """The projections, and the sum before an MLP in one kernel; PyTorch multiplies by weights that lie elsewhere."""
     model = timm_block(v2, dim).eval()
     exact, x = copy.deepcopy(model).double(), random(1, *SIZE, dim)
-    model = model.half()
+    model = model.to(HALF)
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton", graphs=False)
     twin(x)
     multiplied.clear()
@@ -228,7 +228,7 @@ def test_blocks_multiply_by_it(v2, dim, moved, multiplied):
 
 @torch.no_grad()
 def test_a_layer_that_is_not_plain_is_called(multiplied):
-    model = timm_block(dim=DIM_IN_ONE).eval().half()
+    model = timm_block(dim=DIM_IN_ONE).eval().to(HALF)
     for layer in (model.attn.proj, model.attn.qkv):
         nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
     twin = swinaccel.accelerate(copy.deepcopy(model), backend="triton", graphs=False)

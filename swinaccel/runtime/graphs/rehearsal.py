@@ -42,9 +42,12 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
     if device.type != "cuda":
         return
     try:
-        contents = Contents(module, trace_of(list(module.modules())))
+        trace = trace_of(list(module.modules()))
     except Untraceable:
         return  # it could not be undone
+    if trace is not None and any(isinstance(value, random.Random) for _, _, value in trace.cells):
+        return  # nor could what such a generator draws
+    contents = Contents(module, trace)
     # What fails is raised again by the call itself.
     with (
         states_kept(module),
@@ -72,10 +75,15 @@ def states_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _rehearse(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor]) -> None:
-    twin, parameters = twin_of(module) if torch.is_grad_enabled() else (module, {})
-    outs = differentiable(run(twin, inputs))
+    is_own = not all(map(is_of_library, module.modules()))  # its code may write to what it is given, and to objects
+    twin, parameters = twin_of(module) if is_own or torch.is_grad_enabled() else (module, {})
+    copies = [one.detach().clone() for one in inputs]
+    for one, given in zip(copies, inputs, strict=True):
+        if given.requires_grad:
+            one.requires_grad_()
+    outs = differentiable(run(twin, copies))
     if outs:
-        sources = [*(one for one in inputs if one.requires_grad), *parameters.values()]
+        sources = [*(one for one in copies if one.requires_grad), *parameters.values()]
         torch.autograd.grad(outs, sources, list(map(torch.ones_like, outs)), allow_unused=True)
 
 
