@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..spec.block import Tokens
-from ..spec.window import Geometry, Section, WindowSpec
+from ..spec.reference import shift_mask
+from ..spec.window import SHIFT_MASK_VALUE, Geometry, Section, WindowSpec
 from .shared.blocks import OfficialBlock, block_spec, undivided
 from .shared.common import pair
 from .shared.official import attention_section
@@ -37,6 +38,18 @@ class Microsoft(OfficialBlock):
 
     def tokens(self, module: Any, x: Tensor) -> Tokens:
         return x, tuple(module.input_resolution)
+
+    def shrink_image(self, module: Any) -> bool:
+        """Leave a copy an image of two by two windows, with another mask; return False where it has no more."""
+        window, shift = (module.window_size,) * 2, (module.shift_size,) * 2
+        size = (2 * window[0], 2 * window[1])
+        if min(module.input_resolution) < size[0] or tuple(module.input_resolution) == size:
+            return False
+        module.input_resolution = type(module.input_resolution)(size)
+        if module.attn_mask is not None:
+            mask = shift_mask(Geometry(size, window, shift), SHIFT_MASK_VALUE).to(module.attn_mask.dtype)
+            module.attn_mask = mask + torch.rand_like(mask)
+        return True
 
     def example(self, module: Any) -> tuple[Any, ...]:
         height, width = module.input_resolution

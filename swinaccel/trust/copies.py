@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -213,6 +213,7 @@ class Subject:
     Attributes:
         moved, draws: as for `random_copy`.
         original: the module's own method, unbound.
+        is_small: copies have the smallest image that shows all that a block does with windows.
     """
 
     module: nn.Module
@@ -220,13 +221,26 @@ class Subject:
     moved: set[nn.Module]
     original: Callable[..., Any]
     draws: dict[str, Tensor] = field(default_factory=dict)
+    is_small: bool = False
 
     def prepared(self, setting: Setting = EXACT[0]) -> tuple[nn.Module, list[tuple[Any, ...]]]:
         """Return a random copy, and the arguments of its calls."""
         clone = random_copy(self.module, self.moved, setting, self.draws)
         if hasattr(self.family, "shrink") and is_of_library(self.module):
             self.family.shrink(clone)
+        if self.is_small:
+            self.family.shrink_image(clone)
         return clone, calls(self.family, clone, setting)
+
+    def smaller(self) -> Subject | None:
+        """Return the same with small images, or None where they are small, or cannot be made so."""
+        shrink = getattr(self.family, "shrink_image", None)
+        if shrink is None or is_of_library(self.module):
+            return None
+        try:
+            return replace(self, is_small=True) if shrink(deep_copy(self.module)) else None
+        except Exception:  # of code that lets nobody set its size
+            return None
 
 
 def set_drop_rates(facts: Any, rate: float) -> None:

@@ -5,7 +5,8 @@ another version of a library. Copies run the two ways in fp64, in eval mode at t
 with gradients; code outside of the surveyed libraries also in eval mode with gradients and in training mode without,
 in lower precision with frozen parameters, under autocast, and with numbers that are not finite. Every parameter is
 drawn at random (fresh tables are almost zero and fresh norms can be exactly zero, and would hide a difference), and
-floating-point attributes are moved: what is one or zero now may be something else after some steps of training.
+floating-point attributes are moved: what is one or zero now may be something else after some steps of training. Blocks
+that hold a large image's size pass all trials at a small one, and two at their own.
 
 A verdict is about what was run. It is kept by the module's fingerprint, which holds all that decides what ran; what
 depends on the one module beyond that (the size to which its window has shrunk, say) is judged each time.
@@ -51,6 +52,7 @@ _BARE = (
     "its forward leaves out the {}, as some code that calls scaled_dot_product_attention does; where a setting chooses"
     " that, switch it off and call accelerate() again (the results are others then)"
 )
+_AT_ITS_SIZE = EXACT[0], EXACT[-1]  # of what passed all trials with a small image
 _WRITES = "its forward changes, outside of the module, what its code reads"
 # What a run on the CPU does not show, by names in code outside of the surveyed libraries: devices, and PyTorch's modes.
 _UNSEEN = frozenset((
@@ -226,28 +228,38 @@ def _probe(module: nn.Module, family: Family, original: Callable[..., Any], know
         known: how that of the same code at another size is; then one trial at this size is enough.
     """
     inside = set(family.attention(module).modules()) | {module}
-
-    def compared(reading: Reading) -> Callable[..., str | None]:
-        return functools.partial(compare_attention, family=family, original=original, reading=reading)
-
     subject = Subject(module, family, inside, original)
-    if known is not None:
-        return _run(subject, compared(known), settings=EXACT[:1]) or known
+    settings: tuple[Setting, ...] = EXACT[:1]
+    smaller = subject.smaller() if known is None else None
+    if smaller is not None:
+        found, settings = _prove(smaller), _AT_ITS_SIZE
+        known = found if isinstance(found, Reading) else None
+    if known is None:
+        return _prove(subject)
+    return _run(subject, _compared(subject, known), settings=settings) or known
+
+
+def _compared(subject: Subject, reading: Reading) -> Callable[..., str | None]:
+    return functools.partial(compare_attention, family=subject.family, original=subject.original, reading=reading)
+
+
+def _prove(subject: Subject) -> Reading | str:
+    """Return how the attention of a module is to be read, or why its forward is not its family's, by all trials."""
     first, refused = None, _refused(subject)
     for weights in (False, True):
         if weights and not str(first).startswith("its forward gives 2 outputs"):
             continue
         for default_scale in (False, True):
             reading = Reading(default_scale=default_scale, weights=weights, refused=refused)
-            reason = _run(subject, compared(reading))
+            reason = _run(subject, _compared(subject, reading))
             if reason is None:
-                return with_dropouts(subject, reading, compared)
+                return with_dropouts(subject, reading, functools.partial(_compared, subject))
             first = first or reason
     assert first is not None
     for without in ("", "position bias", "mask", "position bias and the mask"):  # the least first
         for power in (0, 1, 2):
             bare = _Bare(power=power, without=without, refused=refused)
-            if _run(subject, compared(bare), settings=EXACT[:1]) is None:
+            if _run(subject, _compared(subject, bare), settings=EXACT[:1]) is None:
                 return _BARE.format(without) if without else first
     return first
 
@@ -309,7 +321,11 @@ def _probe_block(
         return reading
     subject = Subject(module, family, set(module.modules()), original)
     compared = functools.partial(compare_block, family=family, original=original, attention=attention, reading=reading)
-    return _run(subject, compared, drops=True, settings=() if known is None else EXACT[:1]) or reading
+    settings: tuple[Setting, ...] = () if known is None else EXACT[:1]
+    smaller = subject.smaller() if known is None else None
+    if smaller is not None and _run(smaller, compared, drops=True) is None:
+        settings = _AT_ITS_SIZE
+    return _run(subject, compared, drops=True, settings=settings) or reading
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import helpers
 import microsoft_models
@@ -115,6 +116,50 @@ def test_the_same_code_at_another_size_is_tried_once(monkeypatch):
         swinaccel.accelerate(helpers.microsoft_block((size, size)), backend="torch")
         tried.append(str(len(seen)))
     assert [one for one in tried if one.isdigit()][1:] == ["1", "0"]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_large_images_are_tried_small(shift, monkeypatch):
+    """A block that holds a large image's size passes two trials there, and all others with two by two windows."""
+    seen = {"compare_attention": [], "compare_block": []}
+
+    def noting(real, tokens, *call, **how):
+        tokens.append(call[2][0].shape[1])
+        return real(*call, **how)
+
+    for name, tokens in seen.items():
+        monkeypatch.setattr(probe, name, functools.partial(noting, getattr(probe, name), tokens))
+    model = helpers.randomize(microsoft_models.SwinTransformerBlock(16, (24, 16), 2, 4, shift))
+    twin = copy.deepcopy(model)
+    swinaccel.accelerate(model, backend="triton")
+    assert len(swinaccel.report(model).accelerated) == 1
+    assert (model.input_resolution, twin.input_resolution) == ((24, 16), (24, 16))
+    for tokens in seen.values():
+        assert set(tokens) == {64, 384}
+        assert tokens.count(384) == 3  # one in evaluation, two in training: with and without drop-paths
+        assert len(tokens) > 12
+
+
+class Trained(microsoft_models.SwinTransformerBlock):
+    """Does otherwise where it says that images are large, in training."""
+
+    def forward(self, x):
+        return super().forward(x) * (3 if self.training and self.input_resolution[0] > 8 else 1)
+
+
+class Asserting(microsoft_models.SwinTransformerBlock):
+    """Lets nobody change its size."""
+
+    def forward(self, x):
+        assert self.input_resolution[0] == 16
+        return super().forward(x)
+
+
+def test_large_images_are_tried_in_training_too():
+    """Where a small image is refused, all trials are of the large one; of a block that differs, attention is left."""
+    for kind, expected in ((Trained, "window_attention"), (Asserting, "microsoft")):
+        model = swinaccel.accelerate(kind(16, (16, 16), 2, 4, 2), backend="triton")
+        assert [entry.family for entry in swinaccel.report(model).accelerated] == [expected]
 
 
 class Switched(microsoft_models.PatchEmbed):
