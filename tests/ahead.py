@@ -52,7 +52,7 @@ NAMES = {
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 EIGHT = torch.float8_e4m3fn
-COMPILED = "window", "sequence", "mlp", "embed", "linear", "linear8", "quantise"  # kernels, by their first word
+COMPILED = "window", "sequence", "mlp", "norm", "embed", "linear", "linear8", "quantise"  # kernels, by their first word
 
 # Window, head_dim, dtype, and what else there is. The largest tiles of each kernel, and what costs memory beside them.
 # Two of each are of the same kernels, since a head_dim of 128 in fp32 is too much for those of small windows. The third
@@ -161,6 +161,24 @@ def linear_gelu(channels: int, rows: int) -> None:
         launch(hidden, x, up, up[:, 0].contiguous(), kept, None)
 
 
+def few_rows(rows: int, channels: int) -> None:
+    """Pose a product of few rows, in parts, and the norm that adds them up, launched before the last kernel ends."""
+    own = devices.has_copy_engine, devices.are_dependent
+    devices.has_copy_engine, devices.are_dependent = lambda device: True, lambda *sizes: True
+    try:
+        x, hidden = torch.zeros(rows, channels, dtype=BF16), torch.zeros(rows, 4 * channels, dtype=BF16)
+        for outputs in (channels, 3 * channels):
+            weight = torch.zeros(outputs, channels, dtype=BF16)
+            triton_linear.linear(x, weight, weight[:, 0].contiguous())
+        launch, parts = triton_linear.parted_launch(x.device, rows, 4 * channels, channels)
+        sums, norm = torch.zeros(parts, rows, channels), torch.zeros(channels, dtype=BF16)
+        launch(sums, hidden, torch.zeros(channels, 4 * channels, dtype=BF16), None, None, None)
+        launch = triton_block.norm_launch(triton_block.NORM_ADD, x.device, rows, channels, 1e-5, parts=parts)
+        launch(x, x, None, None, sums, None, norm, norm, norm)
+    finally:
+        devices.has_copy_engine, devices.are_dependent = own
+
+
 def eight_bits(channels: int) -> None:
     """Pose all of a block in 8 bits."""
     hidden, rows = 4 * channels, 256
@@ -230,6 +248,8 @@ def jobs(everywhere: bool) -> Iterator[tuple[str, str, Any]]:
         yield "sm_90 twice", f"fp8 {channels}", lambda channels=channels: eight_bits(channels)
     for rows in (4096, 196):
         yield "sm_90 twice", f"linear_gelu 512 of {rows}", lambda rows=rows: linear_gelu(512, rows)
+    for rows, channels in ((196, 512), (64, 1024)):
+        yield "sm_90 twice", f"few rows, {rows} x {channels}", lambda sizes=(rows, channels): few_rows(*sizes)
 
 
 def compiled(gpu: str, problem: str, launch: Any, tensors: tuple) -> dict[str, Any]:
