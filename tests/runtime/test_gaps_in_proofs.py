@@ -192,7 +192,7 @@ def doubled(function):
 
 
 class Module(nn.Module):
-    by_string = by_class = by_wrapped = 1.0
+    by_string = by_class = by_wrapped = by_cached = 1.0
 
     def __init__(self):
         super().__init__()
@@ -221,7 +221,7 @@ class Module(nn.Module):
 
     @functools.cached_property
     def once(self):
-        return 1.0
+        return self.by_cached
 
 
 CHANGES = {
@@ -238,6 +238,7 @@ CHANGES = {
     "a cached property": lambda module, patch: patch.setattr(
         Module, "once", functools.cached_property(lambda self: 3.0)
     ),
+    "what a cached property names": lambda module, patch: patch.setattr(Module, "by_cached", 3.0),
 }
 
 
