@@ -36,7 +36,7 @@ class SequenceLaunch:
 
 
 class Sizes(NamedTuple):
-    """What a launch is chosen by; sizes of elements and the shared memory are in bytes."""
+    """Sizes that a launch is chosen by; of elements and the shared memory in bytes."""
 
     head_dim: int
     rank: int

@@ -44,7 +44,7 @@ _DEFERRABLE = {torch.unsqueeze, Tensor.unsqueeze, torch.cat, torch.stack, torch.
 
 
 class Record:
-    """What is known of weights that were put off while gradients were recorded.
+    """State of weights that were put off while gradients were recorded.
 
     Attributes:
         weights: they, for as long as somebody may ask for them.
