@@ -23,7 +23,7 @@ class _Pool:
 
 
 class _Shared:
-    """State that all graphs of one device share: a stream to capture on, and memory in which one of them runs at a time.
+    """State that graphs of one device share: a stream to capture on, and memory in which one of them runs at a time.
 
     cuBLAS keeps a workspace for each stream and thread, and graphs keep its address. Others may make PyTorch free all
     workspaces (torch.compile does), so these lie in a pool of their own, which a graph that never runs keeps for ever.
