@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -158,6 +159,24 @@ class TestGuard:
         module.value = value
         with pytest.raises(NotGuardable):
             Guard([module])
+
+    @pytest.mark.parametrize(
+        "value", [[0] * (guards._MOST_VALUES + 1), [Config() for _ in range(guards._MOST_OBJECTS + 1)]]
+    )
+    def test_a_data_set_is_no_setting(self, value):
+        module = nn.Module()
+        module.value = value
+        with pytest.raises(NotGuardable):
+            Guard([module])
+
+    @pytest.mark.parametrize("hold", [lambda one: one.extra_repr, lambda one: functools.partial(print, lambda: one)])
+    def test_a_module_that_holds_itself_is_not_guardable(self, hold):
+        module, part, other = nn.Module(), nn.Module(), nn.Module()
+        module.part, part.value = part, hold(other)
+        assert Guard([alias(module), part]).holds()
+        part.value = hold(module)
+        with pytest.raises(NotGuardable):
+            Guard([alias(module), part])
 
     def test_objects_are_looked_into(self):
         module = nn.Module()

@@ -19,7 +19,16 @@ from ..guard import Guard, NotGuardable, same_tensors
 from ..plan import State, known_states
 from ..weights import settled, with_numbers
 from .cuda_graph import CudaGraphs
-from .rehearsal import Contents, drawing_apart, host_state, random_state, set_random_state, trace_of
+from .rehearsal import (
+    Contents,
+    drawing_apart,
+    has_generators,
+    host_state,
+    is_finalized,
+    random_state,
+    set_random_state,
+    trace_of,
+)
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
 
@@ -31,6 +40,10 @@ RUNS = 2  # of a call, to capture it: libraries set themselves up in the first
 
 class NotCapturable(Exception):
     """A call cannot be a graph; the message says why."""
+
+
+class NotNow(NotCapturable):
+    """It cannot be one until its user changes what the message names."""
 
 
 class Capture:
@@ -53,6 +66,8 @@ class Capture:
     _shares_memory = True  # with graphs of other calls
 
     def __init__(self, module: nn.Module, run: Run, inputs: list[Tensor]) -> None:
+        if any(map(is_finalized, module.modules())):
+            raise NotCapturable("a module in it has a method __del__, which copies of it would run")
         root = alias(module)
         self._modules = [root, *(part for part in module.modules() if part is not module)]
         self._device, self.replays, self.looks_after = inputs[0].device, 0, not _may_be_sharded()
@@ -61,18 +76,20 @@ class Capture:
             # What it gathers for a call it frees after it, whoever holds on to it, and may gather elsewhere.
             raise NotCapturable("FSDP2 shards it, and gathers its parameters anew for each call")
         if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
-            raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
+            raise NotNow("a module in it has hooks, which a graph does not call; remove them")
         self._check()
         try:
             trace = trace_of(self._modules)
             cells, outside = ([], []) if trace is None else (trace.cells, trace.contents)
             self._guard = Guard(self._modules, cells, outside)
         except NotGuardable:
-            raise NotCapturable("a module in it holds a setting that cannot be compared") from None
+            raise NotCapturable(
+                "a module in it holds a setting that cannot be compared, or that holds the module"
+            ) from None
         except Untraceable as error:
             raise NotCapturable(str(error)) from None
         outside_values = [value for _, _, value in cells]
-        if any(isinstance(one, random.Random) for one in (*self._guard.owners, *outside_values)):
+        if any(isinstance(one, random.Random) for one in self._guard.owners) or (trace and has_generators(trace)):
             raise NotCapturable(DRAWS)
         self._tensors = self._guard.tensors() + self._guard.values
         self._counted = [one for one in self._tensors if not one.is_floating_point() and not one.is_inference()]
@@ -120,7 +137,7 @@ class Capture:
 
     def _check(self) -> None:
         if any(part.training for part in self._modules):
-            raise NotCapturable("a module in it is in training, and no gradients are recorded; call eval()")
+            raise NotNow("a module in it is in training, and no gradients are recorded; call eval()")
 
     def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
         """Capture the call, note whose calls it makes, and return its output."""
