@@ -101,8 +101,8 @@ class Guard:
 
     __slots__ = (
         "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_counts_writes", "_empty", "_fields",
-        "_first", "_forwards", "_held", "_ignored", "_kept", "_kinds", "_lists", "_names", "_pointers", "_settings",
-        "_types", "_versions", "_watched", "_written", "modules", "owners", "values",
+        "_first", "_flat", "_forwards", "_held", "_ignored", "_kept", "_kinds", "_lists", "_names", "_pointers",
+        "_settings", "_types", "_versions", "_watched", "_written", "modules", "owners", "values",
     )  # fmt: skip
 
     def __init__(
@@ -131,12 +131,15 @@ class Guard:
         self.owners = list(owners.values())
         # Settings that can be written to without a write to their module.
         self._first = list(map(dict, map(_attributes, self.owners)))
-        self._lists = [
+        pairs = [
             (now, then[name])
             for first, then in zip(self._first, self._settings, strict=True)
             for name, now in first.items()
             if now is not then[name]
         ]
+        # Thousands of names of classes, which all blocks may share, are compared when they were written to.
+        self._flat = [now for now, _ in pairs if _is_flat(now)]
+        self._lists = [pair for pair in pairs if not _is_flat(pair[0])]
         self._kinds = _kinds(self.owners)
         self._versions = list(map(_version, self.values))
         # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
@@ -183,7 +186,7 @@ class Guard:
         filled = self._filled()
         written = None
         if self._counts_writes:
-            written = list(map(_version_of, chain(map(_attributes, self.owners), filled)))
+            written = list(map(_version_of, chain(map(_attributes, self.owners), filled, self._flat)))
             if written == self._written:
                 return all(now == then for now, then in self._lists)
         kept = _values(filled)
@@ -208,6 +211,9 @@ class Guard:
             if now != then:
                 values = vars(owner).items()
                 self._counts_writes &= all(value is first.get(name) or is_plain(value) for name, value in values)
+        place = len(written) - len(self._flat)
+        if self._written is None or written[place:] != self._written[place:]:
+            self._counts_writes &= all(map(_is_flat, self._flat))
         self._written = written
 
     def _has_settings(self) -> bool:
@@ -231,6 +237,10 @@ class Guard:
 
     def _filled(self) -> list[dict[str, Any]]:
         return [attributes[name] for attributes, name in self._containers]
+
+
+def _is_flat(value: Any) -> bool:
+    return type(value) is dict and all(map(is_plain, value.values()))
 
 
 def _holds_itself(attributes: dict[str, Any]) -> bool:
