@@ -130,6 +130,22 @@ def test_code_of_libraries_can_be_followed(name):
     assert trace_of(list(MODELS[name][0]().modules())) is not None
 
 
+def times_gain_of_weight(model, y):
+    return y * model.body.head.fc.weight.gain
+
+
+def test_attributes_of_parameters():
+    twin = helpers.randomize(Following(None, times_gain_of_weight)).eval().to(graphed.DEVICE)
+    model = graphed.accelerate(copy.deepcopy(twin), graphs=True)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
+    for gain in (1.0, 2.0):
+        for every in (model, twin):
+            every.body.head.fc.weight.gain = gain
+        for _ in range(CAPTURED_CALL):
+            assert_alike(model, twin, x)
+        assert replays(model)
+
+
 HOLDER = SimpleNamespace(generator=torch.Generator())
 
 

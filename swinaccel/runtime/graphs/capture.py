@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ...layers import PLAIN_TENSORS, alias, has_hooks
 from ...ops.failures import failures
 from ...trust.fingerprint import Untraceable
-from ...trust.libraries import unsharded_class
+from ...trust.libraries import is_of_library, unsharded_class
 from ..guard import Guard, NotGuardable, same_tensors
 from ..plan import State, known_states
 from ..weights import settled, with_numbers
@@ -81,6 +81,8 @@ class Capture:
         try:
             trace = trace_of(self._modules)
             cells, outside = ([], []) if trace is None else (trace.cells, trace.contents)
+            if not all(map(is_of_library, self._modules)):  # code that may read what is put on parameters
+                outside = [*outside, *((vars(one), dict(vars(one))) for one in module.parameters() if vars(one))]
             self._guard = Guard(self._modules, cells, outside)
         except NotGuardable:
             raise NotCapturable(
