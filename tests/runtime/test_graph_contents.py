@@ -37,6 +37,10 @@ COUNTS, TOTAL = [0], 0
 CAPTURED = "buffer", "counter", "dropout", "numbers of a parameter"
 
 
+def gradient_of(parameter):  # a method that names it has no graph at all
+    return parameter.grad.sum()
+
+
 class Written(nn.Module):
     """A model whose forward writes to what it holds."""
 
@@ -98,7 +102,7 @@ class Written(nn.Module):
         if self.way == "gradient":
             with torch.enable_grad():
                 self.body.norm.bias.sum().backward()
-            return y * self.body.norm.bias.grad.sum()
+            return y * gradient_of(self.body.norm.bias)
         if self.way == "own generator":
             return y * self.generator.random()
         if self.way == "dropout":

@@ -146,6 +146,28 @@ def test_attributes_of_parameters():
         assert replays(model)
 
 
+class Steered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = MODELS["timm"][0]()
+
+    def forward(self, x):
+        return self.body(x) * self.body.head.fc.weight.grad.mean()
+
+
+def test_gradients_are_other_tensors():
+    twin = helpers.randomize(Steered()).eval().to(graphed.DEVICE)
+    model = graphed.accelerate(copy.deepcopy(twin), graphs=True)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
+    for gain in (1, 2):
+        for every in (model, twin):
+            weight = every.body.head.fc.weight
+            weight.grad = torch.full_like(weight, gain)
+        for _ in range(CAPTURED_CALL):
+            assert_alike(model, twin, x)
+    assert "reads gradients" in swinaccel.report(model).graphs[0].reason
+
+
 HOLDER = SimpleNamespace(generator=torch.Generator())
 
 

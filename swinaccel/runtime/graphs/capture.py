@@ -15,6 +15,7 @@ from ...layers import PLAIN_TENSORS, alias, has_hooks
 from ...ops.failures import failures
 from ...trust.fingerprint import Untraceable
 from ...trust.libraries import is_of_library, unsharded_class
+from ...trust.names import reachable
 from ..guard import Guard, NotGuardable, same_tensors
 from ..plan import State, known_states
 from ..weights import settled, with_numbers
@@ -77,11 +78,14 @@ class Capture:
             raise NotCapturable("FSDP2 shards it, and gathers its parameters anew for each call")
         if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
             raise NotNow("a module in it has hooks, which a graph does not call; remove them")
+        classes = {type(one) for one in self._modules if not is_of_library(one)}
+        if any("grad" in reachable(cls, ("forward",))[1] for cls in classes):
+            raise NotCapturable("its code reads gradients, which are another tensor after each step")
         self._check()
         try:
             trace = trace_of(self._modules)
             cells, outside = ([], []) if trace is None else (trace.cells, trace.contents)
-            if not all(map(is_of_library, self._modules)):  # code that may read what is put on parameters
+            if classes:  # code that may read what is put on parameters
                 outside = [*outside, *((vars(one), dict(vars(one))) for one in module.parameters() if vars(one))]
             self._guard = Guard(self._modules, cells, outside)
         except NotGuardable:
