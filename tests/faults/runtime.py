@@ -81,7 +81,7 @@ FAULTS = under(
      "runtime/test_gaps_in_calls runtime/test_gaps_in_proofs -k autocast"),
     ("guard.py", "and self._has_settings()", "", "runtime/test_plans -k Guard"),
     ("guard.py", "and not any(self._empty)", "", "runtime/test_plans -k Guard"),
-    ("guard.py", "self._counts_writes &= all(", "all(", "runtime/test_plans -k place"),
+    ("guard.py", "self._counts_writes &= all(value", "all(value", "runtime/test_plans -k place"),
     ("guard.py", "return all(now == then for now, then in self._lists)", "return True", "runtime/test_plans -k Guard"),
     ("guard.py", "return stays and len(set(seen)) == len(seen)", "return True", "runtime/test_plans -k versions"),
     ("guard.py", "list(map(type, self.modules)) == self._types", "True", "runtime/test_edits -k attention-class-eager"),
