@@ -259,9 +259,15 @@ def _keys_of_copies(keys: set[tuple[type, str]]) -> set[tuple[type, str]]:
     found: set[tuple[type, str]] = set()
     if not keys:
         return found
-    classes = {cls for cls, _ in keys}
-    for instance in gc.get_objects():
-        if classes.intersection(type(instance).__mro__) and MARKER in instance.__dict__:
+    classes, waiting = set(), [cls for cls, _ in keys]
+    while waiting:
+        cls = waiting.pop()
+        if cls not in classes:
+            classes.add(cls)
+            waiting += type.__subclasses__(cls)
+    # Not `get_objects`, whose list holds the tuples that other threads are about to make: they would fail.
+    for instance in gc.get_referrers(*classes):
+        if type(instance) in classes and MARKER in instance.__dict__:
             content = decode(instance.__dict__[MARKER])
             if content is not None:
                 found.update(_keys(instance, content))

@@ -8,7 +8,9 @@ written in place, as all training does, are no change here: tensors are read whe
 
 from __future__ import annotations
 
-from collections import deque
+import gc
+import types
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
@@ -22,6 +24,7 @@ from ..layers import BASE_ATTRIBUTES, HOOKS
 from ..spec.window import is_plain
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
+_MOST_OBJECTS, _MOST_VALUES = 1024, 2**16  # that settings hold, and of one of them: a data set is no setting
 _NOT_OPENED = "logging"  # whose objects hold locks, and each other
 _forward, _attributes = attrgetter("forward", "__call__", "_call_impl"), attrgetter("__dict__")
 
@@ -92,13 +95,14 @@ class Guard:
         contents: (mapping or list, copy of it) outside of them, compared by value.
         ignored: settings of the modules that may change, since each call's key holds them.
     Raises:
-        NotGuardable: for a setting that cannot be compared with itself, or holds modules, which may hold this one.
+        NotGuardable: for a setting that cannot be compared with itself, or holds modules, which may hold this one, and
+            where the first module holds itself, by a bound method or a closure: a guard would keep it alive for ever.
     """
 
     __slots__ = (
         "_buffers", "_cells", "_classes", "_containers", "_contents", "_copies", "_counts_writes", "_empty", "_fields",
-        "_first", "_forwards", "_held", "_ignored", "_kept", "_lists", "_names", "_pointers", "_settings",
-        "_types", "_versions", "_watched", "_written", "modules", "owners", "values",
+        "_first", "_flat", "_forwards", "_held", "_ignored", "_kept", "_kinds", "_lists", "_names", "_pointers",
+        "_settings", "_types", "_versions", "_watched", "_written", "modules", "owners", "values",
     )  # fmt: skip
 
     def __init__(
@@ -120,17 +124,23 @@ class Guard:
         while waiting:
             one = waiting.popleft()
             if id(one) not in owners:
+                if len(owners) - len(modules) >= _MOST_OBJECTS:
+                    raise NotGuardable
                 owners[id(one)] = one
                 self._settings.append(_settings(one.__dict__, waiting, self.values))
         self.owners = list(owners.values())
         # Settings that can be written to without a write to their module.
         self._first = list(map(dict, map(_attributes, self.owners)))
-        self._lists = [
+        pairs = [
             (now, then[name])
             for first, then in zip(self._first, self._settings, strict=True)
             for name, now in first.items()
             if now is not then[name]
         ]
+        # Thousands of names of classes, which all blocks may share, are compared when they were written to.
+        self._flat = [now for now, _ in pairs if _is_flat(now)]
+        self._lists = [pair for pair in pairs if not _is_flat(pair[0])]
+        self._kinds = _kinds(self.owners)
         self._versions = list(map(_version, self.values))
         # What is empty stays the same if it, as a setting, is no other or an empty one too; the rest is looked into.
         places = [(one, name) for one in modules for name in (*HOOKS, *_CONTAINERS)]
@@ -151,7 +161,7 @@ class Guard:
         self._fields = [one for one, _, _ in fields], [name for _, name, _ in fields]
         self._held = [value for _, _, value in fields]
         self._contents, self._copies = [now for now, _ in contents], [then for _, then in contents]
-        if not self.holds():
+        if _holds_itself(modules[0].__dict__) or not self.holds():
             raise NotGuardable
 
     def holds(self) -> bool:
@@ -176,7 +186,7 @@ class Guard:
         filled = self._filled()
         written = None
         if self._counts_writes:
-            written = list(map(_version_of, chain(map(_attributes, self.owners), filled)))
+            written = list(map(_version_of, chain(map(_attributes, self.owners), filled, self._flat)))
             if written == self._written:
                 return all(now == then for now, then in self._lists)
         kept = _values(filled)
@@ -201,14 +211,25 @@ class Guard:
             if now != then:
                 values = vars(owner).items()
                 self._counts_writes &= all(value is first.get(name) or is_plain(value) for name, value in values)
+        place = len(written) - len(self._flat)
+        if self._written is None or written[place:] != self._written[place:]:
+            self._counts_writes &= all(map(_is_flat, self._flat))
         self._written = written
 
     def _has_settings(self) -> bool:
         if not self._ignored:
-            return list(map(vars, self.owners)) == self._settings
+            return list(map(vars, self.owners)) == self._settings and self._has_kinds()
         now, *others = map(vars, self.owners)
         then = {**self._settings[0], **{name: now[name] for name in self._ignored if name in now}}
         return now == then and others == self._settings[1:]
+
+    def _has_kinds(self) -> bool:
+        """Return True if settings are no others that are equal: 1, 1.0 and a tensor of one promote other dtypes."""
+        return _kinds(self.owners) == self._kinds or all(
+            type(value) is type(first[name]) or isinstance(value, dict)
+            for owner, first in zip(self.owners, self._first, strict=True)
+            for name, value in vars(owner).items()  # which may be in another order
+        )
 
     def tensors(self) -> list[Tensor]:
         """Return all parameters and buffers of the modules."""
@@ -216,6 +237,33 @@ class Guard:
 
     def _filled(self) -> list[dict[str, Any]]:
         return [attributes[name] for attributes, name in self._containers]
+
+
+def _is_flat(value: Any) -> bool:
+    return type(value) is dict and all(map(is_plain, value.values()))
+
+
+def _holds_itself(attributes: dict[str, Any]) -> bool:
+    """Return True if a module can be reached from its attributes by way of anything but classes and globals."""
+    waiting: list[Any] = [attributes]
+    seen = {id(attributes)}
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, types.FunctionType):
+            found = [one.__closure__, one.__defaults__, one.__kwdefaults__, one.__dict__]
+        else:
+            found = [] if isinstance(one, (type, types.ModuleType)) else gc.get_referents(one)
+        for other in found:
+            if isinstance(other, nn.Module) and other.__dict__ is attributes:
+                return True
+            if id(other) not in seen:
+                seen.add(id(other))
+                waiting.append(other)
+    return False
+
+
+def _kinds(owners: list[Any]) -> list[type]:
+    return list(map(type, chain.from_iterable(vars(one).values() for one in owners)))
 
 
 def _values(containers: list[dict[str, Any]]) -> list[Any]:
@@ -247,8 +295,11 @@ def _copied(value: Any, objects: deque[Any], tensors: list[Tensor]) -> Any:
             objects.append(value)
     elif not isinstance(value, (dict, list, tuple, set)):
         raise NotGuardable
+    if isinstance(value, (dict, list, tuple, set)) and len(value) > _MOST_VALUES:
+        raise NotGuardable
     if isinstance(value, dict):
-        return {key: _copied(one, objects, tensors) for key, one in value.items()}
+        copy = {key: _copied(one, objects, tensors) for key, one in value.items()}
+        return OrderedDict(copy) if isinstance(value, OrderedDict) else copy  # whose order is looked at
     if isinstance(value, (list, tuple)):
         copies = [_copied(one, objects, tensors) for one in value]
         return copies if isinstance(value, list) else tuple(copies)

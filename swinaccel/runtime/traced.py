@@ -56,6 +56,8 @@ _SETTINGS = (*_PLAIN, type(None), types.FunctionType, types.BuiltinFunctionType)
 def proven_facts(adapter: Adapter, module: nn.Module) -> frozenset[Fact]:
     """Return what was proven of a module and of all inside it, as code can look it up that a compiler traces."""
     _marked.add(module)
+    if hasattr(adapter, "is_captured"):
+        return frozenset()  # which no compiler asks of a whole model, and which would keep its functions alive
     found: list[Fact] = [("part", None, "", type(module))]
     ignored = {*BASE_ATTRIBUTES, *call_settings(adapter), MARKER}
     for parent in module.modules():

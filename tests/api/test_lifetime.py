@@ -42,6 +42,44 @@ def test_copies_keep_the_dispatcher_when_the_first_is_restored():
     assert is_accelerated(twin)
 
 
+def test_copies_of_a_subclass_keep_the_dispatcher():
+    model = accelerate(MODELS["timm"]())
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.__class__ = type(type(module).__name__, (type(module),), {})
+    swinaccel.restore(model)
+    assert is_accelerated(twin)
+
+
+class Kept:
+    """The collector, whose answers somebody holds for a while."""
+
+    def __init__(self):
+        self.answers = []
+
+    def __getattr__(self, name):
+        def ask(*given):
+            self.answers.append(getattr(gc, name)(*given))
+            return self.answers[-1]
+
+        return ask
+
+
+def test_looking_for_copies_leaves_other_threads_tuples_alone(monkeypatch):
+    """Python cannot finish a tuple that somebody else has a hold of."""
+    model = accelerate(MODELS["timm"]())
+    monkeypatch.setattr(patching, "gc", kept := Kept())
+
+    def entries():
+        yield from range(20)
+        assert patching._keys_of_copies(set(patching._installed))
+        yield from range(20)
+
+    assert len(tuple(entries())) == 40
+    assert kept.answers
+    assert is_accelerated(model)
+
+
 def test_shallow_copy():
     model = accelerate(MODELS["microsoft"]())
     block = copy.copy(model.blocks[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 import threading
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import swinaccel
+from swinaccel.runtime import guard
 from swinaccel.runtime.graphs import rehearsal, training
 from swinaccel.runtime.graphs.rehearsal import Contents
 
@@ -33,6 +35,10 @@ pytestmark = pytest.mark.usefixtures("device")
 
 COUNTS, TOTAL = [0], 0
 CAPTURED = "buffer", "counter", "dropout", "numbers of a parameter"
+
+
+def gradient_of(parameter):  # a method that names it has no graph at all
+    return parameter.grad.sum()
 
 
 class Written(nn.Module):
@@ -96,7 +102,7 @@ class Written(nn.Module):
         if self.way == "gradient":
             with torch.enable_grad():
                 self.body.norm.bias.sum().backward()
-            return y * self.body.norm.bias.grad.sum()
+            return y * gradient_of(self.body.norm.bias)
         if self.way == "own generator":
             return y * self.generator.random()
         if self.way == "dropout":
@@ -195,7 +201,7 @@ def test_an_input_that_is_written_to(is_counted, mode):
     assert "writes to its input" in swinaccel.report(model).graphs[0].reason
 
 
-GENERATOR = random.Random(0)
+GENERATOR, HOLDER = random.Random(0), SimpleNamespace(generator=torch.Generator())
 
 
 class Drawing(nn.Module):
@@ -218,10 +224,35 @@ def test_a_rehearsal_leaves_inputs_and_generators(way, trained):
     assert states == [one.generator.getstate() for one in model.modules() if getattr(one, "generator", None)]
 
 
-def test_what_draws_from_a_generator_of_its_own_is_not_rehearsed(monkeypatch):
+class DrawingTensors(nn.Module):
+    """A model that draws from a generator of PyTorch's, in an object of its module."""
+
+    def forward(self, x):
+        return x * torch.rand((), generator=HOLDER.generator)
+
+
+class Finalized(nn.Module):
+    def __del__(self):
+        pass
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_data():
+    model = nn.Linear(2, 2)
+    model.samples = [0] * (guard._MOST_VALUES + 1)
+    return model
+
+
+@pytest.mark.parametrize("make", [Drawing, DrawingTensors, Finalized, hooked, with_data])
+def test_what_cannot_be_undone_is_not_rehearsed(monkeypatch, make):
     looked_at, on_a_gpu = [], [SimpleNamespace(device=torch.device("cuda"))]
     monkeypatch.setattr(rehearsal, "Contents", lambda *given: looked_at.append(given))
-    rehearsal.compile_ahead(Drawing(), lambda module, inputs: None, on_a_gpu)
+    rehearsal.compile_ahead(make(), lambda module, inputs: None, on_a_gpu)
     assert not looked_at
     with suppress(AttributeError):
         rehearsal.compile_ahead(nn.Linear(2, 2), lambda module, inputs: None, on_a_gpu)
@@ -383,6 +414,31 @@ def test_a_list_that_is_written_to(trained):
         helpers.assert_close(found[0][0], found[1][0], 1e-4)
         assert len(found[0]) == 1
     assert "list" in swinaccel.report(model).graphs[0].reason
+
+
+def moved(values):
+    values.move_to_end("one")
+
+
+def counted(values):
+    values["one"] += 1
+
+
+def swapped(values):
+    del values["one"]
+    values["three"] = 3
+
+
+@pytest.mark.parametrize("change", [moved, counted, swapped])
+@pytest.mark.parametrize("kind", [collections.OrderedDict, collections.Counter])
+def test_dictionaries_hold_what_they_did(change, kind):
+    model = nn.Identity()
+    model.values = kind(one=1, two=2)
+    contents = Contents(model)
+    with suppress(AttributeError):
+        change(model.values)
+    contents.restore()
+    assert model.values == kind(one=1, two=2)
 
 
 def test_parameters_lie_where_they_did():

@@ -266,6 +266,7 @@ def test_what_cannot_be_captured_is_said_once_and_never_tried_again(monkeypatch,
 def test_limits(monkeypatch, tapes):
     model, twin, x = captured()
     monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(replay, "PATIENCE", 0)
     for batch in (2, 3, 4):
         for _ in range(CAPTURED_CALL):
             assert_alike(model, twin, torch.randn(batch, *x.shape[1:], device=graphed.DEVICE))
@@ -277,6 +278,51 @@ def test_limits(monkeypatch, tapes):
     assert "graphs_memory" in swinaccel.report(model).graphs[0].reason
     for _ in range(3 * CAPTURED_CALL):
         assert_alike(model, twin, x)
+
+
+def test_more_sizes_than_graphs_do_not_take_turns_to_be_captured(monkeypatch, tapes):
+    made = []
+    monkeypatch.setitem(capture.ENGINES, "cpu", lambda *given: made.append(1) or Tape(*given))
+    monkeypatch.setattr(replay, "PATIENCE", 80)
+    model, twin, x = captured()
+    sizes = range(1, replay.MOST + 3)
+    for batch in [*sizes] * 5:
+        assert_alike(model, twin, x[:1].repeat(batch, 1, 1, 1))
+    assert len(made) == replay.MOST
+    for _ in range(30):
+        call(model, x)
+    for batch in sizes:
+        assert_alike(model, twin, x[:1].repeat(batch, 1, 1, 1))
+    assert len(made) == replay.MOST + 1
+
+
+def test_replicas_of_one_call_are_not_looked_at(monkeypatch):
+    rehearsed = []
+    monkeypatch.setattr(replay, "compile_ahead", lambda *given: rehearsed.append(1))
+    model, twin, x = captured()
+    rehearsed.clear()
+    for _ in range(CAPTURED_CALL):
+        helpers.assert_close(call(model._replicate_for_data_parallel(), x), call(twin, x))
+    assert not rehearsed
+
+
+@pytest.mark.parametrize("what", ["hooks", "training"])
+def test_what_is_put_right_is_captured_later(what):
+    twin = helpers.randomize(MODELS["timm"][0]()).eval().to(graphed.DEVICE)
+    model, x = accelerate(copy.deepcopy(twin), graphs=True), torch.randn(MODELS["timm"][1], device=graphed.DEVICE)
+    hook = model.norm.register_forward_hook(lambda *_: None) if what == "hooks" else model.train()
+    for _ in range(CAPTURED_CALL):
+        call(model, x)
+    assert what in swinaccel.report(model).graphs[0].reason
+    hook.remove() if what == "hooks" else model.eval()
+    for _ in range(CAPTURED_CALL):
+        call(model, x)
+    assert not replays(model)
+    for _ in range(replay.PATIENCE + CAPTURED_CALL):
+        call(model, x)
+    assert_alike(model, twin, x)
+    assert replays(model)
+    assert swinaccel.report(model).graphs[0].reason is None
 
 
 def test_restore_and_copies_leave_graphs_behind():
@@ -293,12 +339,45 @@ def test_restore_and_copies_leave_graphs_behind():
     assert_alike(model, twin, x)
 
 
-def test_models_are_not_kept_alive():
-    model, _, _ = captured()
-    reference = weakref.ref(model)
+def wrapped(model):  # as Hugging Face's accelerate does for autocast
+    model._original_forward = model.forward
+
+
+def hooked(model):
+    model.norm.weight.register_hook(lambda grad: model and grad)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("change", [None, wrapped, hooked], ids=["plain", "bound method", "closure"])
+def test_models_are_not_kept_alive(change, graphs):
+    twin = helpers.randomize(MODELS["timm"][0]()).eval().to(graphed.DEVICE)
+    model, x = accelerate(copy.deepcopy(twin), graphs=graphs), torch.randn(MODELS["timm"][1], device=graphed.DEVICE)
+    if change is not None:
+        change(model)
+    if change is wrapped:
+        change(model.layers[0].blocks[0])
+    for _ in range(CAPTURED_CALL):
+        helpers.assert_close(call(model, x), call(twin, x))
+    references = weakref.ref(model), weakref.ref(model.layers[0].blocks[0])
     del model
     gc.collect()
-    assert reference() is None
+    assert [one() for one in references] == [None, None]
+
+
+class Finalized(Scaled):
+    finalized = 0
+
+    def __del__(self):
+        Finalized.finalized += 1
+
+
+def test_what_is_finalized_is_not_copied():
+    model = accelerate(Finalized(MODELS["timm"][0]()).eval(), graphs=True)
+    for _ in range(CAPTURED_CALL):
+        call(model, torch.randn(MODELS["timm"][1], device=graphed.DEVICE))
+    swinaccel.restore(model)
+    gc.collect()
+    assert not Finalized.finalized
 
 
 def test_threads_at_once():

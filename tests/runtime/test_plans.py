@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -158,6 +159,52 @@ class TestGuard:
         module.value = value
         with pytest.raises(NotGuardable):
             Guard([module])
+
+    @pytest.mark.parametrize(
+        "value", [[0] * (guards._MOST_VALUES + 1), [Config() for _ in range(guards._MOST_OBJECTS + 1)]]
+    )
+    def test_a_data_set_is_no_setting(self, value):
+        module = nn.Module()
+        module.value = value
+        with pytest.raises(NotGuardable):
+            Guard([module])
+
+    @pytest.mark.parametrize("hold", [lambda one: one.extra_repr, lambda one: functools.partial(print, lambda: one)])
+    def test_a_module_that_holds_itself_is_not_guardable(self, hold):
+        module, part, other = nn.Module(), nn.Module(), nn.Module()
+        module.part, part.value = part, hold(other)
+        assert Guard([alias(module), part]).holds()
+        part.value = hold(module)
+        with pytest.raises(NotGuardable):
+            Guard([alias(module), part])
+
+    def test_names_that_many_share_are_not_compared_at_each_call(self):
+        class Named(int):
+            compared = 0
+
+            def __eq__(self, other):
+                Named.compared += 1
+                return int(self) == other
+
+            __hash__ = int.__hash__
+
+        module = nn.Module()
+        module.config, number = Config(), Named(1)
+        module.config.names = {"one": number, "two": 2}
+        guard = Guard([module])
+        guard._settings[1]["names"]["one"] = 1
+        assert guard.holds()
+        Named.compared = 0
+        assert guard.holds()
+        assert Named.compared == (0 if guards._COUNTS_WRITES else 1)
+        module.config.names["two"] = torch.tensor(2)  # which is equal for now
+        assert guard.holds()
+        module.config.names["two"].add_(1)
+        assert not guard.holds()
+        module.config.names["two"] = 2
+        assert guard.holds()
+        module.config.names["one"] = 3
+        assert not guard.holds()
 
     def test_objects_are_looked_into(self):
         module = nn.Module()

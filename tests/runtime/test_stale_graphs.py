@@ -76,6 +76,31 @@ def test_settings_that_are_deep(config, change):
     assert_alike(model, twin, x, x + 1)
 
 
+def first_of(model, y):
+    return y * next(iter(model.config.values()))
+
+
+def test_the_order_of_settings():
+    model, twin, x = pair(OrderedDict(one=1.0, two=2.0), first_of)
+    assert replays(model)
+    for every in (model, twin):
+        every.config.move_to_end("one")
+    assert_alike(model, twin, x, x + 1)
+
+
+def whole_times(model, y):
+    return y.round().long() * model.config
+
+
+@pytest.mark.parametrize("value", [1.0, torch.ones(1)], ids=["number", "tensor"])
+def test_a_setting_is_another_kind_of_the_same_number(value):
+    model, twin, x = pair(1, whole_times)
+    assert replays(model)
+    for every in (model, twin):
+        every.config = value.clone().to(graphed.DEVICE) if isinstance(value, torch.Tensor) else value
+    assert call(model, x).dtype == call(twin, x).dtype == torch.float32
+
+
 def test_a_tensor_is_another_though_its_number_is_the_same():
     model, twin, x = pair(torch.ones(1, device=graphed.DEVICE), times)
     for every in (model, twin):
@@ -103,6 +128,59 @@ def test_code_that_cannot_be_followed_has_no_graph():
 @pytest.mark.parametrize("name", MODELS)
 def test_code_of_libraries_can_be_followed(name):
     assert trace_of(list(MODELS[name][0]().modules())) is not None
+
+
+def times_gain_of_weight(model, y):
+    return y * model.body.head.fc.weight.gain
+
+
+def test_attributes_of_parameters():
+    twin = helpers.randomize(Following(None, times_gain_of_weight)).eval().to(graphed.DEVICE)
+    model = graphed.accelerate(copy.deepcopy(twin), graphs=True)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
+    for gain in (1.0, 2.0):
+        for every in (model, twin):
+            every.body.head.fc.weight.gain = gain
+        for _ in range(CAPTURED_CALL):
+            assert_alike(model, twin, x)
+        assert replays(model)
+
+
+class Steered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = MODELS["timm"][0]()
+
+    def forward(self, x):
+        return self.body(x) * self.body.head.fc.weight.grad.mean()
+
+
+def test_gradients_are_other_tensors():
+    twin = helpers.randomize(Steered()).eval().to(graphed.DEVICE)
+    model = graphed.accelerate(copy.deepcopy(twin), graphs=True)
+    x = torch.randn(2, 3, 32, 32, device=graphed.DEVICE)
+    for gain in (1, 2):
+        for every in (model, twin):
+            weight = every.body.head.fc.weight
+            weight.grad = torch.full_like(weight, gain)
+        for _ in range(CAPTURED_CALL):
+            assert_alike(model, twin, x)
+    assert "reads gradients" in swinaccel.report(model).graphs[0].reason
+
+
+HOLDER = SimpleNamespace(generator=torch.Generator())
+
+
+def drawn(model, y):
+    return y * torch.rand((), generator=HOLDER.generator)
+
+
+def test_what_draws_from_a_generator_of_the_host_has_no_graph():
+    model, _, x = pair(None, drawn)
+    before = HOLDER.generator.get_state()
+    call(model, x)
+    assert not torch.equal(before, HOLDER.generator.get_state())
+    assert "draws random numbers" in swinaccel.report(model).graphs[0].reason
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,12 +14,22 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ...layers import PLAIN_TENSORS, alias, has_hooks
 from ...ops.failures import failures
 from ...trust.fingerprint import Untraceable
-from ...trust.libraries import unsharded_class
+from ...trust.libraries import is_of_library, unsharded_class
+from ...trust.names import reachable
 from ..guard import Guard, NotGuardable, same_tensors
 from ..plan import State, known_states
 from ..weights import settled, with_numbers
 from .cuda_graph import CudaGraphs
-from .rehearsal import Contents, drawing_apart, host_state, random_state, set_random_state, trace_of
+from .rehearsal import (
+    Contents,
+    drawing_apart,
+    has_generators,
+    host_state,
+    is_finalized,
+    random_state,
+    set_random_state,
+    trace_of,
+)
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
 
@@ -31,6 +41,10 @@ RUNS = 2  # of a call, to capture it: libraries set themselves up in the first
 
 class NotCapturable(Exception):
     """A call cannot be a graph; the message says why."""
+
+
+class NotNow(NotCapturable):
+    """It cannot be one until its user changes what the message names."""
 
 
 class Capture:
@@ -53,6 +67,8 @@ class Capture:
     _shares_memory = True  # with graphs of other calls
 
     def __init__(self, module: nn.Module, run: Run, inputs: list[Tensor]) -> None:
+        if any(map(is_finalized, module.modules())):
+            raise NotCapturable("a module in it has a method __del__, which copies of it would run")
         root = alias(module)
         self._modules = [root, *(part for part in module.modules() if part is not module)]
         self._device, self.replays, self.looks_after = inputs[0].device, 0, not _may_be_sharded()
@@ -61,18 +77,25 @@ class Capture:
             # What it gathers for a call it frees after it, whoever holds on to it, and may gather elsewhere.
             raise NotCapturable("FSDP2 shards it, and gathers its parameters anew for each call")
         if any(map(has_hooks, self._modules[1:])):  # those of the root run outside of its forward
-            raise NotCapturable("a module in it has hooks, which a graph does not call; remove them")
+            raise NotNow("a module in it has hooks, which a graph does not call; remove them")
+        classes = {type(one) for one in self._modules if not is_of_library(one)}
+        if any("grad" in reachable(cls, ("forward",))[1] for cls in classes):
+            raise NotCapturable("its code reads gradients, which are another tensor after each step")
         self._check()
         try:
             trace = trace_of(self._modules)
             cells, outside = ([], []) if trace is None else (trace.cells, trace.contents)
+            if classes:  # code that may read what is put on parameters
+                outside = [*outside, *((vars(one), dict(vars(one))) for one in module.parameters() if vars(one))]
             self._guard = Guard(self._modules, cells, outside)
         except NotGuardable:
-            raise NotCapturable("a module in it holds a setting that cannot be compared") from None
+            raise NotCapturable(
+                "a module in it holds a setting that cannot be compared, or that holds the module"
+            ) from None
         except Untraceable as error:
             raise NotCapturable(str(error)) from None
         outside_values = [value for _, _, value in cells]
-        if any(isinstance(one, random.Random) for one in (*self._guard.owners, *outside_values)):
+        if any(isinstance(one, random.Random) for one in self._guard.owners) or (trace and has_generators(trace)):
             raise NotCapturable(DRAWS)
         self._tensors = self._guard.tensors() + self._guard.values
         self._counted = [one for one in self._tensors if not one.is_floating_point() and not one.is_inference()]
@@ -120,7 +143,7 @@ class Capture:
 
     def _check(self) -> None:
         if any(part.training for part in self._modules):
-            raise NotCapturable("a module in it is in training, and no gradients are recorded; call eval()")
+            raise NotNow("a module in it is in training, and no gradients are recorded; call eval()")
 
     def _capture(self, run: Run, inputs: list[Tensor]) -> Any:
         """Capture the call, note whose calls it makes, and return its output."""

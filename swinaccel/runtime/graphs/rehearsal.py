@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import is_
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...backends.triton.launches import compiled_ahead, prepare
+from ...layers import has_hooks
 from ...trust.fingerprint import Trace, Untraceable
 from ...trust.libraries import is_of_library
+from ..guard import Guard, NotGuardable
 from ..plan import known_states
 from ..precision import Precision
 from .cuda_graph import CudaGraphs
@@ -41,11 +43,15 @@ def compile_ahead(module: nn.Module, run: Callable[[nn.Module, list[Tensor]], An
     device = inputs[0].device
     if device.type != "cuda":
         return
+    modules = list(module.modules())
+    if any(map(has_hooks, modules[1:])) or any(map(is_finalized, modules)):
+        return  # hooks, and what a copy finalizes, are somebody else's; those of the module itself run outside of it
     try:
-        trace = trace_of(list(module.modules()))
-    except Untraceable:
-        return  # it could not be undone
-    if trace is not None and any(isinstance(value, random.Random) for _, _, value in trace.cells):
+        Guard(modules)
+        trace = trace_of(modules)
+    except (NotGuardable, Untraceable):
+        return  # it could not be undone, or is too much to be copied
+    if trace is not None and has_generators(trace):
         return  # nor could what such a generator draws
     contents = Contents(module, trace)
     # What fails is raised again by the call itself.
@@ -111,6 +117,19 @@ def twin_of(module: nn.Module, shared: Iterable[Tensor] = ()) -> tuple[nn.Module
     return copy.deepcopy(module, memo), found
 
 
+def has_generators(trace: Trace) -> bool:
+    """Return True if code reads a generator outside of the module, which draws on the host."""
+    held = [value for _, _, value in trace.cells]
+    for _, then in trace.contents:
+        held += then.values() if isinstance(then, dict) else then
+    return any(isinstance(one, (random.Random, torch.Generator)) for one in held)
+
+
+def is_finalized(module: nn.Module) -> bool:
+    """Return True if code runs when a module, or a copy that shares what it holds, is freed."""
+    return hasattr(type(module), "__del__")
+
+
 def trace_of(modules: list[nn.Module]) -> Trace | None:
     """Return what the code of modules reads elsewhere, or None where all of it is of libraries and cannot be followed.
 
@@ -151,9 +170,13 @@ class Contents:
         """Put back what was held, and return the tensors that were written to."""
         for space, then in self._spaces:
             if list(space) != list(then) or not all(map(is_, space.values(), then.values())):
-                space.update(then)
-                for name in space.keys() - then.keys():
+                for name in [name for name in space if name not in then]:
                     del space[name]
+                for name, value in then.items():  # a Counter's `update` would add
+                    if space.get(name, _look) is not value:
+                        space[name] = value
+                    if isinstance(space, OrderedDict):
+                        space.move_to_end(name)
         for values, old in self._lists:
             if len(values) != len(old) or not all(map(is_, values, old)):
                 values.clear()

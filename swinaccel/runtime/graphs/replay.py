@@ -25,13 +25,14 @@ from ...config import CAPTURED_CALL, AccelConfig
 from ...layers import PLAIN_TENSORS
 from ...ops.observed import count_modes
 from ..plan import State
-from .capture import ENGINES, Capture, NotCapturable, Run, distinct
+from .capture import ENGINES, Capture, NotCapturable, NotNow, Run, distinct
 from .rehearsal import compile_ahead
 from .training import TrainingCapture
 
 logger = logging.getLogger("swinaccel")
 
 MOST = 8  # signatures of one module
+PATIENCE = 64  # calls that a capture is to be worth, where others had to go or one has failed
 # How products sum up.
 _ACCUMULATIONS = (
     "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
@@ -53,6 +54,7 @@ class Graphs:
         self._latest: tuple[tuple, Capture] | None = None
         self._goes_ahead = True
         self._seen: dict[tuple, int] = {}
+        self._made = self._others = 0  # graphs, and calls that were no replays
         self._refused: dict[tuple, str] = {}
         self._rehearsed: set[bool] = set()
 
@@ -128,19 +130,27 @@ class Graphs:
         if key in self._refused:
             self.reason = self._refused[key]
             return False
+        self._others += 1
         if len(self._seen) > 16 * MOST:  # sizes that never come back
             self._seen.clear()
         self._seen[key] = self._seen.get(key, 0) + 1
-        return self._seen[key] >= first and key not in self.captures
+        if self._seen[key] < first or key in self.captures:
+            return False
+        # More sizes than there may be graphs would take each other's places at every call.
+        return self._made < MOST or self.replays + self._others >= PATIENCE * (self._made - MOST + 1)
 
     def capture(self, module: nn.Module, key: tuple, run: Run, inputs: list[Tensor], limit: float) -> None:
         """Capture a call, if it can be captured, in at most so much of the device's memory."""
         try:
             capture = (TrainingCapture if torch.is_grad_enabled() else Capture)(module, run, inputs)
+        except NotNow as error:
+            self.reason, self._seen[key] = str(error), -PATIENCE
+            return
         except Exception as error:  # of the call itself it will be raised again, by the call
             reason = str(error) if isinstance(error, NotCapturable) else f"capturing failed: {first_line(error)}"
             self.refuse(key, reason)
             return
+        self._made += 1
         while self.captures and (len(self.captures) >= MOST or self.nbytes + capture.nbytes > limit):
             self._latest = None
             self.captures.popitem(last=False)
@@ -182,6 +192,8 @@ def call(
     result = graphs.replay(module, key, inputs)
     if result is not None:
         return result[0]
+    if "_is_replica" in module.__dict__:  # of DataParallel, which makes another for each call
+        return run(module, *args, **kwargs)
     again = _again(run, args, kwargs)
     if graphs.is_first():
         compile_ahead(module, again, inputs)
