@@ -14,7 +14,8 @@ FAULTS = under(
     ("layers.py", " and module._compiled_call_impl is None", "", "runtime/test_edits -k compiled-"),
     # What training fuses beside norms.
     ("ops/linear.py", "not torch._C._is_any_autocast_enabled()", "True", "runtime/test_linear -k left"),
-    ("backends/triton/traced.py", "(*launch.arguments[:-1], False)", "launch.arguments", "runtime/test_linear -k follows"),
+    ("backends/triton/traced.py", "(*launch.arguments[:-1], False)", "launch.arguments",
+     "runtime/test_linear -k follows"),
     ("backends/triton/devices.py", 'device.type == "cuda" and are_few', "are_few", "runtime/test_linear -k follows"),
     ("ops/block.py", "out, None, None, branch, None, weight, bias, bias2)",
      "out, None, None, branch, None, weight, bias, None)", "runtime/test_linear -k blocks_of_few"),
