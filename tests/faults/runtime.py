@@ -2,12 +2,12 @@
 
 from faults.table import under
 
-GRAPHS = "runtime/test_graphs"
+GRAPHS = "runtime/test_graphs runtime/test_graph_lifetimes"
 STALE_GRAPHS = "runtime/test_stale_graphs"
 CAPTURED = "families/test_captured_weights"
 RECORDED = "families/test_recorded_weights"
 FP8 = "runtime/test_fp8 runtime/test_fp8_left_out"
-TRAINING_GRAPHS = 'runtime/test_training_graphs -k "not edits"'
+TRAINING_GRAPHS = 'runtime/test_training_graphs runtime/test_backwards_of_graphs -k "not edits"'
 LEFT_OUT = "families/test_copies families/test_returned_weights -k left"
 
 # fmt: off
@@ -199,16 +199,16 @@ FAULTS = under(
     ("graphs/capture.py", "torch.distributed.is_available() and torch.distributed.is_initialized()", "False", GRAPHS),
     ("graphs/replay.py", "self._rehearsed.add(mode)", "pass", GRAPHS),
     ("graphs/rehearsal.py", "copies = [one.detach().clone() for", "copies = [one.detach() for",
-     "runtime/test_graph_contents -k rehears"),
+     "runtime/test_rehearsals"),
     ("graphs/rehearsal.py", "if is_own or torch.is_grad_enabled()", "if torch.is_grad_enabled()",
-     "runtime/test_graph_contents -k rehears"),
+     "runtime/test_rehearsals"),
     ("graphs/rehearsal.py", "if trace is not None and has_generators(trace):", "if False:",
-     "runtime/test_graph_contents -k rehears"),
+     "runtime/test_rehearsals"),
     ("graphs/rehearsal.py", "held += then.values() if isinstance(then, dict) else then", "pass", STALE_GRAPHS),
     ("graphs/rehearsal.py", "(random.Random, torch.Generator)", "random.Random", STALE_GRAPHS),
-    ("graphs/rehearsal.py", "any(map(has_hooks, modules[1:])) or", "", "runtime/test_graph_contents -k rehears"),
-    ("graphs/rehearsal.py", " or any(map(is_finalized, modules)):", ":", "runtime/test_graph_contents -k rehears"),
-    ("graphs/rehearsal.py", "        Guard(modules)\n", "", "runtime/test_graph_contents -k rehears"),
+    ("graphs/rehearsal.py", "any(map(has_hooks, modules[1:])) or", "", "runtime/test_rehearsals"),
+    ("graphs/rehearsal.py", " or any(map(is_finalized, modules)):", ":", "runtime/test_rehearsals"),
+    ("graphs/rehearsal.py", "        Guard(modules)\n", "", "runtime/test_rehearsals"),
     ("graphs/rehearsal.py", "space.move_to_end(name)", "pass", "runtime/test_graph_contents -k did"),
     ("graphs/capture.py", "*((vars(one), dict(vars(one))) for one in module.parameters() if vars(one))", "",
      STALE_GRAPHS),
@@ -222,7 +222,7 @@ FAULTS = under(
     ("guard.py", "OrderedDict(copy) if isinstance(value, OrderedDict) else copy", "copy", STALE_GRAPHS),
     ("guard.py", "== self._settings and self._has_kinds()", "== self._settings", STALE_GRAPHS),
     ("guard.py", "_holds_itself(modules[0].__dict__) or", "",
-     "runtime/test_plans runtime/test_graphs -k 'Guard or alive'"),
+     "runtime/test_plans runtime/test_graph_lifetimes -k 'Guard or alive'"),
     ("guard.py", "filled, self._flat)", "filled)", "runtime/test_plans -k Guard"),
     ("guard.py", "if not _is_flat(pair[0])]", "]", "runtime/test_plans -k Guard"),
     ("guard.py", "self._counts_writes &= all(map(_is_flat, self._flat))", "pass", "runtime/test_plans -k Guard"),
