@@ -93,11 +93,12 @@ def reachable(cls: type, entries: Iterable[str]) -> tuple[list[tuple[type, str, 
 
 
 def unwrapped(function: Any) -> Any:
-    """Return a function without our dispatcher, and wrapped but once by a decorator that has wrapped it again.
+    """Return a function without our dispatchers, and wrapped but once by a decorator that has wrapped it again.
 
     transformers wraps a forward that a subclass inherits anew, as FSDP2 makes subclasses.
     """
-    function = without_dispatcher(function)
+    while (inner := without_dispatcher(function)) is not function:  # that of a model, upon that of auto mode
+        function = inner
     cells = map(cell_content, getattr(function, "__closure__", None) or ())
     for inner in (without_dispatcher(one) for one in cells if isinstance(one, types.FunctionType)):
         if inner is not function and inner.__code__ is function.__code__:

@@ -18,6 +18,7 @@ from patched import X, output
 import swinaccel
 from swinaccel import auto, patching
 from swinaccel.auto import __main__ as runner
+from swinaccel.trust.fingerprint import Trace
 
 KEEPS_VERDICTS = True
 
@@ -51,6 +52,25 @@ def test_models_are_accelerated_as_they_are_first_called(on, name, caplog):
     assert "window attentions accelerated" in line.getMessage()
     output(MODELS[name]())
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+class Own(torch.nn.Module):
+    """Code around a model of a library."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = MODELS["timm"]()
+
+    def forward(self, x):
+        return 2 * self.body(x)
+
+
+def test_code_around_models_can_be_followed(on):
+    swinaccel.accelerate(MODELS["timm"](), graphs=True)  # its class has a dispatcher upon what auto mode put there
+    auto.stop()
+    auto.start()
+    model = Own()
+    assert Trace([("", one) for one in model.modules()], ("forward",)).contents is not None
 
 
 def test_parts_that_are_called_alone(on):

@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 SOURCES = ("families", "trust", "runtime", "backends", "ops", "api.py", "patching.py")
 WITH_CONSTANTS = ("trust", "runtime", "api.py")
 # Exceptions whose message becomes a reason.
-GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "NotCapturable", "KernelError"}
+GIVEN_AS = {"Untraceable", "Inconclusive", "NotFusable", "NotCapturable", "NotNow", "KernelError"}
 
 
 def reasons() -> set[str]:

@@ -10,6 +10,8 @@ REFUSED_KINDS = "runtime/test_gaps_in_calls runtime/test_gaps_in_proofs -k refus
 FAULTS = under(
     "swinaccel/trust",
     ("copies.py", "Setting(factor=1e3), ", "", REFUSED),
+    ("names.py", "    while (inner := without_dispatcher(function)) is not function:",
+     "    if (inner := without_dispatcher(function)):", "api/test_auto -k followed"),
     ("probe.py", "_AT_ITS_SIZE = EXACT[0], EXACT[-1]", "_AT_ITS_SIZE = EXACT[:1]", "trust/test_trials -k large"),
     ("probe.py", "known = found if isinstance(found, Reading) else None", "known = None", "trust/test_trials -k large"),
     ("copies.py", "return replace(self, is_small=True) if shrink(deep_copy(self.module)) else None",
