@@ -58,8 +58,8 @@ LINEAR_GELU_FEW = LinearLaunch(64, 64, 128, 8, 2, 4, 3)
 _FEW_CHANNELS = 512  # at most; beyond, PyTorch's products, which share a long sum among programs, are faster
 
 
-# Few rows: of them, and rows times channels twice, at most. One image of swin_base and swinv2_base, two of swin_tiny;
-# with twice as many PyTorch's products, whose programs share what they load, are faster.
+# Few rows: of them, and rows times channels squared, at most. One image of swin_base and swinv2_base, two of swin_tiny.
+# With twice as many swin_base is slower by them: programs of PyTorch's products share what they load.
 _FEW, _FEW_WORK = 8192, 2**26
 # Rows and columns of tiles, widest first, and how many are enough; of parts of a long sum there are to be more.
 _FEW_ROWS, _FEW_COLUMNS, _FEW_TILES, _FEW_PARTS = 64, (128, 64, 32), 40, 96
