@@ -58,7 +58,7 @@ COMPILED = "window", "sequence", "mlp", "norm", "embed", "linear", "linear8", "q
 # Two of each are of the same kernels, since a head_dim of 128 in fp32 is too much for those of small windows. The third
 # has a bias for each row of windows.
 WINDOWS = {
-    "sm_86": [((16, 16), 64, FP16, "mask"), ((12, 12), 128, FP32, "cosine"), ((9, 8), 32, FP16, "mask rows")],
+    "sm_86": [((16, 16), 64, FP16, "mask"), ((12, 12), 128, FP32, "cosine"), ((9, 8), 32, FP16, "mask rows"), ((24, 24), 32, BF16, "cosine")],
     "gfx942": [((16, 16), 64, FP16, "mask"), ((8, 8), 128, FP32, "cosine"), ((7, 7), 32, BF16, "rows")],
 }
 SEQUENCES = [(128, 64, FP16, FP32, True)]  # head_dim, rank, dtype, dtype of factors, mask
@@ -71,7 +71,7 @@ def everything() -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         [(2, 2), (7, 7), (8, 8), (9, 8), (12, 12), (16, 16), (24, 24), (2, 7, 7), (8, 7, 7)],
         [16, 32, 64, 96, 128],
         [FP16, BF16, FP32],
-        ["", "mask padded", "cosine padded dropout"],
+        ["", "mask padded", "cosine padded dropout", "cosine"],
     )
     sequences = [
         (head_dim, rank, dtype, factor_dtype, mask)

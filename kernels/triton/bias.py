@@ -4,23 +4,26 @@ import triton
 import triton.language as tl
 
 from .softmax import at_least, clamp_finite
-from .tiles import Geometry, place_window, shift_region, table_row
+from .tiles import Geometry, place_window, shift_region, table_row, window_of_kind
 
 
 @triton.jit
 def _expand_bias_kernel(
-    dense_ptr,  # (heads, rows, cols)
+    dense_ptr,  # (KINDS * heads, rows, cols)
+    largest_ptr,  # (KINDS * heads, tiles of columns, rows), fp32: of each row of a tile
     table_ptr, index_ptr,  # (T, heads) and (N, N), int64
     stride_dense_head, stride_dense_row, stride_table_row, stride_table_head, table_rows,
-    num_tokens, num_rows, num_cols, num_heads,
-    LIMIT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    num_tokens, num_rows, num_cols, num_heads, shift_d, shift_h, shift_w, mask_value,
+    WINDOW: tl.constexpr, KINDS: tl.constexpr, HAS_LARGEST: tl.constexpr, LIMIT: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Expand a table to the dense form, table[index]: -inf in columns beyond the window, NaN where there is no row.
 
-    One program: a tile of HEADS heads.
-
-    The index is the larger read by far, and all heads share it.
+    One program: a tile of HEADS heads. The index is the larger read by far, and all heads share it, and all KINDS of
+    windows that differ in their mask, which is added.
     """
+    nothing = (0, 0, 0)
+    geometry = Geometry(nothing, (1, 1, 1), (shift_d, shift_h, shift_w), nothing)
     offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (offs_m < num_tokens)[:, None] & (offs_n < num_tokens)[None, :]
@@ -33,8 +36,16 @@ def _expand_bias_kernel(
         bias = tl.load(ptrs, mask=inside & there, other=float("nan"))
         bias = clamp_finite(bias, LIMIT)  # of the dense form, which may be narrower than the table
         bias = tl.where(inside, bias, tl.where((offs_n < num_tokens)[None, :], 0.0, float("-inf")))
-        offs_dense = tl.cast(head, tl.int64) * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
-        tl.store(dense_ptr + offs_dense, bias.to(dense_ptr.dtype.element_ty), mask=stored)
+        for KIND in tl.static_range(KINDS):
+            region_q = shift_region(offs_m[:, None], window_of_kind(KIND), geometry, WINDOW)
+            region_k = shift_region(offs_n[None, :], window_of_kind(KIND), geometry, WINDOW)
+            masked = bias + tl.where(region_q != region_k, tl.cast(mask_value, tl.float32), 0.0) if KIND else bias
+            column = tl.cast(KIND * num_heads + head, tl.int64)
+            offs_dense = column * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
+            tl.store(dense_ptr + offs_dense, masked.to(dense_ptr.dtype.element_ty), mask=stored)
+            if HAS_LARGEST:
+                offs_largest = (column * tl.num_programs(1) + tl.program_id(1)) * num_rows + offs_m
+                tl.store(largest_ptr + offs_largest, tl.max(masked, axis=1), mask=offs_m < num_rows)
 
 
 @triton.jit

@@ -78,6 +78,17 @@ def small(
     return SmallLaunch(block_n, block_d, images, num_warps, num_stages)
 
 
+def mask_kinds(*, tokens: int, axes: int, num_heads: int, windows: int, cosine: bool) -> int:
+    """Return how many dense biases a head has: one, or one with its mask for each kind of shifted windows.
+
+    Those are written at every call, which pays where many windows read them; with cosine scores sooner, see
+    `softmax.HEADROOM`.
+    """
+    kinds = 2**axes
+    is_worth = windows >= (16 if cosine else 128) * kinds and kinds * num_heads * tokens * tokens <= 2**25
+    return kinds if is_worth else 1
+
+
 def large(
     *, tokens: int, head_dim: int, batch: int, positions: int, element_size: int, shared_memory: int
 ) -> LargeLaunch:

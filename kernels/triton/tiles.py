@@ -183,6 +183,20 @@ def is_divided(window, geometry, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def mask_kind(window, geometry):
+    """Return the kind of a window by its mask: bit by bit, whether it is the last along depth, rows and columns."""
+    place, windows = window.place, geometry.windows
+    kind = (place[1] == windows[1] - 1).to(tl.int32) * 2 + (place[2] == windows[2] - 1).to(tl.int32)
+    return kind + (place[0] == windows[0] - 1).to(tl.int32) * 4
+
+
+@triton.jit
+def window_of_kind(kind):
+    """Return a window of such a kind in a grid of one window."""
+    return Window(0, ((kind >> 2) - 1, ((kind >> 1) & 1) - 1, (kind & 1) - 1))
+
+
+@triton.jit
 def instance_of(image, number, head, num_windows, num_heads):
     """Return the number of an (image, window, head), counted over the whole call; 64 bits wide."""
     return (tl.cast(image, tl.int64) * num_windows + number) * num_heads + head
@@ -269,12 +283,15 @@ def table_row(index, rows):
 
 
 @triton.jit
-def bias_column(head, window, geometry, num_heads, BIAS_ROWS: tl.constexpr):
+def bias_column(head, window, geometry, num_heads, BIAS_ROWS: tl.constexpr, KINDS: tl.constexpr = 1):
     """Return which of the bias's columns, or dense heads, is that of a window's head.
 
-    Each row of windows may have a bias of its own, of BIAS_ROWS in turn: (BIAS_ROWS * heads,) columns.
+    Each row of windows may have a bias of its own, of BIAS_ROWS in turn, or each of KINDS of windows one that holds its
+    mask: (BIAS_ROWS * heads,) or (KINDS * heads,) columns.
     """
     column = head
+    if KINDS > 1:
+        column += mask_kind(window, geometry) % KINDS * num_heads
     if BIAS_ROWS > 1:
         column = tl.cast(window.number // geometry.windows[2] % BIAS_ROWS * num_heads + head, tl.int64)
     return column

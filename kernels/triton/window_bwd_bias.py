@@ -70,6 +70,7 @@ def _window_attention_bwd_bias_kernel(
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    KINDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IMAGES: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Compute dB = Σ dS. One program: a tile of scores and a head, WINDOWS window positions of one bias, up to IMAGES
@@ -120,6 +121,9 @@ def _window_attention_bwd_bias_kernel(
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
         offs_out += head * stride_out_head * HEAD_DIM
         offs_key = token_offsets(tokens_n, stride_qkv) + offs_head
+        if KINDS > 1:
+            column = bias_column(head, window, geometry, num_heads, BIAS_ROWS, KINDS)
+            bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
         attn_bias = add_mask(bias_tile, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         # Vectors are not pipelined by the compiler: each is loaded one image ahead.
         last = tl.minimum(first + IMAGES, batch) - 1

@@ -110,6 +110,7 @@ def _window_attention_bwd_query_kernel(
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    KINDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ, and with it logit_scale's gradient. One program: BLOCK_M queries of a window and head.
@@ -134,7 +135,7 @@ def _window_attention_bwd_query_kernel(
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     tile, instance, image, number, head = _place_program(num_heads, geometry, TILES)
     window = place_window(number, geometry, VOLUME)
-    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
+    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS, KINDS)
 
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -232,6 +233,7 @@ def _window_attention_bwd_key_kernel(
     WINDOW: tl.constexpr, VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, COSINE: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, HAS_PAD: tl.constexpr, ROLL_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    KINDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV. One program: BLOCK_N keys of one window and head of one image.
@@ -257,7 +259,7 @@ def _window_attention_bwd_key_kernel(
     stride_qkv = (stride_qkv_depth, stride_qkv_row, stride_qkv_col)
     tile, instance, image, number, head = _place_program(num_heads, geometry, TILES)
     window = place_window(number, geometry, VOLUME)
-    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS)
+    column = bias_column(head, window, geometry, num_heads, BIAS_ROWS, KINDS)
 
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)

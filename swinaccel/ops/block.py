@@ -14,7 +14,8 @@ from ..backends.triton import block as kernels
 from ..backends.triton import linear
 from ..backends.triton.block import ADD_NORM, NORM_ADD, Affine, LaunchError
 from ..backends.triton.launches import BoundLaunch, Launch, first_line
-from ..backends.triton.traced import expected, traced_launch
+from ..backends.triton.problem import expected
+from ..backends.triton.traced import traced_launch
 from ..errors import ArgumentError
 from ..layers import PLAIN_TENSORS
 from .failures import failures

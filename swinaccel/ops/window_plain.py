@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..backends.triton.checks import lse_shape
 from ..backends.triton.launches import first_line
-from ..backends.triton.problem import Operands, are_heads_apart, is_small
-from ..backends.triton.traced import expected
+from ..backends.triton.problem import Operands, are_heads_apart, expected, is_small
 from ..config import env_strict
 from ..errors import ArgumentError, KernelError
 from ..spec import reference

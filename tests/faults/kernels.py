@@ -7,6 +7,7 @@ ROWS = (
     "test_images or volumes'"
 )
 
+LARGE = "backends/test_large_windows"
 EIGHT = "runtime/test_fp8_kernels"
 
 # fmt: off
@@ -60,13 +61,24 @@ FAULTS = under(
      "number = position * BIAS_ROWS + row", ROWS),
     ("window_bwd.py", "bias_row = group % BIAS_ROWS", "bias_row = 0", ROWS),
     ("window_bwd_bias.py", "bias_row = tl.program_id(1) % BIAS_ROWS", "bias_row = 0", ROWS),
-    ("window_bwd_bias.py", "bias, column, N, BIAS)", "bias, head, N, BIAS)", ROWS),
+    ("window_bwd_bias.py", "geometry, num_heads, BIAS_ROWS)\n", "geometry, num_heads, 1)\n", ROWS),
     # The kernel of two images.
-    ("window_fwd.py", "k_ptr + stride_next,", "k_ptr,", "api/test_gaps -k two_images"),
-    ("window_fwd.py", "v_ptr + stride_next,", "v_ptr,", "api/test_gaps -k two_images"),
-    ("window_fwd.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", "api/test_gaps -k two_images"),
-    ("window_fwd.py", "next_state, next_q, k, v, attn_bias, dropout, next_instance,",
-     "next_state, next_q, k, v, attn_bias, dropout, instance,", "api/test_gaps -k two_images"),
+    ("window_fwd_large.py", "k_ptr + stride_next,", "k_ptr,", "api/test_gaps -k two_images"),
+    ("window_fwd_large.py", "v_ptr + stride_next,", "v_ptr,", "api/test_gaps -k two_images"),
+    ("window_fwd_large.py", "tl.minimum(image + IMAGES - 1, batch - 1)", "image", "api/test_gaps -k two_images"),
+    ("window_fwd_large.py", "next_state, next_scores, next_v, dropout, next_instance,",
+     "next_state, next_scores, next_v, dropout, instance,", "api/test_gaps -k two_images"),
+    # Weights below a bound, and masks in the bias.
+    ("softmax.py", "return tl.min(enough.to(tl.int32), axis=0) != 0", "return tl.min(enough.to(tl.int32), axis=0) >= 0",
+     LARGE),
+    ("softmax.py", "tl.log2(N * 1.0) - 12.0", "-15.0", LARGE),
+    ("window_fwd_large.py", "enough = enough & are_enough", "enough = enough | are_enough", LARGE),
+    ("window_fwd_large.py", "p = _weights_below(products, k, below)", "p = _weights_below(products, v, below)", LARGE),
+    ("window_fwd_large.py", "state = _gather(state, p, v, dropout", "state = _gather(state, p, k, dropout", LARGE),
+    ("tiles.py", "mask_kind(window, geometry) % KINDS", "0", LARGE),
+    ("tiles.py", "(place[1] == windows[1] - 1).to(tl.int32) * 2", "(place[1] == 0).to(tl.int32) * 2", LARGE),
+    ("bias.py", "if KIND else bias", "if KIND > 1 else bias", LARGE),
+    ("window_bwd_bias.py", "        if KINDS > 1:", "        if KINDS > 99:", LARGE),
     # Windows, shifts and masks.
     ("tiles.py", "& (shift[1] > 0)) | ((place[2]", "& (shift[1] > 1)) | ((place[2]", "api/test_gaps -k shifted"),
     ("tiles.py", "n % WINDOW[2] >= WINDOW[2] - shift[2]", "n % WINDOW[2] > WINDOW[2] - shift[2]",
@@ -83,7 +95,8 @@ FAULTS = under(
     ("bias.py", '0.0, float("-inf")))', "0.0, 0.0))", "api/test_gaps -k 'not two'"),
     ("softmax.py", 'mask=offs < N, other=float("inf"))', "mask=offs < N, other=0.0)", "api/test_gaps -k 'not two'"),
     # The last tile of a window that is no multiple of one.
-    ("window_fwd.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)", "api/test_gaps -k 'not two'"),
+    ("window_fwd_large.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)",
+     "api/test_gaps -k 'not two'"),
     ("window_bwd_large.py", "tl.range(0, N, BLOCK_M)", "tl.range(0, N - BLOCK_M + 1, BLOCK_M)",
      "api/test_gaps -k 'not two'"),
     ("window_bwd_large.py", "tl.range(0, N, BLOCK_N)", "tl.range(0, N - BLOCK_N + 1, BLOCK_N)",

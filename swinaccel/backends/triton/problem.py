@@ -57,6 +57,11 @@ def empty_image(tokens: Tensor, geometry: Geometry, packed: bool) -> Tensor:
     return out.transpose(-3, -2) if swaps_heads else out
 
 
+def expected(number: Any) -> Any:
+    """Return a size, or of a symbol the size that it was traced with, which tiles are chosen for."""
+    return number.node.hint if isinstance(number, torch.SymInt) else number
+
+
 def image_shape(shape: torch.Size, geometry: Geometry, packed: bool) -> tuple[tuple[int, ...], bool]:
     """Return the shape of an output in memory, and whether its axes -3 and -2 are then swapped."""
     if len(shape) == len(geometry.size) + 3:
@@ -209,7 +214,21 @@ class Problem(NamedTuple):
 
         if self.has_mask:
             return tiles.MASK_TENSOR.value
-        return (tiles.MASK_REGIONS if self.geometry.is_shifted and self.mask_value else tiles.MASK_NONE).value
+        is_computed = self.geometry.is_shifted and self.mask_value and self.kinds == 1
+        return (tiles.MASK_REGIONS if is_computed else tiles.MASK_NONE).value
+
+    @property
+    def kinds(self) -> int:
+        """Return how many dense biases each head has, for windows that differ in the mask that they hold."""
+        from ...kernels import launch, tiles
+
+        is_masked = self.geometry.is_shifted and self.mask_value and not self.has_mask
+        if not is_masked or self.bias_mode != tiles.BIAS_DENSE.value or self.bias_rows > 1:
+            return 1
+        return launch.mask_kinds(
+            tokens=self.geometry.tokens, axes=len(self.geometry.size), num_heads=self.num_heads,
+            windows=self.geometry.num_windows * expected(self.batch), cosine=self.logit_scale_shape is not None,
+        )  # fmt: skip
 
     @property
     def bias_mode(self) -> int:
@@ -220,6 +239,18 @@ class Problem(NamedTuple):
         if self.is_small:
             return tiles.BIAS_TABLE.value
         return (tiles.BIAS_FACTORS if self.rank else tiles.BIAS_DENSE).value
+
+    @property
+    def is_bounded(self) -> bool:
+        """Return True if large windows take weights below a bound of their scores, which saves the running maximum.
+
+        Attention dropout would need room above that bound.
+        """
+        from ...kernels import tiles
+
+        is_cosine = self.logit_scale_shape is not None and self.dtype.itemsize == 2 and self.dropout == 0.0
+        modes = self.mask_mode == tiles.MASK_NONE.value, self.bias_mode != tiles.BIAS_FACTORS.value
+        return is_cosine and all(modes)
 
     @property
     def image_strides(self) -> tuple[int, ...]:
@@ -266,5 +297,5 @@ class Problem(NamedTuple):
         """
         tokens = self.geometry.tokens
         rows, cols = -(-tokens // block_m) * block_m, -(-tokens // block_n) * block_n
-        shape = self.bias_rows * self.num_heads, rows, cols
+        shape = self.bias_rows * self.kinds * self.num_heads, rows, cols
         return shape, torch.float32 if self.dtype == torch.float32 else torch.float16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,3 @@ def traced_launch(launch: Launch) -> Callable[..., None]:
         kernel[launch.grid](*tensors, *arguments, **options)
 
     return run
-
-
-def expected(number: Any) -> Any:
-    """Return a size, or of a symbol the size that it was traced with, which tiles are chosen for."""
-    return number.node.hint if isinstance(number, torch.SymInt) else number

@@ -13,11 +13,10 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ...spec.window import Geometry
 from . import devices
-from .bias import as_table, compare, expand
+from .bias import COLS, as_table, compare, expand
 from .checks import check_shapes, lse_shape
 from .launches import BoundLaunch, Launch, keep, launches
-from .problem import Operands, Problem, as_3d, image_shape, key_of
-from .traced import expected
+from .problem import Operands, Problem, as_3d, expected, image_shape, key_of
 
 _CHECKS = 32  # programs that look over one window's mask
 
@@ -31,11 +30,11 @@ class Forward:
     """The launches of one forward, and what it needs allocated: `run` looks at no shape any more."""
 
     __slots__ = ("attention", "check", "checks_shape", "dense", "expand", "for_backward", "is_empty",
-                 "is_small", "lse_shape", "out_shape", "swaps_heads")  # fmt: skip
+                 "is_small", "largest_shape", "lse_shape", "out_shape", "swaps_heads")  # fmt: skip
 
     def __init__(self, problem: Problem) -> None:
         from ...kernels import bias as bias_kernels
-        from ...kernels import launch, tiles, window_fwd
+        from ...kernels import launch, tiles, window_fwd, window_fwd_large
 
         check_shapes(problem)
         geometry, tokens = problem.geometry, problem.geometry.tokens
@@ -44,6 +43,7 @@ class Forward:
         self.is_empty = 0 in map(expected, self.out_shape)
         self.check: Any = None
         self.expand: Any = None
+        self.largest_shape: Any = None
         self.checks_shape = (geometry.num_windows, _CHECKS)
         self.lse_shape = (0,)
         table_strides = (*(problem.table_strides or (0, 0)), problem.table_rows)
@@ -69,9 +69,12 @@ class Forward:
             return
         large = launch.large(**sizes)
         self.dense = problem.dense(large.block_m, large.block_n)
-        _, rows, cols = self.dense[0]
+        columns, rows, cols = self.dense[0]
+        parts = -(-cols // COLS)
         if problem.bias_mode == tiles.BIAS_DENSE.value:
-            self.expand = expand(problem, self.dense)
+            self.expand = expand(problem, self.dense, problem.is_bounded)
+            if problem.is_bounded:
+                self.largest_shape = (columns, parts, rows)
         if problem.has_mask:
             self.check = Launch(
                 bias_kernels._check_mask_kernel,
@@ -85,16 +88,17 @@ class Forward:
             shape = lse_shape(problem.batch, geometry, problem.num_heads, problem.has_mask)
             self.lse_shape = shape  # type: ignore[assignment]
         self.attention = Launch(
-            window_fwd._window_attention_fwd_kernel,
+            window_fwd_large._window_attention_fwd_kernel,
             (rows // large.block_m * problem.num_heads * geometry.num_windows * -(-problem.batch // large.images),),
             (
                 *problem.image_strides, *table_strides, problem.batch, problem.num_heads,
                 *problem.runtime_args, *problem.constexprs, problem.for_backward, problem.precision, problem.rank or 16,
-                _CHECKS, rows, cols, large.block_m, large.block_n, large.block_d, large.images,
+                _CHECKS, rows, cols, problem.kinds, parts, large.block_m, large.block_n, large.block_d, large.images,
+                problem.is_bounded,
             ),
             (
-                "", "qkv", "k", "v", "padding", "table", "index", "mask", "", "logit_scale", "", "a factor", "a factor",
-                "", "seed",
+                "", "qkv", "k", "v", "padding", "table", "index", "mask", "", "logit_scale", "", "", "a factor",
+                "a factor", "", "seed",
             ),
             num_warps=large.num_warps,
             num_stages=large.num_stages,
@@ -133,7 +137,7 @@ class Forward:
             self.attention(out, qkv, k, v, padding, table, index, mask, logit_scale, seed)
             return out, lse
 
-        differs = dense = q_factor = k_factor = stale = None
+        differs = dense = largest = q_factor = k_factor = stale = None
         if self.check is not None:
             differs = qkv.new_empty(self.checks_shape, dtype=torch.int32)
             self.check(differs, mask)
@@ -147,10 +151,12 @@ class Forward:
         elif self.expand is not None:
             shape, dtype = self.dense
             dense = qkv.new_empty(shape, dtype=dtype)
-            self.expand(dense, table, index)
+            if self.largest_shape is not None:
+                largest = qkv.new_empty(self.largest_shape, dtype=torch.float32)
+            self.expand(dense, largest, table, index)
         self.attention(
-            out, qkv, k, v, padding, table, index, mask, differs, logit_scale, dense, q_factor, k_factor, stale, seed,
-            lse,
+            out, qkv, k, v, padding, table, index, mask, differs, logit_scale, dense, largest, q_factor, k_factor,
+            stale, seed, lse,
         )  # fmt: skip
         return out, lse
 

@@ -87,7 +87,7 @@ class Backward:
         ) -> Launch:
             names = (*names, "qkv", "k", "v", "padding", "mask", "logit_scale", "", "seed")
             numbers = (*problem.image_strides, *sizes, heads, *problem.runtime_args, *problem.constexprs)
-            shape = (problem.precision, rows, cols, one.block_m, one.block_n, one.block_d, *images)
+            shape = (problem.precision, rows, cols, problem.kinds, one.block_m, one.block_n, one.block_d, *images)
             options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **registers_of(one)}
             return Launch(kernel, grid, (*numbers, *shape), names, **options)
 
@@ -156,7 +156,7 @@ def shifted_window_attention_backward(
         dense = None
         if backward.expand is not None:
             dense = torch.empty(backward.dense[0], dtype=backward.dense[1], device=device)
-            backward.expand(dense, table, index)
+            backward.expand(dense, None, table, index)
         delta = fp32(backward.row_shape)
         norms = None if logit_scale is None else fp32(backward.row_shape)
         queries = torch.empty(backward.query_shape, dtype=qkv.dtype, device=device)
