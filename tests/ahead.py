@@ -58,7 +58,12 @@ COMPILED = "window", "sequence", "mlp", "norm", "embed", "linear", "linear8", "q
 # Two of each are of the same kernels, since a head_dim of 128 in fp32 is too much for those of small windows. The third
 # has a bias for each row of windows.
 WINDOWS = {
-    "sm_86": [((16, 16), 64, FP16, "mask"), ((12, 12), 128, FP32, "cosine"), ((9, 8), 32, FP16, "mask rows"), ((24, 24), 32, BF16, "cosine")],
+    "sm_86": [
+        ((16, 16), 64, FP16, "mask"),
+        ((12, 12), 128, FP32, "cosine"),
+        ((9, 8), 32, FP16, "mask rows"),
+        ((24, 24), 32, BF16, "cosine"),
+    ],
     "gfx942": [((16, 16), 64, FP16, "mask"), ((8, 8), 128, FP32, "cosine"), ((7, 7), 32, BF16, "rows")],
 }
 SEQUENCES = [(128, 64, FP16, FP32, True)]  # head_dim, rank, dtype, dtype of factors, mask

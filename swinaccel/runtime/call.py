@@ -182,10 +182,12 @@ def _fused_plan(
     cache, config, adapter = state.block, entry.config, cast(BlockReader, entry.block)
     x = args[0] if args else next(iter(kwargs.values()))
     backend = backend_of(config, x.device)
-    if backend == "torch" and not (reads_attention_blocks(adapter) and torch_block.is_worth(x)):
+    if backend == "torch" and not torch_block.is_worth(x, reads_attention_blocks(adapter)):
         precision.note(adapter, module, config, None)
         return None
     facts = _guarded_facts(adapter, module, cache)
+    if backend == "torch" and isinstance(facts, EmbeddingFacts):
+        return None
     made = facts
     if not isinstance(facts, str):
         made = _plan_fused(adapter, module, facts, config, x, args, kwargs, backend, cache)
@@ -241,10 +243,10 @@ def _plan_fused(
     section = counted = attention_problem = mask_of = None
     is_reusable = True
     run: Callable[..., Any]
+    problem = block_problem(facts, x, backend) if isinstance(facts, BlockFacts) else facts.problem(x)
+    if backend == "torch" and problem[-1]:
+        return "gradients are recorded or dtypes mixed, which on CPUs are left to its own forward"
     if isinstance(facts, BlockFacts) and reads_attention_blocks(adapter):
-        problem = block_problem(facts, x, backend)
-        if backend == "torch" and problem[-1]:
-            return "gradients are recorded or dtypes mixed, which on CPUs are left to its own forward"
         root = module if cache.guard is None else cache.guard.modules[0]  # which does not keep the module alive
         bound = _attention_of_block(adapter, module, root, config, x, size, args, kwargs)
         if isinstance(bound, str):
@@ -257,8 +259,7 @@ def _plan_fused(
         if inner is not module or block_method(adapter) != adapter.method:
             counted = state_of(inner)
     else:
-        problem = facts.problem(x)
-        run = facts.runner(x, size, config)
+        run = facts.runner(x, size, config, backend)
     failure = failures.get(problem)
     if failure is not None:
         if config.strict or env_strict():

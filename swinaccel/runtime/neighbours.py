@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.torch import products
 from ..backends.triton import block as kernels
 from ..config import AccelConfig
 from ..layers import is_builtin
@@ -48,9 +50,13 @@ class MergingFacts:
         """Return what failures of its kernels are kept under."""
         return "merging", x.device, product_dtype(x), self.channels, needs_autograd(x, self.parameters())
 
-    def runner(self, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> Callable[[Tensor], Tensor]:
+    def runner(
+        self, x: Tensor, size: tuple[int, int] | None, config: AccelConfig, backend: str
+    ) -> Callable[[Tensor], Tensor]:
         """Return what merges inputs like x in few kernels: each four neighbours become one token."""
         merging, affine, reduction = self.merging, self.affine, self.reduction
+        if backend == "torch":
+            return partial(merging_reference, merging, size=size, product=partial(_product, reduction))
         is_recorded = needs_autograd(x, self.parameters())
 
         def run(x: Tensor) -> Tensor:
@@ -71,6 +77,10 @@ class MergingFacts:
             return out if size is None else out.flatten(1, 2)
 
         return run
+
+
+def _product(layer: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
+    return products.linear(x, *layer)
 
 
 class EmbeddingFacts:
@@ -108,7 +118,9 @@ class EmbeddingFacts:
         shape = self.projection[0].shape
         return "embedding", x.device, product_dtype(x), shape, self.affine is None, needs_autograd(x, self.parameters())
 
-    def runner(self, x: Tensor, size: tuple[int, int] | None, config: AccelConfig) -> Callable[[Tensor], Any]:
+    def runner(
+        self, x: Tensor, size: tuple[int, int] | None, config: AccelConfig, backend: str
+    ) -> Callable[[Tensor], Any]:
         """Return what embeds images like x, of whole patches, in one kernel, and gives what the module gives."""
         embedding, affine, (weight, bias) = self.embedding, self.affine, self.projection
         is_recorded = needs_autograd(x, self.parameters())

@@ -6,6 +6,7 @@ stand in for is exactly this. Modules that are no part of the description are ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,10 +58,13 @@ def drop_factors(drop: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     return drop(torch.ones((x.shape[0],) + (1,) * (x.dim() - 1), dtype=dtype, device=x.device)).reshape(-1)
 
 
-def merging_reference(merging: Merging, x: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Return what a patch merging returns, by its own modules."""
+def merging_reference(
+    merging: Merging, x: Tensor, size: tuple[int, int] | None, product: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return what a patch merging returns, by its own modules, or with another product in place of its reduction's."""
+    product = merging.reduction if product is None else product
     y = merged(x if size is None else x.view(x.shape[0], *size, x.shape[2]))
-    out = merging.norm(merging.reduction(y)) if merging.post_norm else merging.reduction(merging.norm(y))
+    out = merging.norm(product(y)) if merging.post_norm else product(merging.norm(y))
     return out if size is None else out.flatten(1, 2)
 
 

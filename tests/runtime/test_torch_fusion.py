@@ -13,6 +13,7 @@ from torch import nn
 
 import swinaccel
 from swinaccel.backends.torch import block as torch_block
+from swinaccel.backends.torch import products
 from swinaccel.backends.torch import window as torch_backend
 from swinaccel.runtime import block as fused
 
@@ -173,11 +174,12 @@ def test_gradients_are_recorded_for_the_whole_batch(small):
 def test_worth(monkeypatch, has_onednn):
     """Without GELU in an epilogue, one part is no gain: its rows are those of the module, and so are its products."""
     monkeypatch.setattr(torch_block, "USES_ONEDNN", has_onednn)
-    assert torch_block.is_worth(torch.empty(1, 3136, 96))
-    assert torch_block.is_worth(torch.empty(1, 784, 192)) == has_onednn
-    assert torch_block.is_worth(torch.empty(8, 784, 192))
-    assert not torch_block.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16))
-    assert not torch_block.is_worth(torch.empty(0, 3136, 96))
+    assert torch_block.is_worth(torch.empty(1, 3136, 96), True)
+    assert torch_block.is_worth(torch.empty(1, 784, 192), True) == has_onednn
+    assert torch_block.is_worth(torch.empty(8, 784, 192), True)
+    assert torch_block.is_worth(torch.empty(8, 784, 192), False) == has_onednn
+    assert not torch_block.is_worth(torch.empty(1, 3136, 96, dtype=torch.bfloat16), True)
+    assert not torch_block.is_worth(torch.empty(0, 3136, 96), True)
 
 
 class Minimum(nn.Module):
@@ -221,3 +223,33 @@ def test_limits_within_an_mlp(small):
         swinaccel.accelerate(block)
         assert (block(x) - expected).abs().max() < 0.1  # it was thousands
         assert not small
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Weights that oneDNN's products were asked for, on any CPU."""
+    asked = []
+    linear = products.linear
+    monkeypatch.setattr(torch_block, "USES_ONEDNN", True)
+    monkeypatch.setattr(products, "linear", lambda x, weight, bias: asked.append(weight) or linear(x, weight, bias))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(name, size) for name in MODELS for size in ((64, 64), (56, 40)) if size == (64, 64) or "timm" not in name],
+)
+def test_mergings(name, size, multiplied):
+    model = MODELS[name][0]().eval()
+    shapes = {one.reduction.weight.shape for one in model.modules() if hasattr(one, "reduction")}
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x = image(size)
+    with torch.no_grad():
+        for _ in range(2):
+            multiplied.clear()
+            found, expected = (one(x) if isinstance(one(x), torch.Tensor) else one(x)[0] for one in (twin, model))
+            helpers.assert_close(found, expected)
+            assert shapes <= {weight.shape for weight in multiplied}
+    multiplied.clear()
+    twin(x)  # with gradients, by its own layers
+    assert not shapes & {weight.shape for weight in multiplied}

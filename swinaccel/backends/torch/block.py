@@ -18,10 +18,10 @@ hidden_numbers = 1 << 19  # in one part: 2 MiB, what a core's or two cores' seco
 fewest_rows = 1024  # in one part: with fewer, products slow down
 
 
-def is_worth(x: Tensor) -> bool:
-    """Return True if products have GELU in their epilogue, or x rows for more than one part; in single precision."""
+def is_worth(x: Tensor, has_mlp: bool) -> bool:
+    """Return True if products are oneDNN's, or an MLP's have rows for more than one part; in single precision."""
     rows = x.numel() // max(1, x.shape[-1])
-    pays_off = USES_ONEDNN or 2 * rows >= 3 * _part(4 * x.shape[-1])
+    pays_off = USES_ONEDNN or (has_mlp and 2 * rows >= 3 * _part(4 * x.shape[-1]))
     return x.is_cpu and x.dtype == torch.float32 and rows > 0 and pays_off
 
 

@@ -2,6 +2,9 @@
 
 `scaled_dot_product_attention` has not: a query whose scores are all -inf gives zeros in place of NaN, and so do some
 gradients. Its results are looked at, therefore, and where they may hide such a thing it is computed anew.
+
+On AMD's processors its products, by MKL one after the other, take longer than batched ones with a softmax between,
+which on Intel's lose to it (docs/notes.md).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention  # PyTorch's own: tools put others into F, without bias
 
 from ...spec.arguments import can_look
+from .products import PLAIN_TENSORS
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -43,12 +47,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, 
     given = (q, k, v) if start is None else (q, k, v, start)
     if dropout or (torch.is_grad_enabled() and any(one.requires_grad for one in given)):
         return softmax(q, k, v, start, scale, dropout)  # which of few queries takes no more time, with gradients
+    if can_look() and _suits_products(given):
+        return _by_products(q, k, v, start, scale)
     out = scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
     if can_look():
         return softmax(q, k, v, start, scale) if has_zeros(out) else out
     if start is None:
         return out
     return out.masked_fill((start == float("-inf")).all(-1, keepdim=True), float("nan"))
+
+
+IS_AMD = str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD")
+
+most_tokens = 144  # of a window, up to which batched products win
+most_scores = 1 << 18  # at a time: with their weights 2 MiB, what second-level caches hold
+
+
+def _suits_products(given: tuple[Tensor, ...]) -> bool:
+    """Return True if batched products are faster than `scaled_dot_product_attention`."""
+    if not IS_AMD or not all(type(one) in PLAIN_TENSORS and one.dtype is torch.float32 for one in given):
+        return False
+    return max(given[0].shape[2], given[1].shape[2]) <= most_tokens and given[0].numel() > 0 < given[1].numel()
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> Tensor:
+    """Return the same as `softmax`, a few windows at a time over the same pieces of memory."""
+    windows, heads, tokens, width = q.shape
+    keys = k.shape[2]
+    size = -(-windows // -(-windows * heads * tokens * keys // most_scores))
+    out = q.new_empty(windows, tokens, heads, v.shape[-1])
+    queries, scores = q.new_empty(size, heads, tokens, width), q.new_empty(size * heads, tokens, keys)
+    weights = torch.empty_like(scores)
+    for first in range(0, windows, size):
+        part = slice(first, first + size)
+        query = torch.mul(q[part], scale, out=queries[: windows - first])
+        key, value = (one[part].reshape(-1, keys, one.shape[-1]) for one in (k, v))
+        products = torch.bmm(query.view(-1, tokens, width), key.transpose(1, 2), out=scores[: len(key)])
+        if start is not None:
+            products.view(-1, heads, tokens, keys).add_(start if start.shape[0] == 1 else start[part])
+        attended = torch.bmm(torch.softmax(products, -1, out=weights[: len(key)]), value)
+        out[part] = attended.unflatten(0, (-1, heads)).transpose(1, 2)
+    return out.transpose(1, 2)
 
 
 def has_zeros(out: Tensor) -> bool:
