@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import helpers
 import pytest
@@ -87,6 +91,35 @@ def test_what_batched_products_are_not_for(products):
     attend(q[:0], k[:0], v[:0], None, 1.0)
     torch.compile(attend, backend="eager", fullgraph=True)(q, k, v, None, 1.0)
     assert not products
+
+
+PAGES = """
+import resource, torch
+from swinaccel.backends.torch.memory import keep_pages
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        [torch.zeros(5 << 18) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+before = faults()
+keep_pages()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_pages_are_kept():
+    own = ("MALLOC_", "GLIBC_", "LD_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True, env=environment)
+    before, after = map(int, done.stdout.split())
+    if before < 1000:
+        pytest.skip("pages are huge here, or are kept as it is")
+    assert after < before / 20
 
 
 @pytest.mark.parametrize("is_amd", [False, True])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import KernelError
 from ...spec import reference
 from ...spec.window import Geometry, Section
+from .memory import keep_pages
 from .products import PLAIN_TENSORS
 from .softmax import accurate, attend, clamp_finite
 
@@ -137,6 +138,7 @@ def shifted_window_attention(section: Section, x: Tensor, in_parts: bool = False
     Returns:
         (B, H, W, C'), what `section.output` gives.
     """
+    keep_pages()
     batch = x.shape[0]
     is_implied = _is_implied(section)
     masked = is_implied and section.geometry.is_shifted and bool(section.mask_value)
