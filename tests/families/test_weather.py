@@ -99,7 +99,8 @@ def test_aurora_lora_dropout_draws_as_the_original():
 
 def test_aurora_attention_that_is_safe_in_fp16_is_left_alone():
     model = aurora()
-    model.blocks[1].attn.use_fp16_safe_attention = True
+    for block in model.blocks:
+        block.attn.use_fp16_safe_attention = True
     check_fallback(model, *tokens(), reason="safe in fp16")
 
 
