@@ -252,6 +252,8 @@ def bind_backend(
         state.bias = form_of(section)
         in_parts = torch_backend.is_plain(attention)
         _bypass_layers(section, products.linear if x.is_cpu else F.linear)
+        if x.is_cpu and len(section.layers) == 4:  # with q, k and v each by one, of which one product is no gain there
+            section.project = _by_each([direct(layer, products.linear) for layer in section.layers[:-1]])
 
         def attend(image: Tensor, mask: Tensor | None = None) -> Tensor:
             return torch_backend.shifted_window_attention(with_mask(section, mask), image, in_parts=in_parts)
@@ -265,6 +267,10 @@ def bind_backend(
         return reason
     _bypass_layers(section, product_of(x))
     return TritonSection(section, config, state, size), problem
+
+
+def _by_each(products: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Any]:
+    return lambda x: tuple([product(x) for product in products])
 
 
 def _bypass_layers(section: Section, product: Callable[..., Tensor]) -> None:

@@ -253,3 +253,27 @@ def test_mergings(name, size, multiplied):
     multiplied.clear()
     twin(x)  # with gradients, by its own layers
     assert not shapes & {weight.shape for weight in multiplied}
+
+
+@pytest.mark.parametrize("name", ["hf-swin", "hf-swinv2", "hf-donut"])
+def test_products_of_three_layers(name, multiplied):
+    make, size, _ = MODELS[name]
+    model = make().eval()
+    twin = swinaccel.accelerate(copy.deepcopy(model), backend="torch")
+    x = image(size)
+    with torch.no_grad():
+        twin(x)
+        multiplied.clear()
+        helpers.assert_close(twin(x)[0], model(x)[0])
+        asked = {id(weight) for weight in multiplied}
+        words = "query", "key", "value", "q_proj", "k_proj", "v_proj"
+        layers = [one for part, one in twin.named_modules() if part.rpartition(".")[2] in words]
+        assert len(layers) >= 3
+        assert all(id(layer.weight) in asked for layer in layers)
+        layers[0].weight.data.mul_(2)
+        dict(model.named_modules())[next(part for part, one in twin.named_modules() if one is layers[0])].weight.mul_(2)
+        helpers.assert_close(twin(x)[0], model(x)[0])
+        handle = layers[2].register_forward_hook(lambda module, given, out: out + 1)
+        assert (twin(x)[0] - model(x)[0]).abs().max() > 1e-3
+        handle.remove()
+        helpers.assert_close(twin(x)[0], model(x)[0])
