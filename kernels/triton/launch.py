@@ -16,6 +16,8 @@ _PROGRAMS_WANTED = 512
 # A program of the bias gradient writes a whole tile of it, to be added up later: as few as keep a large GPU busy.
 _BACKWARD_PROGRAMS = 512
 
+_DENSE_NUMBERS = 1 << 24  # in dense biases with their masks: 32 MiB in 16 bits
+
 
 @dataclass(frozen=True)
 class SmallLaunch:
@@ -83,10 +85,14 @@ def mask_kinds(*, tokens: int, axes: int, num_heads: int, windows: int, cosine: 
 
     Those are written at every call, which pays where many windows read them; with cosine scores sooner, see
     `softmax.HEADROOM`.
+
+    Args:
+        axes: that windows have.
+        windows: of all images.
     """
     kinds = 2**axes
-    is_worth = windows >= (16 if cosine else 128) * kinds and kinds * num_heads * tokens * tokens <= 2**25
-    return kinds if is_worth else 1
+    is_worth = windows >= (16 if cosine else 128) * kinds
+    return kinds if is_worth and kinds * num_heads * tokens * tokens <= _DENSE_NUMBERS else 1
 
 
 def large(
