@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .softmax import at_least, clamp_finite
+from .softmax import at_least, clamp_finite, is_finite
 from .tiles import Geometry, place_window, shift_region, table_row, window_of_kind
 
 
@@ -39,13 +39,17 @@ def _expand_bias_kernel(
         for KIND in tl.static_range(KINDS):
             region_q = shift_region(offs_m[:, None], window_of_kind(KIND), geometry, WINDOW)
             region_k = shift_region(offs_n[None, :], window_of_kind(KIND), geometry, WINDOW)
-            masked = bias + tl.where(region_q != region_k, tl.cast(mask_value, tl.float32), 0.0) if KIND else bias
+            masked = bias
+            if KIND:
+                masked += tl.where(region_q != region_k, tl.cast(mask_value, tl.float32), 0.0)
+                masked = tl.where(is_finite(bias), clamp_finite(masked, LIMIT), masked)
+            masked = masked.to(dense_ptr.dtype.element_ty)
             column = tl.cast(KIND * num_heads + head, tl.int64)
             offs_dense = column * stride_dense_head + offs_m[:, None] * stride_dense_row + offs_n[None, :]
-            tl.store(dense_ptr + offs_dense, masked.to(dense_ptr.dtype.element_ty), mask=stored)
+            tl.store(dense_ptr + offs_dense, masked, mask=stored)
             if HAS_LARGEST:
                 offs_largest = (column * tl.num_programs(1) + tl.program_id(1)) * num_rows + offs_m
-                tl.store(largest_ptr + offs_largest, tl.max(masked, axis=1), mask=offs_m < num_rows)
+                tl.store(largest_ptr + offs_largest, tl.max(masked.to(tl.float32), axis=1), mask=offs_m < num_rows)
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def mask_kinds(*, tokens: int, axes: int, num_heads: int, windows: int, cosine: 
     """Return how many dense biases a head has: one, or one with its mask for each kind of shifted windows.
 
     Those are written at every call, which pays where many windows read them; with cosine scores sooner, see
-    `softmax.HEADROOM`.
+    `softmax.bound_of`.
 
     Args:
         axes: that windows have.

@@ -15,11 +15,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(1.0e30)  # of the finite numbers in biases and masks, so that sums and products stay finite
 
 
-# Cosine scores lie below their scale plus the bias. Weights below that bound, in place of below the largest score, are
-# this much larger, natural units: small numbers of half precision are lost, and 2^15 is its largest power of two.
-HEADROOM = tl.constexpr(15 * 0.6931471805599453)
-
-
 @triton.jit
 def at_most(x, limit):
     """Return the smaller one of two numbers, or NaN."""
@@ -60,6 +55,21 @@ def score_tile(rows, cols, attn_bias, key_norms, COSINE: tl.constexpr, PRECISION
     return tl.dot(rows, tl.trans(cols), attn_bias, input_precision=PRECISION)
 
 
+# Cosine scores lie below their scale plus the bias. Weights may be taken below that bound, in place of below the
+# largest score, where the following say so; bf16 has the exponents of fp32.
+
+
+@triton.jit
+def bound_of(scale, largest_bias, DTYPE: tl.constexpr):
+    """Return what scores lie below, natural units; in half precision less, so that weights are up to 2^15, its largest
+    power of two, since its small numbers are lost.
+    """
+    bound = largest_bias + scale
+    if DTYPE == tl.float16:
+        bound -= 15 * 0.6931471805599453
+    return bound
+
+
 @triton.jit
 def bounded_scale(DTYPE: tl.constexpr):
     """Return the largest scale of cosines at which the largest score is expected to come near enough to its bound."""
@@ -67,17 +77,17 @@ def bounded_scale(DTYPE: tl.constexpr):
 
 
 @triton.jit
-def are_enough(log_totals, offs, N: tl.constexpr, DTYPE: tl.constexpr):
-    """Return True if all sums of weights below a bound, as log2, are large enough to be exact; others are not finite.
+def are_enough(out, log_totals, offs, N: tl.constexpr, DTYPE: tl.constexpr):
+    """Return True if all sums of weights below a bound, as log2, are large enough to be exact, and outputs are finite.
 
     In half precision a weight below its normal numbers is wrong by up to 2^-25, and so are N of them by an eighth of
-    the sum's rounding at most where that is N / 2^12. bf16 has the exponents of fp32.
+    the sum's rounding at most where that is N / 2^12. An infinite value is NaN by a weight that is lost.
     """
     smallest = -100.0
     if DTYPE == tl.float16:
         smallest = tl.log2(N * 1.0) - 12.0
-    enough = ((log_totals >= smallest) & is_finite(log_totals)) | (offs >= N)
-    return tl.min(enough.to(tl.int32), axis=0) != 0
+    enough = (log_totals >= smallest) & is_finite(log_totals) & (tl.sum(out * 0.0, axis=1) == 0.0)
+    return tl.min((enough | (offs >= N)).to(tl.int32), axis=0) != 0
 
 
 @triton.jit

@@ -8,7 +8,7 @@ bound are as exact, if only they are not so small that they are lost, which is l
 import triton
 import triton.language as tl
 
-from .softmax import HEADROOM, LOG2E, are_enough, bounded_scale, store_log_sum
+from .softmax import LOG2E, are_enough, bound_of, bounded_scale, store_log_sum
 from .tiles import (
     BIAS_DENSE,
     BIAS_FACTORS,
@@ -282,7 +282,7 @@ def _window_attention_fwd_kernel(
         bound = rows
         if BIAS == BIAS_DENSE:
             bound = _largest_bias(largest_ptr, column, offs_m, PARTS, ROWS)
-        bound += scale - HEADROOM
+        bound = bound_of(scale, bound, q.dtype)
         if scale <= bounded_scale(q.dtype):
             found, next_found = _walk_keys(
                 q, next_q, bound, k_ptr + offs_image, v_ptr + offs_image, pad_k_ptr, pad_v_ptr, stride_next, stride_qkv,
@@ -290,9 +290,9 @@ def _window_attention_fwd_kernel(
                 Mask(mask_ptr, mask_value), Dropout(seed_ptr, dropout), WINDOW, HEAD_DIM, COSINE, BIAS, MASK_NONE,
                 HAS_PAD, ROLL_FIRST, HAS_DROPOUT, PRECISION, RANK, BLOCK_M, BLOCK_N, BLOCK_D, IMAGES, True,
             )  # fmt: skip
-            enough = are_enough(found[2], offs_m, N, q.dtype)
+            enough = are_enough(found[0], found[2], offs_m, N, q.dtype)
             if IMAGES == 2:
-                enough = enough & are_enough(next_found[2], offs_m, N, q.dtype)
+                enough = enough & are_enough(next_found[0], next_found[2], offs_m, N, q.dtype)
             variant = tl.where(enough, -1, variant)  # else all is done anew, by the running maximum
     for VARIANT in tl.static_range(4):
         if VARIANT <= MASK or (VARIANT == STALE_FACTORS and BIAS == BIAS_FACTORS):

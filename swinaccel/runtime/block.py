@@ -151,7 +151,7 @@ def common_reason(x: Tensor, parameters: list[Tensor]) -> str | None:
     is_autocast = torch.is_autocast_enabled(device.type)
     for tensor in parameters:
         fits = tensor.dtype is x.dtype or (is_autocast and tensor.dtype in DTYPES)
-        is_readable = tensor.is_contiguous() and not tensor.is_neg()
+        is_readable = tensor.layout is torch.strided and tensor.is_contiguous() and not tensor.is_neg()
         if type(tensor) not in PLAIN_TENSORS or not fits or tensor.device != device or not is_readable:
             return "its parameters are of another dtype, device or layout than its input"
     return None

@@ -307,14 +307,18 @@ def _copied(value: Any, objects: deque[Any], tensors: list[Tensor]) -> Any:
 
 
 def _version(tensor: Tensor) -> int:
+    if tensor.is_inference():  # of which writes are not counted
+        raise NotGuardable
     return tensor._version
 
 
 def same_tensors(tensors: list[Tensor]) -> Any:
     """Return a function that tells if tensors have the shapes, strides, dtypes, devices and gradients of these.
 
-    It does so for calls in the same autocast, gradient and inference modes.
+    It does so for calls in the same autocast, gradient and inference modes. Of tensors without strides nothing is told.
     """
     if not tensors:
         return lambda *_: True
+    if any(one.layout is not torch.strided for one in tensors):  # on some of which the function ends the process
+        return lambda *_: False
     return compilers_guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check

@@ -162,6 +162,8 @@ def direct(projection: Any, product: Callable[..., Tensor]) -> Callable[[Tensor]
         product: of x, weight and bias, where no gradient is recorded.
     """
     if isinstance(projection, Product):
+        if not are_functions_torchs():
+            return projection
         layer, bias_of = projection.layer, projection.bias
         run = linear if torch.is_grad_enabled() else product
         return lambda x: run(x, layer.weight, layer.bias if bias_of is None else bias_of())

@@ -9,10 +9,11 @@ import gradients
 import pytest
 import torch
 from helpers import TRITON_DEVICE
-from kernel_problems import DTYPES, VOLUMES, Case, compare, run
+from kernel_problems import DTYPES, VOLUMES, Case, attend, compare, run
 from swinaccel.kernels import launch
 
 from swinaccel.backends.triton import launches
+from swinaccel.spec import reference
 
 pytestmark = pytest.mark.usefixtures("strict_kernels")
 
@@ -22,7 +23,6 @@ SHIFTED = [
     Case((5, 13), (11, 13), (2, 6), batch=2),
     Case((12, 12), (13, 24), (6, 6), heads=1, roll_first=True),
     Case((9, 8), (18, 16), (4, 4), heads=1, mask_value=-2.0),
-    Case((9, 8), (18, 16), (4, 4), heads=1, mask_value=3.0),
     Case((9, 8), (9, 16), (4, 4), heads=1, mask_value=-1e9),
     Case((2, 17, 2), (3, 17, 4), (1, 0, 1), heads=1),
     VOLUMES[-1],
@@ -70,6 +70,59 @@ def test_masks_in_the_bias_in_low_precision(case, dtype, kinds, images):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradients_of_masks_in_the_bias(dtype, kinds, images):
     gradients.run(Case((9, 8), (18, 16), (4, 4), batch=2, cosine=True, dim=32), dtype)
+
+
+@pytest.mark.parametrize("mask_value", [3.0, 30.0])
+def test_masks_that_raise_scores_are_added_to_them(mask_value, monkeypatch, images):
+    monkeypatch.setattr(launch, "mask_kinds", lambda **sizes: pytest.fail("rounded with the bias"))
+    for cosine in (False, True):
+        run(Case((9, 8), (18, 16), (4, 4), heads=1, cosine=cosine, mask_value=mask_value), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_value_that_is_infinite(dtype, kinds, images):
+    """It is NaN for the queries whose mask leaves nothing of its weight, and infinite for the others."""
+    case = Case((9, 8), (9, 16), (0, 4), heads=1, dim=8, batch=2, cosine=True)
+    qkv, options = case.make(dtype)
+    qkv[0, 0, 0, -5] = math.inf
+    options["logit_scale"] = torch.full((1,), math.log(8.0), device=TRITON_DEVICE)
+    found = attend(qkv, case.geometry, **options)
+    expected = reference.shifted_window_attention(*qkv.chunk(3, -1), case.geometry, **options)
+    assert found.isnan().any()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+def test_an_infinite_value_of_little_weight(images):
+    """Below the bound that weight would be lost, and the value NaN."""
+    case = Case((9, 8), (9, 8), heads=1, batch=2, cosine=True)
+    qkv, options = opposite(case, torch.float16, 8.0)
+    options["table"] = torch.zeros_like(options["table"])
+    options["table"][options["index"][3, 40]] = -12.0
+    qkv[:, 5, 0, -3] = math.inf  # the window's 40th token
+    expected = reference.shifted_window_attention(*qkv.chunk(3, -1), case.geometry, **options)
+    assert expected[..., -3].isinf().all()
+    assert torch.equal(attend(qkv, case.geometry, **options).isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_values_near_the_largest_numbers(dtype, images):
+    case = Case((9, 8), (9, 8), heads=2, batch=3, cosine=True)
+    qkv, options = case.make(dtype)
+    qkv[..., 64:] *= 2e35 if dtype == torch.bfloat16 else 1e4
+    options["logit_scale"] = torch.full((2,), math.log(10.0), device=TRITON_DEVICE)
+    found = attend(qkv, case.geometry, **options)
+    assert found.isfinite().all()
+
+
+def test_a_bias_that_is_rounded_up(images):
+    case = Case((9, 8), (9, 8), heads=1, batch=2, cosine=True)
+    qkv, options = case.make(torch.float16)
+    qkv[..., 16:32] = qkv[..., :16]
+    options["table"] = options["table"].float()
+    options["table"][:] = 2051.0
+    options["logit_scale"] = torch.full((1,), math.log(8.0), device=TRITON_DEVICE)
+    assert attend(qkv, case.geometry, **options).isfinite().all()
 
 
 def test_which_problems_have_masks_in_the_bias():

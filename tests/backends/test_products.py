@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import helpers
@@ -31,6 +32,16 @@ def taken(monkeypatch):
 
 def operands(rows=300, fan_in=24, fan_out=40):
     return torch.randn(rows, fan_in), torch.randn(fan_out, fan_in), torch.randn(fan_out)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_parameters_elsewhere_are_left_to_pytorch(taken, which):
+    """Which raises an error for such a bias."""
+    given = list(operands())
+    given[which] = given[which].to("meta")
+    with contextlib.nullcontext() if which == 1 else pytest.raises(RuntimeError):
+        products.linear(*given)
+    assert not taken
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

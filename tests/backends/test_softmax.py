@@ -81,6 +81,15 @@ def test_nan_and_infinities(where, number, is_amd, monkeypatch):
     torch.testing.assert_close(softmax.attend(*given.values(), 0.5), expected, equal_nan=True)
 
 
+def test_products_that_overflow_before_they_are_scaled(products):
+    q, k, v = (1e20 * one for one in operands(4, 2, 9, 4, False))
+    torch.testing.assert_close(
+        softmax.attend(q, k, v, None, 1e-10).isnan(),
+        ((q @ k.mT) * 1e-10).softmax(-1).isnan().any(-1, True).expand_as(v),
+    )
+    assert products
+
+
 def test_what_batched_products_are_not_for(products):
     q, k, v = operands(2, 2, 9, 4, False)
     attend = softmax.attend
@@ -89,6 +98,8 @@ def test_what_batched_products_are_not_for(products):
     attend(*operands(2, 1, 145, 4, False), None, 1.0)
     attend(q.clone().requires_grad_(), k, v, None, 1.0).sum().backward()
     attend(q[:0], k[:0], v[:0], None, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(q, k, v, None, 1.0).dtype == torch.bfloat16
     torch.compile(attend, backend="eager", fullgraph=True)(q, k, v, None, 1.0)
     assert not products
 

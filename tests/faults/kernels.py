@@ -69,15 +69,15 @@ FAULTS = under(
     ("window_fwd_large.py", "next_state, next_scores, next_v, dropout, next_instance,",
      "next_state, next_scores, next_v, dropout, instance,", "api/test_gaps -k two_images"),
     # Weights below a bound, and masks in the bias.
-    ("softmax.py", "return tl.min(enough.to(tl.int32), axis=0) != 0", "return tl.min(enough.to(tl.int32), axis=0) >= 0",
-     LARGE),
+    ("softmax.py", "(offs >= N)).to(tl.int32), axis=0) != 0", "(offs >= N)).to(tl.int32), axis=0) >= 0", LARGE),
+    ("softmax.py", " & (tl.sum(out * 0.0, axis=1) == 0.0)", "", LARGE),
     ("softmax.py", "tl.log2(N * 1.0) - 12.0", "-15.0", LARGE),
     ("window_fwd_large.py", "enough = enough & are_enough", "enough = enough | are_enough", LARGE),
     ("window_fwd_large.py", "p = _weights_below(products, k, below)", "p = _weights_below(products, v, below)", LARGE),
     ("window_fwd_large.py", "state = _gather(state, p, v, dropout", "state = _gather(state, p, k, dropout", LARGE),
     ("tiles.py", "mask_kind(window, geometry) % KINDS", "0", LARGE),
     ("tiles.py", "(place[1] == windows[1] - 1).to(tl.int32) * 2", "(place[1] == 0).to(tl.int32) * 2", LARGE),
-    ("bias.py", "if KIND else bias", "if KIND > 1 else bias", LARGE),
+    ("bias.py", "            if KIND:", "            if KIND > 1:", LARGE),
     ("window_bwd_bias.py", "        if KINDS > 1:", "        if KINDS > 99:", LARGE),
     # Windows, shifts and masks.
     ("tiles.py", "& (shift[1] > 0)) | ((place[2]", "& (shift[1] > 1)) | ((place[2]", "api/test_gaps -k shifted"),

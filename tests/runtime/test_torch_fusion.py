@@ -10,6 +10,7 @@ import timm
 import torch
 from helpers import check
 from torch import nn
+from torch.nn.utils import prune
 
 import swinaccel
 from swinaccel.backends.torch import block as torch_block
@@ -277,3 +278,35 @@ def test_products_of_three_layers(name, multiplied):
         assert (twin(x)[0] - model(x)[0]).abs().max() > 1e-3
         handle.remove()
         helpers.assert_close(twin(x)[0], model(x)[0])
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.2)
+
+
+def compressed(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [pruned, compressed])
+@pytest.mark.parametrize("place", ["downsample.reduction", "query", "attn.qkv", "q_proj"])
+def test_unusual_weights(place, change, when, multiplied):
+    """Weights that are made anew at each call, in inference mode too, and such as have no strides."""
+    model = MODELS["timm-v1" if place == "attn.qkv" else "hf-swin"][0]().eval()
+    twin = copy.deepcopy(model)
+    layers = [next((part for name, part in one.named_modules() if name.endswith(place)), None) for one in (model, twin)]
+    if None in layers:
+        pytest.skip(f"another version of the library has no {place}")
+    x = image((64, 64))
+    for turn in range(6):
+        if turn == (0 if when == "before" else 2):
+            [change(layer) for layer in layers]
+        if turn == 0:
+            swinaccel.accelerate(twin, backend="torch")
+        # Sparse weights have no inference mode in PyTorch.
+        with torch.inference_mode() if turn in (3, 4) and change is pruned else torch.no_grad():
+            found, expected = twin(x), model(x)
+        both = [one if isinstance(one, torch.Tensor) else one[0] for one in (found, expected)]
+        helpers.assert_close(*both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -17,4 +18,5 @@ def keep_pages() -> None:
     follow the largest block freed so far, up to 32 MiB, as after a call with a larger batch. This one is never written
     to, and so takes no memory. Other allocators, and a threshold that somebody has set, stay as they are.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")
+    with suppress(RuntimeError):  # where so much is not to be had
+        torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")

@@ -46,14 +46,14 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     if not all(type(one) in PLAIN_TENSORS for one in given):
         return False
-    if not USES_ONEDNN or x.dtype is not torch.float32 or x.device.type != "cpu" or weight.dtype is not torch.float32:
+    if not USES_ONEDNN or not all(_is_plain(one) for one in given):
         return False
     if x.numel() * weight.shape[0] < fewest or not weight.is_contiguous() or not x.is_contiguous():
         return False
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
     if bias is not None:
-        fits = bias.shape == weight.shape[:1] and bias.dtype is torch.float32 and bias.is_contiguous()
+        fits = bias.shape == weight.shape[:1] and bias.is_contiguous()
         if not fits or (torch.is_grad_enabled() and bias.requires_grad):
             return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -64,6 +64,10 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0  # which would see other operators
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.layout is torch.strided
 
 
 def _is_exact() -> bool:

@@ -67,24 +67,27 @@ def _suits_products(given: tuple[Tensor, ...]) -> bool:
     """Return True if batched products are faster than `scaled_dot_product_attention`."""
     if not IS_AMD or not all(type(one) in PLAIN_TENSORS and one.dtype is torch.float32 for one in given):
         return False
+    if not given[0].is_cpu or torch.is_autocast_enabled("cpu"):  # which knows nothing of products into a given tensor
+        return False
     return max(given[0].shape[2], given[1].shape[2]) <= most_tokens and given[0].numel() > 0 < given[1].numel()
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> Tensor:
     """Return the same as `softmax`, a few windows at a time over the same pieces of memory."""
-    windows, heads, tokens, width = q.shape
-    keys = k.shape[2]
+    (windows, heads, tokens, _), keys = q.shape, k.shape[2]
     size = -(-windows // -(-windows * heads * tokens * keys // most_scores))
     out = q.new_empty(windows, tokens, heads, v.shape[-1])
-    queries, scores = q.new_empty(size, heads, tokens, width), q.new_empty(size * heads, tokens, keys)
+    scores = q.new_empty(size * heads, tokens, keys)
     weights = torch.empty_like(scores)
     for first in range(0, windows, size):
         part = slice(first, first + size)
-        query = torch.mul(q[part], scale, out=queries[: windows - first])
-        key, value = (one[part].reshape(-1, keys, one.shape[-1]) for one in (k, v))
-        products = torch.bmm(query.view(-1, tokens, width), key.transpose(1, 2), out=scores[: len(key)])
-        if start is not None:
-            products.view(-1, heads, tokens, keys).add_(start if start.shape[0] == 1 else start[part])
+        query, key, value = (one[part].reshape(-1, *one.shape[2:]) for one in (q, k, v))
+        products = torch.bmm(query, key.transpose(1, 2), out=scores[: len(key)])
+        if start is None:
+            products *= scale
+        else:
+            sums = products.view(-1, heads, tokens, keys)
+            torch.add(start if start.shape[0] == 1 else start[part], sums, alpha=scale, out=sums)
         attended = torch.bmm(torch.softmax(products, -1, out=weights[: len(key)]), value)
         out[part] = attended.unflatten(0, (-1, heads)).transpose(1, 2)
     return out.transpose(1, 2)

@@ -219,10 +219,13 @@ class Problem(NamedTuple):
 
     @property
     def kinds(self) -> int:
-        """Return how many dense biases each head has, for windows that differ in the mask that they hold."""
+        """Return how many dense biases each head has, for windows that differ in the mask that they hold.
+
+        In 16 bits bias and mask are rounded together, which must not matter: those weights are next to nothing.
+        """
         from ...kernels import launch, tiles
 
-        is_masked = self.geometry.is_shifted and self.mask_value and not self.has_mask
+        is_masked = self.geometry.is_shifted and self.mask_value < 0 and not self.has_mask
         if not is_masked or self.bias_mode != tiles.BIAS_DENSE.value or self.bias_rows > 1:
             return 1
         return launch.mask_kinds(
