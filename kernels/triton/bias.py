@@ -37,10 +37,10 @@ def _expand_bias_kernel(
         bias = clamp_finite(bias, LIMIT)  # of the dense form, which may be narrower than the table
         bias = tl.where(inside, bias, tl.where((offs_n < num_tokens)[None, :], 0.0, float("-inf")))
         for KIND in tl.static_range(KINDS):
-            region_q = shift_region(offs_m[:, None], window_of_kind(KIND), geometry, WINDOW)
-            region_k = shift_region(offs_n[None, :], window_of_kind(KIND), geometry, WINDOW)
             masked = bias
             if KIND:
+                region_q = shift_region(offs_m[:, None], window_of_kind(KIND), geometry, WINDOW)
+                region_k = shift_region(offs_n[None, :], window_of_kind(KIND), geometry, WINDOW)
                 masked += tl.where(region_q != region_k, tl.cast(mask_value, tl.float32), 0.0)
                 masked = tl.where(is_finite(bias), clamp_finite(masked, LIMIT), masked)
             masked = masked.to(dense_ptr.dtype.element_ty)

@@ -61,8 +61,9 @@ def score_tile(rows, cols, attn_bias, key_norms, COSINE: tl.constexpr, PRECISION
 
 @triton.jit
 def bound_of(scale, largest_bias, DTYPE: tl.constexpr):
-    """Return what scores lie below, natural units; in half precision less, so that weights are up to 2^15, its largest
-    power of two, since its small numbers are lost.
+    """Return an upper bound of scores, natural units.
+
+    In half precision it is log(2^15) lower: weights go up to its largest power of two, since it loses small ones.
     """
     bound = largest_bias + scale
     if DTYPE == tl.float16:

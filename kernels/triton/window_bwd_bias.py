@@ -108,9 +108,10 @@ def _window_attention_bwd_bias_kernel(
     q_ptr, k_ptr, v_ptr = operand_pointers(qkv_ptr, k_ptr, v_ptr, num_heads, HEAD_DIM, PACKED)
     pad_k_ptr, pad_v_ptr, _ = padding_pointers(padding_ptr, q_ptr, head + num_heads, num_heads, HEAD_DIM, HAS_PAD)
     bias = Bias(dense_ptr=dense_ptr, stride_dense=(ROWS * COLS, COLS))
-    any_window = place_window(window_of_row(start, bias_row, geometry, BIAS_ROWS), geometry, VOLUME)
-    column = bias_column(head, any_window, geometry, num_heads, BIAS_ROWS)
-    bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
+    if KINDS == 1:
+        any_window = place_window(window_of_row(start, bias_row, geometry, BIAS_ROWS), geometry, VOLUME)
+        column = bias_column(head, any_window, geometry, num_heads, BIAS_ROWS)
+        bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
 
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for position in tl.range(start, tl.minimum(start + WINDOWS, positions)):
@@ -121,10 +122,12 @@ def _window_attention_bwd_bias_kernel(
         offs_out = token_offsets(tokens_m, (stride_out_depth, stride_out_row, stride_out_col))
         offs_out += head * stride_out_head * HEAD_DIM
         offs_key = token_offsets(tokens_n, stride_qkv) + offs_head
-        if KINDS > 1:
+        if KINDS == 1:
+            attn_bias = bias_tile
+        else:
             column = bias_column(head, window, geometry, num_heads, BIAS_ROWS, KINDS)
-            bias_tile = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
-        attn_bias = add_mask(bias_tile, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
+            attn_bias = tile_bias(offs_m[:, None], offs_n[None, :], bias, column, N, BIAS)
+        attn_bias = add_mask(attn_bias, offs_m[:, None], offs_n[None, :], mask, window, geometry, WINDOW, MASK)
         # Vectors are not pipelined by the compiler: each is loaded one image ahead.
         last = tl.minimum(first + IMAGES, batch) - 1
         instance = instance_of(first, number, head, num_windows, num_heads)

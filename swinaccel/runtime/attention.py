@@ -252,7 +252,7 @@ def bind_backend(
         state.bias = form_of(section)
         in_parts = torch_backend.is_plain(attention)
         _bypass_layers(section, products.linear if x.is_cpu else F.linear)
-        if x.is_cpu and len(section.layers) == 4:  # with q, k and v each by one, of which one product is no gain there
+        if x.is_cpu and len(section.layers) == 4:  # q, k and v by layers of their own: one product is no gain on CPUs
             section.project = _by_each([direct(layer, products.linear) for layer in section.layers[:-1]])
 
         def attend(image: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -269,8 +269,8 @@ def bind_backend(
     return TritonSection(section, config, state, size), problem
 
 
-def _by_each(products: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Any]:
-    return lambda x: tuple([product(x) for product in products])
+def _by_each(runs: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Any]:
+    return lambda x: tuple([run(x) for run in runs])
 
 
 def _bypass_layers(section: Section, product: Callable[..., Tensor]) -> None:

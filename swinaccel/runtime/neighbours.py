@@ -56,7 +56,8 @@ class MergingFacts:
         """Return what merges inputs like x in few kernels: each four neighbours become one token."""
         merging, affine, reduction = self.merging, self.affine, self.reduction
         if backend == "torch":
-            return partial(merging_reference, merging, size=size, product=partial(_product, reduction))
+            product = partial(products.linear, weight=reduction[0], bias=reduction[1])
+            return partial(merging_reference, merging, size=size, product=product)
         is_recorded = needs_autograd(x, self.parameters())
 
         def run(x: Tensor) -> Tensor:
@@ -77,10 +78,6 @@ class MergingFacts:
             return out if size is None else out.flatten(1, 2)
 
         return run
-
-
-def _product(layer: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
-    return products.linear(x, *layer)
 
 
 class EmbeddingFacts:

@@ -47,10 +47,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, 
     given = (q, k, v) if start is None else (q, k, v, start)
     if dropout or (torch.is_grad_enabled() and any(one.requires_grad for one in given)):
         return softmax(q, k, v, start, scale, dropout)  # which of few queries takes no more time, with gradients
-    if can_look() and _suits_products(given):
+    looks = can_look()
+    if looks and _suits_products(given):
         return _by_products(q, k, v, start, scale)
     out = scaled_dot_product_attention(q, k, v, attn_mask=start, scale=scale)
-    if can_look():
+    if looks:
         return softmax(q, k, v, start, scale) if has_zeros(out) else out
     if start is None:
         return out

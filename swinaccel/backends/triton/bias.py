@@ -12,8 +12,6 @@ from .checks import check_position
 from .launches import Launch, keep, launches
 from .problem import Problem, as_3d
 
-COLS = 128  # of a program of the dense bias
-
 
 def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype], has_largest: bool = False) -> Launch:
     """Return the launch that expands the live table into the dense bias, for each kind of windows with its mask."""
@@ -27,11 +25,11 @@ def expand(problem: Problem, dense: tuple[tuple[int, int, int], torch.dtype], ha
     assert problem.table_strides is not None
     return Launch(
         bias_kernels._expand_bias_kernel,
-        (-(-rows // 8), -(-cols // COLS), -(-heads // 4)),
+        (-(-rows // 8), -(-cols // 128), -(-heads // 4)),
         (
             rows * cols, cols, *problem.table_strides, problem.table_rows, problem.geometry.tokens, rows, cols, heads,
             *as_3d(problem.geometry.shift, 0), problem.mask_value, problem.window, kinds, has_largest, limit, 4, 8,
-            COLS,
+            128,
         ),
         ("", "", "table", "index"),
     )  # fmt: skip

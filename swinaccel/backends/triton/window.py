@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ...spec.window import Geometry
 from . import devices
-from .bias import COLS, as_table, compare, expand
+from .bias import as_table, compare, expand
 from .checks import check_shapes, lse_shape
 from .launches import BoundLaunch, Launch, keep, launches
 from .problem import Operands, Problem, as_3d, expected, image_shape, key_of
@@ -70,9 +70,10 @@ class Forward:
         large = launch.large(**sizes)
         self.dense = problem.dense(large.block_m, large.block_n)
         columns, rows, cols = self.dense[0]
-        parts = -(-cols // COLS)
+        parts = 1
         if problem.bias_mode == tiles.BIAS_DENSE.value:
             self.expand = expand(problem, self.dense, problem.is_bounded)
+            parts = self.expand.grid[1]
             if problem.is_bounded:
                 self.largest_shape = (columns, parts, rows)
         if problem.has_mask:
